@@ -1,0 +1,333 @@
+"""Whole training steps side by side: padded or packed rows, chunked target lists or dense targets.
+
+A step is forward, backward, AdamW and the moving average, as `ilm_jax.train` makes it, of one group of examples:
+
+    padded         one example a row, as long as the block
+    packed         the same examples in as few rows as 25,600 examples' worth of groups ever need
+    ...-dense      with the loss as it is defined: all logits and all targets, each of rows x positions x vocabulary
+
+on star_hard (configs/star.py:hard), lm1b (lognormal lengths, mean 29) and full (sequences that fill a block of 128).
+Rows go through the model in parts of about --positions positions whose gradients are added up: the same for every row
+of the table, so that the ratios compare like with like. Each configuration runs in a process of its own, on one device.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import types
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from benchmarks import _report
+from configs import default, star
+from ilm_jax import model, ops, optimizer, sharding, train
+from ilm_jax.families import ilm
+from ilm_jax.tasks import pipeline
+from ilm_jax.tasks import star as star_task
+from ilm_jax.tokenizer import BOS, CLS, SPECIAL
+
+VARIANTS = ('padded', 'packed', 'padded-dense', 'packed-dense')
+GOALS = {'lm1b': 5.0, 'full': 1.7}  # examples per second, packed over padded
+EXAMPLES = {'star_hard': 256, 'lm1b': 256, 'full': 512}  # of a step: one group
+BLOCK = 128
+DRAWN = 25_600  # examples whose groups decide the number of packed rows
+KEPT = 4  # groups that the timed steps take in turn
+LEAST, MOST = 2, 50  # timed steps
+GIB = 2**30
+
+
+# --- what is trained on -----------------------------------------------------------------------------------------------
+
+
+class Mix(NamedTuple):
+  """Examples, and the shape of the rows they go into."""
+
+  source: Any
+  vocab_size: int
+  block: int  # positions of a padded row
+  row_length: int  # ... of a packed row
+  segments: int  # examples of a packed row, at most
+
+
+class Text:
+  """Random words in sentences of given lengths: `[CLS] [BOS] w w w`."""
+
+  def __init__(self, vocab_size: int, length):
+    self.vocab_size, self.length = vocab_size, length
+
+  def __getitem__(self, index: int):
+    rng = np.random.default_rng((7, index))
+    words = rng.integers(len(SPECIAL), self.vocab_size, size=self.length(rng))
+    tokens = np.array([CLS, BOS, *words], np.int32)
+    return {'tokens': tokens, 'fixed': np.arange(len(tokens)) < 2}
+
+
+def lm1b_length(rng) -> int:
+  """Words of a sentence: lognormal, 29 in the mean, cut to the block."""
+  sigma = 0.6
+  return int(np.clip(round(rng.lognormal(math.log(29) - sigma**2 / 2, sigma)), 1, BLOCK - 2))
+
+
+def star_hard(vocab_size: int) -> Mix:
+  """The graphs, vocabulary and packed rows of configs/star.py:hard."""
+  del vocab_size
+  cfg = star.get_config('hard')
+  source, words = star_task.source(cfg.task, 'train'), star_task.tokenizer(cfg.task).vocab_size
+  return Mix(source, words, star_task.longest(cfg.task), cfg.data.row_length, cfg.data.segments)
+
+
+MIXES = {
+  'star_hard': star_hard,
+  'lm1b': lambda vocab_size: Mix(Text(vocab_size, lm1b_length), vocab_size, BLOCK, BLOCK, 32),
+  'full': lambda vocab_size: Mix(Text(vocab_size, lambda rng: BLOCK - 2), vocab_size, BLOCK, BLOCK, 32),
+}
+
+
+def corrupted(mix: Mix, group: int, examples: int, cfg) -> list[dict]:
+  """The examples of a group, corrupted as in training."""
+  ids = range(group * examples, (group + 1) * examples)
+  return [ilm.corrupt(pipeline.example_rng(0, 'train', i), mix.source[i], cfg.corrupt) for i in ids]
+
+
+def shape_of(mix: Mix, packed: bool, groups: list[list[dict]]) -> pipeline.Shape:
+  """The rows of a variant: for packed ones, the most that one of the groups needs."""
+  examples = len(groups[0])
+  if not packed:
+    return pipeline.Shape(examples, mix.block, targets=mix.block, segments=1)
+  shape = pipeline.Shape(examples, mix.row_length, targets=2 * mix.row_length, segments=mix.segments)
+  sizes = [[(len(e['tokens']), len(e['target_token'])) for e in group] for group in groups]
+  rows = max(max(pipeline.place(group, shape)) + 1 for group in sizes)
+  return dataclasses.replace(shape, rows=rows)
+
+
+def parts_of(rows: int, length: int, positions: int) -> tuple[int, int]:
+  """(parts, rows of a part): at most `positions` (to whole rows), 3/4 of them at least, and the fewest rows added."""
+  most = min(rows, math.ceil(positions / length))
+  part_rows = min(range(most, math.ceil(most * 3 / 4) - 1, -1), key=lambda n: math.ceil(rows / n) * n)
+  return math.ceil(rows / part_rows), part_rows
+
+
+# --- the dense loss ---------------------------------------------------------------------------------------------------
+
+
+def dense_loss(outputs, batch, cfg):
+  """The loss of `families.ilm` as it is defined, from logits_BxLxV and targets_BxLxV: what the chunked one replaces."""
+  segments = batch['cls_BxS'].shape[1]
+  compute = ops.head_compute(cfg.compute)
+  logits_BxLxV = ops.einsum('bld,vd->blv', outputs.hidden_BxLxD, outputs.unembed_VxD, compute)
+  lse_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
+  log_z_BxS = ops.segment_logsumexp(lse_BxL, batch['segment_BxL'], batch['open_BxL'], segments)
+  log_z_BxL = jnp.take_along_axis(log_z_BxS, jnp.maximum(batch['segment_BxL'] - 1, 0), axis=1)
+
+  used_BxT = (batch['target_segment_BxT'] > 0).astype(jnp.float32)
+  dropped_BxS = ops.segment_sum(used_BxT, batch['target_segment_BxT'], segments)
+  share_BxS = batch['segment_weight_BxS'] / jnp.maximum(dropped_BxS, 1)
+  share_BxT = used_BxT * jnp.take_along_axis(share_BxS, jnp.maximum(batch['target_segment_BxT'] - 1, 0), axis=1)
+  row_Bx1 = jnp.arange(share_BxT.shape[0])[:, None]
+  where = row_Bx1, batch['target_gap_BxT'], batch['target_token_BxT']
+  target_BxLxV = jnp.zeros(logits_BxLxV.shape, jnp.float32).at[where].add(share_BxT)
+  token = jnp.where(target_BxLxV > 0, target_BxLxV * (log_z_BxL[..., None] - logits_BxLxV), 0.0).sum()
+
+  log_stop_BxSx2 = jax.nn.log_softmax(outputs.stop_BxSx2, axis=-1)
+  stop_BxS = -jnp.where(dropped_BxS > 0, log_stop_BxSx2[..., 1], log_stop_BxSx2[..., 0])
+  stop = (batch['segment_weight_BxS'] * stop_BxS).sum()
+  return {'loss': (token + cfg.stop_weight * stop, batch['segment_weight_BxS'].sum())}
+
+
+# --- one configuration ------------------------------------------------------------------------------------------------
+
+
+def measure(args, name: str, variant: str) -> dict:
+  """Time the training steps of a configuration in this process, whose peak memory is then its own."""
+  mix, packed, dense = MIXES[name](args.vocab), variant.startswith('packed'), variant.endswith('dense')
+  cfg, examples = default.get_config(), args.examples or EXAMPLES[name]
+  number = max(KEPT, DRAWN // examples) if packed else KEPT
+  groups = [corrupted(mix, i, examples, cfg) for i in range(number)]
+  shape = shape_of(mix, packed, groups)
+  parts, part_rows = parts_of(shape.rows, shape.length, args.positions)
+  shape = dataclasses.replace(shape, rows=parts * part_rows)
+  cfg.data.batch_size = examples
+  cfg.optimizer.accumulate = parts
+
+  exp = train.Experiment(
+    cfg=cfg,
+    family=types.SimpleNamespace(loss=dense_loss) if dense else ilm,
+    task=None,
+    model_cfg=model.ModelConfig.create(mix.vocab_size, **_report.SIZES[args.size], compute=args.compute),
+    sample_cfg=None,
+    loss_cfg=ConfigDict({**cfg.loss.to_dict(), 'compute': args.compute}),
+    mesh=sharding.make_mesh(cfg.mesh, jax.devices()[:1]),
+  )
+  tx, schedule = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
+  state, abstract = train.init_state(exp, tx)
+  packs = [pipeline.pack(group, list(range(len(group))), shape) for group in groups[:KEPT]]
+  batches = itertools.cycle([sharding.put_batch(batch, exp.mesh) for batch in packs])
+
+  start = time.perf_counter()
+  step = train.compile_step(exp, tx, schedule, abstract).lower(state, next(batches)).compile()
+  compile_seconds = time.perf_counter() - start
+  memory = step.memory_analysis()
+
+  compilations, seconds, losses = _report.Compilations(), [], []
+  while len(seconds) < 1 + LEAST or (sum(seconds[1:]) < args.seconds and len(seconds) < 1 + MOST):
+    start = time.perf_counter()
+    state, pairs = jax.block_until_ready(step(state, next(batches)))
+    seconds.append(time.perf_counter() - start)
+    losses.append(float(pairs['loss'][0] / pairs['loss'][1]))
+    if float(pairs['left_out_examples'][0]) or not math.isfinite(losses[-1]):
+      raise AssertionError(f'{pairs["left_out_examples"]} examples left out, loss {losses[-1]}')
+    if len(seconds) == 1:
+      _report.note(f'      compiled in {compile_seconds:.0f} s, first step {seconds[0]:.3g} s')
+      compilations.count = 0
+  return {
+    'mix': name,
+    'variant': variant,
+    'examples': examples,
+    'rows': shape.rows,
+    'length': shape.length,
+    'parts': parts,
+    'seconds': seconds[1:],
+    'examples_per_second': examples / statistics.median(seconds[1:]),
+    'kept_tokens': statistics.mean(int((batch['segment_BxL'] > 0).sum()) for batch in packs),
+    'program_bytes': memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes,
+    'peak_bytes': peak_bytes(),
+    'losses': losses,
+    'compile_seconds': compile_seconds,
+    'compilations': compilations.count,
+    'machine': _report.machine(),
+  }  # fmt: skip
+
+
+def peak_bytes() -> int:
+  """The most memory in use so far: on the device, or, on a CPU, resident in this process."""
+  stats = jax.devices()[0].memory_stats()
+  if stats:
+    return stats['peak_bytes_in_use']
+  try:
+    with open('/proc/self/status') as file:  # ru_maxrss starts with the size of the parent on Linux
+      return next(int(line.split()[1]) * 1024 for line in file if line.startswith('VmHWM'))
+  except (OSError, StopIteration):
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def parse(argv):
+  """Read the flags."""
+  parser = _report.Parser(__doc__)
+  parser.add_argument('--mixes', type=_report.some_of(MIXES), default=list(MIXES), help=','.join(MIXES))
+  parser.add_argument(
+    '--variants', type=_report.some_of(VARIANTS), help=f'{",".join(VARIANTS)}; by default all, of full the first two'
+  )
+  parser.add_argument('--size', choices=list(_report.SIZES), default='small', help='of the model')
+  parser.add_argument('--compute', choices=_report.COMPUTE, default='mixed', help='type of the matrix products')
+  default_examples = ', '.join(f'{number} of {mix}' for mix, number in EXAMPLES.items())
+  parser.add_argument('--examples', type=_report.positive, help=f'of a step, one group; by default {default_examples}')
+  parser.add_argument('--positions', type=_report.positive, help='of a part: 2048 on a CPU by default, else 32768')
+  parser.add_argument('--vocab', type=_report.positive, default=_report.LM1B_VOCABULARY, help='of lm1b and full')
+  parser.add_argument('--seconds', type=float, default=10.0, help='to time each configuration for, 2 steps at least')
+  parser.add_argument('--json', metavar='FILE', help='where to write everything that was measured')
+  parser.add_argument('--one', help='MIX:VARIANT to measure in this process; prints JSON')
+  return parser.parse_args(argv)
+
+
+def cells(row: dict, baseline: dict | None) -> dict[str, str]:
+  """A row of the table; ratios are over the mix's padded rows with chunked lists."""
+
+  def ratio(key):
+    return f'{row[key] / baseline[key]:.2f}' if baseline else '-'
+
+  seconds = statistics.median(row['seconds'])
+  return {
+    'mix': row['mix'],
+    'variant': row['variant'],
+    'examples': str(row['examples']),
+    'rows x positions': f'{row["rows"]} x {row["length"]}',
+    'parts': str(row['parts']),
+    's / step (min - max)': _report.median_of(row['seconds']),
+    'examples / s': _report.number(row['examples_per_second']),
+    'x': ratio('examples_per_second'),
+    'kept tokens / s': _report.number(row['kept_tokens'] / seconds),
+    'program GiB': f'{row["program_bytes"] / GIB:.2f}',
+    'x ': ratio('program_bytes'),
+    'peak GiB': f'{row["peak_bytes"] / GIB:.2f}',
+    'x  ': ratio('peak_bytes'),
+  }
+
+
+def summary(rows: list[dict], failed: list[str], args) -> str:
+  """The table, with the machine above it and the goals below."""
+  speed = {(row['mix'], row['variant']): row['examples_per_second'] for row in rows}
+  baselines = {row['mix']: row for row in rows if row['variant'] == 'padded'}
+  lines = [
+    rows[0]['machine'],
+    f'size {args.size}, compute {args.compute}; gradients added up over parts of at most {args.positions} positions',
+    'x: the ratio to padded rows with chunked lists',
+    'program: arguments, temporaries and results of the compiled step; peak: of the device, on a CPU of the process',
+    '',
+    _report.table([cells(row, baselines.get(row['mix'])) for row in rows]),
+    '',
+  ]
+  for mix in args.mixes:
+    if (mix, 'padded') in speed and (mix, 'packed') in speed:
+      goal = f' (goal: {GOALS[mix]})' if mix in GOALS else ''
+      ratio = speed[mix, 'packed'] / speed[mix, 'padded']
+      lines.append(f'{mix}: packed rows take {ratio:.2f} times the examples per second of padded ones{goal}')
+  return '\n'.join([*lines, *failed])
+
+
+def main(argv=None) -> int:
+  """Measure every configuration, each in a process of its own; returns the exit code."""
+  argv = sys.argv[1:] if argv is None else argv
+  args = parse(argv)
+  if args.one:
+    args.positions = args.positions or (2048 if jax.default_backend() == 'cpu' else 32_768)
+    mix, variant = args.one.split(':')
+    print(json.dumps({**measure(args, mix, variant), 'positions': args.positions}))
+    return 0
+  rows, failed, code, start = [], [], 0, time.monotonic()
+  todo = [
+    (mix, variant) for mix in args.mixes for variant in args.variants or (VARIANTS[:2] if mix == 'full' else VARIANTS)
+  ]
+  for done, (mix, variant) in enumerate(todo):
+    left = f', about {_report.duration((time.monotonic() - start) / done * (len(todo) - done))} left' if done else ''
+    _report.note(f'[{done + 1}/{len(todo)}] {mix} {variant}{left}')
+    command = [sys.executable, '-m', 'benchmarks.train_step', *argv, f'--one={mix}:{variant}']
+    paths = [str(_report.ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths)}
+    try:
+      child = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env)
+    except KeyboardInterrupt:
+      code = 130
+      break
+    if child.returncode:
+      why = 'killed, probably for want of memory' if child.returncode == -9 else f'exit code {child.returncode}'
+      failed.append(f'{mix} {variant}: no result ({why})')
+      _report.note(f'      no result: {why}')
+      code = 1
+      continue
+    rows.append(json.loads(child.stdout.splitlines()[-1]))
+    args.positions = rows[-1]['positions']
+    _report.note(f'      {_report.number(rows[-1]["examples_per_second"])} examples / s')
+  if rows:
+    print(summary(rows, failed, args))
+    if args.json:
+      _report.write_json(args.json, arguments=vars(args), machine=rows[0]['machine'], rows=rows, failed=failed)
+  return code
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,1 @@
+"""Configs: `get_config(argument)` returns everything that decides a run."""

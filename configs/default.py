@@ -1,0 +1,91 @@
+"""What the configs share: the settings every run has, with the defaults of arXiv 2505.05755."""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Return a config that lacks a task and the shape of its data."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.family = 'ilm'
+  config.steps = 50_000
+  config.stop_at = placeholder(float)  # end early when eval.metric reaches this on validation
+  config.init_from = ''  # workdir of a run whose weights to start from
+
+  config.model = ml_collections.ConfigDict()
+  config.model.preset = 'small'  # small, tiny, tiny2 or xtiny2; what follows overrides it
+  config.model.num_layers = placeholder(int)
+  config.model.num_heads = placeholder(int)
+  config.model.d_model = placeholder(int)
+  config.model.d_ff = placeholder(int)
+  config.model.activation = 'relu'
+  config.model.final_norm = True  # the reference has none in its ILM runs
+  config.model.dropout = 0.1
+  config.model.attention_dropout = 0.1
+  config.model.compute = 'mixed'  # bfloat16 products, everything else float32; or float32, or bfloat16
+  config.model.init = 'normal'
+
+  config.corrupt = ml_collections.ConfigDict()
+  config.corrupt.close_prompt = False  # True: the training softmax leaves the prompt's gaps out
+
+  config.loss = ml_collections.ConfigDict()
+  config.loss.stop_weight = 1.0
+  config.loss.vocab_chunk = 2048  # entries of the vocabulary whose logits are alive at a time
+
+  config.data = ml_collections.ConfigDict()
+  config.data.batch_size = 64  # examples of a step
+  config.data.groups = 1  # packed each by itself; hosts read whole groups
+  config.data.rows = 64
+  config.data.row_length = 128
+  config.data.targets = 0  # dropped tokens of a row; 0: twice row_length
+  config.data.segments = 8  # examples of a row
+  config.data.workers = 0  # processes that prepare batches; 0: a thread
+  config.data.prefetch = 8
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.learning_rate = 1e-4
+  config.optimizer.schedule = 'constant'  # or cosine, linear: down to final_fraction at the last step
+  config.optimizer.warmup_steps = 0
+  config.optimizer.final_fraction = 0.0
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.999
+  config.optimizer.eps = 1e-8
+  config.optimizer.weight_decay = 0.01
+  config.optimizer.clip = 1.0
+  config.optimizer.ema_decay = 0.9999  # 0: none
+  config.optimizer.accumulate = 1  # parts a batch is cut into, one after the other
+
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.data = -1  # what is left
+  config.mesh.fsdp = 1
+  config.mesh.tensor = 1
+
+  config.sampling = ml_collections.ConfigDict()
+  config.sampling.max_length = 128
+  config.sampling.max_steps = placeholder(int)
+  config.sampling.stop_threshold = 0.9  # 0: stop with the probability that the stop head gives
+  config.sampling.stop_temperature = 1.0
+  config.sampling.force_first = False  # insert at least one token
+  config.sampling.gap = rule(temperature=0.0)
+  config.sampling.token = rule(temperature=0.0)
+  config.sampling.joint = placeholder(ml_collections.ConfigDict)  # a rule: one draw among all pairs instead
+
+  config.eval = ml_collections.ConfigDict()
+  config.eval.every = 1_000
+  config.eval.batch_size = 100
+  config.eval.metric = 'exact_match'
+  config.eval.mode = 'max'
+  config.eval.checkpoint = 'best'  # which is tested: best (on validation), latest, or a step
+  config.eval.show = 3
+
+  config.log_every = 100
+  config.report_seconds = 20.0
+  config.checkpoint_every = 1_000
+  config.keep = 2
+  return config
+
+
+def rule(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> ml_collections.ConfigDict:
+  """How an index is drawn: temperature 0 is greedy."""
+  return ml_collections.ConfigDict({'temperature': temperature, 'top_k': top_k, 'top_p': top_p})

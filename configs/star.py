@@ -1,0 +1,59 @@
+"""Star graphs: `--config=configs/star.py:tiny|easy|medium|hard`.
+
+tiny    `make train`, or `python -m ilm_jax.main --config=configs/star.py:tiny`: 0.86M parameters, batch 128. On 2 CPU
+        cores, the paper's loss and sampler reach 99.5 % on validation within a few minutes (RESULTS.md has the seeds).
+easy, medium, hard
+        `python -m ilm_jax.main --config=configs/star.py:hard --workdir=runs/hard`: the paper's task, size (small, 85M
+        in the blocks), learning rate, batch and 50,000 steps, for a GPU or TPU. Not run at this size yet; what a
+        smaller model does on easy is in RESULTS.md.
+"""
+
+import ml_collections
+
+from configs import default
+
+TASKS = {  # degree, nodes of an arm from, to, nodes after the junction at least, names, most steps of the sampler
+  'tiny': (2, 4, 4, 0, 10, 6),
+  'easy': (3, 5, 5, 0, 20, 8),
+  'medium': (3, 3, 6, 2, 20, 10),
+  'hard': (5, 6, 12, 5, 56, 200),
+}
+
+
+def get_config(name: str = 'tiny') -> ml_collections.ConfigDict:
+  """Return the config of one of TASKS."""
+  if name not in TASKS:
+    raise ValueError(f'configs/star.py:{name}: expected one of {", ".join(TASKS)} behind the colon')
+  config = default.get_config()
+  task = config.task = ml_collections.ConfigDict({'name': 'star'})
+  task.degree, task.min_length, task.max_length, task.min_plan, task.num_nodes, steps = TASKS[name]
+  task.num_train = 50_000  # graphs; 0: endless
+  task.num_validation = 100
+  task.num_test = 5_000
+  task.seed = 0  # of the graphs
+
+  longest = 2 * task.degree * (task.max_length - 1) + 4 + 2 * (task.max_length - 1)
+  config.sampling.max_length = longest
+  config.sampling.max_steps = steps
+
+  # Rows sized so that everything fits; where two of the longest examples fill a row, nothing can be left out.
+  if name == 'hard':
+    config.data.update({'rows': 16, 'row_length': 512, 'segments': 8})
+  elif name == 'medium':
+    config.data.update({'rows': 20, 'row_length': 128, 'segments': 8})
+  elif name == 'easy':
+    config.data.update({'rows': 32, 'row_length': 72, 'segments': 2})
+  if name != 'tiny':
+    config.model.update({'final_norm': False, 'init': 'reference'})  # as the reference
+  else:
+    config.steps = 8_000
+    config.stop_at = 0.995
+    config.model.update({'preset': None, 'num_layers': 4, 'num_heads': 4, 'd_model': 128, 'd_ff': 512})
+    config.model.dropout = config.model.attention_dropout = 0.0
+    config.model.init = 'reference'
+    config.data.update({'batch_size': 128, 'rows': 64, 'row_length': 44, 'segments': 2})
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    task.num_validation, task.num_test = 1_000, 1_000
+    config.eval.every = config.checkpoint_every = 250
+  return config

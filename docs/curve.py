@@ -1,0 +1,50 @@
+"""Draw validation accuracy and training loss of runs: `python docs/curve.py runs/easy ... > docs/easy.svg`."""
+
+import sys
+from html import escape
+from pathlib import Path
+
+from ilm_jax import dashboards
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 300, 52, 52, 20, 44
+COLOURS = ('#14609f', '#d1495b', '#3a7d44', '#8a5a9e', '#c77f1a')
+
+
+def path(points, top_x, top_y) -> str:
+  """Points as the `d` of an SVG path in the plot's frame."""
+  width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+  at = [(LEFT + width * x / top_x, TOP + height * (1 - min(y, top_y) / top_y)) for x, y in points]
+  return 'M' + ' L'.join(f'{x:.1f},{y:.1f}' for x, y in at)
+
+
+def draw(runs: list[str]) -> str:
+  """Accuracy (thick, left axis, %) and loss (thin, right axis) against steps, a colour for each run."""
+  scalars = [dashboards.read_scalars(run) for run in runs]
+  top_x = max(step for values in scalars for step, _ in values['train/loss'])
+  top_loss = max(loss for values in scalars for _, loss in values['train/loss'])
+  out = [
+    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+    f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
+  ]
+  for part in range(5):
+    y = TOP + (HEIGHT - TOP - BOTTOM) * (1 - part / 4)
+    x = LEFT + (WIDTH - LEFT - RIGHT) * part / 4
+    out += [
+      f'<path d="M{LEFT},{y} L{WIDTH - RIGHT},{y}" stroke="#dddddd"/>',
+      f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{25 * part} %</text>',
+      f'<text x="{WIDTH - RIGHT + 6}" y="{y + 4}">{top_loss * part / 4:.1f}</text>',
+      f'<text x="{x}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{top_x * part / 4:,.0f}</text>',
+    ]
+  for run, values, colour in zip(runs, scalars, COLOURS * len(runs), strict=False):
+    accuracy = [(step, 100 * value) for step, value in values.get('validation/exact_match', [])]
+    loss = path(values['train/loss'], top_x, top_loss)
+    out.append(f'<path d="{loss}" fill="none" stroke="{colour}" opacity="0.45"/>')
+    if accuracy:
+      out.append(f'<path d="{path(accuracy, top_x, 100)}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
+    label = f'{Path(run).name}: exact match on validation (thick), training loss (thin, right)'
+    out.append(f'<text x="{LEFT}" y="{HEIGHT - 8 - 14 * runs.index(run)}" fill="{colour}">{escape(label)}</text>')
+  return '\n'.join([*out, '</svg>']) + '\n'
+
+
+if __name__ == '__main__':
+  sys.stdout.write(draw(sys.argv[1:]))

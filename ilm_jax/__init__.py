@@ -1,0 +1,17 @@
+"""Insertion language models in JAX and Flax.
+
+import ilm_jax
+lm = ilm_jax.load('runs/star-tiny')
+lm.generate(['1,2|2,3/1,3'])
+"""
+
+from importlib import import_module
+
+_PUBLIC = {'load': 'ilm_jax.api', 'LanguageModel': 'ilm_jax.api', 'UserError': 'ilm_jax.types'}
+__all__ = ['LanguageModel', 'UserError', 'load']
+
+
+def __getattr__(name):
+  if name not in _PUBLIC:
+    raise AttributeError(f'module ilm_jax has no attribute {name!r}')
+  return getattr(import_module(_PUBLIC[name]), name)

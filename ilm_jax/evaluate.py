@@ -1,0 +1,99 @@
+"""Evaluation: the loss on a fixed validation set, and the task's scores of sampled answers."""
+
+import functools
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+from ilm_jax import metrics as metrics_lib
+from ilm_jax import model, sampling, sharding
+from ilm_jax.tasks import pipeline
+from ilm_jax.types import Metrics
+
+
+class Scores(NamedTuple):
+  """Pairs of each metric, and a few answers to look at."""
+
+  pairs: Metrics
+  texts: list[str]
+
+
+class Evaluator:
+  """Evaluates parameters on a split; what is compiled is kept between calls."""
+
+  def __init__(self, cfg, *, model_cfg, family, task, sample_cfg, loss_cfg, mesh):
+    self.cfg, self.family, self.task, self.mesh = cfg, family, task, mesh
+    self.sampler = sampling.Sampler(model_cfg, family, sample_cfg, cfg.eval.batch_size, mesh)
+    self.tokenizer = task.tokenizer(cfg.task)
+    self.sources = {}
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def loss(params, batch):
+      outputs = model.apply(
+        model_cfg, params, batch['tokens_BxL'], batch['position_BxL'], batch['segment_BxL'], batch['cls_BxS']
+      )
+      return family.loss(outputs, batch, loss_cfg)
+
+    self._loss = loss
+
+  def source(self, split: str):
+    """The examples of a split."""
+    if split not in self.sources:
+      self.sources[split] = self.task.source(self.cfg.task, split)
+    return self.sources[split]
+
+  def validation_loss(self, params, split: str = 'validation') -> Metrics:
+    """The loss and its parts on a fixed, stratified corruption of a split."""
+    total = {}
+    for batch in pipeline.validation_batches(self.source(split), self.family.corrupt, self.cfg):
+      total = metrics_lib.add(total, jax.device_get(self._loss(params, sharding.put_batch(batch, self.mesh))))
+    return total
+
+  def answers(self, params, split: str, *, progress: bool = False, interrupted=lambda: False) -> Scores | None:
+    """Sample an answer to every prompt of a split and score it.
+
+    Args:
+      params: of the model.
+      split: whose prompts.
+      progress: log a rate and what is left from time to time.
+      interrupted: asked between examples; when it says so, the result is None.
+    """
+    source, total, texts = self.source(split), {}, []
+    examples = [source[i] for i in range(len(source))]
+    rng = jax.random.fold_in(jax.random.key(self.cfg.seed), 0x53)
+    start = said = time.monotonic()
+    prompts = [sampling.prompt_of(example) for example in examples]
+    for done, (example, row) in enumerate(zip(examples, self.sampler(params, rng, prompts), strict=True), 1):
+      free = row['tokens'][row['order'] >= 0]
+      pairs = self.task.score(free, example['tokens'][~example['fixed']], self.cfg.task)
+      pairs['stopped'] = (float(row['stopped']), 1.0)
+      pairs['length'] = (float(len(free)), 1.0)
+      total = metrics_lib.add(total, pairs)
+      if len(texts) < self.cfg.eval.show:
+        texts.append(show(self.task, self.tokenizer, row, example, self.cfg.task))
+      if interrupted():
+        return None
+      if progress and time.monotonic() - said > 10:
+        said = time.monotonic()
+        rate = done / (said - start)
+        logging.info('%s: %d of %d answers, %.0f a second, %.0f s left', split, done, len(examples), rate,
+                     (len(examples) - done) / rate)  # fmt: skip
+    return Scores(total, texts)
+
+
+def show(task, tokenizer, row, example, cfg) -> str:
+  """An answer for people: the whole text, whether it is right, and its tokens as they came in, step by step."""
+  tokens, order = row['tokens'], row['order']
+  right = np.array_equal(tokens[order >= 0], example['tokens'][~example['fixed']])
+  lines = [('right  ' if right else 'wrong  ') + task.decode(tokens, cfg)]
+  for step in range(int(order.max(initial=-1)) + 1):
+    words = [
+      f'[{word}]' if o == step else word
+      for word, o in zip(tokenizer.decode(tokens), order, strict=True)
+      if 0 <= o <= step
+    ]
+    lines.append(f'  {step + 1:3d}  ' + ' '.join(words))
+  return '\n'.join(lines)

@@ -1,0 +1,23 @@
+"""The families of sequence models, each a module of pure functions under one contract.
+
+    corrupt(rng, example, cfg, u=None) -> dict of numpy arrays   host side, in `families.corrupt` (numpy only)
+    model_settings(cfg)                -> fields of ModelConfig that the family decides (causal, stop head)
+    loss(outputs, batch, cfg)          -> {name: (total, weight)}, pure; 'loss' is what is minimised
+    sample(forward, rng, prompt, cfg)  -> Sampled, in one jit
+
+A new family is one file and one entry of FAMILIES; modules are imported when asked for, so that the workers of the
+data pipeline, which need the corruption alone, stay light.
+"""
+
+import importlib
+
+from ilm_jax.types import UserError
+
+FAMILIES = {'ilm': 'ilm_jax.families.ilm'}
+
+
+def get(name: str):
+  """Return the module of a family."""
+  if name not in FAMILIES:
+    raise UserError(f'config.family={name!r}: expected one of {", ".join(FAMILIES)}')
+  return importlib.import_module(FAMILIES[name])

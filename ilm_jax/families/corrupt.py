@@ -1,0 +1,47 @@
+"""What each family does to an example on the host, in numpy alone (the data workers never touch an accelerator).
+
+An example is {'tokens': int32[n], 'fixed': bool[n]}: [CLS] first; fixed tokens (prompt, [BOS], the text around a gap)
+are never dropped. A corrupted example is a dict of arrays of variable length, ready to be packed:
+
+    tokens, open          the kept tokens, in order, and whether a token may be inserted to the right of each
+    target_gap            for each dropped token, the index (in `tokens`) of the nearest kept token to its left
+    target_token          ... and its id
+    length                number of tokens before the corruption
+"""
+
+import numpy as np
+
+
+def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
+  """Drop a uniform subset of uniform size n ~ U{0..L} of the L free tokens.
+
+  Worked example: `CLS p BOS a b c d` with b and c dropped keeps `CLS p BOS a d`, with target_gap [3, 3] and
+  target_token [b, c].
+
+  Args:
+    rng: the example's own generator.
+    example: see above.
+    cfg: `close_prompt` closes the gaps inside the prompt in the training softmax (the reference leaves them open).
+    u: a number in [0, 1) that decides n in place of a draw (stratified validation).
+  """
+  tokens, fixed = example['tokens'], example['fixed']
+  free = np.flatnonzero(~fixed)
+  n = int((rng.random() if u is None else u) * (len(free) + 1))
+  keep = np.ones(len(tokens), bool)
+  keep[rng.permutation(free)[:n]] = False
+  dropped = np.flatnonzero(~keep)
+  open_ = open_gaps(fixed) if cfg.close_prompt else np.arange(len(tokens)) > 0
+  return {
+    'tokens': tokens[keep],
+    'open': open_[keep],
+    'target_gap': (np.cumsum(keep) - 1)[dropped].astype(np.int32),
+    'target_token': tokens[dropped],
+    'length': len(tokens),
+  }
+
+
+def open_gaps(fixed: np.ndarray) -> np.ndarray:
+  """Where a token may be inserted right of each token: beside free tokens only, never right of [CLS] (index 0)."""
+  open_ = ~fixed | np.append(~fixed[1:], False)
+  open_[0] = False
+  return open_

@@ -1,0 +1,265 @@
+"""Insertion language model (arXiv 2505.05755): one softmax over all (gap, token) pairs, and a head that stops.
+
+For a string s with kept tokens k and logits Z[k, v] = <h_k, W_v> ("insert v right of s_k"), and D the dropped tokens,
+n = |D|, token j of which belongs right of g(j):
+
+    loss = [n > 0] (logsumexp_{k, v} Z[k, v] - 1/n sum_{j in D} Z[g(j), x_j])  +  stop_weight * CE(stop logits, [n > 0])
+
+Sampling: a forward pass; stop if the stop head says so; else draw a gap and a token, insert, repeat.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ilm_jax import ops
+from ilm_jax.families import corrupt as _corrupt
+from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, UserError
+
+corrupt = _corrupt.ilm
+
+
+def model_settings(cfg) -> dict:
+  """The fields of ModelConfig that an insertion model decides."""
+  del cfg
+  return {'causal': False, 'stop_head': True}
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', chunk: int = 2048):
+  """The two parts of the loss of each segment, unweighted.
+
+  Returns:
+    (token_BxS, stop_BxS, dropped_BxS): cross-entropy of the insertions (0 where nothing was dropped), cross-entropy of
+    the stop head, number of dropped tokens.
+  """
+  segments = batch['cls_BxS'].shape[1]
+  lse_BxL = ops.vocab_logsumexp(outputs.hidden_BxLxD, outputs.unembed_VxD, chunk=chunk, compute=compute)
+  log_z_BxS = ops.segment_logsumexp(lse_BxL, batch['segment_BxL'], batch['open_BxL'], segments)
+
+  gap_BxT, token_BxT = batch['target_gap_BxT'], batch['target_token_BxT']
+  z_BxT = ops.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, gap_BxT, token_BxT, compute=compute)
+  used_BxT = (batch['target_segment_BxT'] > 0).astype(jnp.float32)
+  dropped_BxS = ops.segment_sum(used_BxT, batch['target_segment_BxT'], segments)
+  z_BxS = ops.segment_sum(z_BxT * used_BxT, batch['target_segment_BxT'], segments)
+  some_BxS = dropped_BxS > 0
+  token_BxS = jnp.where(some_BxS, log_z_BxS - z_BxS / jnp.maximum(dropped_BxS, 1), 0.0)
+
+  log_stop_BxSx2 = jax.nn.log_softmax(outputs.stop_BxSx2, axis=-1)
+  stop_BxS = -jnp.where(some_BxS, log_stop_BxSx2[..., 1], log_stop_BxSx2[..., 0])
+  return token_BxS, stop_BxS, dropped_BxS
+
+
+def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
+  """The training loss and its parts, as totals and weights over the batch's examples.
+
+  Args:
+    outputs: of the model on the batch.
+    batch: see `types`.
+    cfg: `stop_weight` (lambda), `compute` and `vocab_chunk` of the vocabulary head.
+  """
+  token_BxS, stop_BxS, dropped_BxS = example_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
+  weight_BxS = batch['segment_weight_BxS']
+  weight = weight_BxS.sum()
+  token, stop = (weight_BxS * token_BxS).sum(), (weight_BxS * stop_BxS).sum()
+  right_BxS = (outputs.stop_BxSx2[..., 1] > outputs.stop_BxSx2[..., 0]) == (dropped_BxS > 0)
+  return {
+    'loss': (token + cfg.stop_weight * stop, weight),
+    'token_loss': (token, weight),
+    'stop_loss': (stop, weight),
+    'stop_accuracy': ((weight_BxS * right_BxS).sum(), weight),
+  }
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+class SampleConfig(NamedTuple):
+  """How to sample. Hashable: a jit compiles once for each."""
+
+  max_length: int  # of a row, the prompt included
+  max_steps: int | None = None  # insertions of a row, at most
+  gap: Rule = GREEDY  # two-stage: the gap by its total probability ...
+  token: Rule = GREEDY  # ... then the token, given the gap
+  joint: Rule | None = None  # instead: one draw among all (gap, token) pairs
+  stop_threshold: float | None = 0.9  # stop when p(stop) reaches it; None (0 in a config): with probability p(stop)
+  stop_temperature: float = 1.0
+  force_first: bool = False  # insert at least one token
+  closed_tokens: tuple[int, ...] = ()  # ids never inserted (special tokens)
+  min_buffer: int = 64  # shortest buffer; it doubles up to max_length as rows grow
+  compute: str = 'float32'
+  vocab_chunk: int = 2048
+
+  @classmethod
+  def create(cls, sampling, **others) -> 'SampleConfig':
+    """Build from a config's `sampling` part, whose rules are dicts of temperature, top_k and top_p."""
+    settings = dict(sampling)
+    if odd := sorted(set(settings) - set(cls._fields)):
+      raise UserError(f'unknown sampling setting {odd[0]!r}: expected one of {", ".join(cls._fields)}')
+    for name in ('gap', 'token', 'joint'):
+      if settings.get(name) is not None:
+        if odd := sorted(set(settings[name]) - set(Rule._fields)):
+          raise UserError(f'unknown setting sampling.{name}.{odd[0]}: expected one of {", ".join(Rule._fields)}')
+        settings[name] = Rule(**settings[name])
+    if settings.get('stop_threshold') == 0:
+      settings['stop_threshold'] = None
+    made = cls(**settings, **others)
+    if made.stop_threshold is not None and not 0 < made.stop_threshold <= 1:
+      raise UserError(f'sampling.stop_threshold={made.stop_threshold}: expected a probability, or 0 to sample the stop')
+    return made
+
+
+class _State(NamedTuple):
+  tokens_BxL: jax.Array
+  open_BxL: jax.Array
+  order_BxL: jax.Array
+  length_B: jax.Array
+  active_B: jax.Array
+  steps_B: jax.Array
+  stopped_B: jax.Array
+  log_prob_BxM: jax.Array
+  stop_prob_BxM: jax.Array
+
+
+def buffers(start: int, cfg: SampleConfig) -> list[int]:
+  """The lengths a row's buffer takes on its way from `start` positions to max_length."""
+  size, sizes = cfg.min_buffer, []
+  while size < min(start, cfg.max_length):
+    size *= 2
+  while size < cfg.max_length:
+    sizes.append(size)
+    size *= 2
+  return sizes + [cfg.max_length]
+
+
+def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
+  """Insert tokens until every row has stopped: a chain of while loops over growing buffers, without a host sync.
+
+  Args:
+    forward: (tokens_BxL, length_B) -> Outputs with S = 1.
+    rng: the key of the whole run; a row's noise is fold_in(fold_in(rng, request), step) and nothing else.
+    prompt: rows of given tokens; its buffer may be shorter than max_length.
+    cfg: see SampleConfig.
+
+  Returns:
+    Sampled, with L = max_length and M = the largest number of insertions, plus one for the forward pass that stops.
+  """
+  rows, start = prompt.tokens_BxL.shape
+  limit = cfg.max_length if cfg.max_steps is None else cfg.max_steps
+  request_rng_B = jax.vmap(functools.partial(jax.random.fold_in, rng))(prompt.request_B)
+  sizes = buffers(start, cfg)
+  step = functools.partial(_step, forward, request_rng_B, cfg, min(limit, cfg.max_length))
+  trace_BxM = jnp.zeros((rows, min(limit, cfg.max_length) + 1), jnp.float32)
+  state = _State(
+    tokens_BxL=prompt.tokens_BxL.astype(jnp.int32),
+    open_BxL=prompt.open_BxL.astype(bool).at[:, 0].set(False),
+    order_BxL=jnp.full((rows, start), -1, jnp.int32),
+    length_B=prompt.length_B.astype(jnp.int32),
+    active_B=prompt.length_B > 0,
+    steps_B=jnp.zeros(rows, jnp.int32),
+    stopped_B=jnp.zeros(rows, bool),
+    log_prob_BxM=trace_BxM,
+    stop_prob_BxM=trace_BxM,
+  )
+  for size in sizes:
+    state = _resize(state, size)
+    last = size == sizes[-1]
+
+    def going(state, size=size, last=last):
+      full = jnp.bool_(False) if last else (state.active_B & (state.length_B >= size)).any()
+      return state.active_B.any() & ~full
+
+    state = jax.lax.while_loop(going, step, state)
+  return Sampled(
+    tokens_BxL=state.tokens_BxL,
+    length_B=state.length_B,
+    order_BxL=state.order_BxL,
+    log_prob_BxM=state.log_prob_BxM,
+    stop_prob_BxM=state.stop_prob_BxM,
+    steps_B=state.steps_B,
+    stopped_B=state.stopped_B,
+  )
+
+
+def _resize(state: _State, size: int) -> _State:
+  """Pad (or cut: only padding is lost) the buffers to `size` positions."""
+
+  def fit(array_BxL, fill):
+    extra = max(0, size - array_BxL.shape[1])
+    return jnp.pad(array_BxL, ((0, 0), (0, extra)), constant_values=fill)[:, :size]
+
+  return state._replace(
+    tokens_BxL=fit(state.tokens_BxL, 0), open_BxL=fit(state.open_BxL, False), order_BxL=fit(state.order_BxL, -1)
+  )
+
+
+def _step(forward, request_rng_B, cfg: SampleConfig, max_steps: int, state: _State) -> _State:
+  """One forward pass, one test of the stop head, one insertion in each row that goes on."""
+  rng_B = jax.vmap(jax.random.fold_in)(request_rng_B, state.steps_B)
+  gap_rng_B, token_rng_B, stop_rng_B = jax.vmap(functools.partial(jax.random.split, num=3), out_axes=1)(rng_B)
+  outputs = forward(state.tokens_BxL, state.length_B)
+
+  stop_prob_B = jax.nn.softmax(outputs.stop_BxSx2[:, 0] / cfg.stop_temperature, axis=-1)[:, 0]
+  threshold = cfg.stop_threshold
+  if threshold is None:
+    threshold = jax.vmap(lambda rng: 1.0 - jax.random.uniform(rng))(stop_rng_B)  # in (0, 1]
+  wants_stop_B = stop_prob_B >= threshold
+  if cfg.force_first:
+    wants_stop_B &= state.steps_B > 0
+  room_B = (state.length_B < cfg.max_length) & (state.steps_B < max_steps)
+  go_B = state.active_B & ~wants_stop_B & room_B
+
+  open_BxL = state.open_BxL & (jnp.arange(state.tokens_BxL.shape[1])[None] < state.length_B[:, None])
+  go_B &= open_BxL.any(axis=1)
+  gap_B, token_B, log_prob_B = choose_pair(outputs, open_BxL, cfg, gap_rng_B, token_rng_B)
+
+  row_B = jnp.arange(go_B.shape[0])
+
+  def note(trace_BxM, value_B, where_B):
+    old_B = trace_BxM[row_B, state.steps_B]
+    return trace_BxM.at[row_B, state.steps_B].set(jnp.where(where_B, value_B, old_B))
+
+  return _State(
+    tokens_BxL=ops.insert(state.tokens_BxL, gap_B, token_B, go_B),
+    open_BxL=ops.insert(state.open_BxL, gap_B, jnp.ones_like(go_B), go_B),
+    order_BxL=ops.insert(state.order_BxL, gap_B, state.steps_B, go_B),
+    length_B=state.length_B + go_B,
+    active_B=go_B,
+    steps_B=state.steps_B + go_B,
+    stopped_B=state.stopped_B | (state.active_B & wants_stop_B),
+    log_prob_BxM=note(state.log_prob_BxM, log_prob_B, go_B),
+    stop_prob_BxM=note(state.stop_prob_BxM, stop_prob_B, state.active_B),
+  )
+
+
+def choose_pair(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_rng_B):
+  """Draw a (gap, token) pair of each row among the open gaps and tokens.
+
+  Returns:
+    (gap_B, token_B, log_prob_B): the last is the pair's log-probability under the model, before the rule.
+  """
+  hidden_BxLxD, unembed_VxD = outputs.hidden_BxLxD, outputs.unembed_VxD
+  vocab = unembed_VxD.shape[0]
+  bias_V = jnp.zeros(vocab).at[jnp.array(cfg.closed_tokens, jnp.int32)].set(ops.NEG_INF)
+  lse_BxL = ops.vocab_logsumexp(hidden_BxLxD, unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute)
+  lse_BxL = jnp.where(open_BxL, lse_BxL, ops.NEG_INF)
+  compute = ops.head_compute(cfg.compute)
+
+  if cfg.joint is None:
+    gap_B = ops.choose(gap_rng_B, lse_BxL, cfg.gap)
+    hidden_BxD = jnp.take_along_axis(hidden_BxLxD, gap_B[:, None, None], axis=1)[:, 0]
+    logits_BxV = ops.einsum('bd,vd->bv', hidden_BxD, unembed_VxD, compute) + bias_V[None]
+    token_B = ops.choose(token_rng_B, logits_BxV, cfg.token)
+    chosen_B = jnp.take_along_axis(logits_BxV, token_B[:, None], axis=1)[:, 0]
+  else:
+    logits_BxLxV = ops.einsum('bld,vd->blv', hidden_BxLxD, unembed_VxD, compute) + bias_V[None, None]
+    logits_BxLxV = jnp.where(open_BxL[..., None], logits_BxLxV, ops.NEG_INF)
+    flat_BxLV = logits_BxLxV.reshape(open_BxL.shape[0], -1)
+    pair_B = ops.choose(gap_rng_B, flat_BxLV, cfg.joint)
+    gap_B, token_B = pair_B // vocab, pair_B % vocab
+    chosen_B = jnp.take_along_axis(flat_BxLV, pair_B[:, None], axis=1)[:, 0]
+  return gap_B, token_B, chosen_B - jax.nn.logsumexp(lse_BxL, axis=1)

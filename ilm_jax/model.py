@@ -1,0 +1,252 @@
+"""The rotary transformer of Insertion Language Models: a pure function of parameters and tokens (Flax Linen).
+
+Pre-LayerNorm blocks, bidirectional (or causal) attention within segments, an untied vocabulary head, and a head at
+[CLS] that says when to stop. Layout of the authors' reference implementation (arXiv 2505.05755).
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ilm_jax import ops
+from ilm_jax.types import Outputs, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Everything that decides the parameters' shapes and the function they compute."""
+
+  vocab_size: int
+  num_layers: int
+  num_heads: int
+  d_model: int
+  d_ff: int
+  activation: str = 'relu'  # or 'gelu' (tanh approximation)
+  causal: bool = False
+  final_norm: bool = True
+  stop_head: bool = True
+  rotary_dim: int = 64  # rotated channels of a head, at most
+  dropout: float = 0.1
+  attention_dropout: float = 0.1
+  compute: str = 'float32'  # 'float32', 'bfloat16', or 'mixed': bfloat16 operands, everything else float32
+  init: str = 'normal'  # embeddings N(0, 0.02); 'reference': N(0, 1)
+
+  def __post_init__(self):
+    for name in ('vocab_size', 'num_layers', 'num_heads', 'd_model', 'd_ff'):
+      if getattr(self, name) < 1:
+        raise UserError(f'model.{name}={getattr(self, name)}: expected at least 1')
+    for name in ('dropout', 'attention_dropout'):
+      if not 0 <= getattr(self, name) < 1:
+        raise UserError(f'model.{name}={getattr(self, name)}: expected a share from 0 to below 1')
+    if self.d_model % self.num_heads:
+      raise UserError(
+        f'model.d_model={self.d_model} is not a multiple of model.num_heads={self.num_heads}: change one of them'
+      )
+    for name, allowed in CHOICES.items():
+      if getattr(self, name) not in allowed:
+        raise UserError(f'model.{name}={getattr(self, name)!r}: expected one of {", ".join(allowed)}')
+    if (self.d_model // self.num_heads) % 2:
+      raise UserError(f'the head dimension {self.d_model // self.num_heads} is odd: rotary embedding pairs channels')
+
+  @property
+  def head_dim(self) -> int:
+    return self.d_model // self.num_heads
+
+  @classmethod
+  def create(cls, vocab_size: int, **settings) -> 'ModelConfig':
+    """Build from a config's `model` part: a preset's name under `preset`, and fields that override it."""
+    preset = settings.pop('preset', None)
+    if preset is not None and preset not in PRESETS:
+      raise UserError(f'model.preset={preset!r}: expected one of {", ".join(PRESETS)}')
+    known = {field.name for field in dataclasses.fields(cls)}
+    if odd := sorted(set(settings) - known):
+      raise UserError(f'unknown model setting {odd[0]!r}: expected one of {", ".join(sorted(known))}')
+    merged = dict(PRESETS.get(preset, {})) | {k: v for k, v in settings.items() if v is not None}
+    if missing := sorted({'num_layers', 'num_heads', 'd_model', 'd_ff'} - set(merged)):
+      raise UserError(f'model.{missing[0]} is not set: give it, or a model.preset ({", ".join(PRESETS)})')
+    return cls(vocab_size=vocab_size, **merged)
+
+
+CHOICES = {
+  'activation': ('relu', 'gelu'),
+  'compute': ('float32', 'bfloat16', 'mixed'),
+  'init': ('normal', 'reference'),
+}
+
+PRESETS = {
+  'small': dict(num_layers=12, num_heads=12, d_model=768, d_ff=3072),
+  'tiny': dict(num_layers=6, num_heads=6, d_model=768, d_ff=3072),
+  'tiny2': dict(num_layers=8, num_heads=8, d_model=576, d_ff=3456),
+  'xtiny2': dict(num_layers=4, num_heads=6, d_model=384, d_ff=2304),
+}
+
+
+def _uniform(fan_in: int):
+  """The reference's initialisation of a linear layer: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+  bound = fan_in**-0.5
+  return lambda rng, shape, dtype: jax.random.uniform(rng, shape, dtype, -bound, bound)
+
+
+class Linear(nn.Module):
+  """An einsum with a kernel that has the rank of its logical axis names, and a bias over the last output axes."""
+
+  spec: str
+  shape: tuple[int, ...]
+  names: tuple[str | None, ...]
+  fan_in: int
+  compute: str
+  bias: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    init = _uniform(self.fan_in)
+    kernel = self.param('kernel', nn.with_logical_partitioning(init, self.names), self.shape, jnp.float32)
+    y = ops.einsum(self.spec, x, kernel, self.compute)
+    if self.bias:
+      bias = self.param('bias', nn.with_logical_partitioning(init, self.names[-1:]), self.shape[-1:], jnp.float32)
+      y = y + ops.expand(bias.astype(y.dtype), y.ndim)
+    return y
+
+
+class LayerNorm(nn.Module):
+  """LayerNorm in float32 with scale and bias, epsilon 1e-5; returns the type of its input."""
+
+  @nn.compact
+  def __call__(self, x):
+    shape = x.shape[-1:]
+    scale = self.param('scale', nn.with_logical_partitioning(nn.initializers.ones, ('embed',)), shape, jnp.float32)
+    bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), shape, jnp.float32)
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5)
+    return (y * ops.expand(scale, y.ndim) + ops.expand(bias, y.ndim)).astype(x.dtype)
+
+
+def attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_BxL, position_BxL, *, cfg: ModelConfig, rng=None):
+  """Softmax attention within segments. A padding query (segment 0) sees every token, so no row is ever empty."""
+  query, key = segment_BxL[:, :, None], segment_BxL[:, None, :]
+  mask_BxLxL = (key > 0) & ((query == key) | (query == 0))
+  if cfg.causal:
+    mask_BxLxL &= (query == 0) | (position_BxL[:, :, None] >= position_BxL[:, None, :])
+  scale = cfg.head_dim**-0.5
+  logits_BxHxLxL = ops.einsum('bqhk,bshk->bhqs', q_BxLxHxK * scale, k_BxLxHxK, cfg.compute).astype(jnp.float32)
+  weight_BxHxLxL = jax.nn.softmax(jnp.where(mask_BxLxL[:, None], logits_BxHxLxL, ops.NEG_INF), axis=-1)
+  weight_BxHxLxL = ops.dropout(weight_BxHxLxL, cfg.attention_dropout, rng)
+  return ops.einsum('bhqs,bshk->bqhk', weight_BxHxLxL, v_BxLxHxK, cfg.compute)
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BxLxD, segment_BxL, position_BxL, train: bool):
+    cfg = self.cfg
+    D, H, K, F = cfg.d_model, cfg.num_heads, cfg.head_dim, cfg.d_ff
+    rng = (lambda: self.make_rng('dropout')) if train else (lambda: None)
+
+    y_BxLxD = LayerNorm(name='norm1')(x_BxLxD)
+    names, dim = ('embed', 'heads', None), min(cfg.rotary_dim, K)
+    q_BxLxHxK, k_BxLxHxK, v_BxLxHxK = (
+      Linear('bld,dhk->blhk', (D, H, K), names, fan_in=D, compute=cfg.compute, name=name)(y_BxLxD)
+      for name in ('query', 'key', 'value')
+    )
+    q_BxLxHxK, k_BxLxHxK = (ops.rotary(x, position_BxL, dim=dim) for x in (q_BxLxHxK, k_BxLxHxK))
+    y_BxLxHxK = attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_BxL, position_BxL, cfg=cfg, rng=rng())
+    names = ('heads', None, 'embed')
+    y_BxLxD = Linear('blhk,hkd->bld', (H, K, D), names, fan_in=D, compute=cfg.compute, name='out')(y_BxLxHxK)
+    x_BxLxD = x_BxLxD + ops.dropout(y_BxLxD, cfg.dropout, rng())
+
+    y_BxLxD = LayerNorm(name='norm2')(x_BxLxD)
+    y_BxLxF = Linear('bld,df->blf', (D, F), ('embed', 'mlp'), D, cfg.compute, bias=True, name='mlp_in')(y_BxLxD)
+    y_BxLxF = jax.nn.relu(y_BxLxF) if cfg.activation == 'relu' else jax.nn.gelu(y_BxLxF, approximate=True)
+    y_BxLxD = Linear('blf,fd->bld', (F, D), ('mlp', 'embed'), F, cfg.compute, bias=True, name='mlp_out')(y_BxLxF)
+    return x_BxLxD + ops.dropout(y_BxLxD, cfg.dropout, rng())
+
+
+class StopHead(nn.Module):
+  """Two logits from the features at [CLS]: class 0 = stop, class 1 = continue. The residual is un-normalised."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, h_BxSxD, train: bool):
+    D, compute = self.cfg.d_model, self.cfg.compute
+    y = LayerNorm(name='norm')(h_BxSxD)
+    y = Linear('bsd,df->bsf', (D, 2 * D), ('embed', 'mlp'), D, compute, bias=True, name='mlp_in')(y)
+    y = Linear('bsf,fd->bsd', (2 * D, D), ('mlp', 'embed'), 2 * D, compute, bias=True, name='mlp_out')(jnp.tanh(y))
+    y = ops.dropout(y, self.cfg.dropout, self.make_rng('dropout') if train else None) + h_BxSxD
+    return Linear('bsd,dc->bsc', (D, 2), ('embed', None), D, compute, name='logits')(y).astype(jnp.float32)
+
+
+class Transformer(nn.Module):
+  """Tokens to `Outputs`."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, tokens_BxL, position_BxL, segment_BxL, cls_BxS, train: bool = False) -> Outputs:
+    """Compute features, unembedding and stop logits.
+
+    Args:
+      tokens_BxL: ids.
+      position_BxL: rotary positions, in any order of storage.
+      segment_BxL: tokens attend within their segment; 0 is padding.
+      cls_BxS: where the stop head reads; ignored without a stop head.
+      train: with dropout (needs an rng named 'dropout').
+    """
+    cfg = self.cfg
+    std = 1.0 if cfg.init == 'reference' else 0.02
+
+    def embed_init(rng, shape, dtype):
+      return (jax.random.normal(rng, shape, dtype) * std).at[0].set(0.0)  # id 0 is padding
+
+    table = nn.with_logical_partitioning(embed_init, ('vocab', None))
+    embed_VxD = self.param('embed', table, (cfg.vocab_size, cfg.d_model), jnp.float32)
+    dtype = jnp.bfloat16 if cfg.compute == 'bfloat16' else jnp.float32
+    x_BxLxD = jnp.take(embed_VxD, tokens_BxL, axis=0).astype(dtype)
+    for layer in range(cfg.num_layers):
+      x_BxLxD = Block(cfg, name=f'block_{layer}')(x_BxLxD, segment_BxL, position_BxL, train)
+
+    stop_BxSx2 = None
+    if cfg.stop_head:
+      stop_BxSx2 = StopHead(cfg, name='stop')(jnp.take_along_axis(x_BxLxD, cls_BxS[..., None], axis=1), train)
+    if cfg.final_norm:
+      x_BxLxD = LayerNorm(name='final_norm')(x_BxLxD)
+    table = nn.with_logical_partitioning(_uniform(cfg.d_model), ('vocab', None))
+    unembed_VxD = self.param('unembed', table, (cfg.vocab_size, cfg.d_model), jnp.float32)
+    return Outputs(x_BxLxD, unembed_VxD, stop_BxSx2)
+
+
+unbox = nn.unbox
+
+
+def init(cfg: ModelConfig, rng) -> Any:
+  """Make fresh parameters, boxed with their logical axis names (`unbox` strips them)."""
+  one = jnp.ones((1, 2), jnp.int32)
+  return Transformer(cfg).init(rng, one, one, one, one[:, :1])['params']
+
+
+def apply(cfg: ModelConfig, params, tokens_BxL, position_BxL, segment_BxL, cls_BxS, *, rng=None) -> Outputs:
+  """Run the transformer; with `rng`, with dropout."""
+  rngs = None if rng is None else {'dropout': rng}
+  args = tokens_BxL, position_BxL, segment_BxL, cls_BxS
+  return Transformer(cfg).apply({'params': params}, *args, train=rng is not None, rngs=rngs)
+
+
+def apply_rows(cfg: ModelConfig, params, tokens_BxL, length_B) -> Outputs:
+  """Run the transformer on rows of one sequence each, [CLS] first: what samplers call `forward`."""
+  index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
+  segment_BxL = (index_BxL < length_B[:, None]).astype(jnp.int32)
+  return apply(cfg, params, tokens_BxL, index_BxL, segment_BxL, jnp.zeros((tokens_BxL.shape[0], 1), jnp.int32))
+
+
+def abstract(cfg: ModelConfig):
+  """Shapes and types of the parameters, on the first device: what a checkpoint is read onto."""
+  shapes = unbox(jax.eval_shape(lambda: init(cfg, jax.random.key(0))))
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)

@@ -1,0 +1,275 @@
+"""Numeric pieces shared by models, losses and samplers; each has a plain-loop twin in the tests."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from ilm_jax.types import Rule
+
+NEG_INF = -1e30  # finite, so that a row without an admissible entry gives a number, never a NaN
+
+
+def expand(x, ndim: int):
+  """Put axes of size 1 before those of x until it has `ndim` (the tests refuse a silent rank promotion)."""
+  return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+# --- matrix products in a chosen compute type -------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def mixed_einsum(spec, x, y):
+  """Einsum of two operands rounded to bfloat16, accumulated and returned in float32, forwards and backwards.
+
+  Every letter of an operand must occur in the other one or in the result.
+  """
+  return _bf16_einsum(spec, x, y)
+
+
+def _bf16_einsum(spec, x, y):
+  x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+  return jax.lax.platform_dependent(
+    x, y, cpu=functools.partial(_bf16_einsum_cpu, spec), default=functools.partial(_bf16_einsum_plain, spec)
+  )
+
+
+def _bf16_einsum_plain(spec, x, y):
+  return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+def _bf16_einsum_cpu(spec, x, y):
+  """The same product in the order of operands, and with the transposition stored, that XLA's CPU backend is fast at.
+
+  Left alone, jaxlib 0.10 transposes a left operand strided and in float32 (four times slower than the product itself),
+  and has no kernel for some transposed batched products of bfloat16.
+  """
+  operands, result = spec.split('->')
+  left, right = operands.split(',')
+  if '.' in spec:
+    return _bf16_einsum_plain(spec, x, y)
+  inner = [letter for letter in left if letter not in result]
+  batch = [letter for letter in result if letter in left and letter in right]
+  own = [letter for letter in result if letter not in batch]
+  transposed = not (left.endswith(''.join(inner)) or right.endswith(''.join(inner)))
+  if own and own[0] in right:
+    left, right, x, y = right, left, y, x
+  if transposed:
+    ordered = ''.join([letter for letter in left if letter in result] + inner)
+    x = x.transpose([left.index(letter) for letter in ordered])
+    x, left = with_layout_constraint(x, Layout(tuple(range(x.ndim)))), ordered
+  return _bf16_einsum_plain(f'{left},{right}->{result}', x, y)
+
+
+def _mixed_einsum_fwd(spec, x, y):
+  # Kept as they are multiplied: without the barrier XLA computes them again inside the transpositions of the gradient.
+  x, y = jax.lax.optimization_barrier((x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)))
+  return _bf16_einsum(spec, x, y), (x, y)
+
+
+def _mixed_einsum_bwd(spec, saved, grad):
+  x, y = saved
+  operands, result = spec.split('->')
+  left, right = operands.split(',')
+  grad_x = _bf16_einsum(f'{result},{right}->{left}', grad, y)
+  grad_y = _bf16_einsum(f'{left},{result}->{right}', x, grad)
+  return grad_x, grad_y
+
+
+mixed_einsum.defvjp(_mixed_einsum_fwd, _mixed_einsum_bwd)
+
+
+def einsum(spec: str, x, y, compute: str):
+  """Contract x and y in the compute type: 'float32', 'bfloat16' (operands and result) or 'mixed' (see above)."""
+  if compute == 'mixed':
+    return mixed_einsum(spec, x.astype(jnp.float32), y.astype(jnp.float32))
+  dtype = jnp.dtype(compute)
+  return jnp.einsum(spec, x.astype(dtype), y.astype(dtype))
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def _mix(x):
+  """Scramble uint32 words: xor-shifts and odd multiplications, after which each input bit reaches each output bit."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+  x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+  return x ^ (x >> 16)
+
+
+def hash_bits(rng, shape):
+  """Random uint32 words that depend on (key, index) alone: cheap, fused by XLA, the same under every sharding."""
+  low, high = jax.random.key_data(rng).reshape(-1)[:2].astype(jnp.uint32)
+  bits = low
+  for axis in range(len(shape)):
+    index = jax.lax.broadcasted_iota(jnp.uint32, (1,) * axis + (shape[axis],) + (1,) * (len(shape) - axis - 1), axis)
+    bits = _mix(bits ^ (index + jnp.uint32(0x9E3779B9 + axis)))
+  return _mix(bits ^ high)
+
+
+def dropout(x, rate: float, rng):
+  """Zero each entry of x with probability `rate` and scale the others by 1 / (1 - rate); rng None or rate 0: x."""
+  if rng is None or rate == 0.0:
+    return x
+  keep = hash_bits(rng, x.shape) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+  return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros((), x.dtype))
+
+
+# --- rotary embedding -------------------------------------------------------------------------------------------------
+
+
+def rotary(x_BxLxHxK, position_BxL, *, dim: int, base: float = 10_000.0):
+  """Rotate the first `dim` channels of each head by their position (first half paired with second half), in float32."""
+  frequency = base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+  angle = position_BxL.astype(jnp.float32)[..., None, None] * expand(frequency, position_BxL.ndim + 2)
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  x = x_BxLxHxK.astype(jnp.float32)
+  first, second, rest = x[..., : dim // 2], x[..., dim // 2 : dim], x[..., dim:]
+  rotated = [first * cos - second * sin, second * cos + first * sin, rest]
+  return jnp.concatenate(rotated, axis=-1).astype(x_BxLxHxK.dtype)
+
+
+# --- the vocabulary head ----------------------------------------------------------------------------------------------
+
+
+def _windows(vocab: int, chunk: int):
+  """Starts of windows of `chunk` entries that cover the vocabulary, and how many of each were in the one before.
+
+  Windows are slices of the table where it lies; the last one reaches back rather than over the end.
+  """
+  wanted = np.arange(math.ceil(vocab / chunk)) * chunk
+  starts = np.minimum(wanted, vocab - chunk)
+  return jnp.asarray(starts, jnp.int32), jnp.asarray(wanted - starts, jnp.int32)
+
+
+def _window_logits(hidden, unembed_VxD, bias_V, window, chunk, compute):
+  """Logits of a window, NEG_INF for entries that an earlier one had, and its part of the table."""
+  start, seen = window
+  part_CxD = jax.lax.dynamic_slice_in_dim(unembed_VxD, start, chunk)
+  bias_C = jax.lax.dynamic_slice_in_dim(bias_V, start, chunk)
+  bias_C = jnp.where(jnp.arange(chunk) < seen, NEG_INF, bias_C)
+  logits = einsum('...d,vd->...v', hidden, part_CxD, compute)
+  return logits + expand(bias_C, logits.ndim), part_CxD
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _vocab_logsumexp(hidden, unembed_VxD, bias_V, chunk, compute):
+  return _vocab_logsumexp_fwd(hidden, unembed_VxD, bias_V, chunk, compute)[0]
+
+
+def _vocab_logsumexp_fwd(hidden, unembed_VxD, bias_V, chunk, compute):
+  def step(carry, window):
+    top, total = carry
+    logits, _ = _window_logits(hidden, unembed_VxD, bias_V, window, chunk, compute)
+    new_top = jnp.maximum(top, logits.max(-1))
+    total = total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[..., None]).sum(-1)
+    return (new_top, total), None
+
+  start = jnp.full(hidden.shape[:-1], NEG_INF, jnp.float32), jnp.zeros(hidden.shape[:-1], jnp.float32)
+  (top, total), _ = jax.lax.scan(step, start, _windows(unembed_VxD.shape[0], chunk))
+  lse = top + jnp.log(total)
+  return lse, (hidden, unembed_VxD, bias_V, lse)
+
+
+def _vocab_logsumexp_bwd(chunk, compute, saved, grad):
+  hidden, unembed_VxD, bias_V, lse = saved
+  flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+
+  def step(carry, window):
+    grad_hidden, grad_VxD = carry
+    logits, part_CxD = _window_logits(hidden, unembed_VxD, bias_V, window, chunk, compute)
+    weight = jnp.exp(logits - lse[..., None]) * grad[..., None]
+    grad_hidden += einsum('...v,vd->...d', weight, part_CxD, compute)
+    grad_CxD = einsum('nv,nd->vd', weight.reshape(-1, chunk), flat_hidden, compute)
+    grad_CxD += jax.lax.dynamic_slice_in_dim(grad_VxD, window[0], chunk)
+    return (grad_hidden, jax.lax.dynamic_update_slice_in_dim(grad_VxD, grad_CxD, window[0], 0)), None
+
+  start = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(unembed_VxD.shape, jnp.float32)
+  (grad_hidden, grad_VxD), _ = jax.lax.scan(step, start, _windows(unembed_VxD.shape[0], chunk))
+  return grad_hidden.astype(hidden.dtype), grad_VxD.astype(unembed_VxD.dtype), jnp.zeros_like(bias_V)
+
+
+_vocab_logsumexp.defvjp(_vocab_logsumexp_fwd, _vocab_logsumexp_bwd)
+
+
+def vocab_logsumexp(hidden, unembed_VxD, bias_V=None, *, chunk: int = 2048, compute: str = 'float32'):
+  """Log-sum-exp over the vocabulary of hidden @ unembed.T + bias, without ever holding all the logits.
+
+  The vocabulary is scanned in chunks, and the gradient computes each chunk's logits again: alive at a time are
+  hidden.size / D x chunk numbers. The bias (0 or NEG_INF: closed tokens) has no gradient.
+
+  Returns: float32 of hidden's shape without its last axis.
+  """
+  if bias_V is None:
+    bias_V = jnp.zeros(unembed_VxD.shape[0], jnp.float32)
+  return _vocab_logsumexp(hidden, unembed_VxD, bias_V, min(chunk, unembed_VxD.shape[0]), head_compute(compute))
+
+
+def target_logits(hidden_BxLxD, unembed_VxD, gap_BxT, token_BxT, *, compute: str = 'float32'):
+  """The logits of listed (gap, token) pairs, as dot products: BxT, float32."""
+  hidden_BxTxD = jnp.take_along_axis(hidden_BxLxD, gap_BxT[..., None], axis=1)
+  unembed_BxTxD = jnp.take(unembed_VxD, token_BxT, axis=0)
+  return einsum('btd,btd->bt', hidden_BxTxD, unembed_BxTxD, head_compute(compute))
+
+
+def head_compute(compute: str) -> str:
+  """The vocabulary head keeps float32 results also in a bfloat16 model."""
+  return 'mixed' if compute == 'bfloat16' else compute
+
+
+def segment_logsumexp(value_BxL, segment_BxL, mask_BxL, num_segments: int):
+  """Log-sum-exp of the masked values of each segment 1..S: BxS; NEG_INF where a segment has none."""
+  ids_S = jnp.arange(1, num_segments + 1)
+  member_BxSxL = (segment_BxL[:, None, :] == ids_S[None, :, None]) & mask_BxL[:, None, :]
+  return jax.nn.logsumexp(jnp.where(member_BxSxL, value_BxL[:, None, :], NEG_INF), axis=-1)
+
+
+def segment_sum(value_BxT, segment_BxT, num_segments: int):
+  """Sum of the values of each segment 1..S: BxS (segment 0 is nobody's)."""
+  member_BxTxS = jax.nn.one_hot(segment_BxT - 1, num_segments, dtype=value_BxT.dtype)
+  return jnp.einsum('bt,bts->bs', value_BxT, member_BxTxS, precision='highest')
+
+
+# --- drawing and inserting --------------------------------------------------------------------------------------------
+
+
+def choose(rng_B, logits_BxN, rule: Rule):
+  """Draw one index of each row by the rule; the token that crosses top_p is kept. Rows use their own keys.
+
+  An entry's noise depends on (key, index) alone, so a longer row of closed entries draws the same index.
+  """
+  if rule.temperature == 0.0 or rule.top_k == 1:
+    return jnp.argmax(logits_BxN, axis=-1)
+  logits = restrict(logits_BxN.astype(jnp.float32) / rule.temperature, rule)
+  gumbel = jax.vmap(lambda rng: jax.random.gumbel(rng, logits.shape[1:]))(rng_B)
+  return jnp.argmax(jnp.where(logits > NEG_INF / 2, logits + gumbel, NEG_INF), axis=-1)
+
+
+def restrict(logits_BxN, rule: Rule):
+  """Put NEG_INF on all but the top_k largest entries, then on what lies outside the nucleus of mass top_p."""
+  size = logits_BxN.shape[-1]
+  if 0 < rule.top_k < size:
+    rank = jnp.argsort(jnp.argsort(-logits_BxN, axis=-1, stable=True), axis=-1)  # ties: the first one
+    logits_BxN = jnp.where(rank < rule.top_k, logits_BxN, NEG_INF)
+  if rule.top_p < 1.0:
+    order = jnp.argsort(-logits_BxN, axis=-1, stable=True)
+    prob = jax.nn.softmax(jnp.take_along_axis(logits_BxN, order, axis=-1), axis=-1)
+    before = jnp.cumsum(prob, axis=-1) - prob  # mass of the strictly more probable ones
+    keep_sorted = (before < rule.top_p).at[..., 0].set(True)
+    keep = jnp.take_along_axis(keep_sorted, jnp.argsort(order, axis=-1), axis=-1)
+    logits_BxN = jnp.where(keep, logits_BxN, NEG_INF)
+  return logits_BxN
+
+
+def insert(array_BxL, gap_B, value_B, go_B):
+  """Put value right of position gap in the rows with go, moving the rest up by one (the last entry falls off).
+
+  [a b c _], gap 0, value x -> [a x b c].
+  """
+  index_1xL = jnp.arange(array_BxL.shape[1])[None]
+  shifted = jnp.take_along_axis(array_BxL, index_1xL - (index_1xL > gap_B[:, None]), axis=1)
+  inserted = jnp.where(index_1xL == gap_B[:, None] + 1, value_B[:, None].astype(array_BxL.dtype), shifted)
+  return jnp.where(go_B[:, None], inserted, array_BxL)

@@ -1,0 +1,92 @@
+"""The mesh, and the one table from logical axis names to mesh axes.
+
+The axes (data, fsdp, tensor) always exist, of size 1 when unused: one code path from a laptop to a pod.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ilm_jax.types import UserError
+
+AXES = ('data', 'fsdp', 'tensor')
+
+RULES = {
+  'rows': ('data', 'fsdp'),  # of a batch
+  'vocab': ('fsdp', 'tensor'),
+  'embed': ('fsdp',),
+  'heads': ('tensor',),
+  'mlp': ('tensor',),
+}
+
+
+def make_mesh(cfg, devices=None) -> Mesh:
+  """Build the mesh of `cfg.data x cfg.fsdp x cfg.tensor` devices; one of them may be -1, what is left."""
+  devices = jax.devices() if devices is None else devices
+  sizes = [cfg[axis] for axis in AXES]
+  asked = ', '.join(f'mesh.{axis}={size}' for axis, size in zip(AXES, sizes, strict=True))
+  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    raise UserError(f'{asked}: expected sizes of at least 1, at most one of them -1 (what is left)')
+  known = math.prod(size for size in sizes if size != -1)
+  if -1 in sizes and len(devices) % known == 0:
+    sizes[sizes.index(-1)] = len(devices) // known
+  if math.prod(sizes) != len(devices):
+    fits = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+    raise UserError(
+      f'{asked} does not fit {len(devices)} device(s): the product must be {len(devices)}, '
+      f'so each size one of {", ".join(map(str, fits))}, or -1 for what is left'
+    )
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec_of(names, shape, mesh: Mesh) -> P:
+  """Where an array of logical axis names goes; an axis that doesn't divide its dimension is left out."""
+  entries = []
+  for dim, name in enumerate(names):
+    axes = RULES.get(name, ()) if name else ()
+    while axes and shape[dim] % math.prod(mesh.shape[axis] for axis in axes):
+      axes = axes[:-1]
+    entries.append(axes or None)
+  return P(*entries)
+
+
+def state_shardings(boxed, mesh: Mesh):
+  """Shardings of a tree whose leaves may be boxed with logical names (as `model.init` does); the rest is replicated."""
+
+  def is_box(leaf):
+    return hasattr(leaf, 'names') and hasattr(leaf, 'value')
+
+  def sharding(leaf):
+    if is_box(leaf):
+      return NamedSharding(mesh, spec_of(leaf.names, leaf.value.shape, mesh))
+    return NamedSharding(mesh, P())
+
+  return jax.tree.map(sharding, boxed, is_leaf=is_box)
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+  """The first axis of a batch, over data and fsdp."""
+  return NamedSharding(mesh, P(RULES['rows']))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A copy on every device."""
+  return NamedSharding(mesh, P())
+
+
+def check_rows(rows: int, mesh: Mesh, name: str) -> None:
+  """Refuse a number of rows that the mesh can't share evenly."""
+  ways = math.prod(mesh.shape[axis] for axis in RULES['rows'])
+  if rows % ways:
+    below = rows // ways * ways
+    fits = f'{below} or {below + ways}' if below else str(ways)
+    raise UserError(f'{name}={rows} does not divide over {ways} devices (mesh.data x mesh.fsdp): use {fits}')
+
+
+def put_batch(batch, mesh: Mesh):
+  """This process's rows of a batch as global arrays on the mesh."""
+  sharding = rows_sharding(mesh)
+  return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in batch.items()}

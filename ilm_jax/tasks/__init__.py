@@ -1,0 +1,25 @@
+"""The tasks, each a module of sources and scores under one contract.
+
+    tokenizer(cfg)                         ids and words
+    source(cfg, split)                     random access to examples {'tokens': int32[n], 'fixed': bool[n]};
+                                           split is 'train', 'validation' or 'test'; len() is the size of an epoch,
+                                           and `endless` says that every index is a new example
+    score(predicted, reference, cfg)       {name: (total, weight)} for one example, from its free tokens
+    encode_prompt(text, cfg)               the given tokens of a prompt, [CLS] first
+    decode(tokens, cfg)                    the text of a whole row
+
+`cfg` is the `task` part of a config. A new task is one file and one entry of TASKS.
+"""
+
+import importlib
+
+from ilm_jax.types import UserError
+
+TASKS = {'star': 'ilm_jax.tasks.star'}
+
+
+def get(name: str):
+  """Return the module of a task."""
+  if name not in TASKS:
+    raise UserError(f'config.task.name={name!r}: expected one of {", ".join(TASKS)}')
+  return importlib.import_module(TASKS[name])

@@ -1,0 +1,183 @@
+"""The benchmarks on a toy model: that they measure what they say, never how long it takes."""
+
+import json
+import math
+import re
+import subprocess
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import _report, sample, train_step
+from configs import default
+from ilm_jax.families import ilm
+from ilm_jax.tasks import pipeline
+from ilm_jax.types import Outputs
+
+
+def groups_of(name, examples, number=3, vocab=40):
+  mix = train_step.MIXES[name](vocab)
+  return mix, [train_step.corrupted(mix, i, examples, default.get_config()) for i in range(number)]
+
+
+# --- train_step -------------------------------------------------------------------------------------------------------
+
+
+def test_the_dense_loss_and_its_gradients_equal_the_chunked_ones():
+  mix, groups = groups_of('lm1b', 12)
+  shape = train_step.shape_of(mix, packed=True, groups=groups)
+  batch = pipeline.pack(groups[0], list(range(12)), shape)
+  rng = np.random.default_rng(0)
+  hidden = jnp.asarray(rng.normal(size=(shape.rows, shape.length, 6)), jnp.float32)
+  unembed = jnp.asarray(rng.normal(size=(40, 6)), jnp.float32)
+  stop = jnp.asarray(rng.normal(size=(shape.rows, shape.segments, 2)), jnp.float32)
+  cfg = types.SimpleNamespace(stop_weight=0.7, compute='float32', vocab_chunk=16)
+
+  def value_and_grads(loss):
+    total = jax.jit(jax.value_and_grad(lambda *parts: loss(Outputs(*parts), batch, cfg)['loss'][0], (0, 1, 2)))
+    return total(hidden, unembed, stop)
+
+  assert (batch['segment_weight_BxS'].sum(axis=1) > 1).any(), 'nothing is packed'
+  value, grads = value_and_grads(ilm.loss)
+  dense_value, dense_grads = value_and_grads(train_step.dense_loss)
+  np.testing.assert_allclose(dense_value, value, rtol=1e-5)
+  for dense_grad, grad in zip(dense_grads, grads, strict=True):
+    np.testing.assert_allclose(dense_grad, grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', train_step.MIXES)
+def test_every_group_fits_into_the_rows_and_one_of_them_needs_them_all(name):
+  mix, groups = groups_of(name, 24)
+  for packed in (False, True):
+    shape = train_step.shape_of(mix, packed, groups)
+    placed = [pipeline.pack(group, list(range(24)), shape)['segment_weight_BxS'] for group in groups]
+    assert [weight.sum() for weight in placed] == [24, 24, 24]
+    assert max(weight.any(axis=1).sum() for weight in placed) == shape.rows
+    assert packed or placed[0].shape == (24, 1)
+
+
+def test_the_lengths_are_those_of_the_issue():
+  mix = train_step.MIXES['lm1b'](40)
+  lengths = np.array([len(mix.source[i]['tokens']) - 2 for i in range(4_000)])
+  assert abs(lengths.mean() - 29) < 1
+  assert lengths.max() <= 126 < lengths.max() + 40  # the tail reaches towards the block
+  assert len(train_step.MIXES['full'](40).source[5]['tokens']) == 128
+
+
+@pytest.mark.parametrize('rows, length, positions', [(256, 128, 2048), (256, 136, 2048), (13, 512, 2048), (3, 128, 64)])
+def test_parts_hold_all_rows_and_add_few(rows, length, positions):
+  parts, part_rows = train_step.parts_of(rows, length, positions)
+  assert rows <= parts * part_rows < rows + part_rows
+  assert (part_rows - 1) * length < positions
+  assert (rows, length) != (256, 136) or parts * part_rows == 256
+
+
+def test_training_steps_are_measured_in_processes_of_their_own(monkeypatch, tmp_path, capsys):
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0')  # compiles faster
+  path = tmp_path / 'steps.json'
+  flags = (
+    '--size=toy --vocab=97 --examples=24 --positions=1024 --seconds=0.01 --mixes=lm1b --variants=padded,packed-dense'
+  )
+  assert train_step.main([*flags.split(), f'--json={path}']) == 0
+  table = capsys.readouterr().out
+  padded, packed = json.loads(path.read_text())['rows']
+  assert [padded['variant'], packed['variant']] == ['padded', 'packed-dense']
+  assert f'{padded["rows"]} x 128' in table
+  assert f'{packed["rows"]} x 128' in table
+  assert 'commit' in table.splitlines()[0]
+  assert (padded['rows'], padded['parts']) == (24, 3)
+  assert packed['rows'] < 8
+  for row in (padded, packed):
+    assert len(row['seconds']) >= 2
+    assert row['compilations'] == 0
+    assert 0 < row['program_bytes'] < row['peak_bytes']
+    assert row['examples_per_second'] > 0
+  # The same examples, weights and steps: only dropout and the order of additions differ.
+  np.testing.assert_allclose(packed['losses'][:3], padded['losses'][:3], rtol=0.05)
+  assert 24 * 2 < packed['kept_tokens'] == padded['kept_tokens'] < 24 * 128
+
+
+def test_a_configuration_without_a_result_does_not_end_the_others(monkeypatch, capsys):
+  row = dict.fromkeys(('rows', 'length', 'parts', 'kept_tokens', 'program_bytes', 'peak_bytes', 'positions'), 8)
+  row |= {'mix': 'lm1b', 'examples': 8, 'seconds': [2.0, 4.0, 3.0], 'machine': 'a machine'}
+
+  def child(command, **_):
+    variant = command[-1].split(':')[1]
+    speed = {'padded': 3.0, 'packed': 12.0, 'packed-dense': 1.5}.get(variant)
+    return subprocess.CompletedProcess(
+      command,
+      returncode=0 if speed else -9,
+      stdout=json.dumps({**row, 'variant': variant, 'examples_per_second': speed}),
+    )
+
+  monkeypatch.setattr(subprocess, 'run', child)
+  assert train_step.main(['--mixes=lm1b']) == 1
+  table = capsys.readouterr().out
+  ratios = [re.findall(r'\d\.\d\d', line)[0] for line in table.splitlines() if ' 8 x 8 ' in line]
+  assert ratios == ['1.00', '4.00', '0.50']
+  assert '3 (2 - 4)' in table
+  assert 'lm1b padded-dense: no result (killed, probably for want of memory)' in table
+  assert 'lm1b: packed rows take 4.00 times the examples per second of padded ones (goal: 5.0)' in table
+
+
+# --- sample -----------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_is_measured_and_compiles_nothing_after_the_warm_up(tmp_path, capsys):
+  path = tmp_path / 'sample.json'
+  flags = '--size=toy --vocab=97 --batches=1,2 --lengths=16,64,96 --insert=4 --max_length=128 --seconds=0.2'
+  assert sample.main([*flags.split(), f'--json={path}']) == 0
+  table = capsys.readouterr().out
+  rows = json.loads(path.read_text())['rows']
+  assert [(row['rows'], row['length']) for row in rows] == [(n, length) for n in (1, 2) for length in (16, 64, 96)]
+  assert [row['buffer'] for row in rows] == 2 * [64, 64, 128]
+  assert 'compilations after warm-up: 0' in table
+  for row in rows:
+    assert row['compilations'] == 0
+    assert row['to'] < row['length'] <= row['buffer']
+    assert all(math.isfinite(us) and us > 0 for us in row['token_us'])
+
+
+def test_a_compilation_is_counted():
+  compilations = _report.Compilations()
+  jax.jit(lambda x: x * 3 + 1)(jnp.ones(5))
+  before = compilations.count
+  assert before > 0
+  f = jax.jit(lambda x: x * 5 + 2)
+  f(jnp.ones(5))
+  f(jnp.ones(5))
+  assert compilations.count == before + 1
+
+
+def test_longer_calls_insert_fewer_tokens():
+  args = types.SimpleNamespace(insert=16, seconds=15.0)
+  assert [sample.insertions(args, seconds) for seconds in (0.0, 0.2, 0.4, 2.0, 100.0)] == [16, 16, 8, 1, 1]
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  'module, flag',
+  [
+    (train_step, '--exmaples=3'),
+    (train_step, '--mixes=lm1c'),
+    (train_step, '--variants=packed,'),
+    (train_step, '--examples=0'),
+    (sample, '--size=huge'),
+    (sample, '--batches=1,x'),
+    (sample, '--lengths=8'),
+  ],
+)
+def test_a_mistyped_flag_is_one_line(module, flag, capsys):
+  with pytest.raises(SystemExit) as stopped:
+    module.main([flag])
+  assert stopped.value.code == 1
+  error = capsys.readouterr().err
+  assert error.startswith('error: ')
+  assert error.count('\n') == 1
+  assert flag.split('=')[0] in error
