@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import _report
 from configs import default, star
-from ilm_jax import model, ops, optimizer, sharding, train
+from ilm_jax import experiment, model, ops, optimizer, sharding, update
 from ilm_jax.families import ilm
 from ilm_jax.tasks import pipeline
 from ilm_jax.tasks import star as star_task
@@ -160,7 +160,7 @@ def measure(args, name: str, variant: str) -> dict:
   cfg.data.batch_size = examples
   cfg.optimizer.accumulate = parts
 
-  exp = train.Experiment(
+  exp = experiment.Experiment(
     cfg=cfg,
     family=types.SimpleNamespace(loss=dense_loss) if dense else ilm,
     task=None,
@@ -170,12 +170,12 @@ def measure(args, name: str, variant: str) -> dict:
     mesh=sharding.make_mesh(cfg.mesh, jax.devices()[:1]),
   )
   tx, schedule = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
-  state, abstract = train.init_state(exp, tx)
+  state, abstract = update.init_state(exp, tx)
   packs = [pipeline.pack(group, list(range(len(group))), shape) for group in groups[:KEPT]]
   batches = itertools.cycle([sharding.put_batch(batch, exp.mesh) for batch in packs])
 
   start = time.perf_counter()
-  step = train.compile_step(exp, tx, schedule, abstract).lower(state, next(batches)).compile()
+  step = update.compile_step(exp, tx, schedule, abstract).lower(state, next(batches)).compile()
   compile_seconds = time.perf_counter() - start
   memory = step.memory_analysis()
 

@@ -10,10 +10,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.seed = 0
   config.family = 'ilm'
   config.steps = 50_000
-  config.stop_at = placeholder(float)  # end early when eval.metric reaches this on validation
+  config.stop_at = 0.0  # end early when eval.metric reaches this on validation; 0: never
   config.init_from = ''  # workdir of a run whose weights to start from
 
   config.model = ml_collections.ConfigDict()
+  config.model.preset = placeholder(str)
   config.model.preset = 'small'  # small, tiny, tiny2 or xtiny2; what follows overrides it
   config.model.num_layers = placeholder(int)
   config.model.num_heads = placeholder(int)
@@ -69,7 +70,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.sampling.force_first = False  # insert at least one token
   config.sampling.gap = rule(temperature=0.0)
   config.sampling.token = rule(temperature=0.0)
-  config.sampling.joint = placeholder(ml_collections.ConfigDict)  # a rule: one draw among all pairs instead
+  config.sampling.two_stage = True  # the gap, then the token; False: one draw among all pairs, by the rule `joint`
+  config.sampling.joint = rule()
 
   config.eval = ml_collections.ConfigDict()
   config.eval.every = 1_000

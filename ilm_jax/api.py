@@ -43,6 +43,8 @@ class LanguageModel:
     self.cfg, self.model_cfg, self.params, self.step = cfg, model_cfg, params, step
     self.family, self.task = families.get(cfg.family), tasks.get(cfg.task.name)
     self.tokenizer = self.task.tokenizer(cfg.task)
+    if 'joint' in sampling_settings:
+      sampling_settings.setdefault('two_stage', False)
     settings = {**cfg.sampling.to_dict(), **sampling_settings}
     sample_cfg = self.family.SampleConfig.create(
       settings, closed_tokens=self.tokenizer.special_ids, compute=model_cfg.compute, vocab_chunk=cfg.loss.vocab_chunk

@@ -15,9 +15,18 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from ilm_jax import dashboards
 from ilm_jax.types import UserError
 
 ITEMS = ('params', 'ema_params', 'opt_state')
+
+
+class ShapeError(UserError):
+  """A checkpoint of another model. `what` lacks the advice, which depends on who reads."""
+
+  def __init__(self, what: str):
+    super().__init__(f'{what}; use the config it was trained with, or another --workdir')
+    self.what = what
 
 
 class Checkpoints:
@@ -183,6 +192,11 @@ class Checkpoints:
       except UserError:
         raise
       except Exception as error:
+        if passing(error):
+          raise UserError(
+            f'the checkpoint of step {step} in {self.folder} could not be read ({reason(error)}), which says nothing '
+            'about its being whole: mend that, and start the same command again (nothing was changed)'
+          ) from error
         taken = len(list(self.folder.parent.glob(f'damaged-checkpoint-{step}*')))
         aside = self.folder.parent / (f'damaged-checkpoint-{step}' + (f'-{taken + 1}' if taken else ''))
         logging.warning(
@@ -213,11 +227,17 @@ class Checkpoints:
     wanted = _shapes(abstract)
     for name in sorted(saved.keys() | wanted.keys()):
       if saved.get(name) != wanted.get(name):
-        raise UserError(
+        raise ShapeError(
           f'the checkpoint of step {step} in {self.folder} has another shape: {item} {name} is '
-          f'{saved.get(name, "absent")} there, {wanted.get(name, "absent")} in this model; '
-          'use the config it was trained with, or another --workdir'
+          f'{saved.get(name, "absent")} there, {wanted.get(name, "absent")} in this model'
         )
+
+
+def passing(error: Exception) -> bool:
+  """May reading succeed another time (no memory, no permission, a failing network or disk), the data being whole?"""
+  if isinstance(error, MemoryError) or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError)):
+    return True
+  return any(word in str(error) for word in ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE'))
 
 
 def reason(error: Exception) -> str:
@@ -242,7 +262,7 @@ def read_config(workdir):
   path = epath.Path(workdir) / 'run.json'
   if not path.exists():
     raise UserError(f'{workdir}: expected the workdir of a run, but there is no run.json in it')
-  try:
-    return json.loads(path.read_text())['config']
-  except (ValueError, KeyError, TypeError):
-    raise UserError(f'{path} is not what a run writes: expected JSON with the config of the run') from None
+  run = dashboards.parse_run(path.read_text()) or {'config': {}}
+  if not {'family', 'task', 'model', 'sampling', 'loss', 'eval'} <= run['config'].keys():
+    raise UserError(f'{path} is not what a run writes: expected JSON with the config of the run')
+  return run['config']

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import socket
 import struct
 import subprocess
@@ -167,6 +168,8 @@ def commit() -> str:
     return subprocess.run(['git', '-C', here, *args], capture_output=True, text=True, check=True).stdout.strip()
 
   try:
+    if os.path.realpath(git('rev-parse', '--show-toplevel')) != os.path.realpath(os.path.dirname(here)):
+      return 'unknown'  # installed inside somebody else's repository
     return git('rev-parse', 'HEAD') + ('+changes' if git('status', '--porcelain', '--untracked-files=no') else '')
   except (OSError, subprocess.CalledProcessError):
     return 'unknown'
@@ -185,7 +188,7 @@ def describe_start(step: int) -> dict:
     'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
     'from_step': step,
     'commit': commit(),
-    'command': ' '.join(['python', '-m', 'ilm_jax.main', *sys.argv[1:]]),
+    'command': shlex.join(['python', '-m', 'ilm_jax.main', *sys.argv[1:]]),
     'devices': f'{len(devices)} x {devices[0].device_kind} ({devices[0].platform})',
     'processes': jax.process_count(),
     'host': socket.gethostname(),
@@ -195,19 +198,24 @@ def describe_start(step: int) -> dict:
   }
 
 
+def parse_run(text: str) -> dict | None:
+  """What a run.json says; None where it is not what a run writes."""
+  try:
+    run = json.loads(text)
+    return run if isinstance(run['config'], dict) and isinstance(run['starts'], list) else None
+  except (KeyError, TypeError, ValueError):
+    return None
+
+
 def read_run(workdir) -> dict | None:
   """The run.json of a workdir, if there is one."""
   path = epath.Path(workdir) / 'run.json'
   if not path.exists():
     return None
-  try:
-    run = json.loads(path.read_text())
-    if isinstance(run['config'], dict) and isinstance(run['starts'], list):
-      return run
-  except (KeyError, TypeError, ValueError):
-    pass
-  logging.warning('%s is not what a run writes: passed over', path)
-  return None
+  run = parse_run(path.read_text())
+  if run is None:
+    logging.warning('%s is not what a run writes: passed over', path)
+  return run
 
 
 def write_json(path, value) -> None:

@@ -81,7 +81,15 @@ def run(values) -> int:
     except OSError as error:
       raise UserError(f'--out={values.out}: {error.strerror}') from None
     for text, index, answer in zip(texts, ids, lm.stream(texts, seed=values.seed, ids=ids), strict=True):
-      print(json.dumps({'id': index, 'prompt': text, **answer._asdict()}), file=out, flush=True)
+      line = json.dumps({'id': index, 'prompt': text, **answer._asdict()})
+      try:
+        print(line, file=out, flush=True)
+      except BrokenPipeError:
+        raise
+      except OSError as error:
+        raise UserError(
+          f'the answers could not be written to {values.out or "standard output"} ({error.strerror or error})'
+        ) from None
   return 0
 
 
@@ -104,8 +112,6 @@ def main(argv=None) -> int:
     return fail(error)
   except BrokenPipeError:
     return 1
-  except OSError as error:
-    return fail(f'the answers could not be written ({error.strerror or error})')
   except KeyboardInterrupt:
     return 130
 

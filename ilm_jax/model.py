@@ -5,7 +5,7 @@ Pre-LayerNorm blocks, bidirectional (or causal) attention within segments, an un
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -243,6 +243,17 @@ def apply_rows(cfg: ModelConfig, params, tokens_BxL, length_B) -> Outputs:
   index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
   segment_BxL = (index_BxL < length_B[:, None]).astype(jnp.int32)
   return apply(cfg, params, tokens_BxL, index_BxL, segment_BxL, jnp.zeros((tokens_BxL.shape[0], 1), jnp.int32))
+
+
+class Forward(NamedTuple):
+  """A model with its parameters, as samplers see it."""
+
+  cfg: ModelConfig
+  params: Any
+
+  def __call__(self, tokens_BxL, length_B) -> Outputs:
+    """Run on rows of one sequence each, [CLS] first."""
+    return apply_rows(self.cfg, self.params, tokens_BxL, length_B)
 
 
 def abstract(cfg: ModelConfig):

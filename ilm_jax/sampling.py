@@ -28,7 +28,7 @@ class Sampler:
 
     @functools.partial(jax.jit, **shardings)
     def run(params, rng, prompt):
-      return family.sample(functools.partial(model.apply_rows, model_cfg, params), rng, prompt, sample_cfg)
+      return family.sample(model.Forward(model_cfg, params), rng, prompt, sample_cfg)
 
     self._run = run
 
@@ -38,7 +38,7 @@ class Sampler:
     Args:
       params: of the model.
       rng: key of the whole run.
-      prompts: of {'tokens': int[n], 'open': bool[n]} each.
+      prompts: of {'tokens': int[n], 'open': bool[n]} each, perhaps with 'free', the number of tokens to come.
       requests: identity of each, 0, 1, ... by default; a row's randomness depends on nothing else.
 
     Yields:
@@ -73,6 +73,7 @@ class Sampler:
       length_B=np.zeros(shape[:1], np.int32),
       open_BxL=np.zeros(shape, bool),
       request_B=np.zeros(shape[:1], np.int32),
+      free_B=np.full(shape[:1], -1, np.int32),
     )
     for row, (given, request) in enumerate(zip(prompts, requests, strict=True)):
       length = len(given['tokens'])
@@ -80,6 +81,7 @@ class Sampler:
       prompt.open_BxL[row, :length] = given['open']
       prompt.length_B[row] = length
       prompt.request_B[row] = request
+      prompt.free_B[row] = given.get('free', -1)
     return prompt
 
 
@@ -98,4 +100,4 @@ def cut(sampled: Sampled, row: int) -> dict:
 def prompt_of(example) -> dict:
   """The given part of an example whose free tokens come last: its last gap is open."""
   given = example['tokens'][example['fixed']]
-  return {'tokens': given, 'open': np.arange(len(given)) == len(given) - 1}
+  return {'tokens': given, 'open': np.arange(len(given)) == len(given) - 1, 'free': int((~example['fixed']).sum())}

@@ -13,9 +13,11 @@ A batch is a plain dict of arrays, made on the host by `tasks.pipeline` and read
     open_BxL                           may a token be inserted to the right of this one?
     target_gap_BxT, target_token_BxT   a dropped token and the position (in the row) after which it belongs
     target_segment_BxT                 1..S, 0 where the list is unused
+    target_weight_BxT                  of the target in its family's loss, 0 where unused
     cls_BxS                            position (in the row) of each segment's [CLS]
     segment_weight_BxS                 weight of the segment's example, 0 where unused
     example_id_BxS                     global index of the example, -1 where unused
+    noise_BxS                          noise level of the example, for the families whose model sees one
 """
 
 from typing import Any, NamedTuple
@@ -47,6 +49,7 @@ class Prompt(NamedTuple):
   length_B: Array
   open_BxL: Array  # may a token be inserted to the right of this one?
   request_B: Array  # identity of each request: its randomness depends on nothing else
+  free_B: Array | None = None  # tokens to come, for the families that must be told; -1: unknown
 
 
 class Rule(NamedTuple):

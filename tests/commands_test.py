@@ -339,7 +339,7 @@ def test_the_model_in_python_gives_the_answers_of_the_command(trained, three):
   a, b = (greedy.generate([PROMPTS[0]], seed=seed)[0] for seed in (0, 1))
   assert a == b and len(a.probabilities) == 2
   with pytest.raises(
-    ilm_jax.types.UserError, match="unknown sampling setting 'temprature': expected one of max_length"
+    ilm_jax.types.UserError, match="unknown sampling setting 'temprature': expected one of force_first, gap"
   ):
     ilm_jax.load(trained, temprature=1.0)
 

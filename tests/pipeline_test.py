@@ -161,7 +161,7 @@ def test_a_batch_has_the_shapes_and_types_of_the_legend():
   sizes = {'B': 3, 'L': 20, 'T': 30, 'S': 4}
   for name, value in batch.items():
     assert value.shape == tuple(sizes[letter] for letter in name.split('_')[-1].split('x'))
-  kinds = {'open_BxL': bool, 'segment_weight_BxS': np.float32}
+  kinds = {'open_BxL': bool} | dict.fromkeys(['segment_weight_BxS', 'target_weight_BxT', 'noise_BxS'], np.float32)
   assert {name: value.dtype for name, value in batch.items()} == {n: np.dtype(kinds.get(n, np.int32)) for n in batch}
 
 
@@ -409,6 +409,8 @@ GOLDEN = {
   'cls_BxS': 'ae1b5923e6af67ed',
   'segment_weight_BxS': 'f6d0f5c4e0cfadbd',
   'example_id_BxS': '8c5c3704f6fe7057',
+  'noise_BxS': 'a6b915102b3d0efc',
+  'target_weight_BxT': '8f2a05b359887a3d',
 }
 
 CHANGED = """

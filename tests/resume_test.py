@@ -16,8 +16,9 @@ import pytest
 import small
 from absl import logging
 
-from ilm_jax import checkpoint, dashboards, evaluate, sharding, train
+from ilm_jax import checkpoint, dashboards, evaluate, sharding, train, update
 from ilm_jax.types import UserError
+from ilm_jax.workdir import locked
 
 # What TensorStore leaves behind when a write or a read fails.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
@@ -418,13 +419,36 @@ def test_a_checkpoint_is_read_onto_any_mesh(stopped, abstract):
     assert array.sharding == wanted.sharding
 
 
+@pytest.mark.parametrize(
+  'error', [MemoryError(), PermissionError(13, 'Permission denied'), ValueError('UNAVAILABLE: x')]
+)
+def test_a_reading_that_failed_for_another_reason_moves_nothing(error, copy, abstract, monkeypatch):
+  saved, before = checkpoint.Checkpoints(copy), sorted(copy.rglob('*'))
+
+  def restore(*_):
+    raise error
+
+  monkeypatch.setattr(saved, 'restore', restore)
+  with pytest.raises(UserError, match=r'could not be read .*start the same command again \(nothing was changed\)'):
+    saved.restore_latest(abstract)
+  assert sorted(copy.rglob('*')) == before
+
+
+def test_a_second_process_in_the_same_workdir_is_refused(copy, cache):
+  with locked(copy):
+    before = sorted(copy.rglob('*'))
+    code, _, err = small.run(small.flags(copy), cache)
+    assert code == 1 and re.fullmatch(rf'error: another process is training in {copy}: .* another --workdir\n', err)
+    assert sorted(copy.rglob('*')) == before
+
+
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
 def state_of(*arrays):
   """A state of named arrays, to save without a model."""
   params = {f'w{i}': array for i, array in enumerate(arrays)}
-  return train.TrainState(0, params, {'m': jax.tree.map(lambda x: x + 1, params)}, None)
+  return update.TrainState(0, params, {'m': jax.tree.map(lambda x: x + 1, params)}, None)
 
 
 @pytest.mark.parametrize('axes', [{}, {'data': 2, 'fsdp': 2, 'tensor': 2}], ids=['one device', 'eight'])
@@ -442,7 +466,7 @@ def test_steps_that_take_over_the_arrays_do_not_change_what_is_being_saved(axes,
   saved = checkpoint.Checkpoints(tmp_path, keep=1)
   for attempt in range(1, 9):
     params, opt_state = twin(state)
-    saved.save(attempt, train.TrainState(attempt, params, opt_state, None))
+    saved.save(attempt, update.TrainState(attempt, params, opt_state, None))
     trees = step((params, opt_state))
     jax.block_until_ready((trees, warm))
     in_time = saved._manager.is_saving_in_progress()

@@ -12,7 +12,8 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import star
-from ilm_jax import optimizer, sharding, train
+from ilm_jax import optimizer, sharding, update
+from ilm_jax.experiment import build
 from ilm_jax.sharding import make_mesh
 from ilm_jax.tasks import pipeline
 
@@ -98,9 +99,9 @@ def experiment(changes=(), **axes):
   """(what the config builds, its optimizer, its schedule, a fresh state, the state's shapes and shardings)."""
   cfg = config(changes)
   with mock.patch.object(sharding, 'make_mesh', lambda _: mesh(**axes)):
-    exp = train.build(cfg)
+    exp = build(cfg)
   tx, schedule = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
-  return exp, tx, schedule, *train.init_state(exp, tx)
+  return exp, tx, schedule, *update.init_state(exp, tx)
 
 
 def batches(exp, steps: int):

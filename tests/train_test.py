@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import small
 
-from ilm_jax import checkpoint, dashboards, evaluate, metrics, optimizer, sharding, train
+from ilm_jax import checkpoint, dashboards, evaluate, metrics, optimizer, sharding, train, update
 from ilm_jax.types import UserError
 
 
@@ -52,7 +52,7 @@ class Steps:
   def __init__(self, changes, axes):
     self.exp, tx, schedule, self.state, self.abstract = small.experiment(changes, **dict(axes))
     self.start = jax.device_get(self.state)
-    self.step = train.compile_step(self.exp, tx, schedule, self.abstract)
+    self.step = update.compile_step(self.exp, tx, schedule, self.abstract)
 
   def batches(self, count: int):
     return small.batches(self.exp, count)
@@ -225,7 +225,7 @@ def test_the_moving_average_follows_its_ramp(alone):
     for name, array in leaves(states[t].ema_params).items():
       np.testing.assert_allclose(array, average[name], rtol=1e-5, atol=1e-7, err_msg=f'{name}, update {t}')
   exp, tx, schedule, state, _ = small.experiment({'optimizer.ema_decay': 0.0})
-  after, _ = jax.eval_shape(train.make_step(exp, tx, schedule), state, small.batches(exp, 1)[0])
+  after, _ = jax.eval_shape(update.make_step(exp, tx, schedule), state, small.batches(exp, 1)[0])
   assert state.ema_params is None and after.ema_params is None
 
 
@@ -365,7 +365,7 @@ class Crash(Exception):
 
 def crash_at(monkeypatch, number: int, change=None):
   """Let the step after `number` fail, or change its result."""
-  compiled = train.compile_step
+  compiled = update.compile_step
 
   def compile_step(*args):
     run = compiled(*args)

@@ -3,6 +3,7 @@
     corrupt(rng, example, cfg, u=None) -> dict of numpy arrays   host side, in `families.corrupt` (numpy only)
     model_settings(cfg)                -> fields of ModelConfig that the family decides (causal, stop head)
     loss(outputs, batch, cfg)          -> {name: (total, weight)}, pure; 'loss' is what is minimised
+    SampleConfig.create(sampling, ...) -> the hashable settings of `sample`, from a config's `sampling` part
     sample(forward, rng, prompt, cfg)  -> Sampled, in one jit
 
 A new family is one file and one entry of FAMILIES; modules are imported when asked for, so that the workers of the

@@ -7,6 +7,8 @@ are never dropped. A corrupted example is a dict of arrays of variable length, r
     target_gap            for each dropped token, the index (in `tokens`) of the nearest kept token to its left
     target_token          ... and its id
     length                number of tokens before the corruption
+    target_weight         (1 where left out) of each target in the loss
+    noise                 (0 where left out) noise level that the model is told
 """
 
 import numpy as np

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from ilm_jax import ops
 from ilm_jax.families import corrupt as _corrupt
+from ilm_jax.families.settings import sample_config
 from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, UserError
 
 corrupt = _corrupt.ilm
@@ -96,18 +97,10 @@ class SampleConfig(NamedTuple):
 
   @classmethod
   def create(cls, sampling, **others) -> 'SampleConfig':
-    """Build from a config's `sampling` part, whose rules are dicts of temperature, top_k and top_p."""
-    settings = dict(sampling)
-    if odd := sorted(set(settings) - set(cls._fields)):
-      raise UserError(f'unknown sampling setting {odd[0]!r}: expected one of {", ".join(cls._fields)}')
-    for name in ('gap', 'token', 'joint'):
-      if settings.get(name) is not None:
-        if odd := sorted(set(settings[name]) - set(Rule._fields)):
-          raise UserError(f'unknown setting sampling.{name}.{odd[0]}: expected one of {", ".join(Rule._fields)}')
-        settings[name] = Rule(**settings[name])
-    if settings.get('stop_threshold') == 0:
-      settings['stop_threshold'] = None
-    made = cls(**settings, **others)
+    """Build from a config's `sampling` part."""
+    if sampling.get('stop_threshold') == 0:
+      sampling = {**sampling, 'stop_threshold': None}
+    made = sample_config(cls, sampling, **others)
     if made.stop_threshold is not None and not 0 < made.stop_threshold <= 1:
       raise UserError(f'sampling.stop_threshold={made.stop_threshold}: expected a probability, or 0 to sample the stop')
     return made

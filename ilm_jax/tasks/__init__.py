@@ -4,6 +4,7 @@
     source(cfg, split)                     random access to examples {'tokens': int32[n], 'fixed': bool[n]};
                                            split is 'train', 'validation' or 'test'; len() is the size of an epoch,
                                            and `endless` says that every index is a new example
+    longest(cfg), longest_answer(cfg)      tokens of the longest example, and free tokens of the longest answer
     score(predicted, reference, cfg)       {name: (total, weight)} for one example, from its free tokens
     encode_prompt(text, cfg)               the given tokens of a prompt, [CLS] first
     decode(tokens, cfg)                    the text of a whole row

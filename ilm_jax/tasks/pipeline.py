@@ -8,6 +8,10 @@ to be saved but the step.
 
 import dataclasses
 import math
+import multiprocessing
+import signal
+import sys
+import threading
 from typing import Any
 
 import grain
@@ -42,9 +46,11 @@ class Shape:
       'target_gap_BxT': np.zeros(targets, np.int32),
       'target_token_BxT': np.zeros(targets, np.int32),
       'target_segment_BxT': np.zeros(targets, np.int32),
+      'target_weight_BxT': np.zeros(targets, np.float32),
       'cls_BxS': np.zeros(segments, np.int32),
       'segment_weight_BxS': np.zeros(segments, np.float32),
       'example_id_BxS': np.full(segments, -1, np.int32),
+      'noise_BxS': np.zeros(segments, np.float32),
     }
 
 
@@ -83,9 +89,11 @@ def pack(examples: list[dict], ids: list[int], shape: Shape) -> Batch:
     batch['target_gap_BxT'][row, target:target_end] = example['target_gap'] + start
     batch['target_token_BxT'][row, target:target_end] = example['target_token']
     batch['target_segment_BxT'][row, target:target_end] = segment + 1
+    batch['target_weight_BxT'][row, target:target_end] = example.get('target_weight', 1.0)
     batch['cls_BxS'][row, segment] = start
     batch['segment_weight_BxS'][row, segment] = 1.0
     batch['example_id_BxS'][row, segment] = index
+    batch['noise_BxS'][row, segment] = example.get('noise', 0.0)
     filled[row] = end, target_end, segment + 1
   return batch
 
@@ -146,6 +154,9 @@ class Packed:
   shape: Shape  # of one group
   my_groups: tuple[int, int]  # this host's, first and one past the last
 
+  def __reduce__(self):
+    return _unpickle, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
   def __call__(self, step: int) -> Batch:
     """The rows of this host at a step (0, 1, ...)."""
     return concatenate([self.group(int(step), g) for g in range(*self.my_groups)])
@@ -160,6 +171,13 @@ class Packed:
       for i, at in zip(ids, where, strict=True)
     ]
     return pack(examples, (ids % 2**31).tolist(), self.shape)
+
+
+def _unpickle(*fields) -> Packed:
+  """Make a Packed; a worker process leaves Ctrl-C, which a terminal sends to all, to its parent."""
+  if multiprocessing.parent_process() is not None and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+  return Packed(*fields)
 
 
 def concatenate(batches: list[Batch]) -> Batch:
@@ -220,6 +238,7 @@ def train_batches(source, corrupt, cfg, *, start: int, stop: int, host: int = 0,
   dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch))
   if data.workers:
     flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags
+    sys.warnoptions.append('ignore:resource_tracker:UserWarning')  # which frees what grain shared when a run is cut off
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
   return iter(dataset)
 

@@ -17,6 +17,7 @@ from ilm_jax.types import UserError
 
 SPLITS = ('train', 'validation', 'test')
 OFFSET = len(SPECIAL)
+TRIES = 10_000  # graphs drawn in search of one of a split
 
 
 class Graph(NamedTuple):
@@ -54,9 +55,14 @@ def split_of(graph: Graph) -> str:
   return {0: 'validation', 1: 'test'}.get(bucket, 'train')
 
 
+def longest_answer(cfg) -> int:
+  """Tokens of the longest path, as edges."""
+  return 2 * (cfg.max_length - 1)
+
+
 def longest(cfg) -> int:
-  """Tokens of the longest example."""
-  return 2 * cfg.degree * (cfg.max_length - 1) + 4 + 2 * (cfg.max_length - 1)
+  """Tokens of the longest example: [CLS], edges, source, goal, [BOS], path."""
+  return 2 * cfg.degree * (cfg.max_length - 1) + 4 + longest_answer(cfg)
 
 
 def check(cfg) -> None:
@@ -87,10 +93,12 @@ class Source:
   def graph(self, index: int) -> Graph:
     """Draw graphs until one belongs to the split."""
     rng = np.random.default_rng((self.cfg.seed, SPLITS.index(self.split), index))
-    while True:
+    for _ in range(TRIES):
       graph = make_graph(rng, self.cfg)
       if split_of(graph) == self.split:
         return graph
+    raise UserError(f'task: {TRIES} graphs drawn, none of the {self.split} split: there are too few different ones; '
+                    'raise task.num_nodes, task.degree or task.max_length')  # fmt: skip
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     if index in self._kept:

@@ -1,0 +1,95 @@
+"""What a config names, built and checked: the parts that training and evaluation share."""
+
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from ilm_jax import families, model, optimizer, sharding, tasks
+from ilm_jax.tasks import pipeline
+from ilm_jax.types import UserError
+
+
+class Experiment(NamedTuple):
+  """What a config names, built: the parts that training and evaluation share."""
+
+  cfg: ConfigDict
+  family: Any
+  task: Any
+  model_cfg: model.ModelConfig
+  sample_cfg: Any
+  loss_cfg: ConfigDict
+  mesh: jax.sharding.Mesh
+
+
+LEAST = {  # the smallest value of settings that have one
+  'seed': 0, 'steps': 1, 'keep': 1, 'log_every': 0, 'checkpoint_every': 0, 'report_seconds': 0,
+  'task.seed': 0, 'task.num_train': 0, 'task.num_validation': 1, 'task.num_test': 1,
+  'loss.vocab_chunk': 1, 'loss.stop_weight': 0,
+  'data.batch_size': 1, 'data.groups': 1, 'data.rows': 1, 'data.row_length': 2, 'data.targets': 0,
+  'data.segments': 1, 'data.workers': 0, 'data.prefetch': 1,
+  'optimizer.warmup_steps': 0, 'optimizer.accumulate': 1, 'optimizer.clip': 0, 'optimizer.ema_decay': 0,
+  'sampling.max_length': 3, 'sampling.max_steps': 0, 'eval.every': 0, 'eval.batch_size': 1, 'eval.show': 0,
+}  # fmt: skip
+
+
+def check_ranges(cfg) -> None:
+  """Refuse numbers that can't be meant, before anything is computed or written."""
+  values = flatten(as_json(cfg))
+  for name, least in LEAST.items():
+    if values.get(name) is not None and values[name] < least:
+      raise UserError(f'{name}={values[name]}: expected at least {least}')
+  which = str(cfg.eval.checkpoint)
+  if which not in ('best', 'latest') and not which.isdigit():
+    raise UserError(f"eval.checkpoint={which!r}: expected 'best', 'latest' or a step")
+
+
+def build(cfg) -> Experiment:
+  """Build what the config names; refuses what doesn't fit together, before anything is computed or written."""
+  check_ranges(cfg)
+  if cfg.eval.mode not in ('max', 'min'):
+    raise UserError(f'eval.mode={cfg.eval.mode!r}: expected max or min')
+  optimizer.make_schedule(cfg.optimizer, cfg.steps)
+  family, task = families.get(cfg.family), tasks.get(cfg.task.name)
+  tokenizer = task.tokenizer(cfg.task)
+  task.source(cfg.task, 'test')
+  settings = {**cfg.model.to_dict(), **family.model_settings(cfg)}
+  model_cfg = model.ModelConfig.create(tokenizer.vocab_size, **settings)
+  mesh = sharding.make_mesh(cfg.mesh)
+  shape = pipeline.shape_of(cfg.data)
+  pipeline.my_groups(cfg.data.groups, jax.process_index(), jax.process_count())
+  sharding.check_rows(cfg.data.rows, mesh, 'data.rows')
+  sharding.check_rows(cfg.eval.batch_size, mesh, 'eval.batch_size')
+  if cfg.data.rows % cfg.optimizer.accumulate:
+    fits = pipeline.nearest(cfg.data.rows, cfg.optimizer.accumulate)
+    raise UserError(f'data.rows={cfg.data.rows} does not divide into optimizer.accumulate={cfg.optimizer.accumulate} '
+                    f'parts: use data.rows={fits}')  # fmt: skip
+  sharding.check_rows(cfg.data.rows // cfg.optimizer.accumulate, mesh, 'data.rows / optimizer.accumulate')
+  longest = task.longest(cfg.task)
+  if shape.length < longest:
+    raise UserError(f'data.row_length={shape.length} is shorter than the longest example, {longest} tokens: raise it')
+  if shape.targets < task.longest_answer(cfg.task):
+    raise UserError(
+      f'data.targets={shape.targets} is less than the longest answer, {task.longest_answer(cfg.task)} tokens: raise it'
+    )
+  sample_cfg = family.SampleConfig.create(
+    cfg.sampling, closed_tokens=tokenizer.special_ids, compute=model_cfg.compute, vocab_chunk=cfg.loss.vocab_chunk
+  )
+  loss_cfg = ConfigDict({**cfg.loss.to_dict(), 'compute': model_cfg.compute})
+  return Experiment(cfg, family, task, model_cfg, sample_cfg, loss_cfg, mesh)
+
+
+def as_json(cfg) -> dict:
+  """A config as a plain dict that JSON can hold."""
+  return {
+    key: as_json(value) if isinstance(value, ConfigDict) else list(value) if isinstance(value, tuple) else value
+    for key, value in ((key, cfg[key]) for key in cfg)
+  }
+
+
+def flatten(tree: dict, prefix: str = '') -> dict:
+  """Nested dicts as one, with dotted names."""
+  out = {}
+  for key, value in tree.items():
+    out |= flatten(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
+  return out

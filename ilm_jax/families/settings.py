@@ -1,0 +1,54 @@
+"""From the `sampling` part of a config to a family's SampleConfig: each family takes the settings that it knows."""
+
+from ilm_jax.types import Rule, UserError
+
+RULES = ('gap', 'token', 'joint')
+KNOWN = frozenset([
+  *['max_length', 'max_steps', 'min_buffer', 'force_first', 'two_stage', *RULES],
+  *['stop_threshold', 'stop_temperature'],
+])  # fmt: skip
+
+
+def sample_config(cls, sampling, **others):
+  """Build a SampleConfig.
+
+  Args:
+    cls: a NamedTuple; its fields are the settings that the family knows.
+    sampling: settings by name; rules are dicts of temperature, top_k and top_p, or Rules. Settings of other families
+      are passed over.
+    **others: fields that the model and the task decide.
+
+  Raises:
+    UserError: a name that no family knows, or a value that can't be meant.
+  """
+  settings = dict(sampling)
+  for name in sorted(set(settings) - KNOWN - set(cls._fields)):
+    expected = ', '.join(sorted((KNOWN | set(cls._fields)) - set(others)))
+    raise UserError(f'unknown sampling setting {name!r}: expected one of {expected}')
+  if twice := sorted(set(settings) & set(others)):
+    raise UserError(f'sampling.{twice[0]} cannot be set: the model and the task decide it')
+  if settings.pop('two_stage', settings.get('joint') is None):
+    settings['joint'] = None
+  for name in RULES:
+    if settings.get(name) is not None:
+      settings[name] = make_rule(settings[name], f'sampling.{name}')
+  for name, least in (('max_length', 3), ('max_steps', 0), ('min_buffer', 1)):
+    if settings.get(name) is not None and settings[name] < least:
+      raise UserError(f'sampling.{name}={settings[name]}: expected at least {least}')
+  if not settings.get('stop_temperature', 1.0) > 0:
+    raise UserError(f'sampling.stop_temperature={settings["stop_temperature"]}: expected a number above 0')
+  return cls(**{name: value for name, value in settings.items() if name in cls._fields}, **others)
+
+
+def make_rule(value, name: str) -> Rule:
+  """A Rule from a dict of its fields; refuses what can't be meant."""
+  fields = value._asdict() if isinstance(value, Rule) else dict(value)
+  if odd := sorted(set(fields) - set(Rule._fields)):
+    raise UserError(f'unknown setting {name}.{odd[0]}: expected one of {", ".join(Rule._fields)}')
+  rule = Rule(**fields)
+  if rule.temperature < 0 or rule.top_k < 0 or not 0 < rule.top_p <= 1:
+    raise UserError(
+      f'{name} has temperature={rule.temperature}, top_k={rule.top_k}, top_p={rule.top_p}: expected a temperature '
+      'from 0 (greedy), top_k from 0 (all), and top_p above 0 and at most 1 (all)'
+    )
+  return rule
