@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks import _report
 from ilm_jax import model
 from ilm_jax.families import ilm
+from ilm_jax.families.settings import buffers
 from ilm_jax.sampling import Sampler
 from ilm_jax.tokenizer import BOS, CLS, SPECIAL
 from ilm_jax.types import GREEDY, Rule
@@ -38,7 +39,7 @@ def prompts_of(rng: np.random.Generator, rows: int, length: int, vocab_size: int
 
 def buffer_of(args, length: int) -> int:
   """Positions that a row of this length is computed in."""
-  return ilm.buffers(length, ilm.SampleConfig(args.max_length))[0]
+  return buffers(length, ilm.SampleConfig(args.max_length))[0]
 
 
 def predict(args, measured: dict, rows: int, length: int) -> float:

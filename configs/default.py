@@ -29,6 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.corrupt = ml_collections.ConfigDict()
   config.corrupt.close_prompt = False  # True: the training softmax leaves the prompt's gaps out
+  config.corrupt.eos_weight = 1.0  # it: of an empty gap's end symbol
 
   config.loss = ml_collections.ConfigDict()
   config.loss.stop_weight = 1.0
@@ -67,6 +68,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.sampling.max_steps = placeholder(int)
   config.sampling.stop_threshold = 0.9  # 0: stop with the probability that the stop head gives
   config.sampling.stop_temperature = 1.0
+  config.sampling.end_threshold = 0.0  # it: a gap is finished when p([EOS]) is above it; 0: when [EOS] is the argmax
+  config.sampling.parallel = False  # it: insert in all unfinished gaps at once
   config.sampling.force_first = False  # insert at least one token
   config.sampling.gap = rule(temperature=0.0)
   config.sampling.token = rule(temperature=0.0)

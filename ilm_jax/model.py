@@ -131,11 +131,16 @@ def attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_BxL, position_BxL, *, cfg
   mask_BxLxL = (key > 0) & ((query == key) | (query == 0))
   if cfg.causal:
     mask_BxLxL &= (query == 0) | (position_BxL[:, :, None] >= position_BxL[:, None, :])
+  return attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, mask_BxLxL, cfg=cfg, rng=rng)
+
+
+def attend(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, mask_BxNxM, *, cfg: ModelConfig, rng=None):
+  """Softmax attention of N queries to the M keys that the mask lets through."""
   scale = cfg.head_dim**-0.5
-  logits_BxHxLxL = ops.einsum('bqhk,bshk->bhqs', q_BxLxHxK * scale, k_BxLxHxK, cfg.compute).astype(jnp.float32)
-  weight_BxHxLxL = jax.nn.softmax(jnp.where(mask_BxLxL[:, None], logits_BxHxLxL, ops.NEG_INF), axis=-1)
-  weight_BxHxLxL = ops.dropout(weight_BxHxLxL, cfg.attention_dropout, rng)
-  return ops.einsum('bhqs,bshk->bqhk', weight_BxHxLxL, v_BxLxHxK, cfg.compute)
+  logits_BxHxNxM = ops.einsum('bqhk,bshk->bhqs', q_BxNxHxK * scale, k_BxMxHxK, cfg.compute).astype(jnp.float32)
+  weight_BxHxNxM = jax.nn.softmax(jnp.where(mask_BxNxM[:, None], logits_BxHxNxM, ops.NEG_INF), axis=-1)
+  weight_BxHxNxM = ops.dropout(weight_BxHxNxM, cfg.attention_dropout, rng)
+  return ops.einsum('bhqs,bshk->bqhk', weight_BxHxNxM, v_BxMxHxK, cfg.compute)
 
 
 class Block(nn.Module):
@@ -144,7 +149,8 @@ class Block(nn.Module):
   cfg: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BxLxD, segment_BxL, position_BxL, train: bool):
+  def __call__(self, x_BxLxD, segment_BxL, position_BxL, train: bool, cache=None):
+    """Returns x, and the cache of keys and values with those of this call in it (None without one)."""
     cfg = self.cfg
     D, H, K, F = cfg.d_model, cfg.num_heads, cfg.head_dim, cfg.d_ff
     rng = (lambda: self.make_rng('dropout')) if train else (lambda: None)
@@ -156,7 +162,12 @@ class Block(nn.Module):
       for name in ('query', 'key', 'value')
     )
     q_BxLxHxK, k_BxLxHxK = (ops.rotary(x, position_BxL, dim=dim) for x in (q_BxLxHxK, k_BxLxHxK))
-    y_BxLxHxK = attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_BxL, position_BxL, cfg=cfg, rng=rng())
+    if cache is None:
+      y_BxLxHxK = attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_BxL, position_BxL, cfg=cfg, rng=rng())
+    else:
+      cache = remember(cache, k_BxLxHxK, v_BxLxHxK, position_BxL)
+      mask_BxLxM = jnp.arange(cache.k_BxMxHxK.shape[1])[None, None] <= position_BxL[..., None]
+      y_BxLxHxK = attend(q_BxLxHxK, cache.k_BxMxHxK, cache.v_BxMxHxK, mask_BxLxM, cfg=cfg)
     names = ('heads', None, 'embed')
     y_BxLxD = Linear('blhk,hkd->bld', (H, K, D), names, fan_in=D, compute=cfg.compute, name='out')(y_BxLxHxK)
     x_BxLxD = x_BxLxD + ops.dropout(y_BxLxD, cfg.dropout, rng())
@@ -165,7 +176,23 @@ class Block(nn.Module):
     y_BxLxF = Linear('bld,df->blf', (D, F), ('embed', 'mlp'), D, cfg.compute, bias=True, name='mlp_in')(y_BxLxD)
     y_BxLxF = jax.nn.relu(y_BxLxF) if cfg.activation == 'relu' else jax.nn.gelu(y_BxLxF, approximate=True)
     y_BxLxD = Linear('blf,fd->bld', (F, D), ('mlp', 'embed'), F, cfg.compute, bias=True, name='mlp_out')(y_BxLxF)
-    return x_BxLxD + ops.dropout(y_BxLxD, cfg.dropout, rng())
+    return x_BxLxD + ops.dropout(y_BxLxD, cfg.dropout, rng()), cache
+
+
+class Cache(NamedTuple):
+  """Keys and values of one block at positions 0..M-1 of each row."""
+
+  k_BxMxHxK: Any
+  v_BxMxHxK: Any
+
+
+def remember(cache: Cache, k_BxNxHxK, v_BxNxHxK, position_BxN) -> Cache:
+  """Write keys and values at their positions; those at or beyond M are dropped."""
+  row_Bx1 = jnp.arange(position_BxN.shape[0])[:, None]
+  return Cache(*(
+    old.at[row_Bx1, position_BxN].set(new.astype(old.dtype), mode='drop')
+    for old, new in zip(cache, (k_BxNxHxK, v_BxNxHxK), strict=True)
+  ))  # fmt: skip
 
 
 class StopHead(nn.Module):
@@ -189,7 +216,7 @@ class Transformer(nn.Module):
   cfg: ModelConfig
 
   @nn.compact
-  def __call__(self, tokens_BxL, position_BxL, segment_BxL, cls_BxS, train: bool = False) -> Outputs:
+  def __call__(self, tokens_BxL, position_BxL, segment_BxL, cls_BxS, train: bool = False, cache=None):
     """Compute features, unembedding and stop logits.
 
     Args:
@@ -198,6 +225,8 @@ class Transformer(nn.Module):
       segment_BxL: tokens attend within their segment; 0 is padding.
       cls_BxS: where the stop head reads; ignored without a stop head.
       train: with dropout (needs an rng named 'dropout').
+      cache: of each block, a `Cache`. A causal model then attends to what lies in it up to each token's position,
+        whatever the segments, and returns (Outputs, caches with these tokens in them).
     """
     cfg = self.cfg
     std = 1.0 if cfg.init == 'reference' else 0.02
@@ -209,8 +238,11 @@ class Transformer(nn.Module):
     embed_VxD = self.param('embed', table, (cfg.vocab_size, cfg.d_model), jnp.float32)
     dtype = jnp.bfloat16 if cfg.compute == 'bfloat16' else jnp.float32
     x_BxLxD = jnp.take(embed_VxD, tokens_BxL, axis=0).astype(dtype)
+    caches = []
     for layer in range(cfg.num_layers):
-      x_BxLxD = Block(cfg, name=f'block_{layer}')(x_BxLxD, segment_BxL, position_BxL, train)
+      block, old = Block(cfg, name=f'block_{layer}'), None if cache is None else cache[layer]
+      x_BxLxD, new = block(x_BxLxD, segment_BxL, position_BxL, train, old)
+      caches.append(new)
 
     stop_BxSx2 = None
     if cfg.stop_head:
@@ -219,7 +251,8 @@ class Transformer(nn.Module):
       x_BxLxD = LayerNorm(name='final_norm')(x_BxLxD)
     table = nn.with_logical_partitioning(_uniform(cfg.d_model), ('vocab', None))
     unembed_VxD = self.param('unembed', table, (cfg.vocab_size, cfg.d_model), jnp.float32)
-    return Outputs(x_BxLxD, unembed_VxD, stop_BxSx2)
+    outputs = Outputs(x_BxLxD, unembed_VxD, stop_BxSx2)
+    return outputs if cache is None else (outputs, caches)
 
 
 unbox = nn.unbox
@@ -254,6 +287,18 @@ class Forward(NamedTuple):
   def __call__(self, tokens_BxL, length_B) -> Outputs:
     """Run on rows of one sequence each, [CLS] first."""
     return apply_rows(self.cfg, self.params, tokens_BxL, length_B)
+
+  def cache(self, rows: int, size: int) -> list[Cache]:
+    """An empty cache of each block, for sequences of at most `size` tokens."""
+    shape = rows, size, self.cfg.num_heads, self.cfg.head_dim
+    dtype = jnp.float32 if self.cfg.compute == 'float32' else jnp.bfloat16  # what the products would round to
+    return [Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.cfg.num_layers)]
+
+  def cached(self, tokens_BxN, start_B, cache) -> tuple[Outputs, list[Cache]]:
+    """Run a causal model on N more tokens of each row, the first at position start; earlier ones are in the cache."""
+    position_BxN = start_B[:, None] + jnp.arange(tokens_BxN.shape[1])[None]
+    args = tokens_BxN, position_BxN, jnp.ones_like(tokens_BxN), jnp.zeros_like(tokens_BxN[:, :1])
+    return Transformer(self.cfg).apply({'params': self.params}, *args, cache=cache)
 
 
 def abstract(cfg: ModelConfig):

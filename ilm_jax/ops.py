@@ -208,6 +208,18 @@ def vocab_logsumexp(hidden, unembed_VxD, bias_V=None, *, chunk: int = 2048, comp
   return _vocab_logsumexp(hidden, unembed_VxD, bias_V, min(chunk, unembed_VxD.shape[0]), head_compute(compute))
 
 
+def vocab_max(hidden, unembed_VxD, bias_V, *, chunk: int = 2048, compute: str = 'float32'):
+  """The largest entry of hidden @ unembed.T + bias, computed like `vocab_logsumexp`."""
+  chunk, compute = min(chunk, unembed_VxD.shape[0]), head_compute(compute)
+
+  def step(top, window):
+    logits, _ = _window_logits(hidden, unembed_VxD, bias_V, window, chunk, compute)
+    return jnp.maximum(top, logits.max(-1)), None
+
+  start = jnp.full(hidden.shape[:-1], NEG_INF, jnp.float32)
+  return jax.lax.scan(step, start, _windows(unembed_VxD.shape[0], chunk))[0]
+
+
 def target_logits(hidden_BxLxD, unembed_VxD, gap_BxT, token_BxT, *, compute: str = 'float32'):
   """The logits of listed (gap, token) pairs, as dot products: BxT, float32."""
   hidden_BxTxD = jnp.take_along_axis(hidden_BxLxD, gap_BxT[..., None], axis=1)
@@ -273,3 +285,16 @@ def insert(array_BxL, gap_B, value_B, go_B):
   shifted = jnp.take_along_axis(array_BxL, index_1xL - (index_1xL > gap_B[:, None]), axis=1)
   inserted = jnp.where(index_1xL == gap_B[:, None] + 1, value_B[:, None].astype(array_BxL.dtype), shifted)
   return jnp.where(go_B[:, None], inserted, array_BxL)
+
+
+def insert_all(array_BxL, value_BxL, go_BxL):
+  """Put value_BxL[b, i] right of every position i with go, moving the rest up (what leaves the buffer is dropped).
+
+  [a b c _ _], go at 0 and 2, values x . z -> [a x b c z].
+  """
+  size, go_BxL = array_BxL.shape[1], go_BxL.astype(jnp.int32)
+  row_Bx1 = jnp.arange(array_BxL.shape[0])[:, None]
+  to_BxL = jnp.arange(size)[None] + jnp.cumsum(go_BxL, axis=1) - go_BxL
+  out_BxL = array_BxL.at[row_Bx1, to_BxL].set(array_BxL, mode='drop')
+  new_BxL = jnp.where(go_BxL > 0, to_BxL + 1, size)
+  return out_BxL.at[row_Bx1, new_BxL].set(value_BxL.astype(array_BxL.dtype), mode='drop')

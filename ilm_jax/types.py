@@ -63,6 +63,15 @@ class Rule(NamedTuple):
 GREEDY = Rule(temperature=0.0)
 
 
+class Score(NamedTuple):
+  """Minus the log-likelihood (nats) of each row's free tokens and its end, given its fixed tokens; or a bound of it."""
+
+  kind: str  # 'exact'; 'bound' (not below it, in expectation); 'importance-weighted' (between the two)
+  nll_B: Array
+  error_B: Array  # standard error of the estimate; 0 where nothing was drawn
+  tokens_B: Array  # number of free tokens, without the end
+
+
 class Sampled(NamedTuple):
   """Finished (or length-limited) rows, in reading order.
 

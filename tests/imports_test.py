@@ -20,9 +20,13 @@ ALLOWED = {
   'sharding': ['types'],
   'model': ['types', 'ops', 'sharding'],
   'families': ['types'],
-  'families.corrupt': ['types'],
+  'families.corrupt': ['types', 'tokenizer'],
   'families.settings': ['types'],
-  'families.*': ['types', 'ops', 'families.corrupt', 'families.settings'],
+  'families.likelihood': ['types', 'ops'],
+  'families.arm': ['types', 'ops', 'tokenizer', 'families.corrupt', 'families.settings'],
+  'families.*': [
+    *['types', 'ops', 'tokenizer', 'families.corrupt', 'families.settings', 'families.likelihood', 'families.arm']
+  ],
   'tasks': ['types'],
   'tasks.pipeline': ['types', 'tokenizer', 'families', 'families.corrupt'],
   'tasks.*': ['types', 'tokenizer'],

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tables import table
 
 from ilm_jax.families import ilm
+from ilm_jax.families.settings import buffers
 from ilm_jax.types import Outputs, Prompt, Rule, UserError
 
 V, CLS, BOS = 9, 1, 2
@@ -19,28 +21,6 @@ CLOSED = (0, 1, 2)
 
 
 # --- the table: logits that are a hash of the whole row ---------------------------------------------------------------
-
-
-def mix(x):
-  """Scramble uint32 words."""
-  x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-  x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-  return x ^ (x >> 16)
-
-
-def table(tokens_BxL, length_B, xp, *, vocab=V, scale=64, stop_shift=6.0):
-  """(logits_BxLxV, stop_BxSx2): integers over powers of two, exact in float32; every token of a row changes them."""
-  rows, size = tokens_BxL.shape
-  index_1xL = xp.arange(size, dtype=xp.uint32)[None]
-  words_BxL = mix(tokens_BxL.astype(xp.uint32) * np.uint32(2654435761) + index_1xL)
-  words_BxL = xp.where(index_1xL < length_B[:, None].astype(xp.uint32), words_BxL, xp.uint32(0))
-  row_B = words_BxL.sum(axis=1, dtype=xp.uint32)
-  place_1xLxV = index_1xL[..., None] * np.uint32(7919) + xp.arange(vocab, dtype=xp.uint32)[None, None] * np.uint32(
-    104729
-  )
-  logits_BxLxV = (mix(row_B[:, None, None] + place_1xLxV) % np.uint32(1009)).astype(xp.float32) / scale
-  stop_B = (mix(row_B + np.uint32(77)) % np.uint32(1009)).astype(xp.float32) / 128 - stop_shift
-  return logits_BxLxV, xp.stack([stop_B, xp.zeros(rows, xp.float32)], axis=1)[:, None]
 
 
 def forward(tokens_BxL, length_B, **settings):
@@ -294,7 +274,7 @@ def test_other_requests_and_other_keys_draw_something_else():
 
 def test_buffers_double_from_the_smallest_to_the_limit():
   def sizes(start, smallest, limit):
-    return ilm.buffers(start, ilm.SampleConfig(max_length=limit, min_buffer=smallest))
+    return buffers(start, ilm.SampleConfig(max_length=limit, min_buffer=smallest))
 
   assert sizes(2, 64, 512) == [64, 128, 256, 512]
   assert sizes(100, 64, 300) == [128, 256, 300]

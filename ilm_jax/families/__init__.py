@@ -5,6 +5,7 @@
     loss(outputs, batch, cfg)          -> {name: (total, weight)}, pure; 'loss' is what is minimised
     SampleConfig.create(sampling, ...) -> the hashable settings of `sample`, from a config's `sampling` part
     sample(forward, rng, prompt, cfg)  -> Sampled, in one jit
+    score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, ...) -> Score: what kind of likelihood, and its error
 
 A new family is one file and one entry of FAMILIES; modules are imported when asked for, so that the workers of the
 data pipeline, which need the corruption alone, stay light.
@@ -14,7 +15,7 @@ import importlib
 
 from ilm_jax.types import UserError
 
-FAMILIES = {'ilm': 'ilm_jax.families.ilm'}
+FAMILIES = {name: f'ilm_jax.families.{name}' for name in ('ilm', 'arm', 'it')}
 
 
 def get(name: str):

@@ -13,6 +13,9 @@ are never dropped. A corrupted example is a dict of arrays of variable length, r
 
 import numpy as np
 
+from ilm_jax.tokenizer import EOS
+from ilm_jax.types import UserError
+
 
 def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
   """Drop a uniform subset of uniform size n ~ U{0..L} of the L free tokens.
@@ -39,6 +42,49 @@ def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
     'target_gap': (np.cumsum(keep) - 1)[dropped].astype(np.int32),
     'target_token': tokens[dropped],
     'length': len(tokens),
+  }
+
+
+def arm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
+  """Every free token, and [EOS] behind the last, as the target of the token before it; nothing is dropped.
+
+  Raises:
+    UserError: something given stands behind a free token, which a model that writes from left to right cannot see.
+  """
+  del rng, cfg, u
+  tokens, fixed = example['tokens'], example['fixed']
+  free = np.flatnonzero(~fixed)
+  if len(free) and free[0] + len(free) != len(tokens):
+    raise UserError(
+      'family=arm writes from left to right, but an example has given tokens behind free ones: expected the free '
+      'tokens last; use family=ilm or mdm'
+    )
+  return {
+    'tokens': tokens,
+    'open': np.zeros(len(tokens), bool),
+    'target_gap': np.append(free - 1, len(tokens) - 1).astype(np.int32),
+    'target_token': np.append(tokens[free], EOS).astype(np.int32),
+    'length': len(tokens),
+  }
+
+
+def it(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
+  """Drop tokens as `ilm`; a gap with c of them has each as a target of weight 1 / (c + 1), an empty gap [EOS].
+
+  Args:
+    rng: the example's own generator.
+    example: see above.
+    cfg: `close_prompt` as for `ilm`; `eos_weight` of an empty gap's target.
+    u: as for `ilm`.
+  """
+  out = ilm(rng, example, cfg, u)
+  count = np.bincount(out['target_gap'], minlength=len(out['tokens']))
+  empty = np.flatnonzero(out['open'] & (count == 0)).astype(np.int32)
+  weight = 1 / (count[out['target_gap']] + 1)
+  return out | {
+    'target_gap': np.append(out['target_gap'], empty),
+    'target_token': np.append(out['target_token'], np.full(len(empty), EOS, np.int32)),
+    'target_weight': np.append(weight, np.full(len(empty), cfg.eos_weight)).astype(np.float32),
   }
 
 

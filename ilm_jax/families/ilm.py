@@ -16,10 +16,12 @@ import jax.numpy as jnp
 
 from ilm_jax import ops
 from ilm_jax.families import corrupt as _corrupt
-from ilm_jax.families.settings import sample_config
+from ilm_jax.families import likelihood
+from ilm_jax.families.settings import buffers, sample_config
 from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, UserError
 
 corrupt = _corrupt.ilm
+score = likelihood.score
 
 
 def model_settings(cfg) -> dict:
@@ -116,17 +118,6 @@ class _State(NamedTuple):
   stopped_B: jax.Array
   log_prob_BxM: jax.Array
   stop_prob_BxM: jax.Array
-
-
-def buffers(start: int, cfg: SampleConfig) -> list[int]:
-  """The lengths a row's buffer takes on its way from `start` positions to max_length."""
-  size, sizes = cfg.min_buffer, []
-  while size < min(start, cfg.max_length):
-    size *= 2
-  while size < cfg.max_length:
-    sizes.append(size)
-    size *= 2
-  return sizes + [cfg.max_length]
 
 
 def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:

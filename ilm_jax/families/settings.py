@@ -5,7 +5,7 @@ from ilm_jax.types import Rule, UserError
 RULES = ('gap', 'token', 'joint')
 KNOWN = frozenset([
   *['max_length', 'max_steps', 'min_buffer', 'force_first', 'two_stage', *RULES],
-  *['stop_threshold', 'stop_temperature'],
+  *['stop_threshold', 'stop_temperature', 'parallel', 'end_threshold'],
 ])  # fmt: skip
 
 
@@ -52,3 +52,14 @@ def make_rule(value, name: str) -> Rule:
       'from 0 (greedy), top_k from 0 (all), and top_p above 0 and at most 1 (all)'
     )
   return rule
+
+
+def buffers(start: int, cfg) -> list[int]:
+  """The lengths a row's buffer takes on its way from `start` positions to max_length."""
+  size, sizes = cfg.min_buffer, []
+  while size < min(start, cfg.max_length):
+    size *= 2
+  while size < cfg.max_length:
+    sizes.append(size)
+    size *= 2
+  return sizes + [cfg.max_length]

@@ -1,0 +1,226 @@
+"""Insertion Transformer (Stern et al. 2019), the baseline of arXiv 2505.05755: every gap has a softmax of its own.
+
+A gap's softmax is over the vocabulary with [EOS], which says that nothing is missing there. For a gap k with the
+dropped tokens D_k, c = |D_k|, and p_k = softmax(Z[k]):
+
+    loss_k = -1 / (c + 1) sum_{j in D_k} log p_k(x_j)     c > 0
+    loss_k = -eos_weight log p_k([EOS])                   c = 0
+
+averaged over the gaps. Sampling inserts one token in one gap, or in every open gap, until all gaps are finished. There
+is no distribution over gaps, so a string has no likelihood.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ilm_jax import ops
+from ilm_jax.families import arm, settings
+from ilm_jax.families import corrupt as _corrupt
+from ilm_jax.tokenizer import EOS
+from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, UserError
+
+corrupt = _corrupt.it
+
+
+def model_settings(cfg) -> dict:
+  """The fields of ModelConfig that an Insertion Transformer decides."""
+  del cfg
+  return {'causal': False, 'stop_head': False}
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
+  """The mean over gaps of each gap's loss, and its two parts as shares of it.
+
+  Args:
+    outputs: of the model on the batch.
+    batch: see `types`; `target_weight_BxT` holds the 1 / (c + 1) and the eos_weight.
+    cfg: `compute` and `vocab_chunk` of the vocabulary head.
+  """
+  ce_BxT = arm.target_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
+  ce_BxT = ce_BxT * batch['target_weight_BxT']
+  gaps = batch['open_BxL'].sum().astype(jnp.float32)
+  end_BxT = batch['target_token_BxT'] == EOS
+  end = jnp.where(end_BxT, ce_BxT, 0.0).sum()
+  token = jnp.where(end_BxT, 0.0, ce_BxT).sum()
+  return {'loss': (token + end, gaps), 'token_loss': (token, gaps), 'stop_loss': (end, gaps)}
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+class SampleConfig(NamedTuple):
+  """How to sample. Hashable: a jit compiles once for each."""
+
+  max_length: int  # of a row, the prompt included
+  max_steps: int | None = None  # forward passes that insert, at most
+  gap: Rule = GREEDY  # serial: the gap by its unnormalised total, as the reference
+  token: Rule = GREEDY
+  parallel: bool = False  # insert in every gap that is not finished, not in one
+  end_threshold: float | None = None  # a gap is finished when p([EOS]) is above it; None (0 in a config): at the argmax
+  force_first: bool = False  # insert at least one token
+  closed_tokens: tuple[int, ...] = ()  # ids never inserted (special tokens)
+  min_buffer: int = 64  # shortest buffer; it doubles up to max_length as rows grow
+  compute: str = 'float32'
+  vocab_chunk: int = 2048
+
+  @classmethod
+  def create(cls, sampling, **others) -> 'SampleConfig':
+    """Build from a config's `sampling` part."""
+    if sampling.get('end_threshold') == 0:
+      sampling = {**sampling, 'end_threshold': None}
+    others['closed_tokens'] = tuple({*others.get('closed_tokens', ()), EOS})
+    made = settings.sample_config(cls, sampling, **others)
+    if made.end_threshold is not None and not 0 < made.end_threshold < 1:
+      raise UserError(f'sampling.end_threshold={made.end_threshold}: expected a probability, or 0 for the argmax')
+    return made
+
+
+class _State(NamedTuple):
+  tokens_BxL: jax.Array
+  open_BxL: jax.Array
+  order_BxL: jax.Array
+  length_B: jax.Array
+  active_B: jax.Array
+  steps_B: jax.Array
+  stopped_B: jax.Array
+  log_prob_BxM: jax.Array
+  stop_prob_BxM: jax.Array
+
+
+def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
+  """Insert tokens until every open gap of every row is finished, without a host sync.
+
+  Args:
+    forward: (tokens_BxL, length_B) -> Outputs.
+    rng: the key of the whole run; a row's noise is fold_in(fold_in(rng, request), step) and nothing else.
+    prompt: rows of given tokens.
+    cfg: see SampleConfig.
+
+  Returns:
+    Sampled; `log_prob_BxM` is the sum over the tokens of a step of log p(token | gap, not [EOS]), `stop_prob_BxM` the
+    smallest p([EOS]) of the open gaps.
+  """
+  rows, start = prompt.tokens_BxL.shape
+  limit = min(cfg.max_length if cfg.max_steps is None else cfg.max_steps, cfg.max_length)
+  request_rng_B = jax.vmap(functools.partial(jax.random.fold_in, rng))(prompt.request_B)
+  trace_BxM = jnp.zeros((rows, limit + 1), jnp.float32)
+  sizes = settings.buffers(start, cfg)
+  state = _State(
+    tokens_BxL=prompt.tokens_BxL.astype(jnp.int32),
+    open_BxL=prompt.open_BxL.astype(bool).at[:, 0].set(False),
+    order_BxL=jnp.full((rows, start), -1, jnp.int32),
+    length_B=prompt.length_B.astype(jnp.int32),
+    active_B=prompt.length_B > 0,
+    steps_B=jnp.zeros(rows, jnp.int32),
+    stopped_B=jnp.zeros(rows, bool),
+    log_prob_BxM=trace_BxM,
+    stop_prob_BxM=trace_BxM,
+  )
+  for size in sizes:
+    state = _resize(state, size)
+    last = size == sizes[-1]
+
+    def going(state, size=size, last=last):
+      # A parallel step may double a row: it waits for a buffer that holds twice its length.
+      longest_B = 2 * state.length_B if cfg.parallel else state.length_B + 1
+      full = jnp.bool_(False) if last else (state.active_B & (longest_B > size)).any()
+      return state.active_B.any() & ~full
+
+    state = jax.lax.while_loop(going, functools.partial(_step, forward, request_rng_B, cfg, limit), state)
+  return Sampled(
+    tokens_BxL=state.tokens_BxL,
+    length_B=state.length_B,
+    order_BxL=state.order_BxL,
+    log_prob_BxM=state.log_prob_BxM,
+    stop_prob_BxM=state.stop_prob_BxM,
+    steps_B=state.steps_B,
+    stopped_B=state.stopped_B,
+  )
+
+
+def _resize(state: _State, size: int) -> _State:
+  """Pad (or cut: only padding is lost) the buffers to `size` positions."""
+
+  def fit(array_BxL, fill):
+    extra = max(0, size - array_BxL.shape[1])
+    return jnp.pad(array_BxL, ((0, 0), (0, extra)), constant_values=fill)[:, :size]
+
+  return state._replace(
+    tokens_BxL=fit(state.tokens_BxL, 0), open_BxL=fit(state.open_BxL, False), order_BxL=fit(state.order_BxL, -1)
+  )
+
+
+def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: _State) -> _State:
+  """One forward pass; tokens in one gap, or all unfinished gaps, of each row that goes on."""
+  rng_B = jax.vmap(jax.random.fold_in)(request_rng_B, state.steps_B)
+  gap_rng_B, token_rng_B = jax.vmap(functools.partial(jax.random.split, num=2), out_axes=1)(rng_B)
+  outputs = forward(state.tokens_BxL, state.length_B)
+  hidden_BxLxD, unembed_VxD = outputs.hidden_BxLxD, outputs.unembed_VxD
+  row_B, size = jnp.arange(rng_B.shape[0]), state.tokens_BxL.shape[1]
+  lengths = {'chunk': cfg.vocab_chunk, 'compute': cfg.compute}
+
+  # Which gaps are finished: by the softmax over all entries, [EOS] among them.
+  closed_V = jnp.zeros(unembed_VxD.shape[0]).at[jnp.array(cfg.closed_tokens, jnp.int32)].set(ops.NEG_INF)
+  total_BxL = ops.vocab_logsumexp(hidden_BxLxD, unembed_VxD, closed_V, **lengths)  # without [EOS]
+  index_BxL = jnp.broadcast_to(jnp.arange(size), state.tokens_BxL.shape)
+  end_BxL = ops.target_logits(hidden_BxLxD, unembed_VxD, index_BxL, jnp.full_like(index_BxL, EOS), compute=cfg.compute)
+  end_prob_BxL = jax.nn.sigmoid(end_BxL - total_BxL)
+  if cfg.end_threshold is None:
+    finished_BxL = end_BxL >= ops.vocab_max(hidden_BxLxD, unembed_VxD, closed_V, **lengths)
+  else:
+    finished_BxL = end_prob_BxL > cfg.end_threshold
+  open_BxL = state.open_BxL & (index_BxL < state.length_B[:, None])
+  if cfg.force_first:
+    finished_BxL &= state.steps_B[:, None] > 0
+  unfinished_BxL = open_BxL & ~finished_BxL
+
+  done_B = ~unfinished_BxL.any(axis=1)
+  room_B = (state.length_B < cfg.max_length) & (state.steps_B < limit)
+  go_B = state.active_B & ~done_B & room_B
+  if cfg.parallel:
+    # The first gaps win where there is not room for all.
+    fits_BxL = jnp.cumsum(unfinished_BxL, axis=1) <= (cfg.max_length - state.length_B)[:, None]
+    go_BxL = unfinished_BxL & fits_BxL & go_B[:, None]
+    logits_BxLxV = ops.einsum('bld,vd->blv', hidden_BxLxD, unembed_VxD, ops.head_compute(cfg.compute))
+    logits_BxLxV += closed_V[None, None]
+    rng_BxL = jax.vmap(lambda rng: jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(size)))(token_rng_B)
+    flat = ops.choose(rng_BxL.reshape(-1), logits_BxLxV.reshape(-1, logits_BxLxV.shape[-1]), cfg.token)
+    token_BxL = flat.reshape(index_BxL.shape)
+    chosen_BxL = jnp.take_along_axis(logits_BxLxV, token_BxL[..., None], axis=-1)[..., 0]
+  else:
+    gap_B = ops.choose(gap_rng_B, jnp.where(unfinished_BxL, total_BxL, ops.NEG_INF), cfg.gap)
+    go_BxL = (index_BxL == gap_B[:, None]) & go_B[:, None]
+    hidden_BxD = jnp.take_along_axis(hidden_BxLxD, gap_B[:, None, None], axis=1)[:, 0]
+    logits_BxV = ops.einsum('bd,vd->bv', hidden_BxD, unembed_VxD, ops.head_compute(cfg.compute)) + closed_V[None]
+    token_B = ops.choose(token_rng_B, logits_BxV, cfg.token)
+    token_BxL = jnp.broadcast_to(token_B[:, None], index_BxL.shape)
+    chosen_BxL = jnp.broadcast_to(logits_BxV[row_B, token_B][:, None], index_BxL.shape)
+  log_prob_B = jnp.where(go_BxL, chosen_BxL - total_BxL, 0.0).sum(axis=1)
+  end_prob_B = jnp.where(open_BxL, end_prob_BxL, 1.0).min(axis=1)
+
+  def note(trace_BxM, value_B, where_B):
+    return trace_BxM.at[row_B, state.steps_B].set(jnp.where(where_B, value_B, trace_BxM[row_B, state.steps_B]))
+
+  steps_BxL = jnp.broadcast_to(state.steps_B[:, None], index_BxL.shape)
+  return _State(
+    tokens_BxL=ops.insert_all(state.tokens_BxL, token_BxL, go_BxL),
+    open_BxL=ops.insert_all(state.open_BxL, jnp.ones_like(go_BxL), go_BxL),
+    order_BxL=ops.insert_all(state.order_BxL, steps_BxL, go_BxL),
+    length_B=state.length_B + go_BxL.sum(axis=1),
+    active_B=go_B,
+    steps_B=state.steps_B + go_B,
+    stopped_B=state.stopped_B | (state.active_B & done_B),
+    log_prob_BxM=note(state.log_prob_BxM, log_prob_B, go_B),
+    stop_prob_BxM=note(state.stop_prob_BxM, end_prob_B, state.active_B),
+  )
+
+
+def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig):
+  """Refuse: an Insertion Transformer has no distribution over gaps."""
+  raise UserError('family=it has no likelihood: its softmaxes say which token comes into a gap, not which gap is next')
