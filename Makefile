@@ -12,6 +12,10 @@ PY := "$(VENV)/bin/python"
 PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
 BENCHMARKS := $(filter-out _%,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
 
+SMOKE := --config.model.num_layers=1 --config.model.d_model=32 --config.model.d_ff=64 --config.eval.every=10 \
+  --config.log_every=10 --config.task.num_train=200 --config.task.num_validation=20 --config.task.num_test=20 \
+  --config.eval.batch_size=20 --config.eval.show=0
+
 # Huge pages save 10-25 % of a training step on CPU.
 GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export GLIBC_TUNABLES
@@ -19,10 +23,10 @@ export GLIBC_TUNABLES
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup train test test-long lint format bench clean
+.PHONY: help setup train test test-long table-smoke lint format bench clean
 
 help: ## list the targets
-	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: $(EXTRAS:%=$(VENV)/.installed-%) $(VENV)/.installed ## make the virtual environment
 	@echo "$(VENV) is ready."
@@ -35,6 +39,10 @@ test: $(VENV)/.installed-test ## run the tests
 
 test-long: $(VENV)/.installed-test ## run all tests, the long ones too
 	$(PY) -m pytest -m '' $(ARGS)
+
+table-smoke: $(VENV)/.installed-report ## a miniature of the table of all families, in two minutes
+	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
+	RUNS="$$runs" STEPS=20 PYTHON=$(PY) FLAGS="$(SMOKE)" launch/table.sh star.py:tiny
 
 lint: $(VENV)/.installed-lint ## check style and format
 	$(PY) -m ruff check .

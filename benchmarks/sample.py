@@ -7,23 +7,28 @@ one token into each row; a call has one pass more, which finds that all is done,
     us / token = seconds of a call / (passes x rows)
 
 Cost should follow the current length, not the longest possible one; and once a shape was seen nothing is compiled.
+
+A second table writes from left to right at --arm_lengths: with the cache of keys and values, and with the whole row
+through the model for each token.
 """
 
+import dataclasses
 import statistics
 import sys
 import time
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _report
 from ilm_jax import model
-from ilm_jax.families import ilm
+from ilm_jax.families import arm, ilm
 from ilm_jax.families.settings import buffers
 from ilm_jax.sampling import Sampler
 from ilm_jax.tokenizer import BOS, CLS, SPECIAL
-from ilm_jax.types import GREEDY, Rule
+from ilm_jax.types import GREEDY, Prompt, Rule
 
 LEAST, MOST = 2, 30  # timed calls
 
@@ -99,12 +104,85 @@ def measure(args, params, samplers: dict, compilations, *, rows: int, length: in
   }
 
 
+def without_cache(forward, tokens_BxL, length_B, number: int, cfg):
+  """Write `number` tokens greedily, with the whole row through the model for each."""
+
+  def step(_, state):
+    tokens_BxL, length_B = state
+    outputs = forward(tokens_BxL, length_B)
+    row_B = jnp.arange(length_B.shape[0])
+    logits_BxV = arm.logits(outputs.hidden_BxLxD[row_B, length_B - 1], outputs.unembed_VxD, cfg)
+    return tokens_BxL.at[row_B, length_B].set(logits_BxV.argmax(-1)), length_B + 1
+
+  return jax.lax.fori_loop(0, number, step, (tokens_BxL, length_B))
+
+
+def measure_arm(args, params, *, rows: int, length: int) -> dict:
+  """Time the writing of the last --insert tokens up to a length, with and without the cache, in turns."""
+  cfg = arm.SampleConfig(
+    max_length=length, max_steps=args.insert, closed_tokens=tuple(range(len(SPECIAL))), compute=args.compute
+  )
+  forward = model.Forward(args.arm_cfg, params)
+  rng, start = np.random.default_rng(length), length - args.insert
+  tokens_BxL = np.zeros((rows, length), np.int32)
+  for row, prompt in enumerate(prompts_of(rng, rows, start, args.vocab)):
+    tokens_BxL[row, :start] = prompt['tokens']
+  length_B = np.full(rows, start, np.int32)
+  prompt = Prompt(tokens_BxL, length_B, np.zeros_like(tokens_BxL, bool), np.arange(rows))
+  cached = jax.jit(lambda prompt: arm.sample(forward, jax.random.key(0), prompt, cfg).tokens_BxL)
+  prefill = jax.jit(lambda prompt: arm.sample(forward, jax.random.key(0), prompt, cfg._replace(max_steps=0)).length_B)
+  whole = jax.jit(lambda tokens, length: without_cache(forward, tokens, length, args.insert, cfg)[0])
+  calls = {
+    'cached': lambda: cached(prompt),
+    'prompt': lambda: prefill(prompt),
+    'whole': lambda: whole(tokens_BxL, length_B),
+  }
+  results = {name: jax.block_until_ready(call()) for name, call in calls.items()}
+  same = float((results['cached'] == results['whole'])[:, start:].mean())
+  seconds = {name: [] for name in calls}
+  while min(map(len, seconds.values())) < LEAST or sum(map(sum, seconds.values())) < args.seconds:
+    for name, call in calls.items():
+      begun = time.perf_counter()
+      jax.block_until_ready(call())
+      seconds[name].append(time.perf_counter() - begun)
+    if len(seconds['whole']) >= MOST:
+      break
+  middle = {name: statistics.median(values) for name, values in seconds.items()}
+  return {
+    'rows': rows,
+    'length': length,
+    'insertions': args.insert,
+    'seconds': seconds,
+    'same_tokens': same,
+    'cached_us': 1e6 * max(middle['cached'] - middle['prompt'], 0.0) / args.insert / rows,
+    'cached_with_prompt_us': 1e6 * middle['cached'] / args.insert / rows,
+    'whole_us': 1e6 * middle['whole'] / args.insert / rows,
+  }
+
+
+def arm_cells(row: dict) -> dict[str, str]:
+  """A row of the second table."""
+  return {
+    'rows': str(row['rows']),
+    'written at': f'{row["length"] - row["insertions"]} - {row["length"]}',
+    'us / token, whole row': _report.number(row['whole_us']),
+    'with the cache': _report.number(row['cached_us']),
+    '... and its prompt': _report.number(row['cached_with_prompt_us']),
+    'x faster': f'{row["whole_us"] / row["cached_us"]:.1f}' if row['cached_us'] else '–',
+    '... with its prompt': f'{row["whole_us"] / row["cached_with_prompt_us"]:.1f}',
+    'same tokens': f'{100 * row["same_tokens"]:.1f} %',
+  }
+
+
 def parse(argv):
   """Read the flags."""
   parser = _report.Parser(__doc__)
   parser.add_argument('--batches', type=_report.positives, default=[1, 8, 64], help='numbers of rows')
   parser.add_argument(
     '--lengths', type=_report.positives, default=[16, 64, 128, 256, 512, 1024], help='current lengths, at least 16'
+  )
+  parser.add_argument(
+    '--arm_lengths', type=_report.positives, default=[128, 512], help='lengths of the table with and without a cache'
   )
   parser.add_argument('--insert', type=_report.positive, default=16, help='tokens of a call; fewer where it takes long')
   parser.add_argument(
@@ -119,6 +197,8 @@ def parse(argv):
   args = parser.parse_args(argv)
   if min(args.lengths) < args.insert:
     parser.error(f'--lengths={min(args.lengths)} has no room for --insert={args.insert} tokens')
+  if min(args.arm_lengths) <= args.insert + 2:
+    parser.error(f'--arm_lengths={min(args.arm_lengths)} has no room for --insert={args.insert} tokens and a prompt')
   if max(args.lengths) > args.max_length:
     parser.error(f'--lengths={max(args.lengths)} is longer than --max_length={args.max_length}')
   return args
@@ -172,9 +252,24 @@ def main(argv=None) -> int:
     print(_report.table([cells(row, shortest[row['rows']]) for row in measured.values()]))
     print(f'\ncompilations after warm-up: {compiled}')
     code = code or int(compiled > 0)
-    if args.json:
-      plain = {key: value for key, value in vars(args).items() if key != 'model_cfg'} | {'size': size}
-      _report.write_json(args.json, arguments=plain, machine=_report.machine(), rows=list(measured.values()))
+  written = []
+  if code != 130:
+    args.arm_cfg = dataclasses.replace(args.model_cfg, causal=True, stop_head=False)
+    params = jax.jit(lambda: nn.unbox(model.init(args.arm_cfg, jax.random.key(0))))()
+    try:
+      for rows in sorted(args.batches):
+        for length in sorted(args.arm_lengths):
+          _report.note(f'left to right, {rows} rows of length {length}')
+          written.append(measure_arm(args, params, rows=rows, length=length))
+    except KeyboardInterrupt:
+      code = 130
+  if written:
+    print('\nfrom left to right\n')
+    print(_report.table([arm_cells(row) for row in written]))
+  if args.json and (measured or written):
+    plain = {key: value for key, value in vars(args).items() if not key.endswith('_cfg')} | {'size': size}
+    tables = {'rows': list(measured.values()), 'left_to_right': written}
+    _report.write_json(args.json, arguments=plain, machine=_report.machine(), **tables)
   return code
 
 

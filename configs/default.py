@@ -33,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.loss = ml_collections.ConfigDict()
   config.loss.stop_weight = 1.0
+  config.loss.length_weight = 'none'  # ilm: or elbo, which minimises the bound of the likelihood itself
   config.loss.vocab_chunk = 2048  # entries of the vocabulary whose logits are alive at a time
 
   config.data = ml_collections.ConfigDict()
@@ -83,6 +84,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.eval.mode = 'max'
   config.eval.checkpoint = 'best'  # which is tested: best (on validation), latest, or a step
   config.eval.show = 3
+  config.eval.score = 'none'  # or -log p of the test answers: exact, bound, importance-weighted; '': the family's own
 
   config.log_every = 100
   config.report_seconds = 20.0

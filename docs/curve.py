@@ -41,8 +41,12 @@ def draw(runs: list[str]) -> str:
     out.append(f'<path d="{loss}" fill="none" stroke="{colour}" opacity="0.45"/>')
     if accuracy:
       out.append(f'<path d="{path(accuracy, top_x, 100)}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
-    label = f'{Path(run).name}: exact match on validation (thick), training loss (thin, right)'
-    out.append(f'<text x="{LEFT}" y="{HEIGHT - 8 - 14 * runs.index(run)}" fill="{colour}">{escape(label)}</text>')
+    y = TOP + (HEIGHT - TOP - BOTTOM) // 2 + 14 * runs.index(run)
+    out.append(
+      f'<text x="{WIDTH - RIGHT - 8}" y="{y}" text-anchor="end" fill="{colour}">{escape(Path(run).name)}</text>'
+    )
+  label = 'training steps; exact match on validation (thick, left), training loss (thin, right)'
+  out.append(f'<text x="{LEFT}" y="{HEIGHT - 8}" fill="#333333">{label}</text>')
   return '\n'.join([*out, '</svg>']) + '\n'
 
 

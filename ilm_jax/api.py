@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ilm_jax import checkpoint, families, model, sampling, tasks
+from ilm_jax.families import settings as settings_lib
 from ilm_jax.types import UserError
 
 
@@ -43,6 +44,10 @@ class LanguageModel:
     self.cfg, self.model_cfg, self.params, self.step = cfg, model_cfg, params, step
     self.family, self.task = families.get(cfg.family), tasks.get(cfg.task.name)
     self.tokenizer = self.task.tokenizer(cfg.task)
+    known = {*self.family.SampleConfig._fields, 'two_stage'}
+    for name in sampling_settings:
+      if name in settings_lib.KNOWN and name not in known:
+        raise UserError(f'sampling setting {name!r} means nothing to family={cfg.family}: leave it out')
     if 'joint' in sampling_settings:
       sampling_settings.setdefault('two_stage', False)
     settings = {**cfg.sampling.to_dict(), **sampling_settings}

@@ -21,6 +21,9 @@ from ilm_jax.types import UserError
 ITEMS = ('params', 'ema_params', 'opt_state')
 
 
+PASSING = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'Input/output error')
+
+
 class ShapeError(UserError):
   """A checkpoint of another model. `what` lacks the advice, which depends on who reads."""
 
@@ -237,7 +240,7 @@ def passing(error: Exception) -> bool:
   """May reading succeed another time (no memory, no permission, a failing network or disk), the data being whole?"""
   if isinstance(error, MemoryError) or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError)):
     return True
-  return any(word in str(error) for word in ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE'))
+  return any(word in str(error) for word in PASSING)
 
 
 def reason(error: Exception) -> str:

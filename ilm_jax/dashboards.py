@@ -157,6 +157,15 @@ def read_scalars(workdir) -> dict[str, list[tuple[int, float]]]:
   return out
 
 
+def wall_seconds(workdir) -> float:
+  """Seconds of training: of each start, from the first record of its event file to the last one that still counts."""
+  total = 0.0
+  for path in sorted(epath.Path(workdir).glob('events.out.tfevents.*')):
+    times = [event.wall_time for event, _ in read_records(path)]
+    total += times[-1] - times[0] if times else 0.0
+  return total
+
+
 # --- run.json ---------------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +230,6 @@ def read_run(workdir) -> dict | None:
 def write_json(path, value) -> None:
   """Write a JSON file in one move: a reader sees the old one or the new one."""
   path = epath.Path(path)
-  part = path.parent / f'.{path.name}.part'
+  part = path.parent / f'.{path.name}.{os.getpid()}.part'
   part.write_text(json.dumps(value, indent=2) + '\n')
   part.replace(path)

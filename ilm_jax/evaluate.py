@@ -11,6 +11,7 @@ from absl import logging
 from ilm_jax import metrics as metrics_lib
 from ilm_jax import model, sampling, sharding
 from ilm_jax.tasks import pipeline
+from ilm_jax.tokenizer import BOS, CLS
 from ilm_jax.types import Metrics
 
 
@@ -19,6 +20,7 @@ class Scores(NamedTuple):
 
   pairs: Metrics
   texts: list[str]
+  places_NxN: np.ndarray = np.zeros((0, 0), int)  # [step, place in the answer]: how many tokens came in there and then
 
 
 class Evaluator:
@@ -38,6 +40,17 @@ class Evaluator:
       return family.loss(outputs, batch, loss_cfg)
 
     self._loss = loss
+    self._kind = None
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def score(params, rng, rows):
+      args = rows['tokens_BxL'], rows['fixed_BxL'], rows['length_B']
+      options = {'kind': cfg.eval.score or None, 'longest': task.longest_answer(cfg.task)}
+      scored = family.score(model.Forward(model_cfg, params), rng, *args, sample_cfg, **options)
+      self._kind = scored.kind
+      return scored[1:]
+
+    self._score = score
 
   def source(self, split: str):
     """The examples of a split."""
@@ -52,6 +65,50 @@ class Evaluator:
       total = metrics_lib.add(total, jax.device_get(self._loss(params, sharding.put_batch(batch, self.mesh))))
     return total
 
+  def likelihood(self, params, split: str, *, interrupted=lambda: False) -> tuple[str, Metrics] | None:
+    """(kind, pairs) of -log p of a split's answers: `nll` in nats a string, `nll_per_token` (the end is one too).
+
+    `nll_variance` is the mean variance of a string's estimate: its root over the root of the number of strings is the
+    standard error of `nll` that is due to the estimate. None when `interrupted` says so between two batches.
+    """
+    source, size, total = self.source(split), self.cfg.eval.batch_size, {}
+    start = said = time.monotonic()
+    for first in range(0, len(source), size):
+      if interrupted():
+        return None
+      if first and time.monotonic() - said > 10:
+        said = time.monotonic()
+        left = (len(source) - first) * (said - start) / first
+        logging.info('%s: likelihood of %d of %d answers, %.0f s left', split, first, len(source), left)
+      examples = [source[i] for i in range(first, min(first + size, len(source)))]
+      rows = self.rows_of(examples, size)
+      rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.cfg.seed), 0x4C4C), first)
+      nll_B, error_B, tokens_B = jax.device_get(self._score(params, rng, sharding.put_batch(rows, self.mesh)))
+      n = len(examples)
+      pairs = {
+        'nll': (float(nll_B[:n].sum()), float(n)),
+        'nll_per_token': (float(nll_B[:n].sum()), float(tokens_B[:n].sum() + n)),
+        'nll_variance': (float(np.square(error_B[:n]).sum()), float(n)),
+      }
+      total = metrics_lib.add(total, pairs)
+    return self._kind, total
+
+  def rows_of(self, examples, rows: int) -> dict:
+    """Whole examples as padded rows; rows that are left over hold [CLS] and [BOS] alone."""
+    length = max(self.sampler.cfg.max_length, max(len(example['tokens']) for example in examples))
+    batch = {
+      'tokens_BxL': np.zeros((rows, length), np.int32),
+      'fixed_BxL': np.ones((rows, length), bool),
+      'length_B': np.full(rows, 2, np.int32),
+    }
+    batch['tokens_BxL'][:, :2] = CLS, BOS
+    for row, example in enumerate(examples):
+      n = len(example['tokens'])
+      batch['tokens_BxL'][row, :n] = example['tokens']
+      batch['fixed_BxL'][row, :n] = example['fixed']
+      batch['length_B'][row] = n
+    return batch
+
   def answers(self, params, split: str, *, progress: bool = False, interrupted=lambda: False) -> Scores | None:
     """Sample an answer to every prompt of a split and score it.
 
@@ -62,6 +119,7 @@ class Evaluator:
       interrupted: asked between examples; when it says so, the result is None.
     """
     source, total, texts = self.source(split), {}, []
+    places_NxN = np.zeros((self.sampler.cfg.max_length,) * 2, np.int64)
     examples = [source[i] for i in range(len(source))]
     rng = jax.random.fold_in(jax.random.key(self.cfg.seed), 0x53)
     start = said = time.monotonic()
@@ -71,6 +129,10 @@ class Evaluator:
       pairs = self.task.score(free, example['tokens'][~example['fixed']], self.cfg.task)
       pairs['stopped'] = (float(row['stopped']), 1.0)
       pairs['length'] = (float(len(free)), 1.0)
+      steps = row['order'][row['order'] >= 0].tolist()
+      landmark = self.task.landmark(row['tokens'], self.cfg.task) if hasattr(self.task, 'landmark') else None
+      pairs |= metrics_lib.order_statistics(steps, landmark)
+      np.add.at(places_NxN, (steps, np.arange(len(steps))), 1)
       total = metrics_lib.add(total, pairs)
       if len(texts) < self.cfg.eval.show:
         texts.append(show(self.task, self.tokenizer, row, example, self.cfg.task))
@@ -81,7 +143,8 @@ class Evaluator:
         rate = done / (said - start)
         logging.info('%s: %d of %d answers, %.0f a second, %.0f s left', split, done, len(examples), rate,
                      (len(examples) - done) / rate)  # fmt: skip
-    return Scores(total, texts)
+    used = int(max(np.flatnonzero(places_NxN.sum(0) + places_NxN.sum(1)), default=-1)) + 1
+    return Scores(total, texts, places_NxN[:used, :used])
 
 
 def show(task, tokenizer, row, example, cfg) -> str:

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from ilm_jax import families, model, optimizer, sharding, tasks
@@ -44,13 +45,24 @@ def check_ranges(cfg) -> None:
     raise UserError(f"eval.checkpoint={which!r}: expected 'best', 'latest' or a step")
 
 
+def check_choices(cfg, family, task) -> None:
+  """Refuse words that mean nothing, and likelihoods that a family does not have."""
+  if cfg.eval.score != 'none':
+    family.check_score(cfg.eval.score or None, task.longest_answer(cfg.task))
+  if cfg.loss.length_weight not in ('none', 'elbo'):
+    raise UserError(f'loss.length_weight={cfg.loss.length_weight!r}: expected none or elbo')
+  if cfg.loss.length_weight == 'elbo' and cfg.family != 'ilm':
+    raise UserError(f'loss.length_weight=elbo is the bound of family=ilm: leave it out with family={cfg.family}')
+  if cfg.eval.mode not in ('max', 'min'):
+    raise UserError(f'eval.mode={cfg.eval.mode!r}: expected max or min')
+
+
 def build(cfg) -> Experiment:
   """Build what the config names; refuses what doesn't fit together, before anything is computed or written."""
   check_ranges(cfg)
-  if cfg.eval.mode not in ('max', 'min'):
-    raise UserError(f'eval.mode={cfg.eval.mode!r}: expected max or min')
   optimizer.make_schedule(cfg.optimizer, cfg.steps)
   family, task = families.get(cfg.family), tasks.get(cfg.task.name)
+  check_choices(cfg, family, task)
   tokenizer = task.tokenizer(cfg.task)
   task.source(cfg.task, 'test')
   settings = {**cfg.model.to_dict(), **family.model_settings(cfg)}
@@ -68,15 +80,19 @@ def build(cfg) -> Experiment:
   longest = task.longest(cfg.task)
   if shape.length < longest:
     raise UserError(f'data.row_length={shape.length} is shorter than the longest example, {longest} tokens: raise it')
-  if shape.targets < task.longest_answer(cfg.task):
-    raise UserError(
-      f'data.targets={shape.targets} is less than the longest answer, {task.longest_answer(cfg.task)} tokens: raise it'
-    )
+  if shape.targets < (most := family.most_targets(longest, task.longest_answer(cfg.task))):
+    raise UserError(f'data.targets={shape.targets} is less than the targets of the longest example, {most}: raise it')
   sample_cfg = family.SampleConfig.create(
     cfg.sampling, closed_tokens=tokenizer.special_ids, compute=model_cfg.compute, vocab_chunk=cfg.loss.vocab_chunk
   )
   loss_cfg = ConfigDict({**cfg.loss.to_dict(), 'compute': model_cfg.compute})
+  loss_cfg.mean_weight = mean_weight(task.source(cfg.task, 'train')) if cfg.loss.length_weight == 'elbo' else 1.0
   return Experiment(cfg, family, task, model_cfg, sample_cfg, loss_cfg, mesh)
+
+
+def mean_weight(source, examples: int = 1_000) -> float:
+  """The mean over the first training examples of 1 + the number of their free tokens."""
+  return float(np.mean([1 + (~source[i]['fixed']).sum() for i in range(min(examples, len(source)))]))
 
 
 def as_json(cfg) -> dict:

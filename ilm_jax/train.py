@@ -13,6 +13,7 @@ from etils import epath
 from ilm_jax import checkpoint, dashboards, evaluate, model, optimizer, sharding
 from ilm_jax import metrics as metrics_lib
 from ilm_jax.experiment import Experiment, as_json, build, flatten
+from ilm_jax.families import settings
 from ilm_jax.tasks import pipeline
 from ilm_jax.types import UserError
 from ilm_jax.update import TrainState, compile_step, init_state
@@ -159,7 +160,7 @@ class Loop:
     if start and metrics is None and (start == cfg.steps or self.due(cfg.eval.every, start)):  # stopped before it
       metrics = self.evaluate(state, start)
       self.save(state, start, metrics)
-    if self.reached(metrics) or start >= cfg.steps or self.signals.received():
+    if reached(cfg, metrics) or start >= cfg.steps or self.signals.received():
       return self.leave(start)
     self.progress(start)
     batches = pipeline.train_batches(
@@ -184,7 +185,7 @@ class Loop:
         if last or self.due(cfg.eval.every, step):
           self.look(step)
           metrics = self.evaluate(state, step)
-        stop = last or self.reached(metrics) or self.signals.received()
+        stop = last or reached(cfg, metrics) or self.signals.received()
         if metrics or stop or self.due(cfg.checkpoint_every, step):
           self.look(step)
           self.save(state, step, metrics)
@@ -208,13 +209,6 @@ class Loop:
       logging.info('%s; the same command continues from there', done)
       return self.signals.code
     return FINISHED
-
-  def reached(self, metrics: dict | None) -> bool:
-    """Is the goal of the run reached on validation?"""
-    goal, value = self.cfg.stop_at, (metrics or {}).get(self.cfg.eval.metric)
-    if not goal or value is None:
-      return False
-    return value >= goal if self.cfg.eval.mode == 'max' else value <= goal
 
   def look(self, step: int) -> None:
     """Fetch the metrics of a step (the one after it is already running) and stop the run if they are not finite."""
@@ -287,23 +281,54 @@ def report(exp: Experiment, workdir, saved, abstract: TrainState, evaluator, sig
   if scores is None:
     return signals.code
   values = metrics_lib.means({**evaluator.validation_loss(params, 'test'), **scores.pairs})
+  kind = None
+  if exp.cfg.eval.score != 'none':
+    scored = evaluator.likelihood(params, 'test', interrupted=signals.received)
+    if scored is None:
+      return signals.code
+    kind, values = scored[0], values | metrics_lib.means(scored[1])
   result = {
     'split': 'test',
+    'likelihood': kind,
     'step': step,
+    'finished': finished(exp.cfg, saved),
+    'config': as_json(exp.cfg),
+    'sampler': settings.describe(exp.sample_cfg),
     'seed': exp.cfg.seed,
+    'chance': exp.task.chance(exp.cfg.task),
+    'parameters': sum(x.size for x in jax.tree.leaves(abstract.params)),
     'metrics': values,
     'pairs': {name: [float(x) for x in pair] for name, pair in scores.pairs.items()},
+    'order_places': scores.places_NxN.tolist(),
     'seconds': time.monotonic() - began,
     'start': dashboards.describe_start(step),
   }
-  with writing(workdir):
-    dashboards.write_json(epath.Path(workdir) / 'eval.json', result)
   print('\nA few test answers, with the token that came in at each step in brackets:\n')
   print('\n\n'.join(scores.texts))
   total, weight = scores.pairs['exact_match']
   print(f'\ntest exact match at step {step}: {metrics_lib.percent(total, weight)}')
+  if kind:
+    error = (values['nll_variance'] / weight) ** 0.5
+    print(f'test -log p, {kind}: {values["nll"]:.4f} nats a string (standard error of the estimate {error:.4f}), '
+          f'{values["nll_per_token"]:.4f} a token')  # fmt: skip
+  with writing(workdir):
+    dashboards.write_json(epath.Path(workdir) / 'eval.json', result)
   print(f'run: {workdir} (metrics: tensorboard --logdir={workdir}; result: {workdir}/eval.json)', flush=True)
   return FINISHED
+
+
+def finished(cfg, saved) -> bool:
+  """Has the run made all its steps, or reached its goal?"""
+  latest = saved.find('latest')
+  return latest >= cfg.steps or reached(cfg, saved.metrics(latest))
+
+
+def reached(cfg, metrics: dict | None) -> bool:
+  """Is the goal of a run, `cfg.stop_at`, reached on validation?"""
+  value = (metrics or {}).get(cfg.eval.metric)
+  if not cfg.stop_at or value is None:
+    return False
+  return value >= cfg.stop_at if cfg.eval.mode == 'max' else value <= cfg.stop_at
 
 
 def evaluate_run(cfg, workdir) -> int:

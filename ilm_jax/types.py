@@ -17,6 +17,7 @@ A batch is a plain dict of arrays, made on the host by `tasks.pipeline` and read
     cls_BxS                            position (in the row) of each segment's [CLS]
     segment_weight_BxS                 weight of the segment's example, 0 where unused
     example_id_BxS                     global index of the example, -1 where unused
+    length_BxS, free_BxS               numbers of tokens, and of free ones, of the example before the corruption
     noise_BxS                          noise level of the example, for the families whose model sees one
 """
 

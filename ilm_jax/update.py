@@ -92,11 +92,10 @@ def norm_of(tree):
 def batch_pairs(batch, batch_size: int) -> dict:
   """What the packing achieved: tokens before and after the corruption, share of positions in use, what did not fit."""
   kept = (batch['segment_BxL'] > 0).sum().astype(jnp.float32)
-  dropped = (batch['target_segment_BxT'] > 0).sum()
   placed = (batch['example_id_BxS'] >= 0).sum()
   return {
     'kept_tokens': (kept, 1.0),
-    'original_tokens': (kept + dropped, 1.0),
+    'original_tokens': (batch['length_BxS'].sum().astype(jnp.float32), 1.0),
     'packing_efficiency': (kept, float(batch['segment_BxL'].size)),
     'left_out_examples': (jnp.float32(batch_size) - placed, 1.0),
   }

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 
+import jax
 from absl import logging
 from etils import epath
 
@@ -12,7 +13,7 @@ from ilm_jax.experiment import as_json, flatten
 from ilm_jax.types import UserError
 
 IDENTITY = ('family', 'task', 'model', 'seed')  # what makes a run another run ...
-FREE = ('task.num_validation', 'task.num_test')  # ... but these
+FREE = ('task.num_validation', 'task.num_test', 'task.label')  # ... but these
 
 
 @contextlib.contextmanager
@@ -22,15 +23,13 @@ def claim(workdir, cfg):
   Nothing is overwritten.
   """
   path = epath.Path(workdir)
-  try:
+  with _writable(workdir):
     path.mkdir(parents=True, exist_ok=True)
-    probe = path / '.writable'
-    probe.write_text('')
-    probe.unlink()
-  except OSError as error:
-    reason = error.strerror or error
-    raise UserError(f'the workdir {workdir} cannot be written ({reason}): give another --workdir') from error
-  with locked(workdir):
+  with locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+    with _writable(workdir):
+      probe = path / f'.writable-{os.getpid()}'
+      probe.write_text('')
+      probe.unlink()
     if dashboards.read_run(workdir) is None and any(path.glob('checkpoints/*')):
       raise UserError(f'{workdir} holds checkpoints but no run.json that says whose they are: give another --workdir')
     same_run(workdir, cfg)
@@ -38,12 +37,22 @@ def claim(workdir, cfg):
 
 
 @contextlib.contextmanager
+def _writable(workdir):
+  try:
+    yield
+  except OSError as error:
+    reason = error.strerror or error
+    raise UserError(f'the workdir {workdir} cannot be written ({reason}): give another --workdir') from error
+
+
+@contextlib.contextmanager
 def locked(workdir):
-  """Keep a second process of this machine out of a folder (not of a bucket)."""
+  """Keep a second process of this machine out of a folder (not of a bucket) while this one writes there."""
   if '://' in str(workdir):
     yield
     return
-  folder = os.open(workdir, os.O_RDONLY)
+  with _writable(workdir):
+    folder = os.open(workdir, os.O_RDONLY)
   try:
     fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
@@ -74,7 +83,8 @@ def same_run(workdir, cfg) -> None:
   if run is None:
     return
   old, new = flatten(run['config']), flatten(as_json(cfg))
-  changed = [key for key in sorted((old.keys() | new.keys()) - set(FREE)) if old.get(key) != new.get(key)]
+  both = (old.keys() & new.keys()) - set(FREE)  # an older run lacks the settings that came later
+  changed = [key for key in sorted(both) if old[key] != new[key]]
   for part in IDENTITY:
     for key in changed:
       if key.split('.')[0] == part:

@@ -34,7 +34,7 @@ def test_the_dense_loss_and_its_gradients_equal_the_chunked_ones():
   hidden = jnp.asarray(rng.normal(size=(shape.rows, shape.length, 6)), jnp.float32)
   unembed = jnp.asarray(rng.normal(size=(40, 6)), jnp.float32)
   stop = jnp.asarray(rng.normal(size=(shape.rows, shape.segments, 2)), jnp.float32)
-  cfg = types.SimpleNamespace(stop_weight=0.7, compute='float32', vocab_chunk=16)
+  cfg = types.SimpleNamespace(stop_weight=0.7, length_weight='none', compute='float32', vocab_chunk=16)
 
   def value_and_grads(loss):
     total = jax.jit(jax.value_and_grad(lambda *parts: loss(Outputs(*parts), batch, cfg)['loss'][0], (0, 1, 2)))
@@ -130,6 +130,7 @@ def test_a_configuration_without_a_result_does_not_end_the_others(monkeypatch, c
 def test_sampling_is_measured_and_compiles_nothing_after_the_warm_up(tmp_path, capsys):
   path = tmp_path / 'sample.json'
   flags = '--size=toy --vocab=97 --batches=1,2 --lengths=16,64,96 --insert=4 --max_length=128 --seconds=0.2'
+  flags += ' --arm_lengths=20 --compute=float32'
   assert sample.main([*flags.split(), f'--json={path}']) == 0
   table = capsys.readouterr().out
   rows = json.loads(path.read_text())['rows']
@@ -140,6 +141,9 @@ def test_sampling_is_measured_and_compiles_nothing_after_the_warm_up(tmp_path, c
     assert row['compilations'] == 0
     assert row['to'] < row['length'] <= row['buffer']
     assert all(math.isfinite(us) and us > 0 for us in row['token_us'])
+  written = json.loads(path.read_text())['left_to_right']
+  assert [(row['rows'], row['length'], row['same_tokens']) for row in written] == [(1, 20, 1.0), (2, 20, 1.0)]
+  assert 'with the cache' in table
 
 
 def test_a_compilation_is_counted():

@@ -73,7 +73,7 @@ TINY = '--config=configs/star.py:tiny'
     (['--config=configs'], r'there is no file configs here'),
     ([f'--config={small.ROOT / "README.md"}'], r'flags: .*(invalid|unterminated|never closed)'),
     ([f'--config={small.ROOT / "ilm_jax" / "types.py"}'], r"flags: .*has no attribute 'get_config'"),
-    (['--config=configs/star.py:huge'], r'configs/star.py:huge: expected one of tiny, easy, medium, hard'),
+    (['--config=configs/star.py:huge'], r'configs/star.py:huge: expected one of tiny, mini, easy, medium, hard'),
     ([TINY, '--config.modle.d_model=3'], r'flags: .*modle.* Did you mean "model"'),
     ([TINY, '--config.model.d_modle=3'], r'flags: .*d_modle.* Did you mean "d_model"'),
     ([TINY, '--config.steps=many'], r"flags: flag --config.steps=many: .*'many'"),
@@ -166,6 +166,32 @@ def test_a_checkpoint_of_another_shape_is_refused_and_left_alone(command, copy):
     assert (code, out) == (1, '') and 'Traceback' not in err
     assert len([line for line in err.splitlines() if line.startswith('error: ') and re.search(message, line)]) == 1, err
   assert snapshot(copy) == before
+
+
+def test_starting_from_a_model_of_another_shape_is_refused_before_anything_is_written(command, trained, tmp_path):
+  changes = {**RANDOM, 'model.d_model': 32, 'init_from': str(trained)}
+  result = command('ilm_jax.main', small.flags(tmp_path / 'new', changes))
+  assert_refused(result, rf'init_from={trained}: .* has another shape: .* give the model settings of that run')
+  assert not (tmp_path / 'new').exists()
+
+
+def test_likelihoods_are_in_the_evaluation(command, copy):
+  arguments = [*small.flags(copy, {**RANDOM, 'eval.score': 'exact'}), '--mode=eval']
+  code, out, err = command('ilm_jax.main', arguments)
+  assert code == 0, err
+  result = json.loads((copy / 'eval.json').read_text())
+  assert result['likelihood'] == 'exact' and result['metrics']['nll_variance'] == 0
+  said = re.search(r'test -log p, exact: ([\d.]+) nats a string \(.* 0\.0000\), ([\d.]+) a token', out)
+  assert float(said[1]) == pytest.approx(result['metrics']['nll'], abs=1e-4)
+  assert float(said[2]) == pytest.approx(result['metrics']['nll_per_token'], abs=1e-4)
+  lm = ilm_jax.load(copy, 'latest')
+  examples = [source[i] for source in [lm.task.source(lm.cfg.task, 'test')] for i in range(len(source))]
+  total = 0.0
+  for example in examples:
+    tokens, fixed = example['tokens'][None], example['fixed'][None]
+    forward = model.Forward(lm.model_cfg, lm.params)
+    total += float(lm.family.score(forward, None, tokens, fixed, np.array([22]), lm.sampler.cfg, kind='exact').nll_B[0])
+  assert result['metrics']['nll'] == pytest.approx(total / len(examples), rel=1e-4)
 
 
 def test_checkpoints_without_a_run_json_are_left_alone(command, copy):

@@ -1,5 +1,7 @@
 """The insertion loss, on the real (tiny) model, against the dense form of the specification."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ V, CLS, BOS = 23, 1, 4
 MODEL = model.ModelConfig(
   vocab_size=V, num_layers=2, num_heads=2, d_model=16, d_ff=32, init='reference', dropout=0.0, attention_dropout=0.0
 )
-LOSS = ConfigDict({'stop_weight': 0.7, 'compute': 'float32', 'vocab_chunk': 5})
+LOSS = ConfigDict({'stop_weight': 0.7, 'length_weight': 'none', 'compute': 'float32', 'vocab_chunk': 5})
 
 
 @pytest.fixture(scope='module')
@@ -104,6 +106,7 @@ def test_the_worked_example_by_hand():
     'segment_BxL': jnp.ones((1, 6), int), 'open_BxL': jnp.arange(6)[None] > 0, 'cls_BxS': jnp.zeros((1, 1), int),
     'target_gap_BxT': jnp.array([[4, 4, 0]]), 'target_token_BxT': jnp.array([[11, 12, 0]]),
     'target_segment_BxT': jnp.array([[1, 1, 0]]), 'segment_weight_BxS': jnp.ones((1, 1)),
+    'free_BxS': jnp.full((1, 1), 4),
   }  # fmt: skip
   pairs = ilm.loss(outputs, batch, LOSS)
   expected = np.log(np.exp(z[1:]).sum()) - 0.5 * (z[4, 11] + z[4, 12])
@@ -208,3 +211,21 @@ def test_a_batch_of_padding_has_loss_zero_and_a_finite_gradient(params):
   batch = PACKED.empty()
   total, grads = loss_and_gradient(params, batch)
   assert float(total) == 0 and all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads))
+
+
+def test_a_length_weighted_loss_is_the_bound_over_the_mean_weight(params):
+  examples = make_examples(close_prompt=True)
+  batch = alone([corrupted for _, corrupted in examples])
+  outputs = run(params, batch)
+  plain = ConfigDict({**LOSS.to_dict(), 'stop_weight': 1.0})
+  pairs = ilm.loss(outputs, batch, plain)
+  weighted = ilm.loss(outputs, batch, ConfigDict({**plain.to_dict(), 'length_weight': 'elbo', 'mean_weight': 4.0}))
+  losses, bounds = dense_losses(outputs, examples).sum(axis=1), 0.0
+  for (example, _), loss in zip(examples, losses, strict=True):
+    free = int((~example['fixed']).sum())
+    bounds += (free + 1) * loss - math.lgamma(free + 1)
+  more = np.array([1 + (~example['fixed']).sum() for example, _ in examples])
+  np.testing.assert_allclose(float(weighted['loss'][0]), (more * losses).sum() / 4, rtol=1e-5)
+  assert float(weighted['loss'][1]) == float(pairs['loss'][1]) == len(examples)
+  np.testing.assert_allclose(float(pairs['string_bound'][0]), bounds, rtol=1e-5)
+  np.testing.assert_allclose(float(weighted['token_loss'][0]), float(pairs['token_loss'][0]), rtol=1e-6)

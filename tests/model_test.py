@@ -68,6 +68,7 @@ def batch_of(numbers):
     'target_segment_BxT': used.astype(int),
     'cls_BxS': np.zeros((rows, 1), int),
     'segment_weight_BxS': np.ones((rows, 1), np.float32),
+    'free_BxS': np.ones((rows, 1), int),
     'example_id_BxS': np.arange(rows)[:, None],
   }
 
@@ -81,6 +82,7 @@ def packed_batch_of(numbers):
     **{f'target_{name}_BxT': np.zeros((1, targets), int) for name in ('gap', 'token', 'segment')},
     'cls_BxS': np.zeros((1, segments), int),
     'segment_weight_BxS': np.zeros((1, segments), np.float32),
+    'free_BxS': np.zeros((1, segments), int),
   }
   start = target = 0
   for row, mask in enumerate(numbers['attention_mask']):
@@ -146,7 +148,7 @@ def test_each_examples_losses_are_the_references(insertion, chunk):
 
 
 def mean_loss(cfg, params, batch, chunk):
-  settings = ConfigDict({'stop_weight': 1.0, 'compute': cfg.compute, 'vocab_chunk': chunk})
+  settings = ConfigDict({'stop_weight': 1.0, 'length_weight': 'none', 'compute': cfg.compute, 'vocab_chunk': chunk})
   outputs = outputs_of(cfg, params, batch)
   total, weight = ilm.loss(outputs, batch, settings)['loss']
   return total / weight, outputs
@@ -184,7 +186,7 @@ def test_the_loss_reports_its_parts(insertion):
   numbers, cfg, params = insertion
   batch = batch_of(numbers)
   batch['segment_weight_BxS'] = np.asarray([[1.0], [0.0], [2.0], [1.0], [0.0], [0.5]], np.float32)
-  settings = ConfigDict({'stop_weight': 0.25, 'compute': 'float32', 'vocab_chunk': 16})
+  settings = ConfigDict({'stop_weight': 0.25, 'length_weight': 'none', 'compute': 'float32', 'vocab_chunk': 16})
   metrics = jax.jit(lambda *args: ilm.loss(*args, settings))(outputs_of(cfg, params, batch), batch)
   token = stop = right = 0.0
   for row, weight in enumerate([1.0, 0.0, 2.0, 1.0, 0.0, 0.5]):

@@ -409,6 +409,7 @@ GOLDEN = {
   'cls_BxS': 'ae1b5923e6af67ed',
   'segment_weight_BxS': 'f6d0f5c4e0cfadbd',
   'example_id_BxS': '8c5c3704f6fe7057',
+  'free_BxS': 'TODO',
   'noise_BxS': 'a6b915102b3d0efc',
   'target_weight_BxT': '8f2a05b359887a3d',
 }
@@ -435,7 +436,7 @@ def test_the_batch_of_a_step_is_what_it_was(first_eight):
 
 # --- the shipped configs ----------------------------------------------------------------------------------------------
 
-SHIPPED = [('star', name) for name in ('tiny', 'easy', 'medium', 'hard')]
+SHIPPED = [('star', name) for name in ('tiny', 'mini', 'easy', 'medium', 'hard')]
 
 
 def left_out(cfg, steps, pool=4_000):

@@ -411,7 +411,8 @@ def test_the_loss_times_the_number_of_sizes_is_the_bound_on_the_log_likelihood()
     (x, set(drop)) for x in texts for n in range(len(x) + 1) for drop in itertools.combinations(range(len(x)), n)
   ]
   batch = {
-    'tokens_BxL': np.zeros((len(cases), 5), int), 'cls_BxS': np.zeros((len(cases), 1), int),
+    'tokens_BxL': np.zeros((len(cases), 5), int), 'free_BxS': np.zeros((len(cases), 1)),
+    'cls_BxS': np.zeros((len(cases), 1), int),
     'segment_weight_BxS': np.ones((len(cases), 1)), 'target_segment_BxT': np.zeros((len(cases), 3), int),
     'target_gap_BxT': np.zeros((len(cases), 3), int), 'target_token_BxT': np.zeros((len(cases), 3), int),
   }  # fmt: skip

@@ -311,3 +311,65 @@ def test_the_score_counts_exact_answers_and_right_places():
   assert score(8, 9, 9) == (0, 3), 'a correct beginning is no answer'
   assert score(8, 9, 9, 10, 10) == (0, 4), 'nor is a correct one with something behind it'
   assert score() == (0, 0)
+
+
+# --- the order of the answer ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_the_oracle_order_is_the_answer_backwards_and_reads_the_same(name):
+  cfg = TASKS[name]
+  oracle = ConfigDict({**cfg.to_dict(), 'order': 'oracle'})
+  for i in range(20):
+    forwards, backwards = star.Source(cfg, 'test')[i], star.Source(oracle, 'test')[i]
+    fixed = forwards['fixed']
+    np.testing.assert_array_equal(forwards['fixed'], backwards['fixed'])
+    np.testing.assert_array_equal(forwards['tokens'][fixed], backwards['tokens'][fixed])
+    np.testing.assert_array_equal(forwards['tokens'][~fixed], backwards['tokens'][~fixed][::-1])
+    assert star.decode(forwards['tokens'], cfg) == star.decode(backwards['tokens'], oracle)
+
+
+def test_an_unknown_order_is_refused():
+  with pytest.raises(UserError, match=r"task.order='random': expected path, or oracle"):
+    star.Source(ConfigDict({**TASKS['tiny'].to_dict(), 'order': 'random'}), 'test')
+
+
+@pytest.mark.parametrize('order', ['path', 'oracle'])
+@pytest.mark.parametrize('name', ['easy', 'medium', 'hard'])
+def test_the_landmark_is_the_node_behind_the_junction(name, order):
+  cfg = ConfigDict({**TASKS[name].to_dict(), 'order': order})
+  source = star.Source(cfg, 'test')
+  for i in range(50):
+    graph, tokens = source.graph(i), source[i]['tokens']
+    at = graph.path.index(junction(graph))
+    answer = tokens[~source[i]['fixed']]
+    found = star.landmark(tokens, cfg)
+    if order == 'path':
+      assert found == 2 * at + 1
+    else:
+      assert found == len(answer) - 2 - 2 * at
+    assert answer[found] == FIRST + graph.path[at + 1]
+    assert answer[found - 1 if order == 'path' else found + 1] == FIRST + graph.path[at]
+
+
+def test_an_answer_without_the_junction_has_no_landmark():
+  tokens = [CLS, *(FIRST + n for n in (0, 1, 0, 2, 0, 1)), BOS, FIRST + 3, FIRST + 4]
+  assert star.landmark(np.array(tokens), TASKS['tiny']) is None
+  assert star.landmark(np.array(tokens[:8]), TASKS['tiny']) is None
+
+
+def test_a_split_without_graphs_is_said():
+  cfg = ConfigDict({**task(1, 2, 2, 0, 2).to_dict()})
+  with pytest.raises(UserError, match=r'none of the (validation|test|train) split'):
+    for split in ('train', 'validation', 'test'):
+      star.Source(cfg, split).graph(0)
+
+
+@pytest.mark.parametrize('name', ['tiny', 'mini', 'easy', 'medium', 'hard'])
+def test_configs_agree_with_the_task_on_lengths(name):
+  from configs import star as config
+
+  cfg = config.get_config(name)
+  assert cfg.sampling.max_length == star.longest(cfg.task)
+  assert star.longest_answer(cfg.task) == max(LENGTHS.get(name, LENGTHS['tiny'])[1])
+  assert star.chance(cfg.task) == 1 / cfg.task.degree

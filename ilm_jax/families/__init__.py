@@ -5,7 +5,10 @@
     loss(outputs, batch, cfg)          -> {name: (total, weight)}, pure; 'loss' is what is minimised
     SampleConfig.create(sampling, ...) -> the hashable settings of `sample`, from a config's `sampling` part
     sample(forward, rng, prompt, cfg)  -> Sampled, in one jit
-    score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, ...) -> Score: what kind of likelihood, and its error
+    score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, kind=None, longest=...)
+                                       -> Score: its kind, and its error
+    check_score(kind, longest)         refuse what `score` would refuse
+    most_targets(longest, answer)      targets of the longest example, at most
 
 A new family is one file and one entry of FAMILIES; modules are imported when asked for, so that the workers of the
 data pipeline, which need the corruption alone, stay light.

@@ -16,7 +16,7 @@ from ilm_jax import ops
 from ilm_jax.families import corrupt as _corrupt
 from ilm_jax.families.settings import buffers, sample_config
 from ilm_jax.tokenizer import EOS
-from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, Score
+from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, Score, UserError
 
 corrupt = _corrupt.arm
 
@@ -25,6 +25,12 @@ def model_settings(cfg) -> dict:
   """The fields of ModelConfig that an autoregressive model decides."""
   del cfg
   return {'causal': True, 'stop_head': False}
+
+
+def most_targets(longest: int, answer: int) -> int:
+  """Targets of an example of at most `longest` tokens, `answer` of them free: those, and the end."""
+  del longest
+  return answer + 1
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -152,7 +158,7 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: _State) 
   at_B = jnp.maximum(state.length_B - 1, 0)
   outputs, cache = forward.cached(state.tokens_BxL[row_B, at_B][:, None], at_B, state.cache)
 
-  logits_BxV = _logits(outputs.hidden_BxLxD[:, 0], outputs.unembed_VxD, cfg)
+  logits_BxV = logits(outputs.hidden_BxLxD[:, 0], outputs.unembed_VxD, cfg)
   log_prob_BxV = jax.nn.log_softmax(logits_BxV, axis=-1)
   if cfg.force_first:
     first_B = state.steps_B == 0
@@ -179,7 +185,7 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: _State) 
   )
 
 
-def _logits(hidden, unembed_VxD, cfg: SampleConfig):
+def logits(hidden, unembed_VxD, cfg: SampleConfig):
   """Logits with the closed tokens at NEG_INF."""
   bias_V = jnp.zeros(unembed_VxD.shape[0]).at[jnp.array(cfg.closed_tokens, jnp.int32)].set(ops.NEG_INF)
   logits = ops.einsum('bd,vd->bv', hidden, unembed_VxD, ops.head_compute(cfg.compute))
@@ -189,7 +195,15 @@ def _logits(hidden, unembed_VxD, cfg: SampleConfig):
 # --- likelihood -------------------------------------------------------------------------------------------------------
 
 
-def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig) -> Score:
+def check_score(kind: str | None, longest: int) -> None:
+  """Refuse a kind that there is not."""
+  del longest
+  if kind not in (None, 'exact'):
+    raise UserError(f'score: kind={kind!r}: expected exact for family=arm')
+
+
+def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, kind: str | None = None,
+          longest: int = 0) -> Score:  # fmt: skip
   """The exact negative log-likelihood of the free tokens and the end, over the tokens that `sample` can produce.
 
   Args:
@@ -199,8 +213,11 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig) -> S
     fixed_BxL: given tokens; they come before the free ones.
     length_B: of the rows.
     cfg: `closed_tokens`, `compute` and `vocab_chunk` are read.
+    kind: 'exact', or nothing.
+    longest: not used.
   """
   del rng
+  check_score(kind, longest)
   outputs = forward(tokens_BxL, length_B)
   bias_V = jnp.zeros(outputs.unembed_VxD.shape[0]).at[jnp.array(cfg.closed_tokens, jnp.int32)].set(ops.NEG_INF)
   lse_BxL = ops.vocab_logsumexp(

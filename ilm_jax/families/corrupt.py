@@ -6,7 +6,7 @@ are never dropped. A corrupted example is a dict of arrays of variable length, r
     tokens, open          the kept tokens, in order, and whether a token may be inserted to the right of each
     target_gap            for each dropped token, the index (in `tokens`) of the nearest kept token to its left
     target_token          ... and its id
-    length                number of tokens before the corruption
+    length, free          number of tokens, and of free ones, before the corruption
     target_weight         (1 where left out) of each target in the loss
     noise                 (0 where left out) noise level that the model is told
 """
@@ -42,6 +42,7 @@ def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
     'target_gap': (np.cumsum(keep) - 1)[dropped].astype(np.int32),
     'target_token': tokens[dropped],
     'length': len(tokens),
+    'free': len(free),
   }
 
 
@@ -65,6 +66,7 @@ def arm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
     'target_gap': np.append(free - 1, len(tokens) - 1).astype(np.int32),
     'target_token': np.append(tokens[free], EOS).astype(np.int32),
     'length': len(tokens),
+    'free': len(free),
   }
 
 

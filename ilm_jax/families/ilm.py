@@ -21,13 +21,19 @@ from ilm_jax.families.settings import buffers, sample_config
 from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, UserError
 
 corrupt = _corrupt.ilm
-score = likelihood.score
+score, check_score = likelihood.score, likelihood.check_score
 
 
 def model_settings(cfg) -> dict:
   """The fields of ModelConfig that an insertion model decides."""
   del cfg
   return {'causal': False, 'stop_head': True}
+
+
+def most_targets(longest: int, answer: int) -> int:
+  """Targets of an example of at most `longest` tokens, `answer` of them free."""
+  del longest
+  return answer
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -63,17 +69,29 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
   Args:
     outputs: of the model on the batch.
     batch: see `types`.
-    cfg: `stop_weight` (lambda), `compute` and `vocab_chunk` of the vocabulary head.
+    cfg: `stop_weight` (lambda), `compute` and `vocab_chunk` of the vocabulary head; `length_weight`: 'none' (the
+      paper), or 'elbo', which weights an example of L free tokens by L + 1 over the data's mean of it, `mean_weight`:
+      then the loss, with stop_weight 1, is the bound itself but for constants.
+
+  Returns:
+    'loss', its parts without the length weight, the share of right stop decisions, and 'string_bound': the estimate
+    (L + 1) (token + stop loss) - log L! of the bound of -log p(x) in nats (see `likelihood`), over the gaps and tokens
+    of the training softmax.
   """
   token_BxS, stop_BxS, dropped_BxS = example_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
   weight_BxS = batch['segment_weight_BxS']
   weight = weight_BxS.sum()
   token, stop = (weight_BxS * token_BxS).sum(), (weight_BxS * stop_BxS).sum()
+  more_BxS = batch['free_BxS'] + 1.0
+  bound_BxS = more_BxS * (token_BxS + stop_BxS) - jax.scipy.special.gammaln(more_BxS)
+  length_BxS = more_BxS / cfg.mean_weight if cfg.length_weight == 'elbo' else jnp.ones_like(more_BxS)
+  total = (weight_BxS * length_BxS * (token_BxS + cfg.stop_weight * stop_BxS)).sum()
   right_BxS = (outputs.stop_BxSx2[..., 1] > outputs.stop_BxSx2[..., 0]) == (dropped_BxS > 0)
   return {
-    'loss': (token + cfg.stop_weight * stop, weight),
+    'loss': (total, weight),
     'token_loss': (token, weight),
     'stop_loss': (stop, weight),
+    'string_bound': ((weight_BxS * bound_BxS).sum(), weight),
     'stop_accuracy': ((weight_BxS * right_BxS).sum(), weight),
   }
 

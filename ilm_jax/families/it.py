@@ -6,8 +6,9 @@ dropped tokens D_k, c = |D_k|, and p_k = softmax(Z[k]):
     loss_k = -1 / (c + 1) sum_{j in D_k} log p_k(x_j)     c > 0
     loss_k = -eos_weight log p_k([EOS])                   c = 0
 
-averaged over the gaps. Sampling inserts one token in one gap, or in every open gap, until all gaps are finished. There
-is no distribution over gaps, so a string has no likelihood.
+averaged over the gaps (the last gap of a full row has its [EOS] too, which the reference's code leaves out). Sampling
+inserts one token in one gap, or in every open gap, until all gaps are finished. There is no distribution over gaps, so
+a string has no likelihood.
 """
 
 import functools
@@ -29,6 +30,12 @@ def model_settings(cfg) -> dict:
   """The fields of ModelConfig that an Insertion Transformer decides."""
   del cfg
   return {'causal': False, 'stop_head': False}
+
+
+def most_targets(longest: int, answer: int) -> int:
+  """Targets of an example of at most `longest` tokens: each is dropped, or has an end symbol behind it."""
+  del answer
+  return longest
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -169,7 +176,7 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: _State) 
   closed_V = jnp.zeros(unembed_VxD.shape[0]).at[jnp.array(cfg.closed_tokens, jnp.int32)].set(ops.NEG_INF)
   total_BxL = ops.vocab_logsumexp(hidden_BxLxD, unembed_VxD, closed_V, **lengths)  # without [EOS]
   index_BxL = jnp.broadcast_to(jnp.arange(size), state.tokens_BxL.shape)
-  end_BxL = ops.target_logits(hidden_BxLxD, unembed_VxD, index_BxL, jnp.full_like(index_BxL, EOS), compute=cfg.compute)
+  end_BxL = ops.einsum('bld,d->bl', hidden_BxLxD, unembed_VxD[EOS], ops.head_compute(cfg.compute))
   end_prob_BxL = jax.nn.sigmoid(end_BxL - total_BxL)
   if cfg.end_threshold is None:
     finished_BxL = end_BxL >= ops.vocab_max(hidden_BxLxD, unembed_VxD, closed_V, **lengths)
@@ -187,12 +194,16 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: _State) 
     # The first gaps win where there is not room for all.
     fits_BxL = jnp.cumsum(unfinished_BxL, axis=1) <= (cfg.max_length - state.length_B)[:, None]
     go_BxL = unfinished_BxL & fits_BxL & go_B[:, None]
-    logits_BxLxV = ops.einsum('bld,vd->blv', hidden_BxLxD, unembed_VxD, ops.head_compute(cfg.compute))
-    logits_BxLxV += closed_V[None, None]
-    rng_BxL = jax.vmap(lambda rng: jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(size)))(token_rng_B)
-    flat = ops.choose(rng_BxL.reshape(-1), logits_BxLxV.reshape(-1, logits_BxLxV.shape[-1]), cfg.token)
-    token_BxL = flat.reshape(index_BxL.shape)
-    chosen_BxL = jnp.take_along_axis(logits_BxLxV, token_BxL[..., None], axis=-1)[..., 0]
+
+    def draw(row):  # one row at a time: the logits of all gaps of all rows would not fit
+      rng, hidden_LxD = row
+      logits_LxV = ops.einsum('ld,vd->lv', hidden_LxD, unembed_VxD, ops.head_compute(cfg.compute)) + closed_V[None]
+      token_L = ops.choose(
+        jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(size)), logits_LxV, cfg.token
+      )
+      return token_L, jnp.take_along_axis(logits_LxV, token_L[:, None], axis=1)[:, 0]
+
+    token_BxL, chosen_BxL = jax.lax.map(draw, (token_rng_B, hidden_BxLxD))
   else:
     gap_B = ops.choose(gap_rng_B, jnp.where(unfinished_BxL, total_BxL, ops.NEG_INF), cfg.gap)
     go_BxL = (index_BxL == gap_B[:, None]) & go_B[:, None]
@@ -221,6 +232,11 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: _State) 
   )
 
 
-def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig):
+def check_score(kind: str | None, longest: int) -> None:
   """Refuse: an Insertion Transformer has no distribution over gaps."""
   raise UserError('family=it has no likelihood: its softmaxes say which token comes into a gap, not which gap is next')
+
+
+def score(*_, kind: str | None = None, longest: int = 0):
+  """Refuse, as `check_score`."""
+  check_score(kind, longest)

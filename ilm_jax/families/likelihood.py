@@ -172,8 +172,25 @@ def exact(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, most: int = MOST_E
 KINDS = {'bound': bound, 'importance-weighted': importance, 'exact': exact}
 
 
-def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, *, kind: str = 'bound', **options) -> Score:
-  """Score rows by one of KINDS; `options` are its own."""
-  if kind not in KINDS:
-    raise UserError(f'score: kind={kind!r}: expected one of {", ".join(KINDS)}')
+def check_score(kind: str | None, longest: int) -> None:
+  """Refuse a kind that there is not, or that would take too long."""
+  if kind not in (None, *KINDS):
+    raise UserError(f'score: kind={kind!r}: expected one of {", ".join(KINDS)} for family=ilm')
+  if kind == 'exact' and longest > MOST_EXACT:
+    raise UserError(
+      f'score: kind=exact takes 2^n passes for n tokens, {longest} here: expected at most {MOST_EXACT}; use '
+      'importance-weighted or bound'
+    )
+
+
+def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, *, kind: str | None = None, longest: int = MOST_EXACT,
+          **options) -> Score:  # fmt: skip
+  """Score rows by one of KINDS (the bound by default); `options` are its own.
+
+  `longest` is the largest number of free tokens, where the caller knows it: the exact value takes 2^longest passes.
+  """
+  check_score(kind, longest)
+  kind = kind or 'bound'
+  if kind == 'exact':
+    options = {'most': longest, **options}
   return KINDS[kind](forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, **options)

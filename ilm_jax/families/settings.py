@@ -63,3 +63,25 @@ def buffers(start: int, cfg) -> list[int]:
     sizes.append(size)
     size *= 2
   return sizes + [cfg.max_length]
+
+
+def describe(cfg) -> str:
+  """The settings of a SampleConfig in a few words: all that decide what is drawn."""
+
+  def words(value):
+    if not isinstance(value, Rule):
+      return 'sampled' if value is None else str(value)
+    if value.temperature == 0 or value.top_k == 1:
+      return 'greedy'
+    rest = f', top {value.top_k}' if value.top_k else ''
+    return f'temperature {value.temperature}{rest}' + (f', nucleus {value.top_p}' if value.top_p < 1 else '')
+
+  hidden = {'closed_tokens', 'min_buffer', 'compute', 'vocab_chunk'}
+  if getattr(cfg, 'joint', None) is not None:
+    hidden |= {'gap', 'token'}
+  sampled = ('stop_threshold',)
+  return '; '.join(
+    f'{name} {words(value)}'
+    for name, value in cfg._asdict().items()
+    if name not in hidden and value is not False and (value is not None or name in sampled)
+  )

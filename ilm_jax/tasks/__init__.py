@@ -6,6 +6,9 @@
                                            and `endless` says that every index is a new example
     longest(cfg), longest_answer(cfg)      tokens of the longest example, and free tokens of the longest answer
     score(predicted, reference, cfg)       {name: (total, weight)} for one example, from its free tokens
+    chance(cfg)                            exact match of an answer that has the right form and a random choice in it
+    landmark(tokens, cfg)                  (may be missing) index in the answer of a token whose place in the order of
+                                           decoding is of interest, or None
     encode_prompt(text, cfg)               the given tokens of a prompt, [CLS] first
     decode(tokens, cfg)                    the text of a whole row
 

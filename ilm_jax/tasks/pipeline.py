@@ -50,6 +50,8 @@ class Shape:
       'cls_BxS': np.zeros(segments, np.int32),
       'segment_weight_BxS': np.zeros(segments, np.float32),
       'example_id_BxS': np.full(segments, -1, np.int32),
+      'length_BxS': np.zeros(segments, np.int32),
+      'free_BxS': np.zeros(segments, np.int32),
       'noise_BxS': np.zeros(segments, np.float32),
     }
 
@@ -93,6 +95,8 @@ def pack(examples: list[dict], ids: list[int], shape: Shape) -> Batch:
     batch['cls_BxS'][row, segment] = start
     batch['segment_weight_BxS'][row, segment] = 1.0
     batch['example_id_BxS'][row, segment] = index
+    batch['length_BxS'][row, segment] = example['length']
+    batch['free_BxS'][row, segment] = example.get('free', 0)
     batch['noise_BxS'][row, segment] = example.get('noise', 0.0)
     filled[row] = end, target_end, segment + 1
   return batch

@@ -67,6 +67,8 @@ def longest(cfg) -> int:
 
 def check(cfg) -> None:
   """Refuse settings from which no graph can be drawn."""
+  if cfg.get('order', 'path') not in ('path', 'oracle'):
+    raise UserError(f'task.order={cfg.order!r}: expected path, or oracle (the path backwards)')
   needed = cfg.degree * (cfg.max_length - 1) + 1
   if cfg.num_nodes < needed:
     raise UserError(f'task.num_nodes={cfg.num_nodes}: {cfg.degree} arms of {cfg.max_length} nodes need {needed} names')
@@ -103,7 +105,7 @@ class Source:
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     if index in self._kept:
       return self._kept[index]
-    example = encode(self.graph(index))
+    example = encode(self.graph(index), backwards=is_reversed(self.cfg))
     if not self.endless:
       self._kept[index] = example
     return example
@@ -112,10 +114,12 @@ class Source:
 source = Source
 
 
-def encode(graph: Graph) -> dict[str, np.ndarray]:
-  """A graph as an example: everything up to [BOS] is fixed."""
+def encode(graph: Graph, backwards: bool = False) -> dict[str, np.ndarray]:
+  """A graph as an example: everything up to [BOS] is fixed. Backwards: the tokens of the answer in reverse."""
   prompt = _prompt_ids(graph.edges, graph.path[0], graph.path[-1])
   answer = [OFFSET + node for edge in itertools.pairwise(graph.path) for node in edge]
+  if backwards:
+    answer.reverse()
   tokens = np.array(prompt + answer, np.int32)
   return {'tokens': tokens, 'fixed': np.arange(len(tokens)) < len(prompt)}
 
@@ -140,6 +144,31 @@ def score(predicted: np.ndarray, reference: np.ndarray, cfg) -> dict[str, tuple[
   }
 
 
+def chance(cfg) -> float:
+  """A random arm at the junction."""
+  return 1 / cfg.degree
+
+
+def landmark(tokens, cfg) -> int | None:
+  """Index in the answer of the node behind the junction: the choice of an arm. None where the answer lacks it."""
+  ids = [int(token) for token in tokens]
+  bos = ids.index(BOS)
+  answer = ids[bos + 1 :]
+  if is_reversed(cfg):
+    answer = answer[::-1]
+  starts = ids[1 : bos - 2 : 2]
+  junction = max(set(starts), key=starts.count, default=None)
+  for i in range(0, len(answer) - 1, 2):
+    if answer[i] == junction:
+      return len(answer) - 2 - i if is_reversed(cfg) else i + 1
+  return None
+
+
+def is_reversed(cfg) -> bool:
+  """Is the answer written from the goal to the source, the order in which every next node is determined?"""
+  return cfg.get('order', 'path') == 'oracle'
+
+
 def encode_prompt(text: str, cfg) -> list[int]:
   """The given tokens of `u,v|u,v|.../source,goal` (what follows a `=` is left out)."""
   words = tokenizer(cfg)
@@ -159,6 +188,8 @@ def decode(tokens, cfg) -> str:
   words = tokenizer(cfg).decode(tokens)
   bos = words.index('[BOS]')
   prompt, answer = words[1:bos], words[bos + 1 :]
+  if is_reversed(cfg):
+    answer = answer[::-1]
   pairs = [','.join(prompt[i : i + 2]) for i in range(0, len(prompt), 2)]
   chained = len(answer) % 2 == 0 and answer[1:-1:2] == answer[2::2]
   if chained:
