@@ -419,9 +419,16 @@ def test_the_commands_of_the_readme_run(command, tmp_path, monkeypatch):
   )
   for module, arguments in [default, *commands]:
     given = shortened(arguments) if module == 'ilm_jax.main' else arguments
+    if module == 'ilm_jax.report':
+      given = [*arguments, '--mixed_commits']  # a checkout without git has none
     code, out, err = command(module, given, cwd=tmp_path)
     assert code == 0, (module, arguments, err)
-    assert 'test exact match' in out if module == 'ilm_jax.main' else json.loads(out)['tokens']
+    if module == 'ilm_jax.main':
+      assert 'test exact match' in out
+    elif module == 'ilm_jax.report':
+      assert len(re.findall(r'^\| star tiny \| (?:arm|ilm) \|', out, re.M)) == 6  # two rows in three tables
+    else:
+      assert json.loads(out)['tokens']
   assert (tmp_path / 'runs' / 'star-tiny' / 'eval.json').exists()
 
   monkeypatch.chdir(tmp_path)

@@ -107,29 +107,35 @@ def make_prompt(rows, size=8):
 
 def grow(tokens, open_, cfg):
   """Decode one row greedily with lists."""
-  row = [(token, o, -1) for token, o in zip(tokens, open_, strict=True)]
+  row, log_probs, ends = [(token, o, -1) for token, o in zip(tokens, open_, strict=True)], [], []
   words = [v for v in range(V) if v not in cfg.closed_tokens and v != EOS]
   steps = 0
   while True:
     logits, _ = FORWARD.look_up([token for token, _, _ in row])
     logits[:, EOS] += 0.25 * len(row)
-    unfinished = []
+    unfinished, end = [], 1.0
     for k, (_, is_open, _) in enumerate(row):
       total = math.log(sum(math.exp(logits[k, v]) for v in words))
       if cfg.end_threshold is None:
         finished = logits[k, EOS] >= max(logits[k, v] for v in words)
       else:
         finished = 1 / (1 + math.exp(total - logits[k, EOS])) > cfg.end_threshold
+      if is_open:
+        end = min(end, 1 / (1 + math.exp(total - logits[k, EOS])))
       if is_open and not (finished and not (cfg.force_first and steps == 0)):
         unfinished.append((k, total))
+    ends.append(end)
     if not unfinished:
-      return row, steps, True
+      return row, steps, True, log_probs, ends
     if len(row) >= cfg.max_length or (cfg.max_steps is not None and steps >= cfg.max_steps):
-      return row, steps, False
+      return row, steps, False, log_probs, ends
     if not cfg.parallel:
       unfinished = [max(unfinished, key=lambda pair: pair[1])]
-    for done, (k, _) in enumerate(unfinished[: cfg.max_length - len(row)]):
-      row.insert(k + done + 1, (max(words, key=lambda v, k=k: logits[k, v]), True, steps))
+    log_probs.append(0.0)
+    for done, (k, total) in enumerate(unfinished[: cfg.max_length - len(row)]):
+      token = max(words, key=lambda v, k=k: logits[k, v])
+      row.insert(k + done + 1, (token, True, steps))
+      log_probs[-1] += logits[k, token] - total
     steps += 1
 
 
@@ -152,11 +158,13 @@ def test_decoding_equals_growing_a_list(settings):
   out = jax.device_get(run(jax.random.key(0), make_prompt(rows)))
   ended = set()
   for i, (tokens, open_) in enumerate(rows):
-    expected, steps, stopped = grow(tokens, open_, cfg)
+    expected, steps, stopped, log_probs, ends = grow(tokens, open_, cfg)
     n = out.length_B[i]
     assert out.tokens_BxL[i, :n].tolist() == [token for token, _, _ in expected]
     assert out.order_BxL[i, :n].tolist() == [age for _, _, age in expected]
     assert (out.steps_B[i], bool(out.stopped_B[i])) == (steps, stopped)
+    np.testing.assert_allclose(out.log_prob_BxM[i, :steps], log_probs, atol=1e-4)
+    np.testing.assert_allclose(out.stop_prob_BxM[i, : steps + 1], ends, atol=1e-5)
     ended.add(stopped)
   assert (out.steps_B > 1).any() and True in ended and ('max_steps' not in settings or False in ended)
 
@@ -173,6 +181,18 @@ def test_probabilities_are_those_of_the_tokens_in_their_gaps():
       expected = logits[1, token] - math.log(sum(math.exp(logits[1, v]) for v in words))
       assert out.log_prob_BxM[i, 0] == pytest.approx(expected, abs=1e-4)
   assert len({int(out.tokens_BxL[i, 2]) for i in range(20)}) > 1
+
+
+def test_rows_of_a_parallel_decoding_do_not_see_each_other():
+  settings = {'max_length': 20, 'parallel': True, 'token': {'temperature': 1.0}, 'min_buffer': 4}
+  cfg = it.SampleConfig.create(settings, closed_tokens=CLOSED)
+  rows = prompts()
+  run = jax.jit(functools.partial(it.sample, Ending()), static_argnames='cfg')
+  together = run(jax.random.key(0), make_prompt(rows), cfg=cfg)
+  for i in (0, 3, 7):
+    prompt = make_prompt(rows[i : i + 1])._replace(request_B=jnp.array([i]))
+    alone = run(jax.random.key(0), prompt, cfg=cfg._replace(min_buffer=64))
+    assert together.tokens_BxL[i].tolist() == alone.tokens_BxL[0].tolist()
 
 
 def test_insert_all_equals_lists():

@@ -409,15 +409,16 @@ GOLDEN = {
   'cls_BxS': 'ae1b5923e6af67ed',
   'segment_weight_BxS': 'f6d0f5c4e0cfadbd',
   'example_id_BxS': '8c5c3704f6fe7057',
-  'free_BxS': 'TODO',
+  'free_BxS': '36398112f3fb79e4',
+  'length_BxS': '96df4bb4aac9c63e',
   'noise_BxS': 'a6b915102b3d0efc',
   'target_weight_BxT': '8f2a05b359887a3d',
 }
 
 CHANGED = """
 The batch of a (seed, step) is no longer what it was. A run that was started before this change and continues after it
-does not give the weights it would have given, and the numbers of RESULTS.md are those of other batches. If that is
-meant (another generator, another order of draws, another policy of packing), say so in CHANGELOG.md and put the new
+does not give the weights it would have given, and the numbers of docs/measured.md are those of other batches. If that
+is meant (another generator, another order of draws, another policy of packing), say so in CHANGELOG.md and put the new
 values here; if it is not, something that should have no influence has one (numpy may have changed its draws).
 """
 
