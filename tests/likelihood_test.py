@@ -43,6 +43,8 @@ def plain(tokens, fixed, *, keep):
   original[0] = False
   open_ = [o for o, k in zip(original, keep, strict=True) if k]
   _, p_stop = FORWARD.look_up(row)
+  if all(keep):
+    return math.log(p_stop), math.log1p(-p_stop), {}
   log_p, out = log_pairs(row, open_), {}
   for j, k in enumerate(keep):
     if not k:
