@@ -226,7 +226,7 @@ class Signals:
 
 
 IDENTITY = ('family', 'task', 'model', 'seed')  # what makes a run another run ...
-FREE = ('task.num_validation', 'task.num_test')  # ... but these
+FREE = ('task.num_validation', 'task.num_test', 'task.workers', 'task.cache')  # ... but these
 
 
 def claim(workdir, cfg) -> None:

@@ -24,6 +24,10 @@ ALLOWED = {
   'families.*': ['types', 'ops', 'families.corrupt'],
   'tasks': ['types'],
   'tasks.pipeline': ['types', 'tokenizer', 'families', 'families.corrupt'],
+  'tasks.builders': ['types'],
+  'tasks.zebra_puzzles': ['types'],
+  'tasks.zebra_released': ['types', 'tasks.zebra_puzzles'],
+  'tasks.zebra': ['types', 'tokenizer', 'tasks.builders', 'tasks.zebra_puzzles', 'tasks.zebra_released'],
   'tasks.*': ['types', 'tokenizer'],
   'optimizer': ['types'],
   'metrics': ['types'],
@@ -58,6 +62,7 @@ ONLY_IN = {
   'flax': ['model'],
   'grain': ['tasks.pipeline'],
   'tensorflow': ['dashboards'],
+  'tensorflow_datasets': ['tasks.builders'],
   'torch': ['convert'],
 }
 
