@@ -326,7 +326,9 @@ class Solver:
   def _near(self, may: int) -> int:
     return (may << 1 | may >> 1) & self.full
 
-  # Each rule returns (new state, cell that it fills or None). One of its references is open, at least.
+  # Each rule returns (new state, cell that it fills or None). One of its references is open, at least. What two open
+  # references exclude of each other is found in one pass: a house kept for one keeps its partner's house, and the
+  # other way round. The chain of `inbetween` needs a second.
 
   def _equal(self, state, a, b):
     if self.placed[a] or self.placed[b]:
@@ -347,18 +349,14 @@ class Solver:
       new = self._narrow(state, other, self._near(1 << self.at[known]))
       may = self._may(new, other)
       return new, (other, may.bit_length() - 1) if new != state and not may & (may - 1) else None
-    for _ in range(2):
-      state = self._narrow(state, a, self._near(self._may(state, b)))
-      state = self._narrow(state, b, self._near(self._may(state, a)))
-    return state, None
+    state = self._narrow(state, a, self._near(self._may(state, b)))
+    return self._narrow(state, b, self._near(self._may(state, a))), None
 
   def _immediate_left(self, state, a, b):
     if self.placed[a] or self.placed[b]:
       return state, (b, self.at[a] + 1) if self.placed[a] else (a, self.at[b] - 1)
-    for _ in range(2):
-      state = self._narrow(state, a, self._may(state, b) >> 1)
-      state = self._narrow(state, b, self._may(state, a) << 1)
-    return state, None
+    state = self._narrow(state, a, self._may(state, b) >> 1)
+    return self._narrow(state, b, self._may(state, a) << 1), None
 
   def _ordered(self, state, a, b):
     """Prune by A < B: A lies left of B's rightmost house, B right of A's leftmost."""
