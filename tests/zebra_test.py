@@ -4,7 +4,11 @@ import collections
 import contextlib
 import itertools
 import os
+import pathlib
 import pickle
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from ilm_jax.tasks import builders, zebra, zebra_puzzles, zebra_released
 from ilm_jax.tasks.zebra_puzzles import Clue, Contradiction
 from ilm_jax.types import UserError
 
+ROOT = pathlib.Path(__file__).parents[1]
 CLS, BOS = 1, 4
 EXAMPLE = (
   'ends LHS c 0 1 RHS CLUE_END left-of LHS c 2 1 RHS c 2 2 CLUE_END = LHS n 0 0 RHS c 0 0 CLUE_END '
@@ -495,6 +500,30 @@ def test_processes_do_not_change_the_puzzles():
   recipe = zebra.Recipe.of(task(), 'validation')
   one, two = ([tokens.tolist() for tokens in zebra.generate(recipe, 9, workers)] for workers in (0, 2))
   assert one == two and len(one) == 9
+
+
+def test_a_killed_parent_takes_its_processes_with_it():
+  code = (
+    'from ilm_jax.tasks import zebra\n'
+    'import multiprocessing\n'
+    'if __name__ == "__main__":\n'
+    '  recipe = zebra.Recipe(0, "train", (3, 4), (3, 4))\n'
+    '  puzzles = zebra.generate(recipe, 10**5, 1)\n'
+    '  next(puzzles)\n'
+    '  print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n'
+    '  input()\n'
+  )
+  with subprocess.Popen(
+    [sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+  ) as process:
+    (child,) = map(int, process.stdout.readline().split())
+    os.kill(child, 0)
+    process.kill()
+  deadline = time.monotonic() + 60
+  with pytest.raises(ProcessLookupError):
+    while time.monotonic() < deadline:
+      os.kill(child, 0)
+      time.sleep(0.05)
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError])

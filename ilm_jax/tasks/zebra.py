@@ -12,7 +12,9 @@ import contextlib
 import functools
 import hashlib
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from typing import NamedTuple
 
@@ -124,10 +126,8 @@ def generate(recipe: Recipe, count: int, workers: int):
   with contextlib.ExitStack() as stack:
     examples = map(make, range(count))
     if workers:
-      # A fresh interpreter each: forking a process that runs accelerator threads can hang. Ctrl-C is the parent's.
-      pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context('spawn'), signal.signal, (signal.SIGINT, signal.SIG_IGN)
-      )
+      # A fresh interpreter each: forking a process that runs accelerator threads can hang.
+      pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _start_worker)
       examples = stack.enter_context(pool).map(make, range(count), chunksize=max(1, min(64, count // (4 * workers))))
       stack.callback(pool.shutdown, wait=False, cancel_futures=True)
     try:
@@ -145,6 +145,17 @@ def generate(recipe: Recipe, count: int, workers: int):
       ) from None
   if said > start:
     logging.info('zebra %s: %d puzzles in %s', recipe.split, count, _duration(time.monotonic() - start))
+
+
+def _start_worker() -> None:
+  """Leave Ctrl-C to the parent, and end with it even when it is killed."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+  def follow():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=follow, daemon=True).start()
 
 
 def _duration(seconds: float) -> str:
