@@ -150,7 +150,8 @@ class Evaluator:
 def show(task, tokenizer, row, example, cfg) -> str:
   """An answer for people: the whole text, whether it is right, and its tokens as they came in, step by step."""
   tokens, order = row['tokens'], row['order']
-  right = np.array_equal(tokens[order >= 0], example['tokens'][~example['fixed']])
+  pairs = task.score(tokens[order >= 0], example['tokens'][~example['fixed']], cfg)
+  right = pairs['exact_match'][0] == 1
   lines = [('right  ' if right else 'wrong  ') + task.decode(tokens, cfg)]
   for step in range(int(order.max(initial=-1)) + 1):
     words = [

@@ -69,7 +69,8 @@ def read(workdir: str) -> Run:
     return Run(
       workdir=str(workdir),
       label=config['task']['label'],
-      family=config['family'] + (', oracle order' if config['task'].get('order') == 'oracle' else ''),
+      family=config['family']
+      + (', oracle order' if config['family'] == 'arm' and config['task'].get('order') in ('oracle', 'solver') else ''),
       seed=result['seed'],
       steps=result['step'],
       budget=config['steps'],

@@ -13,7 +13,7 @@ from ilm_jax.experiment import as_json, flatten
 from ilm_jax.types import UserError
 
 IDENTITY = ('family', 'task', 'model', 'seed')  # what makes a run another run ...
-FREE = ('task.num_validation', 'task.num_test', 'task.label')  # ... but these
+FREE = ('task.num_validation', 'task.num_test', 'task.label', 'task.workers', 'task.cache')  # ... but these
 
 
 @contextlib.contextmanager

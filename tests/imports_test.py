@@ -29,6 +29,10 @@ ALLOWED = {
   ],
   'tasks': ['types'],
   'tasks.pipeline': ['types', 'tokenizer', 'families', 'families.corrupt'],
+  'tasks.builders': ['types'],
+  'tasks.zebra_puzzles': ['types'],
+  'tasks.zebra_released': ['types', 'tasks.zebra_puzzles'],
+  'tasks.zebra': ['types', 'tokenizer', 'tasks.builders', 'tasks.zebra_puzzles', 'tasks.zebra_released'],
   'tasks.*': ['types', 'tokenizer'],
   'optimizer': ['types'],
   'metrics': ['types'],
@@ -88,6 +92,7 @@ ONLY_IN = {
   'flax': ['model'],
   'grain': ['tasks.pipeline'],
   'tensorflow': ['dashboards'],
+  'tensorflow_datasets': ['tasks.builders'],
   'torch': ['convert'],
 }
 

@@ -123,7 +123,7 @@ def test_the_bound_and_its_tightening_estimate_what_they_say(case):
     row, fixed = tokens_BxL[i, :n].tolist(), fixed_BxL[i, :n].tolist()
     expected, logs = by_orders(row, fixed)
     mean = by_sets(row, fixed)
-    assert 0 < error_B[i] < 0.1
+    assert 0 < error_B[i] < 0.2
     assert abs(nll_B[i] - mean) < 4 * error_B[i]
     # K orders drawn with replacement: the expectation of the estimate, from many draws of the enumerated orders.
     drawn = np.random.default_rng(0).choice(logs, (20_000, few))

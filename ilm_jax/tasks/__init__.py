@@ -19,7 +19,7 @@ import importlib
 
 from ilm_jax.types import UserError
 
-TASKS = {'star': 'ilm_jax.tasks.star'}
+TASKS = {'star': 'ilm_jax.tasks.star', 'zebra': 'ilm_jax.tasks.zebra'}
 
 
 def get(name: str):
