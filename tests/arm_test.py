@@ -70,7 +70,7 @@ def test_packed_loss_equals_the_plain_loop(forward):
   )
   cfg = ConfigDict({'compute': 'float32', 'vocab_chunk': 5})
   pairs = arm.loss(outputs, batch, cfg)
-  total, count, one = 0.0, 0, jax.jit(forward)
+  total, count, one = 0.0, 0, jax.jit(lambda *args: forward(*args))
   for e in examples:
     tokens, row = e['tokens'], np.zeros((1, 16), np.int32)
     row[0, : len(tokens)] = tokens
@@ -92,7 +92,8 @@ def test_a_cached_pass_gives_the_features_of_a_whole_one(forward, compute):
   cfg = model.dataclasses.replace(MODEL, compute=compute)
   tokens_BxL = np.random.default_rng(0).integers(7, V, (3, 12)).astype(np.int32)
   cached = model.Forward(cfg, forward.params)
-  whole, run = jax.jit(cached)(tokens_BxL, np.full(3, 12)).hidden_BxLxD, jax.jit(cached.cached)
+  run = jax.jit(lambda *args: cached.cached(*args))
+  whole = jax.jit(lambda *args: cached(*args))(tokens_BxL, np.full(3, 12)).hidden_BxLxD
   cache, parts, at = cached.cache(3, 16), [], 0
   for size in (4, 1, 1, 3, 1, 2):
     outputs, cache = run(jnp.array(tokens_BxL[:, at : at + size]), jnp.full(3, at), cache)

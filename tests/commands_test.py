@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -185,12 +186,12 @@ def test_likelihoods_are_in_the_evaluation(command, copy):
   assert float(said[1]) == pytest.approx(result['metrics']['nll'], abs=1e-4)
   assert float(said[2]) == pytest.approx(result['metrics']['nll_per_token'], abs=1e-4)
   lm = ilm_jax.load(copy, 'latest')
-  examples = [source[i] for source in [lm.task.source(lm.cfg.task, 'test')] for i in range(len(source))]
-  total = 0.0
-  for example in examples:
-    tokens, fixed = example['tokens'][None], example['fixed'][None]
-    forward = model.Forward(lm.model_cfg, lm.params)
-    total += float(lm.family.score(forward, None, tokens, fixed, np.array([22]), lm.sampler.cfg, kind='exact').nll_B[0])
+  source = lm.task.source(lm.cfg.task, 'test')
+  examples = [source[i] for i in range(len(source))]
+  forward, lengths = model.Forward(lm.model_cfg, lm.params), np.full(len(examples), 22)
+  tokens, fixed = (np.stack([example[name] for example in examples]) for name in ('tokens', 'fixed'))
+  score = jax.jit(lambda *args: lm.family.score(forward, None, *args, lm.sampler.cfg, kind='exact', longest=6).nll_B)
+  total = float(score(tokens, fixed, lengths).sum())
   assert result['metrics']['nll'] == pytest.approx(total / len(examples), rel=1e-4)
 
 

@@ -194,7 +194,14 @@ def test_the_loss_reports_its_parts(insertion):
     stop += weight * numbers['example_stop_loss'][row]
     says_stop = numbers['stop_logits'][row, 0] >= numbers['stop_logits'][row, 1]
     right += weight * (says_stop == (numbers['num_dropped'][row] == 0))
-  expected = {'loss': token + 0.25 * stop, 'token_loss': token, 'stop_loss': stop, 'stop_accuracy': right}
+  bound = 2 * (token + stop)  # of strings of one token
+  expected = {
+    'loss': token + 0.25 * stop,
+    'string_bound': bound,
+    'token_loss': token,
+    'stop_loss': stop,
+    'stop_accuracy': right,
+  }
   assert {name: float(total) for name, (total, _) in metrics.items()} == pytest.approx(expected, rel=1e-5)
   assert all(float(weight) == 4.5 for _, weight in metrics.values())
 

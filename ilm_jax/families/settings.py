@@ -23,7 +23,7 @@ def sample_config(cls, sampling, **others):
   """
   settings = dict(sampling)
   for name in sorted(set(settings) - KNOWN - set(cls._fields)):
-    expected = ', '.join(sorted((KNOWN | set(cls._fields)) - set(others)))
+    expected = ', '.join(sorted(KNOWN & set(cls._fields)))
     raise UserError(f'unknown sampling setting {name!r}: expected one of {expected}')
   if twice := sorted(set(settings) & set(others)):
     raise UserError(f'sampling.{twice[0]} cannot be set: the model and the task decide it')
