@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 from absl import flags, logging
 
@@ -38,6 +39,7 @@ def quiet() -> None:
   logging.get_absl_handler().setFormatter(Plain())
   logging.get_absl_handler().addFilter(ours_or_worse)
   sys.unraisablehook = unraisable
+  warnings.filterwarnings('ignore', "coroutine '.*' was never awaited")  # parts of a write whose failure is raised
   if (cache := os.environ.get('JAX_COMPILATION_CACHE_DIR')) is None:
     cache = os.path.join(os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache')), 'ilm_jax', 'xla')
   if cache:
