@@ -26,14 +26,20 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.attention_dropout = 0.1
   config.model.compute = 'mixed'  # bfloat16 products, everything else float32; or float32, or bfloat16
   config.model.init = 'normal'
+  config.model.conditioning = placeholder(str)  # mdm: none, or adaln (its default): the model is told the noise level
+  config.model.d_cond = placeholder(int)  # width of what the noise level becomes; 128 by default
+  config.model.residual = placeholder(str)  # of adaln: input, or modulated (the reference)
 
   config.corrupt = ml_collections.ConfigDict()
-  config.corrupt.close_prompt = False  # True: the training softmax leaves the prompt's gaps out
+  config.corrupt.close_prompt = False  # ilm; True: the training softmax leaves the prompt's gaps out
   config.corrupt.eos_weight = 1.0  # it: of an empty gap's end symbol
+  config.corrupt.length = 0  # mdm: tokens to which [PAD]s fill an example, to be predicted; 0: the length is given
+  config.corrupt.noise_eps = 1e-3  # mdm: share of the tokens that the schedule leaves unmasked at its end
 
   config.loss = ml_collections.ConfigDict()
   config.loss.stop_weight = 1.0
   config.loss.length_weight = 'none'  # ilm: or elbo, which minimises the bound of the likelihood itself
+  config.loss.mdm = 'mean_masked'  # a masked token's mean weighted loss (the reference); or nelbo, a string's bound
   config.loss.vocab_chunk = 2048  # entries of the vocabulary whose logits are alive at a time
 
   config.data = ml_collections.ConfigDict()
@@ -76,6 +82,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.sampling.token = rule(temperature=0.0)
   config.sampling.two_stage = True  # the gap, then the token; False: one draw among all pairs, by the rule `joint`
   config.sampling.joint = rule()
+  config.sampling.order = 'ancestral'  # mdm: or top_probability, margin, entropy: the most confident tokens first
+  config.sampling.length = 'predicted'  # mdm: [PAD]s to max_length are sampled too; or given with each prompt
+  config.sampling.score_draws = 32  # forward passes from which a bound on a likelihood is estimated
 
   config.eval = ml_collections.ConfigDict()
   config.eval.every = 1_000

@@ -40,7 +40,7 @@ def get_config(name: str = 'tiny') -> ml_collections.ConfigDict:
   task.order = 'path'  # of the answer; or oracle, backwards from the goal
 
   longest = 2 * task.degree * (task.max_length - 1) + 4 + 2 * (task.max_length - 1)
-  config.sampling.max_length = longest
+  config.sampling.max_length = config.corrupt.length = longest
   config.sampling.max_steps = steps
 
   # Rows sized so that everything fits; where two of the longest examples fill a row, nothing can be left out.

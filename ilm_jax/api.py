@@ -51,8 +51,8 @@ class LanguageModel:
     if 'joint' in sampling_settings:
       sampling_settings.setdefault('two_stage', False)
     settings = {**cfg.sampling.to_dict(), **sampling_settings}
-    sample_cfg = self.family.SampleConfig.create(
-      settings, closed_tokens=self.tokenizer.special_ids, compute=model_cfg.compute, vocab_chunk=cfg.loss.vocab_chunk
+    sample_cfg = families.make_sample_config(
+      self.family, cfg, settings, closed_tokens=self.tokenizer.special_ids, compute=model_cfg.compute
     )
     self.sampler = sampling.Sampler(model_cfg, self.family, sample_cfg, batch_size)
 

@@ -16,7 +16,7 @@ from ilm_jax import model
 from ilm_jax.model import ModelConfig
 from ilm_jax.types import Array, UserError
 
-FAMILIES = ('ilm', 'arm')
+FAMILIES = ('ilm', 'arm', 'mdm')
 ROTARY_DIM = 64  # channels of a head that the reference rotates, at most
 
 # The reference's names -> our paths. Tensors of several paths are stacked along the rows of the reference's one.
@@ -46,17 +46,31 @@ STOP_HEAD = {
   'length_output_layer.mlp.2.bias': ['stop/mlp_out/bias'],
   'length_output_layer.linear.weight': ['stop/logits/kernel'],
 }
+MODULATION = {
+  'ada_ln_modulations.modulation.weight': ['modulation/linear/kernel'],
+  'ada_ln_modulations.modulation.bias': ['modulation/linear/bias'],
+}
+NOISE = {
+  'sigma_map.mlp.0.weight': ['noise/mlp_in/kernel'],
+  'sigma_map.mlp.0.bias': ['noise/mlp_in/bias'],
+  'sigma_map.mlp.2.weight': ['noise/mlp_out/kernel'],
+  'sigma_map.mlp.2.bias': ['noise/mlp_out/bias'],
+  'output_layer.adaLN_modulation.modulation.weight': ['final_modulation/linear/kernel'],
+  'output_layer.adaLN_modulation.modulation.bias': ['final_modulation/linear/bias'],
+}
 
 
 # --- the two layouts --------------------------------------------------------------------------------------------------
 
 
-def _names(num_layers: int, *, final_norm: bool, stop_head: bool) -> dict[str, list[str]]:
-  """Map every name of the reference to our paths."""
+def _names(num_layers: int, *, final_norm: bool, stop_head: bool, noise: bool) -> dict[str, list[str]]:
+  """Map every name of the reference to our paths; a model that is told a noise level has LayerNorms without bias."""
   names = dict(EMBEDDING)
   for layer in range(num_layers):
-    names |= {f'encoder.{layer}.{name}': [f'block_{layer}/{p}' for p in paths] for name, paths in BLOCK.items()}
-  return names | (FINAL_NORM if final_norm else {}) | (STOP_HEAD if stop_head else {})
+    block = BLOCK | (MODULATION if noise else {})
+    names |= {f'encoder.{layer}.{name}': [f'block_{layer}/{p}' for p in paths] for name, paths in block.items()}
+  names |= (FINAL_NORM if final_norm else {}) | (STOP_HEAD if stop_head else {}) | (NOISE if noise else {})
+  return {name: paths for name, paths in names.items() if not (noise and re.search(r'norm\w*\.bias$', name))}
 
 
 def _shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -82,6 +96,9 @@ def _inverse_frequencies(dim: int) -> np.ndarray:
   return 1.0 / np.float32(10_000.0) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
 
 
+NOISE_BUFFER, NOISE_FREQUENCIES = 'sigma_map.freqs', _inverse_frequencies(2 * model.NOISE_FREQUENCIES)
+
+
 # --- converting -------------------------------------------------------------------------------------------------------
 
 
@@ -90,8 +107,8 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
 
   Args:
     state_dict: names to arrays or tensors; also a checkpoint that holds one under 'state_dict'. A leading `model.` of
-      the names is dropped; buffers (`*.inv_freq`) and the unused `type_embeddings.*` are accepted.
-    family: 'ilm' (with a stop head) or 'arm' (causal, without).
+      the names is dropped; buffers (`*.inv_freq`, `sigma_map.freqs`) and the unused `type_embeddings.*` are accepted.
+    family: 'ilm' (with a stop head), 'arm' (causal, without) or 'mdm' (told a noise level, without).
     num_heads: needed where the rotary buffers do not decide it; checked against them otherwise.
 
   Returns:
@@ -109,24 +126,27 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
       raise UserError(f'{short} comes twice, with and without a leading model.: keep one of them')
     if re.fullmatch(r'encoder\.\d+\.rotary_emb\.inv_freq', short):
       buffers[short] = _float32(name, value)
+    elif short == NOISE_BUFFER and family == 'mdm':
+      _check_frequencies(name, _float32(name, value), NOISE_FREQUENCIES, 'the noise level')
     elif not short.endswith('inv_freq') and not short.startswith('type_embeddings.'):
       arrays[short] = _float32(name, value)
 
   layers = {match[1] for name in arrays if (match := re.match(r'encoder\.(\d+)\.', name))}
-  final_norm = any(name in FINAL_NORM for name in arrays)
+  noise = family == 'mdm'
+  final_norm = noise or any(name in FINAL_NORM for name in arrays)
   stop_head = any(name in STOP_HEAD for name in arrays)
   if stop_head != (family == 'ilm'):
     came = f'{min(set(STOP_HEAD) & set(arrays))} came' if stop_head else 'no length_output_layer.* came'
     wanted = 'a stop head' if family == 'ilm' else 'no stop head'
     raise UserError(f'family={family!r} has {wanted}, but {came}: pass the family of these weights')
-  names = _names(max(1, len(layers)), final_norm=final_norm, stop_head=stop_head)
+  names = _names(max(1, len(layers)), final_norm=final_norm, stop_head=stop_head, noise=noise)
   missing, odd = [name for name in names if name not in arrays], [name for name in arrays if name not in names]
   if missing or odd:
     parts = [f'missing {_some(missing)}'] if missing else []
     parts += [f'unexpected {_some(odd)}'] if odd else []
     raise UserError(f'these are not the weights of the {family} transformer: {"; ".join(parts)}')
 
-  for name in ('embed_tokens.weight', 'encoder.0.mlp.0.weight'):
+  for name in ('embed_tokens.weight', 'encoder.0.mlp.0.weight', *(['sigma_map.mlp.2.weight'] if noise else [])):
     if arrays[name].ndim != 2 or not arrays[name].size:
       raise UserError(f'{name}: expected a matrix, came shape {arrays[name].shape}')
   vocab_size, d_model = arrays['embed_tokens.weight'].shape
@@ -140,6 +160,11 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
     final_norm=final_norm,
     stop_head=stop_head,
     rotary_dim=ROTARY_DIM,
+    **(
+      {'conditioning': 'adaln', 'residual': 'modulated', 'd_cond': arrays['sigma_map.mlp.2.weight'].shape[0]}
+      if noise
+      else {}
+    ),
   )
   shapes = _shapes(cfg)
   expected = {name: _stacked([_sizes(path, shapes[path]) for path in paths]) for name, paths in names.items()}
@@ -166,8 +191,15 @@ def to_reference(cfg: ModelConfig, params) -> dict[str, np.ndarray]:
   rotated = min(ROTARY_DIM, cfg.head_dim)
   if min(cfg.rotary_dim, cfg.head_dim) != rotated:
     raise UserError(f'model.rotary_dim={cfg.rotary_dim}: the reference rotates {rotated} channels of a head')
-  state = {}
-  for name, paths in _names(cfg.num_layers, final_norm=cfg.final_norm, stop_head=cfg.stop_head).items():
+  noise = cfg.conditioning == 'adaln'
+  if noise and (cfg.residual != 'modulated' or not cfg.final_norm or cfg.stop_head):
+    raise UserError(
+      f'model.residual={cfg.residual!r}, final_norm={cfg.final_norm}, stop_head={cfg.stop_head}: the reference has '
+      "conditioning='adaln' with residual='modulated', a final norm and no stop head only"
+    )
+  state = {NOISE_BUFFER: NOISE_FREQUENCIES.copy()} if noise else {}
+  names = _names(cfg.num_layers, final_norm=cfg.final_norm, stop_head=cfg.stop_head, noise=noise)
+  for name, paths in names.items():
     parts = []
     for path in paths:
       leaf = params
@@ -187,11 +219,7 @@ def _head_count(buffers: dict[str, np.ndarray], d_model: int, num_heads: int | N
   allowed, where = [], f'd_model={d_model}'
   rotated = 2 * buffers[min(buffers)].size if buffers else None
   for name, buffer in buffers.items():
-    expected = _inverse_frequencies(rotated)
-    if buffer.shape != expected.shape or not np.allclose(buffer, expected, rtol=1e-2):  # it may have been bfloat16
-      raise UserError(
-        f'{name}: expected the {rotated // 2} frequencies of rotary embedding with base 10000, came others'
-      )
+    _check_frequencies(name, buffer, _inverse_frequencies(rotated), 'rotary embedding')
   for head_dim in range(2, d_model + 1, 2):
     if d_model % head_dim == 0 and rotated in (None, min(ROTARY_DIM, head_dim)):
       allowed.insert(0, d_model // head_dim)
@@ -207,6 +235,12 @@ def _head_count(buffers: dict[str, np.ndarray], d_model: int, num_heads: int | N
   if num_heads not in allowed:
     raise UserError(f'num_heads={num_heads}: expected one of {choices} for {where}')
   return int(num_heads)
+
+
+def _check_frequencies(name: str, buffer: np.ndarray, expected: np.ndarray, of: str) -> None:
+  """Refuse a buffer of other frequencies."""
+  if buffer.shape != expected.shape or not np.allclose(buffer, expected, rtol=1e-2):  # it may have been bfloat16
+    raise UserError(f'{name}: expected the {expected.size} frequencies of {of} with base 10000, came others')
 
 
 def _some(items: list[str], comma: str = ', ') -> str:

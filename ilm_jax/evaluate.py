@@ -34,10 +34,7 @@ class Evaluator:
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def loss(params, batch):
-      outputs = model.apply(
-        model_cfg, params, batch['tokens_BxL'], batch['position_BxL'], batch['segment_BxL'], batch['cls_BxS']
-      )
-      return family.loss(outputs, batch, loss_cfg)
+      return family.loss(model.apply_batch(model_cfg, params, batch), batch, loss_cfg)
 
     self._loss = loss
     self._kind = None
@@ -119,7 +116,7 @@ class Evaluator:
       interrupted: asked between examples; when it says so, the result is None.
     """
     source, total, texts = self.source(split), {}, []
-    places_NxN = np.zeros((self.sampler.cfg.max_length,) * 2, np.int64)
+    places_NxN = np.zeros((max(self.sampler.cfg.max_length, self.sampler.cfg.max_steps or 0),) * 2, np.int64)
     examples = [source[i] for i in range(len(source))]
     rng = jax.random.fold_in(jax.random.key(self.cfg.seed), 0x53)
     start = said = time.monotonic()

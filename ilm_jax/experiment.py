@@ -27,7 +27,7 @@ LEAST = {  # the smallest value of settings that have one
   'seed': 0, 'steps': 1, 'keep': 1, 'log_every': 0, 'checkpoint_every': 0, 'report_seconds': 0,
   'task.seed': 0, 'task.num_train': 0, 'task.num_validation': 1, 'task.num_test': 1,
   'loss.vocab_chunk': 1, 'loss.stop_weight': 0,
-  'data.batch_size': 1, 'data.groups': 1, 'data.rows': 1, 'data.row_length': 2, 'data.targets': 0,
+  'corrupt.length': 0, 'data.batch_size': 1, 'data.groups': 1, 'data.rows': 1, 'data.row_length': 2, 'data.targets': 0,
   'data.segments': 1, 'data.workers': 0, 'data.prefetch': 1,
   'optimizer.warmup_steps': 0, 'optimizer.accumulate': 1, 'optimizer.clip': 0, 'optimizer.ema_decay': 0,
   'sampling.max_length': 3, 'sampling.max_steps': 0, 'eval.every': 0, 'eval.batch_size': 1, 'eval.show': 0,
@@ -65,7 +65,12 @@ def build(cfg) -> Experiment:
   check_choices(cfg, family, task)
   tokenizer = task.tokenizer(cfg.task)
   task.source(cfg.task, 'test')
-  settings = {**cfg.model.to_dict(), **family.model_settings(cfg)}
+  decided = family.model_settings(cfg)
+  if cfg.model.get('conditioning') not in (None, 'none') and 'conditioning' not in decided:
+    raise UserError(
+      f'model.conditioning={cfg.model.conditioning!r}: the family {cfg.family} knows no noise level: leave it out'
+    )
+  settings = {**cfg.model.to_dict(), **decided}
   model_cfg = model.ModelConfig.create(tokenizer.vocab_size, **settings)
   mesh = sharding.make_mesh(cfg.mesh)
   shape = pipeline.shape_of(cfg.data)
@@ -77,13 +82,15 @@ def build(cfg) -> Experiment:
     raise UserError(f'data.rows={cfg.data.rows} does not divide into optimizer.accumulate={cfg.optimizer.accumulate} '
                     f'parts: use data.rows={fits}')  # fmt: skip
   sharding.check_rows(cfg.data.rows // cfg.optimizer.accumulate, mesh, 'data.rows / optimizer.accumulate')
-  longest = task.longest(cfg.task)
+  longest, longest_answer = task.longest(cfg.task), task.longest_answer(cfg.task)
+  if hasattr(family, 'check'):
+    longest, longest_answer = family.check(cfg, longest, longest_answer)
   if shape.length < longest:
     raise UserError(f'data.row_length={shape.length} is shorter than the longest example, {longest} tokens: raise it')
-  if shape.targets < (most := family.most_targets(longest, task.longest_answer(cfg.task))):
+  if shape.targets < (most := family.most_targets(longest, longest_answer)):
     raise UserError(f'data.targets={shape.targets} is less than the targets of the longest example, {most}: raise it')
-  sample_cfg = family.SampleConfig.create(
-    cfg.sampling, closed_tokens=tokenizer.special_ids, compute=model_cfg.compute, vocab_chunk=cfg.loss.vocab_chunk
+  sample_cfg = families.make_sample_config(
+    family, cfg, cfg.sampling, closed_tokens=tokenizer.special_ids, compute=model_cfg.compute
   )
   loss_cfg = ConfigDict({**cfg.loss.to_dict(), 'compute': model_cfg.compute})
   loss_cfg.mean_weight = mean_weight(task.source(cfg.task, 'train')) if cfg.loss.length_weight == 'elbo' else 1.0

@@ -1,7 +1,8 @@
 """The rotary transformer of Insertion Language Models: a pure function of parameters and tokens (Flax Linen).
 
 Pre-LayerNorm blocks, bidirectional (or causal) attention within segments, an untied vocabulary head, and a head at
-[CLS] that says when to stop. Layout of the authors' reference implementation (arXiv 2505.05755).
+[CLS] that says when to stop. Layout of the authors' reference implementation (arXiv 2505.05755). Told a noise level, as
+masked diffusion is, it shifts, scales and gates by functions of it (AdaLN; DiT, arXiv 2212.09748).
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ilm_jax import ops
-from ilm_jax.types import Outputs, UserError
+from ilm_jax.types import Batch, Outputs, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +34,12 @@ class ModelConfig:
   attention_dropout: float = 0.1
   compute: str = 'float32'  # 'float32', 'bfloat16', or 'mixed': bfloat16 operands, everything else float32
   init: str = 'normal'  # embeddings N(0, 0.02); 'reference': N(0, 1)
+  conditioning: str = 'none'  # 'adaln': on a noise level; its LayerNorms have no bias
+  d_cond: int = 128  # width of what the noise level becomes
+  residual: str = 'input'  # attention is added to the block's input; 'modulated': to what it reads (the reference)
 
   def __post_init__(self):
-    for name in ('vocab_size', 'num_layers', 'num_heads', 'd_model', 'd_ff'):
+    for name in ('vocab_size', 'num_layers', 'num_heads', 'd_model', 'd_ff', 'd_cond'):
       if getattr(self, name) < 1:
         raise UserError(f'model.{name}={getattr(self, name)}: expected at least 1')
     for name in ('dropout', 'attention_dropout'):
@@ -48,6 +52,8 @@ class ModelConfig:
     for name, allowed in CHOICES.items():
       if getattr(self, name) not in allowed:
         raise UserError(f'model.{name}={getattr(self, name)!r}: expected one of {", ".join(allowed)}')
+    if self.residual == 'modulated' and self.conditioning == 'none':
+      raise UserError("model.residual='modulated' needs model.conditioning='adaln': set it, or leave residual out")
     if (self.d_model // self.num_heads) % 2:
       raise UserError(f'the head dimension {self.d_model // self.num_heads} is odd: rotary embedding pairs channels')
 
@@ -74,6 +80,8 @@ CHOICES = {
   'activation': ('relu', 'gelu'),
   'compute': ('float32', 'bfloat16', 'mixed'),
   'init': ('normal', 'reference'),
+  'conditioning': ('none', 'adaln'),
+  'residual': ('input', 'modulated'),
 }
 
 PRESETS = {
@@ -81,7 +89,11 @@ PRESETS = {
   'tiny': dict(num_layers=6, num_heads=6, d_model=768, d_ff=3072),
   'tiny2': dict(num_layers=8, num_heads=8, d_model=576, d_ff=3456),
   'xtiny2': dict(num_layers=4, num_heads=6, d_model=384, d_ff=2304),
+  'ddit_small': dict(num_layers=12, num_heads=12, d_model=768, d_ff=3072, d_cond=128),
+  'ddit_tiny2': dict(num_layers=8, num_heads=8, d_model=576, d_ff=2304, d_cond=128),
+  'ddit_xtiny': dict(num_layers=4, num_heads=6, d_model=384, d_ff=1536, d_cond=96),
 }
+NOISE_FREQUENCIES = 128
 
 
 def _uniform(fan_in: int):
@@ -99,10 +111,11 @@ class Linear(nn.Module):
   fan_in: int
   compute: str
   bias: bool = False
+  zero: bool = False  # starts as zero
 
   @nn.compact
   def __call__(self, x):
-    init = _uniform(self.fan_in)
+    init = nn.initializers.zeros if self.zero else _uniform(self.fan_in)
     kernel = self.param('kernel', nn.with_logical_partitioning(init, self.names), self.shape, jnp.float32)
     y = ops.einsum(self.spec, x, kernel, self.compute)
     if self.bias:
@@ -114,15 +127,59 @@ class Linear(nn.Module):
 class LayerNorm(nn.Module):
   """LayerNorm in float32 with scale and bias, epsilon 1e-5; returns the type of its input."""
 
+  bias: bool = True
+
   @nn.compact
   def __call__(self, x):
     shape = x.shape[-1:]
     scale = self.param('scale', nn.with_logical_partitioning(nn.initializers.ones, ('embed',)), shape, jnp.float32)
-    bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), shape, jnp.float32)
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5)
-    return (y * ops.expand(scale, y.ndim) + ops.expand(bias, y.ndim)).astype(x.dtype)
+    y = y * ops.expand(scale, y.ndim)
+    if self.bias:
+      bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), shape, jnp.float32)
+      y = y + ops.expand(bias, y.ndim)
+    return y.astype(x.dtype)
+
+
+class NoiseLevel(nn.Module):
+  """What the blocks are told of a noise level: cosines and sines of it through a small MLP."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, noise_BxS):
+    C, wave, compute = self.cfg.d_cond, 2 * NOISE_FREQUENCIES, self.cfg.compute
+    frequency = 10_000.0 ** (-jnp.arange(NOISE_FREQUENCIES, dtype=jnp.float32) / NOISE_FREQUENCIES)
+    angle = noise_BxS.astype(jnp.float32)[..., None] * ops.expand(frequency, 3)
+    y = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    y = Linear('bsw,wc->bsc', (wave, C), (None, None), wave, compute, bias=True, name='mlp_in')(y)
+    return jax.nn.silu(
+      Linear('bsc,cu->bsu', (C, C), (None, None), C, compute, bias=True, name='mlp_out')(jax.nn.silu(y))
+    )
+
+
+class Modulation(nn.Module):
+  """Several vectors of width D for each position, by its segment's noise level; zero to begin with."""
+
+  cfg: ModelConfig
+  parts: int
+
+  @nn.compact
+  def __call__(self, noise_BxSxC, segment_BxL):
+    C, wide = self.cfg.d_cond, self.parts * self.cfg.d_model
+    linear = Linear('bsc,cw->bsw', (C, wide), (None, 'embed'), C, self.cfg.compute, bias=True, zero=True, name='linear')
+    parts = jnp.split(linear(noise_BxSxC), self.parts, axis=-1)
+    if noise_BxSxC.shape[1] == 1:
+      return parts
+    member_BxLxS = jax.nn.one_hot(segment_BxL - 1, noise_BxSxC.shape[1], dtype=parts[0].dtype)
+    return [jnp.einsum('bls,bsd->bld', member_BxLxS, part_BxSxD, precision='highest') for part_BxSxD in parts]
+
+
+def modulate(x, shift, scale):
+  """Scale (by 1 where `scale` is 0) and shift."""
+  return x * (1 + scale) + shift
 
 
 def attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_BxL, position_BxL, *, cfg: ModelConfig, rng=None):
@@ -144,18 +201,25 @@ def attend(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, mask_BxNxM, *, cfg: ModelConfig, rng
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
+  """x + attention(norm(x)), then x + mlp(norm(x)); told a noise level, x + gate * f(norm(x) * (1 + scale) + shift)."""
 
   cfg: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BxLxD, segment_BxL, position_BxL, train: bool, cache=None):
+  def __call__(self, x_BxLxD, segment_BxL, position_BxL, noise_BxSxC, train: bool, cache=None):
     """Returns x, and the cache of keys and values with those of this call in it (None without one)."""
     cfg = self.cfg
     D, H, K, F = cfg.d_model, cfg.num_heads, cfg.head_dim, cfg.d_ff
     rng = (lambda: self.make_rng('dropout')) if train else (lambda: None)
+    told = noise_BxSxC is not None
+    if told:
+      modulation = Modulation(cfg, 6, name='modulation')(noise_BxSxC, segment_BxL)
+      shift1, scale1, gate1, shift2, scale2, gate2 = modulation
 
-    y_BxLxD = LayerNorm(name='norm1')(x_BxLxD)
+    y_BxLxD = LayerNorm(bias=not told, name='norm1')(x_BxLxD)
+    if told:
+      y_BxLxD = modulate(y_BxLxD, shift1, scale1)
+      x_BxLxD = y_BxLxD if cfg.residual == 'modulated' else x_BxLxD
     names, dim = ('embed', 'heads', None), min(cfg.rotary_dim, K)
     q_BxLxHxK, k_BxLxHxK, v_BxLxHxK = (
       Linear('bld,dhk->blhk', (D, H, K), names, fan_in=D, compute=cfg.compute, name=name)(y_BxLxD)
@@ -170,13 +234,16 @@ class Block(nn.Module):
       y_BxLxHxK = attend(q_BxLxHxK, cache.k_BxMxHxK, cache.v_BxMxHxK, mask_BxLxM, cfg=cfg)
     names = ('heads', None, 'embed')
     y_BxLxD = Linear('blhk,hkd->bld', (H, K, D), names, fan_in=D, compute=cfg.compute, name='out')(y_BxLxHxK)
-    x_BxLxD = x_BxLxD + ops.dropout(y_BxLxD, cfg.dropout, rng())
+    y_BxLxD = ops.dropout(y_BxLxD, cfg.dropout, rng())
+    x_BxLxD = x_BxLxD + (gate1 * y_BxLxD if told else y_BxLxD)
 
-    y_BxLxD = LayerNorm(name='norm2')(x_BxLxD)
+    y_BxLxD = LayerNorm(bias=not told, name='norm2')(x_BxLxD)
+    y_BxLxD = modulate(y_BxLxD, shift2, scale2) if told else y_BxLxD
     y_BxLxF = Linear('bld,df->blf', (D, F), ('embed', 'mlp'), D, cfg.compute, bias=True, name='mlp_in')(y_BxLxD)
     y_BxLxF = jax.nn.relu(y_BxLxF) if cfg.activation == 'relu' else jax.nn.gelu(y_BxLxF, approximate=True)
     y_BxLxD = Linear('blf,fd->bld', (F, D), ('mlp', 'embed'), F, cfg.compute, bias=True, name='mlp_out')(y_BxLxF)
-    return x_BxLxD + ops.dropout(y_BxLxD, cfg.dropout, rng()), cache
+    y_BxLxD = ops.dropout(y_BxLxD, cfg.dropout, rng())
+    return x_BxLxD + (gate2 * y_BxLxD if told else y_BxLxD), cache
 
 
 class Cache(NamedTuple):
@@ -216,7 +283,9 @@ class Transformer(nn.Module):
   cfg: ModelConfig
 
   @nn.compact
-  def __call__(self, tokens_BxL, position_BxL, segment_BxL, cls_BxS, train: bool = False, cache=None):
+  def __call__(
+    self, tokens_BxL, position_BxL, segment_BxL, cls_BxS, noise_BxS=None, *, train: bool = False, cache=None
+  ):
     """Compute features, unembedding and stop logits.
 
     Args:
@@ -224,11 +293,15 @@ class Transformer(nn.Module):
       position_BxL: rotary positions, in any order of storage.
       segment_BxL: tokens attend within their segment; 0 is padding.
       cls_BxS: where the stop head reads; ignored without a stop head.
+      noise_BxS: noise level of each segment; ignored without conditioning.
       train: with dropout (needs an rng named 'dropout').
       cache: of each block, a `Cache`. A causal model then attends to what lies in it up to each token's position,
         whatever the segments, and returns (Outputs, caches with these tokens in them).
     """
     cfg = self.cfg
+    told = cfg.conditioning == 'adaln'
+    if told and noise_BxS is None:
+      raise ValueError("a model with conditioning='adaln' needs noise_BxS, the noise level of each segment")
     std = 1.0 if cfg.init == 'reference' else 0.02
 
     def embed_init(rng, shape, dtype):
@@ -238,17 +311,22 @@ class Transformer(nn.Module):
     embed_VxD = self.param('embed', table, (cfg.vocab_size, cfg.d_model), jnp.float32)
     dtype = jnp.bfloat16 if cfg.compute == 'bfloat16' else jnp.float32
     x_BxLxD = jnp.take(embed_VxD, tokens_BxL, axis=0).astype(dtype)
+    # [PAD] keeps its zeros also where it is a token as others (the reference): a LayerNorm is steep there.
+    x_BxLxD = jnp.where((tokens_BxL == 0)[..., None], jax.lax.stop_gradient(x_BxLxD), x_BxLxD)
+    noise_BxSxC = NoiseLevel(cfg, name='noise')(noise_BxS) if told else None
     caches = []
     for layer in range(cfg.num_layers):
       block, old = Block(cfg, name=f'block_{layer}'), None if cache is None else cache[layer]
-      x_BxLxD, new = block(x_BxLxD, segment_BxL, position_BxL, train, old)
+      x_BxLxD, new = block(x_BxLxD, segment_BxL, position_BxL, noise_BxSxC, train, old)
       caches.append(new)
 
     stop_BxSx2 = None
     if cfg.stop_head:
       stop_BxSx2 = StopHead(cfg, name='stop')(jnp.take_along_axis(x_BxLxD, cls_BxS[..., None], axis=1), train)
     if cfg.final_norm:
-      x_BxLxD = LayerNorm(name='final_norm')(x_BxLxD)
+      x_BxLxD = LayerNorm(bias=not told, name='final_norm')(x_BxLxD)
+      if told:
+        x_BxLxD = modulate(x_BxLxD, *Modulation(cfg, 2, name='final_modulation')(noise_BxSxC, segment_BxL))
     table = nn.with_logical_partitioning(_uniform(cfg.d_model), ('vocab', None))
     unembed_VxD = self.param('unembed', table, (cfg.vocab_size, cfg.d_model), jnp.float32)
     outputs = Outputs(x_BxLxD, unembed_VxD, stop_BxSx2)
@@ -261,21 +339,30 @@ unbox = nn.unbox
 def init(cfg: ModelConfig, rng) -> Any:
   """Make fresh parameters, boxed with their logical axis names (`unbox` strips them)."""
   one = jnp.ones((1, 2), jnp.int32)
-  return Transformer(cfg).init(rng, one, one, one, one[:, :1])['params']
+  return Transformer(cfg).init(rng, one, one, one, one[:, :1], jnp.zeros((1, 1)))['params']
 
 
-def apply(cfg: ModelConfig, params, tokens_BxL, position_BxL, segment_BxL, cls_BxS, *, rng=None) -> Outputs:
-  """Run the transformer; with `rng`, with dropout."""
+def apply(
+  cfg: ModelConfig, params, tokens_BxL, position_BxL, segment_BxL, cls_BxS, noise_BxS=None, *, rng=None
+) -> Outputs:
+  """Run the transformer; with `rng`, with dropout. A model with conditioning needs `noise_BxS`, others pass over it."""
   rngs = None if rng is None else {'dropout': rng}
-  args = tokens_BxL, position_BxL, segment_BxL, cls_BxS
+  args = tokens_BxL, position_BxL, segment_BxL, cls_BxS, noise_BxS
   return Transformer(cfg).apply({'params': params}, *args, train=rng is not None, rngs=rngs)
 
 
-def apply_rows(cfg: ModelConfig, params, tokens_BxL, length_B) -> Outputs:
+def apply_batch(cfg: ModelConfig, params, batch: Batch, *, rng=None) -> Outputs:
+  """Run the transformer on a batch of packed rows."""
+  names = ('tokens_BxL', 'position_BxL', 'segment_BxL', 'cls_BxS', 'noise_BxS')
+  return apply(cfg, params, *(batch[name] for name in names), rng=rng)
+
+
+def apply_rows(cfg: ModelConfig, params, tokens_BxL, length_B, noise_BxS=None) -> Outputs:
   """Run the transformer on rows of one sequence each, [CLS] first: what samplers call `forward`."""
   index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
   segment_BxL = (index_BxL < length_B[:, None]).astype(jnp.int32)
-  return apply(cfg, params, tokens_BxL, index_BxL, segment_BxL, jnp.zeros((tokens_BxL.shape[0], 1), jnp.int32))
+  cls_Bx1 = jnp.zeros((tokens_BxL.shape[0], 1), jnp.int32)
+  return apply(cfg, params, tokens_BxL, index_BxL, segment_BxL, cls_Bx1, noise_BxS)
 
 
 class Forward(NamedTuple):
@@ -284,9 +371,9 @@ class Forward(NamedTuple):
   cfg: ModelConfig
   params: Any
 
-  def __call__(self, tokens_BxL, length_B) -> Outputs:
-    """Run on rows of one sequence each, [CLS] first."""
-    return apply_rows(self.cfg, self.params, tokens_BxL, length_B)
+  def __call__(self, tokens_BxL, length_B, noise_BxS=None) -> Outputs:
+    """Run on rows of one sequence each (S = 1), [CLS] first, with their noise levels if the model is told one."""
+    return apply_rows(self.cfg, self.params, tokens_BxL, length_B, noise_BxS)
 
   def cache(self, rows: int, size: int) -> list[Cache]:
     """An empty cache of each block, for sequences of at most `size` tokens."""

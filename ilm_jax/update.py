@@ -43,9 +43,7 @@ def make_step(exp: Experiment, tx, schedule):
   drops = exp.model_cfg.dropout > 0 or exp.model_cfg.attention_dropout > 0
 
   def total_loss(params, batch, rng):
-    outputs = model.apply(
-      exp.model_cfg, params, batch['tokens_BxL'], batch['position_BxL'], batch['segment_BxL'], batch['cls_BxS'], rng=rng
-    )
+    outputs = model.apply_batch(exp.model_cfg, params, batch, rng=rng)
     pairs = exp.family.loss(outputs, batch, exp.loss_cfg)
     return pairs['loss'][0], pairs
 

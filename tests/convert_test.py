@@ -46,14 +46,14 @@ def assert_trees_equal(first, second):
 # --- there and back ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('family', ['ilm', 'arm'])
+@pytest.mark.parametrize('family', ['ilm', 'arm', 'mdm'])
 def test_the_references_weights_come_back_bit_for_bit(weights, family):
   state = weights(family)
   back = convert.to_reference(*convert.from_reference(state, family))
   assert set(back) == set(state)
   for name, array in state.items():
     assert back[name].dtype == np.float32
-    if name.endswith('inv_freq'):  # computed, not stored
+    if name.endswith('freq') or name.endswith('freqs'):  # computed, not stored
       np.testing.assert_allclose(back[name], array, rtol=1e-6)
     else:
       np.testing.assert_array_equal(back[name], array, err_msg=name)
@@ -65,6 +65,9 @@ def test_the_settings_are_read_from_the_weights(weights):
   assert insertion == model.ModelConfig(**common, causal=False, final_norm=False, stop_head=True)
   autoregressive, _ = convert.from_reference(weights('arm'), 'arm')
   assert autoregressive == model.ModelConfig(**common, causal=True, final_norm=True, stop_head=False)
+  diffusion, _ = convert.from_reference(weights('mdm'), 'mdm')
+  conditioning = {'conditioning': 'adaln', 'residual': 'modulated', 'd_cond': 24}
+  assert diffusion == model.ModelConfig(**common, **conditioning, final_norm=True, stop_head=False)
 
 
 CFG = model.ModelConfig(vocab_size=11, num_layers=3, num_heads=3, d_model=24, d_ff=20)
@@ -76,6 +79,7 @@ CFG = model.ModelConfig(vocab_size=11, num_layers=3, num_heads=3, d_model=24, d_
     ({}, False),
     ({'final_norm': False}, False),
     ({'causal': True, 'stop_head': False}, False),
+    ({'stop_head': False, 'conditioning': 'adaln', 'residual': 'modulated', 'd_cond': 5}, False),
     ({'d_model': 64, 'num_heads': 1}, False),  # a head of 64
     ({'d_model': 144, 'num_heads': 2}, True),  # heads of 72: rotary embedding turns 64 channels, as for one of 144
     ({'d_model': 128, 'num_heads': 2}, True),
@@ -86,7 +90,7 @@ def test_our_parameters_come_back_bit_for_bit(changes, heads_needed):
   cfg = dataclasses.replace(CFG, **changes)
   params = random_params(cfg)
   state = convert.to_reference(cfg, params)
-  family = 'ilm' if cfg.stop_head else 'arm'
+  family = 'ilm' if cfg.stop_head else 'arm' if cfg.causal else 'mdm'
   if heads_needed:
     assert 'pass num_heads=' in refusal(convert.from_reference, state, family)
   back_cfg, back = convert.from_reference(state, family, num_heads=cfg.num_heads if heads_needed else None)
@@ -269,14 +273,57 @@ def test_the_family_must_fit_the_weights(weights):
   assert line.startswith("family='arm' has no stop head, but length_output_layer.linear.weight came")
   line = refusal(convert.from_reference, weights('arm'), 'ilm')
   assert line.startswith("family='ilm' has a stop head, but no length_output_layer.* came")
-  assert refusal(convert.from_reference, {}, 'mdm') == "family='mdm': expected one of ilm, arm"
+  line = refusal(convert.from_reference, weights('ilm'), 'mdm')
+  assert line.startswith("family='mdm' has no stop head, but length_output_layer.linear.weight came")
+  assert refusal(convert.from_reference, {}, 'xlnet') == "family='xlnet': expected one of ilm, arm, mdm"
 
 
-def test_weights_of_another_architecture_are_refused(golden):
+def test_weights_of_another_architecture_are_refused(golden, weights):
   state = {name[6:]: array for name, array in golden('mdm').items() if name.startswith('param/')}
   line = refusal(convert.from_reference, state, 'arm')
   assert line.startswith('these are not the weights of the arm transformer: ')
   assert 'missing' in line and 'unexpected' in line
+  without_stop = {name: array for name, array in weights('ilm').items() if not name.startswith('length_output_layer')}
+  line = refusal(convert.from_reference, without_stop, 'mdm')
+  assert line.startswith('these are not the weights of the mdm transformer: missing ')
+  assert 'encoder.0.ada_ln_modulations.modulation.weight' in line and 'unexpected encoder.0.norm1.bias' in line
+
+
+@pytest.mark.parametrize(
+  ('change', 'line'),
+  [
+    (dropped('sigma_map.mlp.2.weight'), 'transformer: missing sigma_map.mlp.2.weight'),
+    (
+      replaced('sigma_map.freqs', np.ones(128)),
+      'sigma_map.freqs: expected the 128 frequencies of the noise level with base 10000, came others',
+    ),
+    (replaced('sigma_map.freqs', np.ones(3)), 'sigma_map.freqs: expected the 128 frequencies'),
+    (replaced('sigma_map.mlp.2.weight', np.ones(24)), 'sigma_map.mlp.2.weight: expected a matrix, came shape (24,)'),
+    (
+      replaced('sigma_map.mlp.0.weight', np.ones((24, 64))),
+      'sigma_map.mlp.0.weight: expected (24, 256), came (24, 64)',
+    ),
+    (
+      replaced('encoder.1.ada_ln_modulations.modulation.weight', np.ones((96, 24))),
+      'encoder.1.ada_ln_modulations.modulation.weight: expected (288, 24), came (96, 24)',
+    ),
+    (replaced('output_layer.norm_final.bias', np.ones(48)), 'unexpected output_layer.norm_final.bias'),
+  ],
+)
+def test_wrong_weights_of_a_diffusion_model_are_refused_in_one_line(weights, change, line):
+  assert line in refusal(convert.from_reference, change(weights('mdm')), 'mdm')
+
+
+def test_the_frequencies_of_the_noise_level_need_not_come(weights):
+  state = weights('mdm')
+  expected = convert.from_reference(state, 'mdm')
+  assert_trees_equal(convert.from_reference(dropped('sigma_map.freqs')(state), 'mdm')[1], expected[1])
+
+
+def test_a_diffusion_model_that_the_reference_lacks_is_refused():
+  cfg = dataclasses.replace(CFG, stop_head=False, conditioning='adaln')
+  line = refusal(convert.to_reference, cfg, random_params(cfg))
+  assert line.startswith("model.residual='input', final_norm=True, stop_head=False: the reference has conditioning=")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def made(request):
   """(the family, its config, a Forward with random weights)."""
   cfg = make_config(request.param)
   family = families.get(request.param)
-  settings = {k: v for k, v in cfg.model.to_dict().items() if k in ('conditioning', 'residual')}
+  settings = {k: v for k, v in cfg.model.to_dict().items() if k in ('conditioning', 'residual') and v}
   model_cfg = model.ModelConfig(V, **SIZES, **{**settings, **family.model_settings(cfg)})
   params = model.unbox(model.init(model_cfg, jax.random.key(0)))
   params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
@@ -153,7 +153,9 @@ def test_the_score_says_what_it_is(made):
     return
   scored = family.score(*args)
   assert isinstance(scored, Score) and scored.kind in ('exact', 'bound', 'importance-weighted')
-  assert np.isfinite(scored.nll_B).all() and scored.nll_B[1] > scored.nll_B[0] > 0
+  assert np.isfinite(scored.nll_B).all() and (np.asarray(scored.nll_B) > 0).all()
+  if cfg.family != 'mdm':  # which pays for the padding of the shorter one
+    assert scored.nll_B[1] > scored.nll_B[0]
   assert np.asarray(scored.tokens_B).tolist() == [0, 3]
   with pytest.raises(UserError, match="kind='guess'"):
     family.score(*args, kind='guess')

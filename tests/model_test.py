@@ -10,7 +10,7 @@ from flax.core import meta
 from ml_collections import ConfigDict
 
 from ilm_jax import convert, model, ops
-from ilm_jax.families import ilm
+from ilm_jax.families import ilm, mdm
 from ilm_jax.types import UserError
 
 CHUNKS = [4096, 16]  # one chunk; three, the last one padded (the vocabulary has 40 entries)
@@ -27,7 +27,7 @@ def assert_close(actual, expected, tolerance=1e-5, name=''):
 def assert_gradients_close(cfg, grads, numbers):
   ours = convert.to_reference(cfg, grads)
   theirs = {name.removeprefix('grad/'): array for name, array in numbers.items() if name.startswith('grad/')}
-  assert set(theirs) == {name for name in ours if not name.endswith('inv_freq')}
+  assert set(theirs) == {name for name in ours if not name.endswith(('inv_freq', 'freqs'))}
   for name, array in theirs.items():
     assert_close(ours[name], array, name=name)
 
@@ -250,6 +250,129 @@ def test_causality_follows_positions_not_the_order_of_storage(autoregressive):
   assert_close(arm_logits(cfg, params, moved), expected)
 
 
+# --- the reference numbers: masked diffusion model --------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def diffusion(golden):
+  """(numbers, cfg, params) of the reference's masked diffusion model."""
+  numbers = golden('mdm')
+  return numbers, *load_weights(numbers, 'mdm')
+
+
+def masked_batch_of(numbers, packed: bool):
+  """The reference's inputs as a batch with one example a row, or all in one row with an unused segment."""
+  rows, length = numbers['input_ids'].shape
+  masked = numbers['input_ids'] != numbers['clean_ids']
+  row, place = np.nonzero(masked)
+  weight = numbers['noise_rate'] / np.expm1(numbers['total_noise'])
+  targets = {'gap': place, 'token': numbers['clean_ids'][row, place], 'segment': row + 1, 'weight': weight[row]}
+  batch = {
+    'tokens_BxL': numbers['input_ids'].reshape(1, -1),
+    'position_BxL': np.tile(np.arange(length), rows)[None],
+    'segment_BxL': np.repeat(np.arange(rows) + 1, length)[None],
+    'cls_BxS': np.arange(rows + 1)[None] % rows * length,
+    'noise_BxS': np.append(numbers['total_noise'], 0)[None],
+    'segment_weight_BxS': np.append(np.ones(rows), 0)[None],
+  }
+  if packed:
+    targets['gap'] = row * length + place
+    return batch | {f'target_{name}_BxT': value[None] for name, value in targets.items()}
+  batch = {name: value[:, : rows * length].reshape(rows, length) for name, value in batch.items() if 'L' in name}
+  one = np.ones((rows, 1))
+  batch |= {'segment_BxL': batch['segment_BxL'] * 0 + 1, 'cls_BxS': one.astype(int) * 0}
+  batch |= {'noise_BxS': numbers['total_noise'][:, None], 'segment_weight_BxS': one}
+  targets['segment'] = np.ones_like(row)
+  for name, value in targets.items():  # a list for each row, filled up with zeros
+    batch[f'target_{name}_BxT'] = np.stack([np.pad(value[row == i], (0, (row != i).sum())) for i in range(rows)])
+  return batch
+
+
+def mdm_loss(cfg, params, batch):
+  settings = ConfigDict({'mdm': 'mean_masked', 'compute': cfg.compute, 'vocab_chunk': 16})
+  outputs = model.apply_batch(cfg, params, batch)
+  total, weight = mdm.loss(outputs, batch, settings)['loss']
+  return total / weight, logits_of_jax(outputs)
+
+
+def logits_of_jax(outputs):
+  return outputs.hidden_BxLxD @ outputs.unembed_VxD.T
+
+
+mdm_loss_and_grads = jax.jit(jax.value_and_grad(mdm_loss, argnums=1, has_aux=True), static_argnums=0)
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_the_diffusion_logits_loss_and_all_its_gradients_are_the_references(diffusion, packed):
+  numbers, cfg, params = diffusion
+  (loss, logits), grads = mdm_loss_and_grads(cfg, params, masked_batch_of(numbers, packed))
+  assert_close(logits.reshape(numbers['logits'].shape), numbers['logits'])
+  assert_close(loss, numbers['loss'])
+  assert_gradients_close(cfg, grads, numbers)
+
+
+def test_without_the_references_residual_shut_gates_leave_the_input_as_it_is(diffusion):
+  numbers, cfg, params = diffusion
+  batch = masked_batch_of(numbers, packed=False)
+  proper = dataclasses.replace(cfg, residual='input')
+  assert np.abs(mdm_loss(proper, params, batch)[1] - numbers['logits']).max() > 0.1
+  blocks = ('block_0', 'block_1')
+  shut = {
+    name: params[name] | {'modulation': jax.tree.map(np.zeros_like, params[name]['modulation'])} for name in blocks
+  }
+  outputs = model.apply_batch(dataclasses.replace(proper, final_norm=False), params | shut, batch)
+  np.testing.assert_array_equal(outputs.hidden_BxLxD, params['embed'][batch['tokens_BxL']])
+
+
+CONDITIONED = model.ModelConfig(
+  vocab_size=40, num_layers=2, num_heads=2, d_model=16, d_ff=24, stop_head=False, conditioning='adaln', d_cond=6
+)
+
+
+def test_a_segment_is_told_its_own_noise_level_and_padding_none():
+  params, one = weights(CONDITIONED), np.ones((1, 6), int)
+  segment = np.array([[1, 1, 2, 2, 2, 0]])
+  args = one * [[7, 8, 7, 8, 9, 0]], np.array([[0, 1, 0, 1, 2, 0]]), segment, np.array([[0, 2, 0]])
+
+  def changed(*noise):
+    first, second = (
+      apply(CONDITIONED, params, *args, np.array([levels])).hidden_BxLxD[0] for levels in ((0.3, 0.3, 0.3), noise)
+    )
+    assert np.isfinite(second).all()
+    return (np.abs(first - second).max(-1) > 1e-4).tolist()
+
+  assert changed(0.9, 0.3, 0.3) == [True, True, False, False, False, False]
+  assert changed(0.3, 2.0, 0.3) == [False, False, True, True, True, False]
+  assert changed(0.3, 0.3, 9.0) == [False] * 6
+
+
+def test_fresh_modulations_are_zero_so_that_the_noise_level_does_not_matter_yet():
+  params = meta.unbox(jax.jit(model.init, static_argnums=0)(CONDITIONED, jax.random.key(0)))
+  for name in ('block_0', 'block_1', None):
+    modulation = params[name]['modulation'] if name else params['final_modulation']
+    assert not any(leaf.any() for leaf in jax.tree.leaves(modulation))
+  assert all(leaf.any() for leaf in jax.tree.leaves(params['noise']))
+  tokens = np.array([TOKENS])
+  one = np.ones_like(tokens)
+  first, second = (
+    apply(CONDITIONED, params, tokens, one, one, one[:, :1], np.array([[level]])).hidden_BxLxD for level in (0.1, 4.0)
+  )
+  np.testing.assert_array_equal(first, second)
+
+
+def test_a_model_that_must_be_told_a_noise_level_says_so():
+  one = np.ones((1, 2), int)
+  with pytest.raises(ValueError, match='needs noise_BxS'):
+    model.apply(CONDITIONED, weights(CONDITIONED), one, one, one, one[:, :1])
+
+
+def test_without_conditioning_a_noise_level_is_passed_over():
+  params, one = weights(TINY), np.ones((1, 4), int)
+  args = one * 7, one, one, one[:, :1]
+  expected = apply(TINY, params, *args).hidden_BxLxD
+  np.testing.assert_array_equal(apply(TINY, params, *args, np.ones((1, 1))).hidden_BxLxD, expected)
+
+
 # --- who sees whom ----------------------------------------------------------------------------------------------------
 
 TINY = model.ModelConfig(vocab_size=40, num_layers=2, num_heads=2, d_model=16, d_ff=24)
@@ -463,6 +586,19 @@ def test_presets_have_the_published_sizes(preset, layers, head_dim, block, block
     assert round(sum(sizes.values()) - sizes['final_norm'], 1) == 134.3
 
 
+@pytest.mark.parametrize(
+  ('preset', 'layers', 'd_model', 'head_dim', 'd_ff', 'd_cond'),
+  [('ddit_small', 12, 768, 64, 3072, 128), ('ddit_tiny2', 8, 576, 72, 2304, 128), ('ddit_xtiny', 4, 384, 64, 1536, 96)],
+)
+def test_presets_of_diffusion_models_have_the_published_shapes(preset, layers, d_model, head_dim, d_ff, d_cond):
+  cfg = model.ModelConfig.create(100, preset=preset, conditioning='adaln', stop_head=False)
+  assert (cfg.num_layers, cfg.d_model, cfg.head_dim, cfg.d_ff, cfg.d_cond) == (layers, d_model, head_dim, d_ff, d_cond)
+  if preset == 'ddit_small':
+    shapes = shapes_of(cfg)
+    block = sum(leaf.size for leaf in jax.tree.leaves(shapes['block_0']))
+    assert round(block / 1e6, 2) == 7.68 and round(12 * block / 1e6, 1) == 92.1
+
+
 @pytest.mark.parametrize(('init', 'std'), [('normal', 0.02), ('reference', 1.0)])
 def test_fresh_parameters_have_the_spread_of_their_initialisation(init, std):
   cfg = dataclasses.replace(TINY, d_model=48, d_ff=96, init=init)
@@ -555,6 +691,9 @@ def test_a_setting_overrides_the_preset_and_none_leaves_it():
     ({'preset': 'small', 'num_heads': 7}, 'd_model=768 is not a multiple of model.num_heads=7'),
     ({'preset': 'small', 'd_model': 36}, 'the head dimension 3 is odd'),
     ({'preset': 'small', 'compute': 'fp8'}, "model.compute='fp8': expected one of float32, bfloat16, mixed"),
+    ({'preset': 'small', 'conditioning': 'film'}, "model.conditioning='film': expected one of none, adaln"),
+    ({'preset': 'small', 'residual': 'modulated'}, "model.residual='modulated' needs model.conditioning='adaln'"),
+    ({'preset': 'small', 'd_cond': 0}, 'model.d_cond=0: expected at least 1'),
     ({'preset': 'small', 'activation': 'swish'}, "model.activation='swish': expected one of relu, gelu"),
     ({'num_layers': 2, 'num_heads': 2, 'd_model': 8}, 'model.d_ff is not set: give it, or a model.preset'),
   ],

@@ -10,6 +10,12 @@
     check_score(kind, longest)         refuse what `score` would refuse
     most_targets(longest, answer)      targets of the longest example, at most
 
+and, where a family has them:
+
+    check(cfg, tokens, targets)        -> (tokens, targets) of the longest example once corrupted, given those before;
+                                          refuses a config that the family can't mean
+    sample_settings(cfg)               -> fields of SampleConfig that the whole config decides
+
 A new family is one file and one entry of FAMILIES; modules are imported when asked for, so that the workers of the
 data pipeline, which need the corruption alone, stay light.
 """
@@ -18,7 +24,7 @@ import importlib
 
 from ilm_jax.types import UserError
 
-FAMILIES = {name: f'ilm_jax.families.{name}' for name in ('ilm', 'arm', 'it')}
+FAMILIES = {name: f'ilm_jax.families.{name}' for name in ('ilm', 'arm', 'it', 'mdm')}
 
 
 def get(name: str):
@@ -26,3 +32,11 @@ def get(name: str):
   if name not in FAMILIES:
     raise UserError(f'config.family={name!r}: expected one of {", ".join(FAMILIES)}')
   return importlib.import_module(FAMILIES[name])
+
+
+def make_sample_config(family, cfg, sampling, *, closed_tokens, compute: str):
+  """A family's SampleConfig, from a whole config and settings in place of its `sampling` part."""
+  decided = family.sample_settings(cfg) if hasattr(family, 'sample_settings') else {}
+  return family.SampleConfig.create(
+    sampling, closed_tokens=closed_tokens, compute=compute, vocab_chunk=cfg.loss.vocab_chunk, **decided
+  )

@@ -1,20 +1,25 @@
 """What each family does to an example on the host, in numpy alone (the data workers never touch an accelerator).
 
 An example is {'tokens': int32[n], 'fixed': bool[n]}: [CLS] first; fixed tokens (prompt, [BOS], the text around a gap)
-are never dropped. A corrupted example is a dict of arrays of variable length, ready to be packed:
+are never dropped or masked. A corrupted example is a dict of arrays of variable length, ready to be packed:
 
-    tokens, open          the kept tokens, in order, and whether a token may be inserted to the right of each
-    target_gap            for each dropped token, the index (in `tokens`) of the nearest kept token to its left
+    tokens, open          what is left, in order, and whether a token may be inserted to the right of each
+    target_gap            for each dropped token, the index (in `tokens`) of the nearest kept token to its left; for a
+                          masked one, of its [MASK]
     target_token          ... and its id
-    length, free          number of tokens, and of free ones, before the corruption
+    length, free          number of tokens, and of free ones, before the corruption and its padding
     target_weight         (1 where left out) of each target in the loss
     noise                 (0 where left out) noise level that the model is told
 """
 
+import math
+
 import numpy as np
 
-from ilm_jax.tokenizer import EOS
+from ilm_jax.tokenizer import EOS, MASK, PAD
 from ilm_jax.types import UserError
+
+SHORTEST_TIME = 1e-3  # of masked diffusion: the weight of a target is 1 / time
 
 
 def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
@@ -95,3 +100,41 @@ def open_gaps(fixed: np.ndarray) -> np.ndarray:
   open_ = ~fixed | np.append(~fixed[1:], False)
   open_[0] = False
   return open_
+
+
+def mdm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
+  """Put [MASK] in the place of each free token with probability (1 - eps) t, at a time t ~ U(SHORTEST_TIME, 1].
+
+  The log-linear schedule: noise level sigma(t) = -log(1 - (1 - eps) t), so that a token is masked with probability
+  1 - exp(-sigma). A target weighs sigma'(t) / (exp(sigma(t)) - 1) = 1 / t.
+
+  Args:
+    rng: the example's own generator.
+    example: see above.
+    cfg: `length` pads the example to so many tokens with [PAD]s that are free tokens like the others (0: as it is),
+      `noise_eps` is eps.
+    u: a number in [0, 1) that decides t in place of a draw (stratified validation): 0 is t = 1.
+
+  Raises:
+    UserError: an example longer than `length`.
+  """
+  tokens, fixed = example['tokens'], example['fixed']
+  before = {'length': len(tokens), 'free': int((~fixed).sum())}
+  if cfg.length:
+    if len(tokens) > cfg.length:
+      raise UserError(f'corrupt.length={cfg.length}: an example has {len(tokens)} tokens: raise it')
+    padding = (0, cfg.length - len(tokens))
+    tokens, fixed = np.pad(tokens, padding, constant_values=PAD), np.pad(fixed, padding)
+  time = 1.0 - (1.0 - SHORTEST_TIME) * (rng.random() if u is None else u)
+  share = (1.0 - cfg.noise_eps) * time
+  masked = ~fixed & (rng.random(len(tokens)) < share)
+  where = np.flatnonzero(masked)
+  return {
+    'tokens': np.where(masked, MASK, tokens).astype(np.int32),
+    'open': np.zeros(len(tokens), bool),
+    'target_gap': where.astype(np.int32),
+    'target_token': tokens[where].astype(np.int32),
+    'target_weight': np.full(len(where), 1.0 / time, np.float32),
+    'noise': -math.log1p(-share),
+    **before,
+  }

@@ -6,6 +6,7 @@ RULES = ('gap', 'token', 'joint')
 KNOWN = frozenset([
   *['max_length', 'max_steps', 'min_buffer', 'force_first', 'two_stage', *RULES],
   *['stop_threshold', 'stop_temperature', 'parallel', 'end_threshold'],
+  *['order', 'length', 'score_draws'],
 ])  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def describe(cfg) -> str:
     rest = f', top {value.top_k}' if value.top_k else ''
     return f'temperature {value.temperature}{rest}' + (f', nucleus {value.top_p}' if value.top_p < 1 else '')
 
-  hidden = {'closed_tokens', 'min_buffer', 'compute', 'vocab_chunk'}
+  hidden = {'closed_tokens', 'score_draws', 'min_buffer', 'compute', 'vocab_chunk'}
   if getattr(cfg, 'joint', None) is not None:
     hidden |= {'gap', 'token'}
   sampled = ('stop_threshold',)
