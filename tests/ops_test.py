@@ -256,7 +256,7 @@ def test_insert_keeps_the_type_of_the_array():
 # --- matrix products --------------------------------------------------------------------------------------------------
 
 USED = sorted(set(re.findall(r"'([a-z.]+,[a-z]+->[a-z.]+)'", inspect.getsource(model) + inspect.getsource(ops))))
-SIZES = dict(zip('bldhkfqscvnt', (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13), strict=True))
+SIZES = dict(zip('bldhkfqscvntuw', range(2, 16), strict=True))
 
 
 def operands(spec):
