@@ -26,6 +26,10 @@ from ilm_jax.types import UserError
 
 WEIGHTS = {'=': 4, '!=': 1, 'nbr': 2, 'ends': 2, 'immediate-left': 2, 'left-of': 2, 'inbetween': 1}  # of the generator
 REFERENCES = {kind: {'ends': 1, 'inbetween': 3}.get(kind, 2) for kind in WEIGHTS}
+METHODS = {  # of the solver, where it applies a clue, and of the generator, where one is drawn
+  '=': '_equal', '!=': '_unequal', 'nbr': '_neighbours', 'immediate-left': '_immediate_left', 'left-of': '_left_of',
+  'inbetween': '_in_between', 'ends': '_ends',
+}  # fmt: skip
 SYMMETRIC = ('=', '!=', 'nbr')
 LARGEST = 6  # houses, and attributes: the digits of the vocabulary are 0 .. 5
 FIRST_SOLVE = 5  # clues
@@ -171,15 +175,7 @@ class Solver:
     self.free = [0] + [self.full] * attributes  # houses of each row without a value
     self.fills = []
     self._clues, self._open = [], 0  # all of them, and a bit for each that can still tell something
-    self._rules = {
-      '=': self._equal,
-      '!=': self._unequal,
-      'nbr': self._neighbours,
-      'immediate-left': self._immediate_left,
-      'left-of': self._left_of,
-      'inbetween': self._in_between,
-      'ends': self._ends,
-    }
+    self._rules = {kind: getattr(self, name) for kind, name in METHODS.items()}
     self._restart()
     for clue in clues:
       self.add(clue)
@@ -465,15 +461,7 @@ class Drawing:
     self.solver = Solver(houses, attributes)
     self.clues, self.solving = [], False
     self.count = [0] * (attributes + 1)  # how often each row occurs in the clues
-    self.draw = {
-      '=': self._equal,
-      '!=': self._unequal,
-      'nbr': self._neighbours,
-      'immediate-left': self._immediate_left,
-      'left-of': self._left_of,
-      'inbetween': self._in_between,
-      'ends': self._ends,
-    }
+    self.draw = {kind: getattr(self, name) for kind, name in METHODS.items()}
 
   def finish(self) -> list[Clue]:
     """Draw clues until the solver fills the table; returns those that it then uses from scratch, some sides swapped."""
