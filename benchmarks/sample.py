@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks import _report
 from ilm_jax import model
 from ilm_jax.families import arm, ilm
-from ilm_jax.families.settings import buffers
+from ilm_jax.families.growing import buffers
 from ilm_jax.sampling import Sampler
 from ilm_jax.tokenizer import BOS, CLS, SPECIAL
 from ilm_jax.types import GREEDY, Prompt, Rule

@@ -22,10 +22,12 @@ ALLOWED = {
   'families': ['types'],
   'families.corrupt': ['types', 'tokenizer'],
   'families.settings': ['types'],
+  'families.growing': ['types'],
   'families.likelihood': ['types', 'ops'],
-  'families.arm': ['types', 'ops', 'tokenizer', 'families.corrupt', 'families.settings'],
+  'families.arm': ['types', 'ops', 'tokenizer', 'families.corrupt', 'families.settings', 'families.growing'],
   'families.*': [
-    *['types', 'ops', 'tokenizer', 'families.corrupt', 'families.settings', 'families.likelihood', 'families.arm']
+    *['types', 'ops', 'tokenizer', 'families.corrupt', 'families.settings', 'families.likelihood', 'families.growing'],
+    'families.arm',
   ],
   'tasks': ['types'],
   'tasks.pipeline': ['types', 'tokenizer', 'families', 'families.corrupt'],

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from tables import table
 
 from ilm_jax.families import ilm
-from ilm_jax.families.settings import buffers
+from ilm_jax.families.growing import buffers
 from ilm_jax.types import Outputs, Prompt, Rule, UserError
 
 V, CLS, BOS = 9, 1, 2

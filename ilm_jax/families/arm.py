@@ -14,7 +14,9 @@ import jax.numpy as jnp
 
 from ilm_jax import ops
 from ilm_jax.families import corrupt as _corrupt
-from ilm_jax.families.settings import buffers, sample_config
+from ilm_jax.families import growing
+from ilm_jax.families.growing import Rows, note
+from ilm_jax.families.settings import sample_config
 from ilm_jax.tokenizer import EOS
 from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, Score, UserError
 
@@ -80,17 +82,6 @@ class SampleConfig(NamedTuple):
     return sample_config(cls, sampling, closed_tokens=closed, **others)
 
 
-class _State(NamedTuple):
-  tokens_BxL: jax.Array
-  length_B: jax.Array
-  active_B: jax.Array
-  steps_B: jax.Array
-  stopped_B: jax.Array
-  log_prob_BxM: jax.Array
-  stop_prob_BxM: jax.Array
-  cache: list
-
-
 def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   """Continue each prompt until [EOS]: the prompt in one pass, then a chain of while loops over growing caches.
 
@@ -104,54 +95,13 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
     Sampled; `stop_prob_BxM` is the probability of [EOS] at each pass, `order_BxL` counts from left to right.
   """
   rows, start = prompt.tokens_BxL.shape
-  limit = min(cfg.max_length if cfg.max_steps is None else cfg.max_steps, cfg.max_length)
-  request_rng_B = jax.vmap(functools.partial(jax.random.fold_in, rng))(prompt.request_B)
-  trace_BxM = jnp.zeros((rows, limit + 1), jnp.float32)
-  sizes = buffers(start, cfg)
-  length_B = prompt.length_B.astype(jnp.int32)
-  state = _State(
-    tokens_BxL=prompt.tokens_BxL.astype(jnp.int32),
-    length_B=length_B,
-    active_B=length_B > 0,
-    steps_B=jnp.zeros(rows, jnp.int32),
-    stopped_B=jnp.zeros(rows, bool),
-    log_prob_BxM=trace_BxM,
-    stop_prob_BxM=trace_BxM,
-    cache=forward.cached(prompt.tokens_BxL, jnp.zeros_like(length_B), forward.cache(rows, sizes[0]))[1],
-  )
-  for size in sizes:
-    state = _resize(state, size)
-    last = size == sizes[-1]
-
-    def going(state, size=size, last=last):
-      full = jnp.bool_(False) if last else (state.active_B & (state.length_B >= size)).any()
-      return state.active_B.any() & ~full
-
-    state = jax.lax.while_loop(going, functools.partial(_step, forward, request_rng_B, cfg, limit), state)
-  index_1xL = jnp.arange(cfg.max_length)[None]
-  new_BxL = (index_1xL >= length_B[:, None]) & (index_1xL < state.length_B[:, None])
-  return Sampled(
-    tokens_BxL=state.tokens_BxL,
-    length_B=state.length_B,
-    order_BxL=jnp.where(new_BxL, index_1xL - length_B[:, None], -1),
-    log_prob_BxM=state.log_prob_BxM,
-    stop_prob_BxM=state.stop_prob_BxM,
-    steps_B=state.steps_B,
-    stopped_B=state.stopped_B,
-  )
+  empty = forward.cache(rows, growing.buffers(start, cfg)[0])
+  cache = forward.cached(prompt.tokens_BxL, jnp.zeros(rows, jnp.int32), empty)[1]
+  step = functools.partial(_step, forward, growing.request_keys(rng, prompt), cfg, growing.most_steps(cfg))
+  return growing.grow(step, prompt, cfg, cache=cache)
 
 
-def _resize(state: _State, size: int) -> _State:
-  """Pad (or cut: only padding is lost) tokens and cache to `size` positions."""
-
-  def fit(array):
-    extra = max(0, size - array.shape[1])
-    return jnp.pad(array, ((0, 0), (0, extra)) + ((0, 0),) * (array.ndim - 2))[:, :size]
-
-  return state._replace(tokens_BxL=fit(state.tokens_BxL), cache=jax.tree.map(fit, state.cache))
-
-
-def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: _State) -> _State:
+def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: Rows) -> Rows:
   """The last token of each row through the model, one draw, one token more in each row that goes on."""
   rng_B = jax.vmap(jax.random.fold_in)(request_rng_B, state.steps_B)
   row_B = jnp.arange(rng_B.shape[0])
@@ -169,18 +119,21 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: _State) 
   ends_B = state.active_B & (token_B == EOS)
   go_B = state.active_B & ~ends_B & room_B
 
-  def note(trace_BxM, value_B, where_B):
-    return trace_BxM.at[row_B, state.steps_B].set(jnp.where(where_B, value_B, trace_BxM[row_B, state.steps_B]))
+  def append(array_BxL, value_B):
+    old_B = array_BxL[row_B, state.length_B.clip(max=array_BxL.shape[1] - 1)]
+    return array_BxL.at[row_B, state.length_B].set(jnp.where(go_B, value_B, old_B), mode='drop')
 
-  old_B = state.tokens_BxL[row_B, state.length_B.clip(max=state.tokens_BxL.shape[1] - 1)]
-  return _State(
-    tokens_BxL=state.tokens_BxL.at[row_B, state.length_B].set(jnp.where(go_B, token_B, old_B), mode='drop'),
+  end_prob_B = jnp.exp(log_prob_BxV[:, EOS])
+  return Rows(
+    tokens_BxL=append(state.tokens_BxL, token_B),
+    open_BxL=state.open_BxL,
+    order_BxL=append(state.order_BxL, state.steps_B),
     length_B=state.length_B + go_B,
     active_B=go_B,
     steps_B=state.steps_B + go_B,
     stopped_B=state.stopped_B | ends_B,
-    log_prob_BxM=note(state.log_prob_BxM, log_prob_BxV[row_B, token_B], go_B),
-    stop_prob_BxM=note(state.stop_prob_BxM, jnp.exp(log_prob_BxV[:, EOS]), state.active_B),
+    log_prob_BxM=note(state.log_prob_BxM, state.steps_B, log_prob_BxV[row_B, token_B], go_B),
+    stop_prob_BxM=note(state.stop_prob_BxM, state.steps_B, end_prob_B, state.active_B),
     cache=cache,
   )
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from ilm_jax import ops
 from ilm_jax.families import corrupt as _corrupt
-from ilm_jax.families import likelihood
-from ilm_jax.families.settings import buffers, sample_config
+from ilm_jax.families import growing, likelihood
+from ilm_jax.families.growing import Rows, note
+from ilm_jax.families.settings import sample_config
 from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, UserError
 
 corrupt = _corrupt.ilm
@@ -126,18 +127,6 @@ class SampleConfig(NamedTuple):
     return made
 
 
-class _State(NamedTuple):
-  tokens_BxL: jax.Array
-  open_BxL: jax.Array
-  order_BxL: jax.Array
-  length_B: jax.Array
-  active_B: jax.Array
-  steps_B: jax.Array
-  stopped_B: jax.Array
-  log_prob_BxM: jax.Array
-  stop_prob_BxM: jax.Array
-
-
 def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   """Insert tokens until every row has stopped: a chain of while loops over growing buffers, without a host sync.
 
@@ -150,56 +139,11 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   Returns:
     Sampled, with L = max_length and M = the largest number of insertions, plus one for the forward pass that stops.
   """
-  rows, start = prompt.tokens_BxL.shape
-  limit = cfg.max_length if cfg.max_steps is None else cfg.max_steps
-  request_rng_B = jax.vmap(functools.partial(jax.random.fold_in, rng))(prompt.request_B)
-  sizes = buffers(start, cfg)
-  step = functools.partial(_step, forward, request_rng_B, cfg, min(limit, cfg.max_length))
-  trace_BxM = jnp.zeros((rows, min(limit, cfg.max_length) + 1), jnp.float32)
-  state = _State(
-    tokens_BxL=prompt.tokens_BxL.astype(jnp.int32),
-    open_BxL=prompt.open_BxL.astype(bool).at[:, 0].set(False),
-    order_BxL=jnp.full((rows, start), -1, jnp.int32),
-    length_B=prompt.length_B.astype(jnp.int32),
-    active_B=prompt.length_B > 0,
-    steps_B=jnp.zeros(rows, jnp.int32),
-    stopped_B=jnp.zeros(rows, bool),
-    log_prob_BxM=trace_BxM,
-    stop_prob_BxM=trace_BxM,
-  )
-  for size in sizes:
-    state = _resize(state, size)
-    last = size == sizes[-1]
-
-    def going(state, size=size, last=last):
-      full = jnp.bool_(False) if last else (state.active_B & (state.length_B >= size)).any()
-      return state.active_B.any() & ~full
-
-    state = jax.lax.while_loop(going, step, state)
-  return Sampled(
-    tokens_BxL=state.tokens_BxL,
-    length_B=state.length_B,
-    order_BxL=state.order_BxL,
-    log_prob_BxM=state.log_prob_BxM,
-    stop_prob_BxM=state.stop_prob_BxM,
-    steps_B=state.steps_B,
-    stopped_B=state.stopped_B,
-  )
+  step = functools.partial(_step, forward, growing.request_keys(rng, prompt), cfg, growing.most_steps(cfg))
+  return growing.grow(step, prompt, cfg)
 
 
-def _resize(state: _State, size: int) -> _State:
-  """Pad (or cut: only padding is lost) the buffers to `size` positions."""
-
-  def fit(array_BxL, fill):
-    extra = max(0, size - array_BxL.shape[1])
-    return jnp.pad(array_BxL, ((0, 0), (0, extra)), constant_values=fill)[:, :size]
-
-  return state._replace(
-    tokens_BxL=fit(state.tokens_BxL, 0), open_BxL=fit(state.open_BxL, False), order_BxL=fit(state.order_BxL, -1)
-  )
-
-
-def _step(forward, request_rng_B, cfg: SampleConfig, max_steps: int, state: _State) -> _State:
+def _step(forward, request_rng_B, cfg: SampleConfig, max_steps: int, state: Rows) -> Rows:
   """One forward pass, one test of the stop head, one insertion in each row that goes on."""
   rng_B = jax.vmap(jax.random.fold_in)(request_rng_B, state.steps_B)
   gap_rng_B, token_rng_B, stop_rng_B = jax.vmap(functools.partial(jax.random.split, num=3), out_axes=1)(rng_B)
@@ -219,13 +163,7 @@ def _step(forward, request_rng_B, cfg: SampleConfig, max_steps: int, state: _Sta
   go_B &= open_BxL.any(axis=1)
   gap_B, token_B, log_prob_B = choose_pair(outputs, open_BxL, cfg, gap_rng_B, token_rng_B)
 
-  row_B = jnp.arange(go_B.shape[0])
-
-  def note(trace_BxM, value_B, where_B):
-    old_B = trace_BxM[row_B, state.steps_B]
-    return trace_BxM.at[row_B, state.steps_B].set(jnp.where(where_B, value_B, old_B))
-
-  return _State(
+  return Rows(
     tokens_BxL=ops.insert(state.tokens_BxL, gap_B, token_B, go_B),
     open_BxL=ops.insert(state.open_BxL, gap_B, jnp.ones_like(go_B), go_B),
     order_BxL=ops.insert(state.order_BxL, gap_B, state.steps_B, go_B),
@@ -233,8 +171,8 @@ def _step(forward, request_rng_B, cfg: SampleConfig, max_steps: int, state: _Sta
     active_B=go_B,
     steps_B=state.steps_B + go_B,
     stopped_B=state.stopped_B | (state.active_B & wants_stop_B),
-    log_prob_BxM=note(state.log_prob_BxM, log_prob_B, go_B),
-    stop_prob_BxM=note(state.stop_prob_BxM, stop_prob_B, state.active_B),
+    log_prob_BxM=note(state.log_prob_BxM, state.steps_B, log_prob_B, go_B),
+    stop_prob_BxM=note(state.stop_prob_BxM, state.steps_B, stop_prob_B, state.active_B),
   )
 
 

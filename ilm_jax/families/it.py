@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from ilm_jax import ops
-from ilm_jax.families import arm, settings
+from ilm_jax.families import arm, growing, settings
 from ilm_jax.families import corrupt as _corrupt
+from ilm_jax.families.growing import Rows, note
 from ilm_jax.tokenizer import EOS
 from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, UserError
 
@@ -88,18 +89,6 @@ class SampleConfig(NamedTuple):
     return made
 
 
-class _State(NamedTuple):
-  tokens_BxL: jax.Array
-  open_BxL: jax.Array
-  order_BxL: jax.Array
-  length_B: jax.Array
-  active_B: jax.Array
-  steps_B: jax.Array
-  stopped_B: jax.Array
-  log_prob_BxM: jax.Array
-  stop_prob_BxM: jax.Array
-
-
 def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   """Insert tokens until every open gap of every row is finished, without a host sync.
 
@@ -113,57 +102,13 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
     Sampled; `log_prob_BxM` is the sum over the tokens of a step of log p(token | gap, not [EOS]), `stop_prob_BxM` the
     smallest p([EOS]) of the open gaps.
   """
-  rows, start = prompt.tokens_BxL.shape
-  limit = min(cfg.max_length if cfg.max_steps is None else cfg.max_steps, cfg.max_length)
-  request_rng_B = jax.vmap(functools.partial(jax.random.fold_in, rng))(prompt.request_B)
-  trace_BxM = jnp.zeros((rows, limit + 1), jnp.float32)
-  sizes = settings.buffers(start, cfg)
-  state = _State(
-    tokens_BxL=prompt.tokens_BxL.astype(jnp.int32),
-    open_BxL=prompt.open_BxL.astype(bool).at[:, 0].set(False),
-    order_BxL=jnp.full((rows, start), -1, jnp.int32),
-    length_B=prompt.length_B.astype(jnp.int32),
-    active_B=prompt.length_B > 0,
-    steps_B=jnp.zeros(rows, jnp.int32),
-    stopped_B=jnp.zeros(rows, bool),
-    log_prob_BxM=trace_BxM,
-    stop_prob_BxM=trace_BxM,
-  )
-  for size in sizes:
-    state = _resize(state, size)
-    last = size == sizes[-1]
-
-    def going(state, size=size, last=last):
-      # A parallel step may double a row: it waits for a buffer that holds twice its length.
-      longest_B = 2 * state.length_B if cfg.parallel else state.length_B + 1
-      full = jnp.bool_(False) if last else (state.active_B & (longest_B > size)).any()
-      return state.active_B.any() & ~full
-
-    state = jax.lax.while_loop(going, functools.partial(_step, forward, request_rng_B, cfg, limit), state)
-  return Sampled(
-    tokens_BxL=state.tokens_BxL,
-    length_B=state.length_B,
-    order_BxL=state.order_BxL,
-    log_prob_BxM=state.log_prob_BxM,
-    stop_prob_BxM=state.stop_prob_BxM,
-    steps_B=state.steps_B,
-    stopped_B=state.stopped_B,
-  )
+  step = functools.partial(_step, forward, growing.request_keys(rng, prompt), cfg, growing.most_steps(cfg))
+  # A parallel step may double a row: it waits for a buffer that holds twice its length.
+  longest = {'longest': lambda length_B: 2 * length_B} if cfg.parallel else {}
+  return growing.grow(step, prompt, cfg, **longest)
 
 
-def _resize(state: _State, size: int) -> _State:
-  """Pad (or cut: only padding is lost) the buffers to `size` positions."""
-
-  def fit(array_BxL, fill):
-    extra = max(0, size - array_BxL.shape[1])
-    return jnp.pad(array_BxL, ((0, 0), (0, extra)), constant_values=fill)[:, :size]
-
-  return state._replace(
-    tokens_BxL=fit(state.tokens_BxL, 0), open_BxL=fit(state.open_BxL, False), order_BxL=fit(state.order_BxL, -1)
-  )
-
-
-def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: _State) -> _State:
+def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: Rows) -> Rows:
   """One forward pass; tokens in one gap, or all unfinished gaps, of each row that goes on."""
   rng_B = jax.vmap(jax.random.fold_in)(request_rng_B, state.steps_B)
   gap_rng_B, token_rng_B = jax.vmap(functools.partial(jax.random.split, num=2), out_axes=1)(rng_B)
@@ -215,11 +160,8 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: _State) 
   log_prob_B = jnp.where(go_BxL, chosen_BxL - total_BxL, 0.0).sum(axis=1)
   end_prob_B = jnp.where(open_BxL, end_prob_BxL, 1.0).min(axis=1)
 
-  def note(trace_BxM, value_B, where_B):
-    return trace_BxM.at[row_B, state.steps_B].set(jnp.where(where_B, value_B, trace_BxM[row_B, state.steps_B]))
-
   steps_BxL = jnp.broadcast_to(state.steps_B[:, None], index_BxL.shape)
-  return _State(
+  return Rows(
     tokens_BxL=ops.insert_all(state.tokens_BxL, token_BxL, go_BxL),
     open_BxL=ops.insert_all(state.open_BxL, jnp.ones_like(go_BxL), go_BxL),
     order_BxL=ops.insert_all(state.order_BxL, steps_BxL, go_BxL),
@@ -227,8 +169,8 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: _State) 
     active_B=go_B,
     steps_B=state.steps_B + go_B,
     stopped_B=state.stopped_B | (state.active_B & done_B),
-    log_prob_BxM=note(state.log_prob_BxM, log_prob_B, go_B),
-    stop_prob_BxM=note(state.stop_prob_BxM, end_prob_B, state.active_B),
+    log_prob_BxM=note(state.log_prob_BxM, state.steps_B, log_prob_B, go_B),
+    stop_prob_BxM=note(state.stop_prob_BxM, state.steps_B, end_prob_B, state.active_B),
   )
 
 

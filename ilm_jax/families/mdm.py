@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from ilm_jax import ops
 from ilm_jax.families import corrupt as _corrupt
+from ilm_jax.families.growing import fit
 from ilm_jax.families.settings import sample_config
 from ilm_jax.tokenizer import MASK, PAD
 from ilm_jax.types import Batch, Metrics, Outputs, Prompt, Rule, Sampled, Score, UserError
@@ -194,7 +195,7 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
     room_B = jnp.clip(prompt.free_B, 0, room_B)
   length_B = given_B + jnp.where(tail_open_B, room_B, 0)
   given_BxL, inside_BxL = index_1xL < given_B[:, None], index_1xL < length_B[:, None]
-  tokens_BxL = jnp.where(given_BxL, _fit(prompt.tokens_BxL.astype(jnp.int32), size, PAD), MASK)
+  tokens_BxL = jnp.where(given_BxL, fit(prompt.tokens_BxL.astype(jnp.int32), size, PAD), MASK)
   tokens_BxL = jnp.where(inside_BxL, tokens_BxL, PAD)
 
   request_rng_B = jax.vmap(functools.partial(jax.random.fold_in, rng))(prompt.request_B)
@@ -221,12 +222,6 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
     steps_B=end.steps_B,
     stopped_B=given_B > 0,
   )
-
-
-def _fit(array_BxL, size: int, fill):
-  """Pad or cut the rows to `size` positions."""
-  extra = max(0, size - array_BxL.shape[1])
-  return jnp.pad(array_BxL, ((0, 0), (0, extra)), constant_values=fill)[:, :size]
 
 
 def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, length_B, masks_B, state: _State) -> _State:
@@ -344,8 +339,8 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
   index_1xL = jnp.arange(size)[None]
   string_BxL = index_1xL < length_B[:, None]
   total_B = jnp.where(length_B > 0, cfg.max_length, 0) if cfg.length == 'predicted' else length_B
-  tokens_BxL = jnp.where(string_BxL, _fit(tokens_BxL, size, PAD), PAD)
-  fixed_BxL = string_BxL & _fit(fixed_BxL, size, False)
+  tokens_BxL = jnp.where(string_BxL, fit(tokens_BxL, size, PAD), PAD)
+  fixed_BxL = string_BxL & fit(fixed_BxL, size, False)
   free_BxL = (index_1xL < total_B[:, None]) & ~fixed_BxL
   free_B = free_BxL.sum(axis=1)
   index_BxL = jnp.broadcast_to(index_1xL, (rows, size))

@@ -55,17 +55,6 @@ def make_rule(value, name: str) -> Rule:
   return rule
 
 
-def buffers(start: int, cfg) -> list[int]:
-  """The lengths a row's buffer takes on its way from `start` positions to max_length."""
-  size, sizes = cfg.min_buffer, []
-  while size < min(start, cfg.max_length):
-    size *= 2
-  while size < cfg.max_length:
-    sizes.append(size)
-    size *= 2
-  return sizes + [cfg.max_length]
-
-
 def describe(cfg) -> str:
   """The settings of a SampleConfig in a few words: all that decide what is drawn."""
 
