@@ -32,6 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.corrupt = ml_collections.ConfigDict()
   config.corrupt.close_prompt = False  # ilm; True: the training softmax leaves the prompt's gaps out
+  config.corrupt.fim = 0.0  # arm: share of the examples that are rearranged, so that it learns to fill in the middle
   config.corrupt.eos_weight = 1.0  # it: of an empty gap's end symbol
   config.corrupt.length = 0  # mdm: tokens to which [PAD]s fill an example, to be predicted; 0: the length is given
   config.corrupt.noise_eps = 1e-3  # mdm: share of the tokens that the schedule leaves unmasked at its end

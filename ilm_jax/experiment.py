@@ -82,12 +82,10 @@ def build(cfg) -> Experiment:
     raise UserError(f'data.rows={cfg.data.rows} does not divide into optimizer.accumulate={cfg.optimizer.accumulate} '
                     f'parts: use data.rows={fits}')  # fmt: skip
   sharding.check_rows(cfg.data.rows // cfg.optimizer.accumulate, mesh, 'data.rows / optimizer.accumulate')
-  longest, longest_answer = task.longest(cfg.task), task.longest_answer(cfg.task)
-  if hasattr(family, 'check'):
-    longest, longest_answer = family.check(cfg, longest, longest_answer)
+  longest, most = family.sizes(cfg, task.longest(cfg.task), task.longest_answer(cfg.task))
   if shape.length < longest:
     raise UserError(f'data.row_length={shape.length} is shorter than the longest example, {longest} tokens: raise it')
-  if shape.targets < (most := family.most_targets(longest, longest_answer)):
+  if shape.targets < most:
     raise UserError(f'data.targets={shape.targets} is less than the targets of the longest example, {most}: raise it')
   sample_cfg = families.make_sample_config(
     family, cfg, cfg.sampling, closed_tokens=tokenizer.special_ids, compute=model_cfg.compute

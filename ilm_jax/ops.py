@@ -227,6 +227,11 @@ def target_logits(hidden_BxLxD, unembed_VxD, gap_BxT, token_BxT, *, compute: str
   return einsum('btd,btd->bt', hidden_BxTxD, unembed_BxTxD, head_compute(compute))
 
 
+def closed_bias(vocab: int, tokens):
+  """A bias over the vocabulary: NEG_INF for the listed tokens, 0 for the others."""
+  return jnp.zeros(vocab, jnp.float32).at[jnp.array(tuple(tokens), jnp.int32)].set(NEG_INF)
+
+
 def head_compute(compute: str) -> str:
   """The vocabulary head keeps float32 results also in a bfloat16 model."""
   return 'mixed' if compute == 'bfloat16' else compute

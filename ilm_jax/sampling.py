@@ -21,7 +21,7 @@ class Sampler:
   """
 
   def __init__(self, model_cfg, family, sample_cfg, batch_size: int, mesh=None):
-    self.cfg, self.batch_size, self.mesh = sample_cfg, batch_size, mesh
+    self.family, self.cfg, self.batch_size, self.mesh = family, sample_cfg, batch_size, mesh
     if mesh is not None:
       sharding.check_rows(batch_size, mesh, 'eval.batch_size')
     shardings = {} if mesh is None else {'out_shardings': sharding.replicated(mesh)}
@@ -50,8 +50,8 @@ class Sampler:
           f'a prompt of {len(prompt["tokens"])} tokens is longer than sampling.max_length={self.cfg.max_length}: '
           'shorten it, or raise the limit'
         )
-      if getattr(self.cfg, 'length', None) == 'given':
-        check_free(prompt, self.cfg.max_length)
+      if hasattr(self.family, 'check_prompt'):
+        self.family.check_prompt(prompt, self.cfg)
     requests = range(len(prompts)) if requests is None else requests
     for first in range(0, len(prompts), self.batch_size):
       part = prompts[first : first + self.batch_size]
@@ -85,20 +85,6 @@ class Sampler:
       prompt.request_B[row] = request
       prompt.free_B[row] = given.get('free', -1)
     return prompt
-
-
-def check_free(prompt: dict, max_length: int) -> None:
-  """Refuse a prompt that does not say how many tokens come after it, or says more than fit."""
-  given, free = len(prompt['tokens']), prompt.get('free', -1)
-  if free < 0:
-    raise UserError(
-      "sampling.length='given' needs the number of tokens to come of each prompt ('free'), got none: give it, or use "
-      "a model that predicts the length with sampling.length='predicted'"
-    )
-  if given + free > max_length:
-    raise UserError(
-      f'a prompt of {given} tokens and {free} to come are more than sampling.max_length={max_length}: raise the limit'
-    )
 
 
 def cut(sampled: Sampled, row: int) -> dict:

@@ -18,6 +18,7 @@ from ilm_jax.types import Prompt, Rule, UserError
 
 V = 12
 CLOSED = (0, 1, 2, 4, 5, 6)  # all special tokens but [EOS]
+PLAIN = ConfigDict({'fim': 0.0})
 MODEL = model.ModelConfig(V, 2, 2, 16, 32, causal=True, stop_head=False, dropout=0.0, attention_dropout=0.0)
 
 
@@ -47,24 +48,24 @@ ROWS = [[CLS, BOS], [CLS, 7, 8, 9, BOS], [], [CLS, 11, BOS], [CLS, 7, 7, 7, 7, 7
 
 
 def test_targets_are_the_next_tokens_and_the_end():
-  made = corrupt.arm(None, example([7, 8], [9, 10, 11]), None)
+  made = corrupt.arm(None, example([7, 8], [9, 10, 11]), PLAIN)
   assert made['tokens'].tolist() == [CLS, 7, 8, BOS, 9, 10, 11]
   assert made['target_gap'].tolist() == [3, 4, 5, 6]
   assert made['target_token'].tolist() == [9, 10, 11, EOS]
   assert not made['open'].any()
-  nothing = corrupt.arm(None, example([7], []), None)
+  nothing = corrupt.arm(None, example([7], []), PLAIN)
   assert nothing['target_gap'].tolist() == [2] and nothing['target_token'].tolist() == [EOS]
 
 
 def test_given_text_behind_a_gap_is_refused():
-  with pytest.raises(UserError, match=r'family=arm writes from left to right.*use family=ilm or mdm'):
-    corrupt.arm(None, {'tokens': np.arange(5), 'fixed': np.array([True, True, False, True, False])}, None)
+  with pytest.raises(UserError, match=r'family=arm writes from left to right.*or family=ilm or mdm'):
+    corrupt.arm(None, {'tokens': np.arange(5), 'fixed': np.array([True, True, False, True, False])}, PLAIN)
 
 
 def test_packed_loss_equals_the_plain_loop(forward):
   rng = np.random.default_rng(0)
   examples = [example(rng.integers(7, V, 3).tolist(), rng.integers(7, V, n).tolist()) for n in (0, 1, 4, 6, 2)]
-  batch = pipeline.pack([corrupt.arm(None, e, None) for e in examples], list(range(5)), pipeline.Shape(2, 24, 24, 4))
+  batch = pipeline.pack([corrupt.arm(None, e, PLAIN) for e in examples], list(range(5)), pipeline.Shape(2, 24, 24, 4))
   outputs = jax.jit(model.apply, static_argnums=0)(
     MODEL, forward.params, batch['tokens_BxL'], batch['position_BxL'], batch['segment_BxL'], batch['cls_BxS']
   )

@@ -8,13 +8,14 @@
     score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, kind=None, longest=...)
                                        -> Score: its kind, and its error
     check_score(kind, longest)         refuse what `score` would refuse
-    most_targets(longest, answer)      targets of the longest example, at most
+    sizes(cfg, longest, answer)        -> (tokens, targets), at most, of a corrupted example, from the numbers of tokens
+                                          and of free tokens that an example may have; refuses a config that the family
+                                          can't mean
 
 and, where a family has them:
 
-    check(cfg, tokens, targets)        -> (tokens, targets) of the longest example once corrupted, given those before;
-                                          refuses a config that the family can't mean
     sample_settings(cfg)               -> fields of SampleConfig that the whole config decides
+    check_prompt(given, cfg)           refuse a prompt {'tokens', 'open', ...} that `sample` cannot serve
 
 A new family is one file and one entry of FAMILIES; modules are imported when asked for, so that the workers of the
 data pipeline, which need the corruption alone, stay light.

@@ -4,6 +4,9 @@ Training: cross-entropy of every free token and of [EOS] behind the last one, av
 a time with a cache of keys and values. The model gives every string an exact probability:
 
     log p(x | prompt) = sum_t log p(x_t | prompt, x_<t) + log p([EOS] | prompt, x)
+
+With corrupt.fim, it also fills one gap: `prefix [MASK] suffix [MASK]` is the prompt then, and the middle the answer
+(prefix, suffix, middle; Bavarian et al. 2022, arXiv 2207.14255).
 """
 
 import functools
@@ -11,13 +14,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ilm_jax import ops
 from ilm_jax.families import corrupt as _corrupt
 from ilm_jax.families import growing
 from ilm_jax.families.growing import Rows, note
 from ilm_jax.families.settings import sample_config
-from ilm_jax.tokenizer import EOS
+from ilm_jax.tokenizer import EOS, MASK
 from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, Score, UserError
 
 corrupt = _corrupt.arm
@@ -29,10 +33,16 @@ def model_settings(cfg) -> dict:
   return {'causal': True, 'stop_head': False}
 
 
-def most_targets(longest: int, answer: int) -> int:
-  """Targets of an example of at most `longest` tokens, `answer` of them free: those, and the end."""
-  del longest
-  return answer + 1
+def sample_settings(cfg) -> dict:
+  """The fields of SampleConfig that the corruption decides."""
+  return {'fim': cfg.corrupt.get('fim', 0.0) > 0}
+
+
+def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
+  """(tokens, targets) of the longest example, with the two [MASK]s of a rearranged one; the end is a target too."""
+  if not 0 <= cfg.corrupt.fim <= 1:
+    raise UserError(f'corrupt.fim={cfg.corrupt.fim}: expected a share from 0 to 1')
+  return longest + 2 * (cfg.corrupt.fim > 0), answer + 1
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -70,6 +80,7 @@ class SampleConfig(NamedTuple):
   max_steps: int | None = None  # new tokens of a row, at most
   token: Rule = GREEDY
   force_first: bool = False  # at least one token before the end
+  fim: bool = False  # the model was trained to fill in the middle
   closed_tokens: tuple[int, ...] = ()  # ids never produced
   min_buffer: int = 64  # shortest cache; it doubles up to max_length as rows grow
   compute: str = 'float32'
@@ -82,26 +93,104 @@ class SampleConfig(NamedTuple):
     return sample_config(cls, sampling, closed_tokens=closed, **others)
 
 
+def check_prompt(given: dict, cfg: SampleConfig) -> None:
+  """Refuse a prompt with a gap that a model which writes from left to right cannot fill."""
+  gaps = np.flatnonzero(given['open']).tolist()
+  if len(gaps) > 1:
+    raise UserError(f'family=arm fills one gap of a text, got {len(gaps)}: use a model of family=ilm or mdm')
+  if gaps and gaps[0] < len(given['tokens']) - 1 and not cfg.fim:
+    raise UserError(
+      'family=arm continues a text, and this one has a gap before its end: use a model trained with corrupt.fim, or '
+      'one of family=ilm or mdm'
+    )
+
+
 def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   """Continue each prompt until [EOS]: the prompt in one pass, then a chain of while loops over growing caches.
+
+  Where a model was trained to fill in the middle, a row with an open gap before its end gets its new tokens there.
 
   Args:
     forward: `cache(rows, size)` and `cached(tokens_BxN, start_B, cache) -> (Outputs, cache)`, as of `model.Forward`.
     rng: the key of the whole run; a row's noise is fold_in(fold_in(rng, request), step) and nothing else.
-    prompt: rows of given tokens; new ones come behind the last.
+    prompt: rows of given tokens; new ones come behind the last (`fim`: or into the first open gap).
     cfg: see SampleConfig.
 
   Returns:
     Sampled; `stop_prob_BxM` is the probability of [EOS] at each pass, `order_BxL` counts from left to right.
   """
+  limit = growing.most_steps(cfg)
+  length_B = jnp.asarray(prompt.length_B, jnp.int32)
+  room = cfg._replace(max_steps=limit)
+  if cfg.fim:
+    start_B = jnp.where(prompt.open_BxL.any(axis=1), prompt.open_BxL.argmax(axis=1) + 1, length_B)
+    layout = Layout.of(start_B, start_B, length_B)
+    prompt = prompt._replace(tokens_BxL=layout.arrange(prompt.tokens_BxL), length_B=layout.length_B)
+    room = room._replace(max_length=cfg.max_length + 2)
+  most_B = cfg.max_length + (prompt.length_B - length_B)
   rows, start = prompt.tokens_BxL.shape
-  empty = forward.cache(rows, growing.buffers(start, cfg)[0])
+  empty = forward.cache(rows, growing.buffers(start, room)[0])
   cache = forward.cached(prompt.tokens_BxL, jnp.zeros(rows, jnp.int32), empty)[1]
-  step = functools.partial(_step, forward, growing.request_keys(rng, prompt), cfg, growing.most_steps(cfg))
-  return growing.grow(step, prompt, cfg, cache=cache)
+  step = functools.partial(_step, forward, growing.request_keys(rng, prompt), cfg, limit, most_B)
+  made = growing.grow(step, prompt, room, cache=cache)
+  if not cfg.fim:
+    return made
+  layout = layout.with_middle(made.steps_B)
+  restored = {name: layout.restore(getattr(made, name), fill) for name, fill in (('tokens_BxL', 0), ('order_BxL', -1))}
+  return made._replace(**restored, length_B=length_B + made.steps_B)
 
 
-def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: Rows) -> Rows:
+class Layout(NamedTuple):
+  """Where the middle of each row lies, in reading order: prefix [MASK] suffix [MASK] middle in the order of the model.
+
+  A row whose middle comes last is the same in both orders, without [MASK]s.
+  """
+
+  first_B: jax.Array
+  past_B: jax.Array
+  length_B: jax.Array  # in the order of the model
+  marks_B: jax.Array  # 2, or 0
+
+  @classmethod
+  def of(cls, first_B, past_B, length_B) -> 'Layout':
+    """From the middle's borders and the length, in reading order."""
+    marks_B = jnp.where(past_B < length_B, 2, 0)
+    return cls(first_B, past_B, length_B + marks_B, marks_B)
+
+  def with_middle(self, more_B) -> 'Layout':
+    """After so many tokens have been added to the middle."""
+    return self._replace(past_B=self.past_B + more_B, length_B=self.length_B + more_B)
+
+  def suffix_B(self):
+    """Tokens behind the middle."""
+    return self.length_B - self.marks_B - self.past_B
+
+  def arrange(self, tokens_BxL):
+    """From reading order to the order of the model: BxL+2."""
+    index_1xL = jnp.arange(tokens_BxL.shape[1] + 2)[None]
+    first_Bx1, marks_Bx1, suffix_Bx1 = self.first_B[:, None], self.marks_B[:, None], self.suffix_B()[:, None]
+    second_Bx1 = first_Bx1 + 1 + suffix_Bx1  # of the [MASK]s
+    suffix_BxL = index_1xL + (self.past_B - self.first_B - 1)[:, None]
+    middle_BxL = index_1xL - 2 - suffix_Bx1
+    from_BxL = jnp.where(index_1xL < second_Bx1, suffix_BxL, middle_BxL)
+    from_BxL = jnp.where((index_1xL < first_Bx1) | (marks_Bx1 == 0), index_1xL, from_BxL)
+    moved_BxL = jnp.take_along_axis(tokens_BxL, from_BxL.clip(0, tokens_BxL.shape[1] - 1), axis=1)
+    mark_BxL = (marks_Bx1 > 0) & ((index_1xL == first_Bx1) | (index_1xL == second_Bx1))
+    return jnp.where(index_1xL < self.length_B[:, None], jnp.where(mark_BxL, MASK, moved_BxL), 0)
+
+  def restore(self, array_BxL, fill: int):
+    """From the order of the model to reading order, two positions less; `fill` behind the last token."""
+    index_1xL = jnp.arange(array_BxL.shape[1] - 2)[None]
+    middle_BxL = index_1xL + (2 + self.suffix_B())[:, None]
+    suffix_BxL = index_1xL - (self.past_B - self.first_B - 1)[:, None]
+    from_BxL = jnp.where(index_1xL < self.past_B[:, None], middle_BxL, suffix_BxL)
+    plain_BxL = (index_1xL < self.first_B[:, None]) | (self.marks_B[:, None] == 0)
+    from_BxL = jnp.where(plain_BxL, index_1xL, from_BxL).clip(0, array_BxL.shape[1] - 1)
+    inside_BxL = index_1xL < (self.length_B - self.marks_B)[:, None]
+    return jnp.where(inside_BxL, jnp.take_along_axis(array_BxL, from_BxL, axis=1), fill)
+
+
+def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, most_B, state: Rows) -> Rows:
   """The last token of each row through the model, one draw, one token more in each row that goes on."""
   rng_B = jax.vmap(jax.random.fold_in)(request_rng_B, state.steps_B)
   row_B = jnp.arange(rng_B.shape[0])
@@ -115,7 +204,7 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: Rows) ->
     logits_BxV = logits_BxV.at[:, EOS].set(jnp.where(first_B, ops.NEG_INF, logits_BxV[:, EOS]))
   token_B = ops.choose(rng_B, logits_BxV, cfg.token)
 
-  room_B = (state.length_B < cfg.max_length) & (state.steps_B < limit)
+  room_B = (state.length_B < most_B) & (state.steps_B < limit)
   ends_B = state.active_B & (token_B == EOS)
   go_B = state.active_B & ~ends_B & room_B
 
@@ -140,7 +229,7 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: Rows) ->
 
 def logits(hidden, unembed_VxD, cfg: SampleConfig):
   """Logits with the closed tokens at NEG_INF."""
-  bias_V = jnp.zeros(unembed_VxD.shape[0]).at[jnp.array(cfg.closed_tokens, jnp.int32)].set(ops.NEG_INF)
+  bias_V = ops.closed_bias(unembed_VxD.shape[0], cfg.closed_tokens)
   logits = ops.einsum('bd,vd->bv', hidden, unembed_VxD, ops.head_compute(cfg.compute))
   return logits + ops.expand(bias_V, logits.ndim)
 
@@ -163,16 +252,23 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
     forward: (tokens_BxL, length_B) -> Outputs.
     rng: not used.
     tokens_BxL: whole rows, [CLS] first.
-    fixed_BxL: given tokens; they come before the free ones.
+    fixed_BxL: given tokens; they come before the free ones (`fim`: or around them).
     length_B: of the rows.
-    cfg: `closed_tokens`, `compute` and `vocab_chunk` are read.
+    cfg: `closed_tokens`, `fim`, `compute` and `vocab_chunk` are read.
     kind: 'exact', or nothing.
     longest: not used.
   """
   del rng
   check_score(kind, longest)
+  if cfg.fim:
+    free_BxL = ~fixed_BxL & (jnp.arange(tokens_BxL.shape[1])[None] < length_B[:, None])
+    free_B = free_BxL.sum(axis=1)
+    first_B = jnp.where(free_B > 0, free_BxL.argmax(axis=1), length_B)
+    layout = Layout.of(first_B, first_B + free_B, length_B)
+    tokens_BxL, length_B = layout.arrange(tokens_BxL), layout.length_B
+    fixed_BxL = jnp.arange(tokens_BxL.shape[1])[None] < (length_B - free_B)[:, None]
   outputs = forward(tokens_BxL, length_B)
-  bias_V = jnp.zeros(outputs.unembed_VxD.shape[0]).at[jnp.array(cfg.closed_tokens, jnp.int32)].set(ops.NEG_INF)
+  bias_V = ops.closed_bias(outputs.unembed_VxD.shape[0], cfg.closed_tokens)
   lse_BxL = ops.vocab_logsumexp(
     outputs.hidden_BxLxD, outputs.unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute
   )

@@ -54,25 +54,63 @@ def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
 def arm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
   """Every free token, and [EOS] behind the last, as the target of the token before it; nothing is dropped.
 
+  For filling in the middle (Bavarian et al. 2022, arXiv 2207.14255), a stretch of tokens is moved behind the others,
+  and a [MASK] takes its place; a second [MASK] comes before it. The [MASK]s are no targets.
+
+  Worked example: `CLS a b c d`, of which b and c are the middle, becomes `CLS a MASK d MASK b c`, with the targets a,
+  d, b, c and EOS, given the token to the left of each.
+
+  Args:
+    rng: the example's own generator.
+    example: see above.
+    cfg: `fim`, the share of the examples that are rearranged: the middle lies between two uniform cuts of the free
+      tokens. An example with given tokens behind free ones always is, and its free tokens are the middle.
+    u: not used.
+
   Raises:
-    UserError: something given stands behind a free token, which a model that writes from left to right cannot see.
+    UserError: given tokens stand behind free ones, and `fim` is 0, or the free tokens are not in one piece.
   """
-  del rng, cfg, u
+  del u
   tokens, fixed = example['tokens'], example['fixed']
   free = np.flatnonzero(~fixed)
+  before = {'length': len(tokens), 'free': len(free)}
   if len(free) and free[0] + len(free) != len(tokens):
-    raise UserError(
-      'family=arm writes from left to right, but an example has given tokens behind free ones: expected the free '
-      'tokens last; use family=ilm or mdm'
-    )
+    if not cfg.fim:
+      raise UserError(
+        'family=arm writes from left to right, but an example has given tokens behind free ones: expected the free '
+        'tokens last; use corrupt.fim=0.5 (filling in the middle), or family=ilm or mdm'
+      )
+    if free[-1] - free[0] + 1 != len(free):
+      raise UserError(
+        'family=arm fills one gap of a text, but an example has free tokens in several places: use family=ilm or mdm'
+      )
+    tokens, place = rearrange(tokens, free[0], free[-1] + 1)
+  elif cfg.fim and rng.random() < cfg.fim:
+    first, past = sorted(len(tokens) - rng.integers(len(free), size=2, endpoint=True))
+    tokens, place = rearrange(tokens, first, past)
+  else:
+    place = np.arange(len(tokens))
+  free = np.sort(place[free])
   return {
     'tokens': tokens,
     'open': np.zeros(len(tokens), bool),
     'target_gap': np.append(free - 1, len(tokens) - 1).astype(np.int32),
     'target_token': np.append(tokens[free], EOS).astype(np.int32),
-    'length': len(tokens),
-    'free': len(free),
+    **before,
   }
+
+
+def rearrange(tokens: np.ndarray, first: int, past: int) -> tuple[np.ndarray, np.ndarray]:
+  """Move the middle, tokens[first:past], behind the others, with a [MASK] in its place and another before it.
+
+  Returns:
+    The new tokens, and the index among them of each of the old ones.
+  """
+  prefix, middle, suffix = np.split(tokens, [first, past])
+  mask = np.array([MASK], tokens.dtype)
+  index = np.arange(len(tokens))
+  moved = np.where(index < first, index, np.where(index < past, index + 2 + len(suffix), index + 1 - len(middle)))
+  return np.concatenate([prefix, mask, suffix, mask, middle]), moved
 
 
 def it(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:

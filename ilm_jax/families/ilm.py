@@ -31,10 +31,10 @@ def model_settings(cfg) -> dict:
   return {'causal': False, 'stop_head': True}
 
 
-def most_targets(longest: int, answer: int) -> int:
-  """Targets of an example of at most `longest` tokens, `answer` of them free."""
-  del longest
-  return answer
+def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
+  """(tokens, targets) of the longest example: nothing may be dropped, or all that is free."""
+  del cfg
+  return longest, answer
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def choose_pair(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_
   """
   hidden_BxLxD, unembed_VxD = outputs.hidden_BxLxD, outputs.unembed_VxD
   vocab = unembed_VxD.shape[0]
-  bias_V = jnp.zeros(vocab).at[jnp.array(cfg.closed_tokens, jnp.int32)].set(ops.NEG_INF)
+  bias_V = ops.closed_bias(vocab, cfg.closed_tokens)
   lse_BxL = ops.vocab_logsumexp(hidden_BxLxD, unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute)
   lse_BxL = jnp.where(open_BxL, lse_BxL, ops.NEG_INF)
   compute = ops.head_compute(cfg.compute)

@@ -33,10 +33,10 @@ def model_settings(cfg) -> dict:
   return {'causal': False, 'stop_head': False}
 
 
-def most_targets(longest: int, answer: int) -> int:
-  """Targets of an example of at most `longest` tokens: each is dropped, or has an end symbol behind it."""
-  del answer
-  return longest
+def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
+  """(tokens, targets) of the longest example: each token is dropped, or has an end symbol behind it."""
+  del cfg, answer
+  return longest, longest
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: Rows) ->
   lengths = {'chunk': cfg.vocab_chunk, 'compute': cfg.compute}
 
   # Which gaps are finished: by the softmax over all entries, [EOS] among them.
-  closed_V = jnp.zeros(unembed_VxD.shape[0]).at[jnp.array(cfg.closed_tokens, jnp.int32)].set(ops.NEG_INF)
+  closed_V = ops.closed_bias(unembed_VxD.shape[0], cfg.closed_tokens)
   total_BxL = ops.vocab_logsumexp(hidden_BxLxD, unembed_VxD, closed_V, **lengths)  # without [EOS]
   index_BxL = jnp.broadcast_to(jnp.arange(size), state.tokens_BxL.shape)
   end_BxL = ops.einsum('bld,d->bl', hidden_BxLxD, unembed_VxD[EOS], ops.head_compute(cfg.compute))

@@ -45,7 +45,7 @@ def _look(forward, tokens_BxL, fixed_BxL, length_B, keep_BxL, cfg) -> _Step:
   next_free_BxL = jnp.roll(~fixed_BxL & valid_BxL, -1, axis=1).at[:, -1].set(False)
   open_BxL = jnp.take_along_axis((~fixed_BxL | next_free_BxL).at[:, 0].set(False), order_BxL, axis=1)
   open_BxL &= index_BxL < count_B[:, None]
-  bias_V = jnp.zeros(outputs.unembed_VxD.shape[0]).at[jnp.array(cfg.closed_tokens, jnp.int32)].set(ops.NEG_INF)
+  bias_V = ops.closed_bias(outputs.unembed_VxD.shape[0], cfg.closed_tokens)
   lse_BxL = ops.vocab_logsumexp(
     outputs.hidden_BxLxD, outputs.unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute
   )

@@ -49,14 +49,8 @@ def sample_settings(cfg) -> dict:
   return {'noise_eps': cfg.corrupt.noise_eps}
 
 
-def most_targets(longest: int, answer: int) -> int:
-  """Targets of an example of at most `longest` tokens, `answer` of them free."""
-  del longest
-  return answer
-
-
-def check(cfg, tokens: int, targets: int) -> tuple[int, int]:
-  """Refuse settings that don't fit together; returns (tokens, targets) of the longest example with its padding."""
+def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
+  """(tokens, targets) of the longest example with its padding; refuses settings that don't fit together."""
   eps, length, data = cfg.corrupt.noise_eps, cfg.corrupt.length, cfg.data
   if not 0 < eps < 1:
     raise UserError(f'corrupt.noise_eps={eps}: expected a share above 0 and below 1')
@@ -68,9 +62,9 @@ def check(cfg, tokens: int, targets: int) -> tuple[int, int]:
       'padded: make them equal, or use sampling.length=given'
     )
   if not length:
-    return tokens, targets
-  if length < tokens:
-    raise UserError(f'corrupt.length={length}: the longest example has {tokens} tokens: raise it')
+    return longest, answer
+  if length < longest:
+    raise UserError(f'corrupt.length={length}: the longest example has {longest} tokens: raise it')
   fit = min(data.row_length // length, data.segments)
   if 0 < fit * data.rows < data.batch_size:
     rows = -(-data.batch_size // (fit * data.groups)) * data.groups
@@ -158,6 +152,23 @@ class SampleConfig(NamedTuple):
       raise UserError(f'sampling.score_draws={made.score_draws}: expected an even number from 2')
     closed = {*closed_tokens, MASK} - ({PAD} if made.length == 'predicted' else set())
     return made._replace(closed_tokens=tuple(sorted(closed)))
+
+
+def check_prompt(given: dict, cfg: SampleConfig) -> None:
+  """Where lengths are given, refuse a prompt that does not say how many tokens come after it, or says too many."""
+  if cfg.length != 'given':
+    return
+  tokens, free = len(given['tokens']), given.get('free', -1)
+  if free < 0:
+    raise UserError(
+      "sampling.length='given' needs the number of tokens to come of each prompt ('free'), got none: give it, or use "
+      "a model that predicts the length with sampling.length='predicted'"
+    )
+  if tokens + free > cfg.max_length:
+    raise UserError(
+      f'a prompt of {tokens} tokens and {free} to come are more than sampling.max_length={cfg.max_length}: raise the '
+      'limit'
+    )
 
 
 class _State(NamedTuple):
@@ -255,11 +266,6 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, length_B, masks
   )
 
 
-def _closed(cfg: SampleConfig, vocab: int):
-  """0 for the tokens that may be produced, NEG_INF for the others."""
-  return jnp.zeros(vocab).at[jnp.array((*cfg.closed_tokens, MASK), jnp.int32)].set(ops.NEG_INF)
-
-
 def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B):
   """Draw a token for every position, a few positions at a time (never all their logits).
 
@@ -269,7 +275,7 @@ def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B):
     difference of its two largest ('margin'), or minus its entropy.
   """
   unembed_VxD, compute = outputs.unembed_VxD, ops.head_compute(cfg.compute)
-  bias_V = _closed(cfg, unembed_VxD.shape[0])
+  bias_V = ops.closed_bias(unembed_VxD.shape[0], (*cfg.closed_tokens, MASK))
 
   def at(place):
     hidden_BxD, position = place
@@ -359,7 +365,7 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
 
     noise_Bx1 = noise_level(time_B, cfg.noise_eps)[:, None]
     hidden_BxLxD, unembed_VxD, _ = forward(jnp.where(masked_BxL, MASK, tokens_BxL), total_B, noise_Bx1)
-    bias_V = _closed(cfg, unembed_VxD.shape[0])
+    bias_V = ops.closed_bias(unembed_VxD.shape[0], (*cfg.closed_tokens, MASK))
     lse_BxL = ops.vocab_logsumexp(hidden_BxLxD, unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute)
     z_BxL = ops.target_logits(hidden_BxLxD, unembed_VxD, index_BxL, tokens_BxL, compute=cfg.compute)
     loss_BxL = jnp.where(bias_V[tokens_BxL] < 0, jnp.inf, lse_BxL - z_BxL)
