@@ -2,13 +2,16 @@
 #   VENV    where it is                          make test VENV=/tmp/env
 #   PYTHON  what it is made with                 make setup PYTHON=python3.12
 #   EXTRAS  what `make setup` adds to it         make setup EXTRAS=cuda
+#   WORKERS processes that share the tests       make test WORKERS=0 (this one, for a debugger)
 #   ARGS    what is passed on to the command     make train ARGS='--config.steps=100 --workdir=runs/mine'
 VENV ?= .venv
 PYTHON ?= python3
 EXTRAS ?=
+WORKERS ?= 2
 ARGS ?=
 
 PY := "$(VENV)/bin/python"
+PYTEST := $(PY) -m pytest --numprocesses=$(WORKERS) --dist=loadfile
 PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
 BENCHMARKS := $(filter-out _%,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
 
@@ -35,10 +38,10 @@ train: $(VENV)/.installed ## train a tiny model on star graphs
 	$(PY) -m ilm_jax.main --config=configs/star.py:tiny $(ARGS)
 
 test: $(VENV)/.installed-test ## run the tests
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-long: $(VENV)/.installed-test ## run all tests, the long ones too
-	$(PY) -m pytest -m '' $(ARGS)
+	$(PYTEST) -m '' $(ARGS)
 
 table-smoke: $(VENV)/.installed-report ## a miniature of the table of all families, in two minutes
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \

@@ -10,6 +10,7 @@
 #   SEEDS     of each row                                  "0 1 2"
 #   STEPS     of every run: one budget for all families    6000; "" is the config's own
 #   FLAGS     more flags for every run                     ""
+#   MDM_STEPS denoising steps of mdm: more than the places that it fills, drawn at temperature 1      32
 #   TABLE     file for the table                           standard output
 #   PYTHON    the interpreter                              python
 #   DRY_RUN   1: print the commands only
@@ -24,6 +25,7 @@ FAMILIES=${FAMILIES:-ilm arm oracle mdm it}
 SEEDS=${SEEDS:-0 1 2}
 STEPS=${STEPS-6000}
 FLAGS=${FLAGS:-}
+MDM_STEPS=${MDM_STEPS:-32}
 PYTHON=${PYTHON:-python}
 DRY_RUN=${DRY_RUN:-}
 [ $# -gt 0 ] || { echo "expected configs, such as: launch/table.sh star.py:tiny star.py:mini" >&2; exit 1; }
@@ -50,6 +52,7 @@ for config in "$@"; do
       grep -qs '"finished": true' "$workdir/eval.json" && continue
       flags=(--config.family="${family/oracle/arm}" --config.seed="$seed" --config.stop_at=0)
       [ "$family" = oracle ] && flags+=(--config.task.order=oracle)
+      [ "$family" = mdm ] && flags+=(--config.sampling.token.temperature=1 --config.sampling.max_steps="$MDM_STEPS")
       [ -n "$STEPS" ] && flags+=(--config.steps="$STEPS")
       # shellcheck disable=SC2086 # FLAGS holds several
       run "$PYTHON" -m ilm_jax.main --config="configs/$config" --workdir="$workdir" "${flags[@]}" $FLAGS

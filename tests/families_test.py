@@ -33,7 +33,7 @@ def made(request):
   family = families.get(request.param)
   settings = {k: v for k, v in cfg.model.to_dict().items() if k in ('conditioning', 'residual') and v}
   model_cfg = model.ModelConfig(V, **SIZES, **{**settings, **family.model_settings(cfg)})
-  params = model.unbox(model.init(model_cfg, jax.random.key(0)))
+  params = model.unbox(jax.jit(model.init, static_argnums=0)(model_cfg, jax.random.key(0)))
   params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
   return family, cfg, model.Forward(model_cfg, params)
 
@@ -82,7 +82,8 @@ def test_packed_losses_equal_unpacked_ones(made):
   assert packed['segment_BxL'].max() > 1
   one = pipeline.Shape(1, LENGTH, 2 * LENGTH, 1)
   alone = pipeline.concatenate([pipeline.pack([e], [i], one) for i, e in enumerate(examples)])
-  together, apart = losses(made, packed), losses(made, alone)
+  run = jax.jit(functools.partial(losses, made))
+  together, apart = run(packed), run(alone)
   assert {'loss'} <= together.keys() == apart.keys()
   for name in together:
     np.testing.assert_allclose(together[name], apart[name], rtol=2e-5, err_msg=name)
@@ -91,10 +92,13 @@ def test_packed_losses_equal_unpacked_ones(made):
 
 def test_the_gradient_reaches_every_parameter_that_the_outputs_depend_on(made):
   batch = pipeline.pack(corrupted(*made[:2]), list(range(6)), pipeline.Shape(6, LENGTH, 2 * LENGTH, 1))
-  grads = jax.grad(lambda params: losses(made, batch, params)['loss'][0])(made[2].params)
+  grads = jax.jit(jax.grad(lambda params: losses(made, batch, params)['loss'][0]))(made[2].params)
   for path, grad in jax.tree_util.tree_flatten_with_path(grads)[0]:
     assert np.isfinite(grad).all()
     assert np.abs(grad).max() > 0, jax.tree_util.keystr(path)
+
+
+make_sampler = functools.cache(sampling.Sampler)  # keeps what was compiled
 
 
 def sample(made, prompts, requests=None, batch_size=8, **settings):
@@ -103,7 +107,7 @@ def sample(made, prompts, requests=None, batch_size=8, **settings):
   settings = {**cfg.sampling.to_dict(), 'max_length': LENGTH, 'min_buffer': 4, 'token': {}, 'gap': {}, **settings}
   sample_cfg = family.SampleConfig.create(settings, closed_tokens=special, compute='float32', vocab_chunk=6)
   assert hash(sample_cfg) == hash(sample_cfg._replace())
-  sampler = sampling.Sampler(forward.cfg, family, sample_cfg, batch_size)
+  sampler = make_sampler(forward.cfg, family, sample_cfg, batch_size)
   return list(sampler(forward.params, jax.random.key(0), prompts, requests))
 
 
