@@ -78,6 +78,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.sampling.stop_temperature = 1.0
   config.sampling.end_threshold = 0.0  # it: a gap is finished when p([EOS]) is above it; 0: when [EOS] is the argmax
   config.sampling.parallel = False  # it: insert in all unfinished gaps at once
+  config.sampling.gaps = 1  # ilm: gaps that a step inserts into, the most probable ones; 0: all
+  config.sampling.gap_threshold = 0.0  # ilm, of these: as probable as this share of the best one
   config.sampling.force_first = False  # insert at least one token
   config.sampling.gap = rule(temperature=0.0)
   config.sampling.token = rule(temperature=0.0)

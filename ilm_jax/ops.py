@@ -265,6 +265,24 @@ def choose(rng_B, logits_BxN, rule: Rule):
   return jnp.argmax(jnp.where(logits > NEG_INF / 2, logits + gumbel, NEG_INF), axis=-1)
 
 
+def choose_several(rng_B, logits_BxN, rule: Rule, count: int):
+  """Draw `count` different indices of each row by the rule, one after the other without replacement.
+
+  The first is that of `choose` with the same key: the largest sums of logits and Gumbel noise are such draws.
+
+  Returns:
+    (index_BxM, ok_BxM): not ok where the rule leaves fewer.
+  """
+  if rule.temperature == 0.0 or rule.top_k == 1:
+    value_BxM, index_BxM = jax.lax.top_k(logits_BxN, count)
+    ok_BxM = value_BxM > NEG_INF / 2
+    return index_BxM, ok_BxM & (jnp.arange(count) == 0)[None] if rule.top_k == 1 else ok_BxM
+  logits = restrict(logits_BxN.astype(jnp.float32) / rule.temperature, rule)
+  gumbel = jax.vmap(lambda rng: jax.random.gumbel(rng, logits.shape[1:]))(rng_B)
+  value_BxM, index_BxM = jax.lax.top_k(jnp.where(logits > NEG_INF / 2, logits + gumbel, NEG_INF), count)
+  return index_BxM, value_BxM > NEG_INF / 2
+
+
 def restrict(logits_BxN, rule: Rule):
   """Put NEG_INF on all but the top_k largest entries, then on what lies outside the nucleus of mass top_p."""
   size = logits_BxN.shape[-1]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from ilm_jax import model, sharding
-from ilm_jax.types import Prompt, Sampled, UserError
+from ilm_jax.types import UNLIMITED, Prompt, Sampled, UserError
 
 
 class Sampler:
@@ -45,46 +45,61 @@ class Sampler:
       a dict of each field of `Sampled`, cut to the row's length (or number of steps).
     """
     for prompt in prompts:
-      if len(prompt['tokens']) > self.cfg.max_length:
-        raise UserError(
-          f'a prompt of {len(prompt["tokens"])} tokens is longer than sampling.max_length={self.cfg.max_length}: '
-          'shorten it, or raise the limit'
-        )
-      if hasattr(self.family, 'check_prompt'):
-        self.family.check_prompt(prompt, self.cfg)
+      check(prompt, self.family, self.cfg)
     requests = range(len(prompts)) if requests is None else requests
     for first in range(0, len(prompts), self.batch_size):
       part = prompts[first : first + self.batch_size]
-      batch = self.pad(part, list(requests)[first : first + len(part)])
+      batch = pad(part, list(requests)[first : first + len(part)], self.batch_size, buffer_for(part, self.cfg))
       if self.mesh is not None:
         batch = Prompt(**sharding.put_batch(batch._asdict(), self.mesh))
       sampled = jax.device_get(self._run(params, rng, batch))
       for row in range(len(part)):
         yield cut(sampled, row)
 
-  def pad(self, prompts: list[dict], requests: list[int]) -> Prompt:
-    """Stack prompts into a buffer whose length is one of a few sizes."""
-    longest = max(len(p['tokens']) for p in prompts)
-    size = self.cfg.min_buffer
-    while size < longest:
-      size *= 2
-    size = min(size, self.cfg.max_length)
-    shape = (self.batch_size, size)
-    prompt = Prompt(
-      tokens_BxL=np.zeros(shape, np.int32),
-      length_B=np.zeros(shape[:1], np.int32),
-      open_BxL=np.zeros(shape, bool),
-      request_B=np.zeros(shape[:1], np.int32),
-      free_B=np.full(shape[:1], -1, np.int32),
+
+def check(given: dict, family, cfg) -> None:
+  """Refuse a prompt that does not fit, or that the family cannot serve."""
+  if len(given['tokens']) > cfg.max_length:
+    raise UserError(
+      f'a prompt of {len(given["tokens"])} tokens is longer than sampling.max_length={cfg.max_length}: '
+      'shorten it, or raise the limit'
     )
-    for row, (given, request) in enumerate(zip(prompts, requests, strict=True)):
-      length = len(given['tokens'])
-      prompt.tokens_BxL[row, :length] = given['tokens']
-      prompt.open_BxL[row, :length] = given['open']
-      prompt.length_B[row] = length
-      prompt.request_B[row] = request
-      prompt.free_B[row] = given.get('free', -1)
-    return prompt
+  if hasattr(family, 'check_prompt'):
+    family.check_prompt(given, cfg)
+
+
+def buffer_for(prompts: list[dict], cfg) -> int:
+  """Positions of a buffer for prompts: one of a few sizes."""
+  longest = max(len(given['tokens']) for given in prompts)
+  size = cfg.min_buffer
+  while size < longest:
+    size *= 2
+  return min(size, cfg.max_length)
+
+
+def pad(prompts: list[dict], requests: list[int], rows: int, size: int) -> Prompt:
+  """Stack prompts in buffers of `size` positions; rows that are left over are empty."""
+  shape = (rows, size)
+  prompt = Prompt(
+    tokens_BxL=np.zeros(shape, np.int32),
+    length_B=np.zeros(shape[:1], np.int32),
+    open_BxL=np.zeros(shape, bool),
+    request_B=np.zeros(shape[:1], np.int32),
+    free_B=np.full(shape[:1], -1, np.int32),
+    least_BxL=np.zeros(shape, np.int32),
+    most_BxL=np.full(shape, UNLIMITED, np.int32),
+  )
+  for row, (given, request) in enumerate(zip(prompts, requests, strict=True)):
+    length = len(given['tokens'])
+    prompt.tokens_BxL[row, :length] = given['tokens']
+    prompt.open_BxL[row, :length] = given['open']
+    prompt.length_B[row] = length
+    prompt.request_B[row] = request
+    prompt.free_B[row] = given.get('free', -1)
+    for name, array_BxL in (('least', prompt.least_BxL), ('most', prompt.most_BxL)):
+      if given.get(name) is not None:
+        array_BxL[row, :length] = given[name]
+  return prompt
 
 
 def cut(sampled: Sampled, row: int) -> dict:

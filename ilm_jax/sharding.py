@@ -77,9 +77,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def row_parts(mesh: Mesh) -> int:
+  """Parts that the rows of a batch are cut into."""
+  return math.prod(mesh.shape[axis] for axis in RULES['rows'])
+
+
 def check_rows(rows: int, mesh: Mesh, name: str) -> None:
   """Refuse a number of rows that the mesh can't share evenly."""
-  ways = math.prod(mesh.shape[axis] for axis in RULES['rows'])
+  ways = row_parts(mesh)
   if rows % ways:
     below = rows // ways * ways
     fits = f'{below} or {below + ways}' if below else str(ways)

@@ -43,6 +43,9 @@ class Outputs(NamedTuple):
   stop_BxSx2: Array | None = None  # class 0 = stop, class 1 = continue
 
 
+UNLIMITED = 2**30  # tokens of a gap without a limit
+
+
 class Prompt(NamedTuple):
   """What a sampler starts from. [CLS] is position 0 of every row."""
 
@@ -51,6 +54,8 @@ class Prompt(NamedTuple):
   open_BxL: Array  # may a token be inserted to the right of this one?
   request_B: Array  # identity of each request: its randomness depends on nothing else
   free_B: Array | None = None  # tokens to come, for the families that must be told; -1: unknown
+  least_BxL: Array | None = None  # tokens that must be inserted to the right of an open one, at least
+  most_BxL: Array | None = None  # ... and at most
 
 
 class Rule(NamedTuple):

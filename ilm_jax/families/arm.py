@@ -9,7 +9,6 @@ With corrupt.fim, it also fills one gap: `prefix [MASK] suffix [MASK]` is the pr
 (prefix, suffix, middle; Bavarian et al. 2022, arXiv 2207.14255).
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -86,6 +85,11 @@ class SampleConfig(NamedTuple):
   compute: str = 'float32'
   vocab_chunk: int = 2048
 
+  @property
+  def capacity(self) -> int:
+    """Positions of the longest buffer: a row, and the [MASK]s of a gap."""
+    return self.max_length + 2 * self.fim
+
   @classmethod
   def create(cls, sampling, **others) -> 'SampleConfig':
     """Build from a config's `sampling` part; [EOS] is never closed."""
@@ -119,25 +123,32 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   Returns:
     Sampled; `stop_prob_BxM` is the probability of [EOS] at each pass, `order_BxL` counts from left to right.
   """
-  limit = growing.most_steps(cfg)
-  length_B = jnp.asarray(prompt.length_B, jnp.int32)
-  room = cfg._replace(max_steps=limit)
+  return growing.sample(GROWTH, forward, rng, prompt, cfg)
+
+
+def begin(forward, rng, prompt: Prompt, cfg: SampleConfig, size: int) -> Rows:
+  """Rows that hold their prompts in the order of the model, which has seen them."""
+  memo = ()
   if cfg.fim:
-    start_B = jnp.where(prompt.open_BxL.any(axis=1), prompt.open_BxL.argmax(axis=1) + 1, length_B)
-    layout = Layout.of(start_B, start_B, length_B)
-    prompt = prompt._replace(tokens_BxL=layout.arrange(prompt.tokens_BxL), length_B=layout.length_B)
-    room = room._replace(max_length=cfg.max_length + 2)
-  most_B = cfg.max_length + (prompt.length_B - length_B)
-  rows, start = prompt.tokens_BxL.shape
-  empty = forward.cache(rows, growing.buffers(start, room)[0])
-  cache = forward.cached(prompt.tokens_BxL, jnp.zeros(rows, jnp.int32), empty)[1]
-  step = functools.partial(_step, forward, growing.request_keys(rng, prompt), cfg, limit, most_B)
-  made = growing.grow(step, prompt, room, cache=cache)
-  if not cfg.fim:
-    return made
-  layout = layout.with_middle(made.steps_B)
-  restored = {name: layout.restore(getattr(made, name), fill) for name, fill in (('tokens_BxL', 0), ('order_BxL', -1))}
-  return made._replace(**restored, length_B=length_B + made.steps_B)
+    open_BxL, length_B = jnp.asarray(prompt.open_BxL, bool), jnp.asarray(prompt.length_B, jnp.int32)
+    start_B = jnp.where(open_BxL.any(axis=1), open_BxL.argmax(axis=1) + 1, length_B)
+    memo = Layout.of(start_B, start_B, length_B)
+    prompt = prompt._replace(tokens_BxL=memo.arrange(prompt.tokens_BxL), length_B=memo.length_B)
+  count, given = prompt.tokens_BxL.shape
+  cache = forward.cached(prompt.tokens_BxL, jnp.zeros(count, jnp.int32), forward.cache(count, max(size, given)))[1]
+  return growing.resize(growing.begin(rng, prompt, cfg, size, cache=cache, memo=memo), size)
+
+
+def finish(rows: Rows, cfg: SampleConfig) -> Sampled:
+  """What has been sampled, in reading order."""
+  if cfg.fim:
+    layout = rows.memo.with_middle(rows.steps_B)
+    rows = rows._replace(
+      tokens_BxL=layout.restore(rows.tokens_BxL, 0),
+      order_BxL=layout.restore(rows.order_BxL, -1),
+      length_B=rows.length_B - layout.marks_B,
+    )
+  return growing.finish(rows, cfg)
 
 
 class Layout(NamedTuple):
@@ -190,41 +201,44 @@ class Layout(NamedTuple):
     return jnp.where(inside_BxL, jnp.take_along_axis(array_BxL, from_BxL, axis=1), fill)
 
 
-def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, most_B, state: Rows) -> Rows:
+def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   """The last token of each row through the model, one draw, one token more in each row that goes on."""
-  rng_B = jax.vmap(jax.random.fold_in)(request_rng_B, state.steps_B)
+  rng_B = jax.vmap(jax.random.fold_in)(rows.rng_B, rows.steps_B)
   row_B = jnp.arange(rng_B.shape[0])
-  at_B = jnp.maximum(state.length_B - 1, 0)
-  outputs, cache = forward.cached(state.tokens_BxL[row_B, at_B][:, None], at_B, state.cache)
+  at_B = jnp.maximum(rows.length_B - 1, 0)
+  outputs, cache = forward.cached(rows.tokens_BxL[row_B, at_B][:, None], at_B, rows.cache)
 
   logits_BxV = logits(outputs.hidden_BxLxD[:, 0], outputs.unembed_VxD, cfg)
   log_prob_BxV = jax.nn.log_softmax(logits_BxV, axis=-1)
-  if cfg.force_first:
-    first_B = state.steps_B == 0
-    logits_BxV = logits_BxV.at[:, EOS].set(jnp.where(first_B, ops.NEG_INF, logits_BxV[:, EOS]))
+  least_B = jnp.maximum(rows.lack_BxL.max(axis=1), int(cfg.force_first))
+  logits_BxV = logits_BxV.at[:, EOS].set(jnp.where(rows.steps_B < least_B, ops.NEG_INF, logits_BxV[:, EOS]))
   token_B = ops.choose(rng_B, logits_BxV, cfg.token)
 
-  room_B = (state.length_B < most_B) & (state.steps_B < limit)
-  ends_B = state.active_B & (token_B == EOS)
-  go_B = state.active_B & ~ends_B & room_B
+  most_B = cfg.max_length + (rows.memo.marks_B if cfg.fim else 0)
+  room_B = (rows.length_B < most_B) & (rows.steps_B < growing.most_steps(cfg))
+  room_B &= rows.steps_B < rows.room_BxL.max(axis=1)
+  ends_B = rows.active_B & (token_B == EOS)
+  go_B = rows.active_B & ~ends_B & room_B
 
   def append(array_BxL, value_B):
-    old_B = array_BxL[row_B, state.length_B.clip(max=array_BxL.shape[1] - 1)]
-    return array_BxL.at[row_B, state.length_B].set(jnp.where(go_B, value_B, old_B), mode='drop')
+    old_B = array_BxL[row_B, rows.length_B.clip(max=array_BxL.shape[1] - 1)]
+    return array_BxL.at[row_B, rows.length_B].set(jnp.where(go_B, value_B, old_B), mode='drop')
 
   end_prob_B = jnp.exp(log_prob_BxV[:, EOS])
-  return Rows(
-    tokens_BxL=append(state.tokens_BxL, token_B),
-    open_BxL=state.open_BxL,
-    order_BxL=append(state.order_BxL, state.steps_B),
-    length_B=state.length_B + go_B,
+  return rows._replace(
+    tokens_BxL=append(rows.tokens_BxL, token_B),
+    order_BxL=append(rows.order_BxL, rows.steps_B),
+    length_B=rows.length_B + go_B,
     active_B=go_B,
-    steps_B=state.steps_B + go_B,
-    stopped_B=state.stopped_B | ends_B,
-    log_prob_BxM=note(state.log_prob_BxM, state.steps_B, log_prob_BxV[row_B, token_B], go_B),
-    stop_prob_BxM=note(state.stop_prob_BxM, state.steps_B, end_prob_B, state.active_B),
+    steps_B=rows.steps_B + go_B,
+    stopped_B=rows.stopped_B | ends_B,
+    log_prob_BxM=note(rows.log_prob_BxM, rows.steps_B, log_prob_BxV[row_B, token_B], go_B),
+    stop_prob_BxM=note(rows.stop_prob_BxM, rows.steps_B, end_prob_B, rows.active_B),
     cache=cache,
   )
+
+
+GROWTH = growing.Growth(begin, step, finish=finish)
 
 
 def logits(hidden, unembed_VxD, cfg: SampleConfig):

@@ -9,6 +9,7 @@ Sampling: a forward pass; stop if the stop head says so; else draw a gap and a t
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -104,10 +105,12 @@ class SampleConfig(NamedTuple):
   """How to sample. Hashable: a jit compiles once for each."""
 
   max_length: int  # of a row, the prompt included
-  max_steps: int | None = None  # insertions of a row, at most
+  max_steps: int | None = None  # forward passes of a row that insert, at most
   gap: Rule = GREEDY  # two-stage: the gap by its total probability ...
   token: Rule = GREEDY  # ... then the token, given the gap
   joint: Rule | None = None  # instead: one draw among all (gap, token) pairs
+  gaps: int = 1  # gaps that a step inserts into, the best by the rule; 0: all
+  gap_threshold: float = 0.0  # of them, those whose probability is at least this share of the best one's
   stop_threshold: float | None = 0.9  # stop when p(stop) reaches it; None (0 in a config): with probability p(stop)
   stop_temperature: float = 1.0
   force_first: bool = False  # insert at least one token
@@ -115,6 +118,11 @@ class SampleConfig(NamedTuple):
   min_buffer: int = 64  # shortest buffer; it doubles up to max_length as rows grow
   compute: str = 'float32'
   vocab_chunk: int = 2048
+
+  @property
+  def capacity(self) -> int:
+    """Positions of the longest buffer."""
+    return self.max_length
 
   @classmethod
   def create(cls, sampling, **others) -> 'SampleConfig':
@@ -124,6 +132,15 @@ class SampleConfig(NamedTuple):
     made = sample_config(cls, sampling, **others)
     if made.stop_threshold is not None and not 0 < made.stop_threshold <= 1:
       raise UserError(f'sampling.stop_threshold={made.stop_threshold}: expected a probability, or 0 to sample the stop')
+    if made.gaps < 0 or not 0 <= made.gap_threshold <= 1:
+      raise UserError(
+        f'sampling.gaps={made.gaps}, sampling.gap_threshold={made.gap_threshold}: expected a number of gaps (0: all), '
+        'and a share from 0 to 1'
+      )
+    if made.gaps != 1 and made.joint is not None:
+      raise UserError(
+        f'sampling.gaps={made.gaps}: several gaps at once are drawn in two stages: leave out sampling.joint'
+      )
     return made
 
 
@@ -139,41 +156,122 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   Returns:
     Sampled, with L = max_length and M = the largest number of insertions, plus one for the forward pass that stops.
   """
-  step = functools.partial(_step, forward, growing.request_keys(rng, prompt), cfg, growing.most_steps(cfg))
-  return growing.grow(step, prompt, cfg)
+  return growing.sample(GROWTH, forward, rng, prompt, cfg)
 
 
-def _step(forward, request_rng_B, cfg: SampleConfig, max_steps: int, state: Rows) -> Rows:
-  """One forward pass, one test of the stop head, one insertion in each row that goes on."""
-  rng_B = jax.vmap(jax.random.fold_in)(request_rng_B, state.steps_B)
+def begin(forward, rng, prompt: Prompt, cfg: SampleConfig, size: int) -> Rows:
+  """Rows that hold their prompts."""
+  del forward
+  return growing.begin(rng, prompt, cfg, size)
+
+
+def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
+  """One forward pass, one test of the stop head, one insertion (or several) in each row that goes on.
+
+  While a gap lacks tokens of its least number, the row does not stop; when the stop head wants it to, the next token
+  comes into such a gap.
+  """
+  rng_B = jax.vmap(jax.random.fold_in)(rows.rng_B, rows.steps_B)
   gap_rng_B, token_rng_B, stop_rng_B = jax.vmap(functools.partial(jax.random.split, num=3), out_axes=1)(rng_B)
-  outputs = forward(state.tokens_BxL, state.length_B)
+  outputs = forward(rows.tokens_BxL, rows.length_B)
 
   stop_prob_B = jax.nn.softmax(outputs.stop_BxSx2[:, 0] / cfg.stop_temperature, axis=-1)[:, 0]
   threshold = cfg.stop_threshold
   if threshold is None:
     threshold = jax.vmap(lambda rng: 1.0 - jax.random.uniform(rng))(stop_rng_B)  # in (0, 1]
   wants_stop_B = stop_prob_B >= threshold
+  open_BxL = (rows.room_BxL > 0) & (jnp.arange(rows.tokens_BxL.shape[1])[None] < rows.length_B[:, None])
+  lacks_BxL = open_BxL & (rows.lack_BxL > 0)
+  made_up_B = wants_stop_B & lacks_BxL.any(axis=1)
+  open_BxL &= lacks_BxL | ~made_up_B[:, None]
+  wants_stop_B &= ~made_up_B
   if cfg.force_first:
-    wants_stop_B &= state.steps_B > 0
-  room_B = (state.length_B < cfg.max_length) & (state.steps_B < max_steps)
-  go_B = state.active_B & ~wants_stop_B & room_B
+    wants_stop_B &= rows.steps_B > 0
+  room_B = (rows.length_B < cfg.max_length) & (rows.steps_B < growing.most_steps(cfg))
+  go_B = rows.active_B & ~wants_stop_B & room_B & open_BxL.any(axis=1)
 
-  open_BxL = state.open_BxL & (jnp.arange(state.tokens_BxL.shape[1])[None] < state.length_B[:, None])
-  go_B &= open_BxL.any(axis=1)
-  gap_B, token_B, log_prob_B = choose_pair(outputs, open_BxL, cfg, gap_rng_B, token_rng_B)
+  if cfg.gaps == 1:
+    gap_B, token_B, log_prob_B = choose_pair(outputs, open_BxL, cfg, gap_rng_B, token_rng_B)
+    gap_BxM, token_BxM, go_BxM = gap_B[:, None], token_B[:, None], go_B[:, None]
+  else:
+    gap_BxM, token_BxM, log_prob_BxM, ok_BxM = choose_pairs(outputs, open_BxL, cfg, gap_rng_B, token_rng_B)
+    shared_BxMxM = _shared(rows.gap_BxL, gap_BxM, gap_BxM) & ok_BxM[:, None, :]
+    before_BxM = (shared_BxMxM & jnp.tri(gap_BxM.shape[1], k=-1, dtype=bool)[None]).sum(axis=2)
+    ok_BxM &= before_BxM < jnp.take_along_axis(rows.room_BxL, gap_BxM, axis=1)
+    ok_BxM &= jnp.cumsum(ok_BxM, axis=1) <= (cfg.max_length - rows.length_B)[:, None]
+    go_BxM = ok_BxM & go_B[:, None]
+    log_prob_B = jnp.where(go_BxM, log_prob_BxM, 0.0).sum(axis=1)
 
-  return Rows(
-    tokens_BxL=ops.insert(state.tokens_BxL, gap_B, token_B, go_B),
-    open_BxL=ops.insert(state.open_BxL, gap_B, jnp.ones_like(go_B), go_B),
-    order_BxL=ops.insert(state.order_BxL, gap_B, state.steps_B, go_B),
-    length_B=state.length_B + go_B,
+  def insert(array_BxL, value_BxM):
+    if cfg.gaps == 1:
+      return ops.insert(array_BxL, gap_BxM[:, 0], value_BxM[:, 0], go_BxM[:, 0])
+    row_Bx1 = jnp.arange(len(go_B))[:, None]
+    value_BxL = jnp.zeros_like(array_BxL).at[row_Bx1, gap_BxM].set(value_BxM.astype(array_BxL.dtype))
+    return ops.insert_all(array_BxL, value_BxL, jnp.zeros_like(open_BxL).at[row_Bx1, gap_BxM].set(go_BxM))
+
+  def spread(array_BxL):
+    """What is said of a gap, also of its new tokens."""
+    return insert(array_BxL, jnp.take_along_axis(array_BxL, gap_BxM, axis=1))
+
+  index_BxL = jnp.broadcast_to(jnp.arange(open_BxL.shape[1])[None], open_BxL.shape)
+  used_BxL = (_shared(rows.gap_BxL, index_BxL, gap_BxM) & go_BxM[:, None, :]).sum(axis=2)
+  return rows._replace(
+    tokens_BxL=insert(rows.tokens_BxL, token_BxM),
+    order_BxL=insert(rows.order_BxL, jnp.broadcast_to(rows.steps_B[:, None], gap_BxM.shape)),
+    room_BxL=spread(rows.room_BxL - used_BxL),
+    lack_BxL=spread(rows.lack_BxL - used_BxL),
+    gap_BxL=spread(rows.gap_BxL),
+    length_B=rows.length_B + go_BxM.sum(axis=1),
     active_B=go_B,
-    steps_B=state.steps_B + go_B,
-    stopped_B=state.stopped_B | (state.active_B & wants_stop_B),
-    log_prob_BxM=note(state.log_prob_BxM, state.steps_B, log_prob_B, go_B),
-    stop_prob_BxM=note(state.stop_prob_BxM, state.steps_B, stop_prob_B, state.active_B),
+    steps_B=rows.steps_B + go_B,
+    stopped_B=rows.stopped_B | (rows.active_B & wants_stop_B),
+    log_prob_BxM=note(rows.log_prob_BxM, rows.steps_B, log_prob_B, go_B),
+    stop_prob_BxM=note(rows.stop_prob_BxM, rows.steps_B, stop_prob_B, rows.active_B),
   )
+
+
+def needed(length_B, cfg: SampleConfig):
+  """Positions after the next step, at most."""
+  return length_B + cfg.gaps if cfg.gaps else 2 * length_B
+
+
+GROWTH = growing.Growth(begin, step, needed)
+
+
+def _shared(gap_BxL, one_BxN, other_BxM):
+  """Whether two positions lie in the same gap: BxNxM."""
+  one_BxN, other_BxM = (jnp.take_along_axis(gap_BxL, index, axis=1) for index in (one_BxN, other_BxM))
+  return one_BxN[:, :, None] == other_BxM[:, None, :]
+
+
+def choose_pairs(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_rng_B):
+  """Draw `gaps` different gaps of each row, by the rule without replacement, and a token for each.
+
+  Returns:
+    (gap_BxM, token_BxM, log_prob_BxM, ok_BxM): the best gap first; not ok where there are fewer gaps, or where one is
+    below the threshold; log-probabilities are those of the pairs under the model, before the rules.
+  """
+  hidden_BxLxD, unembed_VxD = outputs.hidden_BxLxD, outputs.unembed_VxD
+  bias_V = ops.closed_bias(unembed_VxD.shape[0], cfg.closed_tokens)
+  lse_BxL = ops.vocab_logsumexp(hidden_BxLxD, unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute)
+  lse_BxL = jnp.where(open_BxL, lse_BxL, ops.NEG_INF)
+  count = min(cfg.gaps or open_BxL.shape[1], open_BxL.shape[1])
+  gap_BxM, ok_BxM = ops.choose_several(gap_rng_B, lse_BxL, cfg.gap, count)
+  if cfg.gap_threshold:
+    lse_BxM = jnp.take_along_axis(lse_BxL, gap_BxM, axis=1)
+    ok_BxM &= lse_BxM >= lse_BxL.max(axis=1, keepdims=True) + math.log(cfg.gap_threshold)
+
+  def draw(column):  # one gap of each row at a time: the logits of all would not fit
+    rng_B, gap_B = column
+    hidden_BxD = jnp.take_along_axis(hidden_BxLxD, gap_B[:, None, None], axis=1)[:, 0]
+    logits_BxV = ops.einsum('bd,vd->bv', hidden_BxD, unembed_VxD, ops.head_compute(cfg.compute)) + bias_V[None]
+    token_B = ops.choose(rng_B, logits_BxV, cfg.token)
+    return token_B, jnp.take_along_axis(logits_BxV, token_B[:, None], axis=1)[:, 0]
+
+  more = jax.vmap(lambda number: jax.vmap(jax.random.fold_in, (0, None))(token_rng_B, number))(jnp.arange(1, count))
+  rng_MxB = jnp.concatenate([token_rng_B[None], more])  # the first as where there is one gap
+  token_MxB, chosen_MxB = jax.lax.map(draw, (rng_MxB, gap_BxM.T))
+  return gap_BxM, token_MxB.T, chosen_MxB.T - jax.nn.logsumexp(lse_BxL, axis=1, keepdims=True), ok_BxM
 
 
 def choose_pair(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_rng_B):

@@ -77,6 +77,11 @@ class SampleConfig(NamedTuple):
   compute: str = 'float32'
   vocab_chunk: int = 2048
 
+  @property
+  def capacity(self) -> int:
+    """Positions of the longest buffer."""
+    return self.max_length
+
   @classmethod
   def create(cls, sampling, **others) -> 'SampleConfig':
     """Build from a config's `sampling` part."""
@@ -102,42 +107,57 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
     Sampled; `log_prob_BxM` is the sum over the tokens of a step of log p(token | gap, not [EOS]), `stop_prob_BxM` the
     smallest p([EOS]) of the open gaps.
   """
-  step = functools.partial(_step, forward, growing.request_keys(rng, prompt), cfg, growing.most_steps(cfg))
-  # A parallel step may double a row: it waits for a buffer that holds twice its length.
-  longest = {'longest': lambda length_B: 2 * length_B} if cfg.parallel else {}
-  return growing.grow(step, prompt, cfg, **longest)
+  return growing.sample(GROWTH, forward, rng, prompt, cfg)
 
 
-def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: Rows) -> Rows:
+def check_prompt(given: dict, cfg: SampleConfig) -> None:
+  """Refuse numbers of tokens: a gap is finished when its own softmax says so."""
+  del cfg
+  if given.get('least') is not None or given.get('most') is not None:
+    raise UserError('family=it has no minimum or maximum length of a gap: leave them out, or use family=ilm')
+
+
+def begin(forward, rng, prompt: Prompt, cfg: SampleConfig, size: int) -> Rows:
+  """Rows that hold their prompts."""
+  del forward
+  return growing.begin(rng, prompt, cfg, size)
+
+
+def needed(length_B, cfg: SampleConfig):
+  """Positions after the next step, at most: a parallel one may double a row."""
+  return 2 * length_B if cfg.parallel else length_B + 1
+
+
+def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   """One forward pass; tokens in one gap, or all unfinished gaps, of each row that goes on."""
-  rng_B = jax.vmap(jax.random.fold_in)(request_rng_B, state.steps_B)
+  rng_B = jax.vmap(jax.random.fold_in)(rows.rng_B, rows.steps_B)
   gap_rng_B, token_rng_B = jax.vmap(functools.partial(jax.random.split, num=2), out_axes=1)(rng_B)
-  outputs = forward(state.tokens_BxL, state.length_B)
+  outputs = forward(rows.tokens_BxL, rows.length_B)
   hidden_BxLxD, unembed_VxD = outputs.hidden_BxLxD, outputs.unembed_VxD
-  row_B, size = jnp.arange(rng_B.shape[0]), state.tokens_BxL.shape[1]
+  row_B, size = jnp.arange(rng_B.shape[0]), rows.tokens_BxL.shape[1]
   lengths = {'chunk': cfg.vocab_chunk, 'compute': cfg.compute}
 
   # Which gaps are finished: by the softmax over all entries, [EOS] among them.
   closed_V = ops.closed_bias(unembed_VxD.shape[0], cfg.closed_tokens)
   total_BxL = ops.vocab_logsumexp(hidden_BxLxD, unembed_VxD, closed_V, **lengths)  # without [EOS]
-  index_BxL = jnp.broadcast_to(jnp.arange(size), state.tokens_BxL.shape)
+  index_BxL = jnp.broadcast_to(jnp.arange(size), rows.tokens_BxL.shape)
   end_BxL = ops.einsum('bld,d->bl', hidden_BxLxD, unembed_VxD[EOS], ops.head_compute(cfg.compute))
   end_prob_BxL = jax.nn.sigmoid(end_BxL - total_BxL)
   if cfg.end_threshold is None:
     finished_BxL = end_BxL >= ops.vocab_max(hidden_BxLxD, unembed_VxD, closed_V, **lengths)
   else:
     finished_BxL = end_prob_BxL > cfg.end_threshold
-  open_BxL = state.open_BxL & (index_BxL < state.length_B[:, None])
+  open_BxL = (rows.room_BxL > 0) & (index_BxL < rows.length_B[:, None])
   if cfg.force_first:
-    finished_BxL &= state.steps_B[:, None] > 0
+    finished_BxL &= rows.steps_B[:, None] > 0
   unfinished_BxL = open_BxL & ~finished_BxL
 
   done_B = ~unfinished_BxL.any(axis=1)
-  room_B = (state.length_B < cfg.max_length) & (state.steps_B < limit)
-  go_B = state.active_B & ~done_B & room_B
+  room_B = (rows.length_B < cfg.max_length) & (rows.steps_B < growing.most_steps(cfg))
+  go_B = rows.active_B & ~done_B & room_B
   if cfg.parallel:
     # The first gaps win where there is not room for all.
-    fits_BxL = jnp.cumsum(unfinished_BxL, axis=1) <= (cfg.max_length - state.length_B)[:, None]
+    fits_BxL = jnp.cumsum(unfinished_BxL, axis=1) <= (cfg.max_length - rows.length_B)[:, None]
     go_BxL = unfinished_BxL & fits_BxL & go_B[:, None]
 
     def draw(row):  # one row at a time: the logits of all gaps of all rows would not fit
@@ -160,18 +180,22 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, state: Rows) ->
   log_prob_B = jnp.where(go_BxL, chosen_BxL - total_BxL, 0.0).sum(axis=1)
   end_prob_B = jnp.where(open_BxL, end_prob_BxL, 1.0).min(axis=1)
 
-  steps_BxL = jnp.broadcast_to(state.steps_B[:, None], index_BxL.shape)
-  return Rows(
-    tokens_BxL=ops.insert_all(state.tokens_BxL, token_BxL, go_BxL),
-    open_BxL=ops.insert_all(state.open_BxL, jnp.ones_like(go_BxL), go_BxL),
-    order_BxL=ops.insert_all(state.order_BxL, steps_BxL, go_BxL),
-    length_B=state.length_B + go_BxL.sum(axis=1),
+  steps_BxL = jnp.broadcast_to(rows.steps_B[:, None], index_BxL.shape)
+  return rows._replace(
+    tokens_BxL=ops.insert_all(rows.tokens_BxL, token_BxL, go_BxL),
+    room_BxL=ops.insert_all(rows.room_BxL, rows.room_BxL, go_BxL),
+    gap_BxL=ops.insert_all(rows.gap_BxL, rows.gap_BxL, go_BxL),
+    order_BxL=ops.insert_all(rows.order_BxL, steps_BxL, go_BxL),
+    length_B=rows.length_B + go_BxL.sum(axis=1),
     active_B=go_B,
-    steps_B=state.steps_B + go_B,
-    stopped_B=state.stopped_B | (state.active_B & done_B),
-    log_prob_BxM=note(state.log_prob_BxM, state.steps_B, log_prob_B, go_B),
-    stop_prob_BxM=note(state.stop_prob_BxM, state.steps_B, end_prob_B, state.active_B),
+    steps_B=rows.steps_B + go_B,
+    stopped_B=rows.stopped_B | (rows.active_B & done_B),
+    log_prob_BxM=note(rows.log_prob_BxM, rows.steps_B, log_prob_B, go_B),
+    stop_prob_BxM=note(rows.stop_prob_BxM, rows.steps_B, end_prob_B, rows.active_B),
   )
+
+
+GROWTH = growing.Growth(begin, step, needed)
 
 
 def check_score(kind: str | None, longest: int) -> None:

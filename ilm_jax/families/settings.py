@@ -5,7 +5,7 @@ from ilm_jax.types import Rule, UserError
 RULES = ('gap', 'token', 'joint')
 KNOWN = frozenset([
   *['max_length', 'max_steps', 'min_buffer', 'force_first', 'two_stage', *RULES],
-  *['stop_threshold', 'stop_temperature', 'parallel', 'end_threshold'],
+  *['stop_threshold', 'stop_temperature', 'gaps', 'gap_threshold', 'parallel', 'end_threshold'],
   *['order', 'length', 'score_draws'],
 ])  # fmt: skip
 
