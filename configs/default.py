@@ -95,6 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.eval.metric = 'exact_match'
   config.eval.mode = 'max'
   config.eval.checkpoint = 'best'  # which is tested: best (on validation), latest, or a step
+  config.eval.samples = 0  # prompts of a split that are answered, at most; 0: all
   config.eval.show = 3
   config.eval.score = 'none'  # or -log p of the test answers: exact, bound, importance-weighted; '': the family's own
 

@@ -61,6 +61,8 @@ class LanguageModel:
     """See `load`."""
     cfg = ConfigDict(checkpoint.read_config(workdir))
     family, task = families.get(cfg.family), tasks.get(cfg.task.name)
+    if hasattr(task, 'settle'):
+      task.settle(cfg.task, workdir)
     model_settings = {**cfg.model.to_dict(), **family.model_settings(cfg)}
     model_cfg = model.ModelConfig.create(task.tokenizer(cfg.task).vocab_size, **model_settings)
     saved = checkpoint.Checkpoints(workdir, metric=cfg.eval.metric, mode=cfg.eval.mode, read_only=True)
@@ -88,7 +90,7 @@ class LanguageModel:
     for row in self.sampler(self.params, jax.random.key(seed), given, ids):
       yield Generation(
         text=self.task.decode(row['tokens'], self.cfg.task),
-        tokens=self.tokenizer.decode(row['tokens']),
+        tokens=self.tokenizer.pieces(row['tokens']),
         order=row['order'].tolist(),
         probabilities=[round(float(p), 6) for p in np.exp(row['log_prob'])],
         stop_probabilities=[round(float(p), 6) for p in row['stop_prob']],

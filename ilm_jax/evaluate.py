@@ -1,4 +1,4 @@
-"""Evaluation: the loss on a fixed validation set, and the task's scores of sampled answers."""
+"""Evaluation: the loss on a fixed validation set, sampled answers, and the task's scores of them."""
 
 import functools
 import time
@@ -107,7 +107,7 @@ class Evaluator:
     return batch
 
   def answers(self, params, split: str, *, progress: bool = False, interrupted=lambda: False) -> Scores | None:
-    """Sample an answer to every prompt of a split and score it.
+    """Sample an answer to every prompt of a split, or to the first `eval.samples`; score it where the task can.
 
     Args:
       params: of the model.
@@ -117,19 +117,23 @@ class Evaluator:
     """
     source, total, texts = self.source(split), {}, []
     places_NxN = np.zeros((max(self.sampler.cfg.max_length, self.sampler.cfg.max_steps or 0),) * 2, np.int64)
-    examples = [source[i] for i in range(len(source))]
+    count = min(len(source), self.cfg.eval.samples or len(source))
+    examples = [source[i] for i in range(count)]
     rng = jax.random.fold_in(jax.random.key(self.cfg.seed), 0x53)
     start = said = time.monotonic()
     prompts = [sampling.prompt_of(example) for example in examples]
     for done, (example, row) in enumerate(zip(examples, self.sampler(params, rng, prompts), strict=True), 1):
       free = row['tokens'][row['order'] >= 0]
-      pairs = self.task.score(free, example['tokens'][~example['fixed']], self.cfg.task)
+      pairs = {}
+      if hasattr(self.task, 'score'):
+        pairs |= self.task.score(free, example['tokens'][~example['fixed']], self.cfg.task)
       pairs['stopped'] = (float(row['stopped']), 1.0)
       pairs['length'] = (float(len(free)), 1.0)
       steps = row['order'][row['order'] >= 0].tolist()
       landmark = self.task.landmark(row['tokens'], self.cfg.task) if hasattr(self.task, 'landmark') else None
       pairs |= metrics_lib.order_statistics(steps, landmark)
-      np.add.at(places_NxN, (steps, np.arange(len(steps))), 1)
+      if hasattr(self.task, 'score'):  # of texts, it would be large and say little
+        np.add.at(places_NxN, (steps, np.arange(len(steps))), 1)
       total = metrics_lib.add(total, pairs)
       if len(texts) < self.cfg.eval.show:
         texts.append(show(self.task, self.tokenizer, row, example, self.cfg.task))
@@ -145,16 +149,34 @@ class Evaluator:
 
 
 def show(task, tokenizer, row, example, cfg) -> str:
-  """An answer for people: the whole text, whether it is right, and its tokens as they came in, step by step."""
+  """An answer for people: whether it is right and its tokens as they came in, step by step; or a text as it grew."""
   tokens, order = row['tokens'], row['order']
+  if not hasattr(task, 'score'):
+    return show_text(task, row, cfg)
   pairs = task.score(tokens[order >= 0], example['tokens'][~example['fixed']], cfg)
   right = pairs['exact_match'][0] == 1
   lines = [('right  ' if right else 'wrong  ') + task.decode(tokens, cfg)]
   for step in range(int(order.max(initial=-1)) + 1):
     words = [
       f'[{word}]' if o == step else word
-      for word, o in zip(tokenizer.decode(tokens), order, strict=True)
+      for word, o in zip(tokenizer.pieces(tokens), order, strict=True)
       if 0 <= o <= step
     ]
     lines.append(f'  {step + 1:3d}  ' + ' '.join(words))
+  return '\n'.join(lines)
+
+
+def show_text(task, row, cfg) -> str:
+  """A text and how it ended, and what was there after a quarter, a half and three quarters of the steps."""
+  tokens, order = row['tokens'], row['order']
+  steps = int(order.max(initial=-1)) + 1
+  ended = 'it stopped' if row['stopped'] else 'a limit ended it'
+
+  def printable(ids):
+    return ''.join(c if c.isprintable() or c == '\n' else '\ufffd' for c in task.decode(ids, cfg))
+
+  lines = [f'{int((order >= 0).sum())} tokens, {ended}', *printable(tokens).split('\n')]
+  for quarter in (1, 2, 3) if steps >= 4 else ():
+    step = steps * quarter // 4
+    lines.append(f'  after {step} of {steps} steps: ' + ' '.join(printable(tokens[order < step]).split()))
   return '\n'.join(lines)

@@ -30,7 +30,8 @@ LEAST = {  # the smallest value of settings that have one
   'corrupt.length': 0, 'data.batch_size': 1, 'data.groups': 1, 'data.rows': 1, 'data.row_length': 2, 'data.targets': 0,
   'data.segments': 1, 'data.workers': 0, 'data.prefetch': 1,
   'optimizer.warmup_steps': 0, 'optimizer.accumulate': 1, 'optimizer.clip': 0, 'optimizer.ema_decay': 0,
-  'sampling.max_length': 3, 'sampling.max_steps': 0, 'eval.every': 0, 'eval.batch_size': 1, 'eval.show': 0,
+  'sampling.max_length': 3, 'sampling.max_steps': 0,
+  'eval.every': 0, 'eval.batch_size': 1, 'eval.samples': 0, 'eval.show': 0,
 }  # fmt: skip
 
 
@@ -55,14 +56,25 @@ def check_choices(cfg, family, task) -> None:
     raise UserError(f'loss.length_weight=elbo is the bound of family=ilm: leave it out with family={cfg.family}')
   if cfg.eval.mode not in ('max', 'min'):
     raise UserError(f'eval.mode={cfg.eval.mode!r}: expected max or min')
+  if cfg.eval.metric == 'exact_match' and not hasattr(task, 'score'):
+    raise UserError(
+      f'eval.metric=exact_match: the task {cfg.task.name} has no right answers: use eval.metric=loss and eval.mode=min'
+    )
 
 
-def build(cfg) -> Experiment:
-  """Build what the config names; refuses what doesn't fit together, before anything is computed or written."""
+def build(cfg, workdir=None) -> Experiment:
+  """Build what the config names; refuses what doesn't fit together, before anything is computed or written.
+
+  Args:
+    cfg: the config; a task may note in its part what it found (the fingerprint of a tokenizer).
+    workdir: of the run, which may carry files of the task.
+  """
   check_ranges(cfg)
   optimizer.make_schedule(cfg.optimizer, cfg.steps)
   family, task = families.get(cfg.family), tasks.get(cfg.task.name)
   check_choices(cfg, family, task)
+  if hasattr(task, 'settle'):
+    task.settle(cfg.task, workdir)
   tokenizer = task.tokenizer(cfg.task)
   task.source(cfg.task, 'test')
   decided = family.model_settings(cfg)

@@ -62,6 +62,8 @@ def read(workdir: str) -> Run:
   try:
     result = json.loads((path / 'eval.json').read_bytes())
     config = result['config']
+    if result['pairs'] and 'exact_match' not in result['pairs']:
+      raise UserError(f'{workdir}: the task {config["task"]["name"]} has no right answers, which this table counts')
     if not result['finished']:
       raise UserError(f'{workdir} was tested before it was finished: finish it, or stop_at earlier')
     starts = [*run['starts'], result['start']]

@@ -65,8 +65,9 @@ def train(cfg, workdir) -> int:
     the exit code.
   """
   with Signals() as signals:
-    exp = build(cfg)
+    exp = build(cfg, workdir)
     if cfg.init_from and not any(epath.Path(workdir).glob('checkpoints/*')):
+      same_tokenizer(cfg.init_from, cfg)
       weights_of(cfg.init_from, model.abstract(exp.model_cfg))  # there, and of this shape, before anything is written?
     with claim(workdir, cfg):
       return _train(exp, workdir, signals)
@@ -94,6 +95,8 @@ def _train(exp: Experiment, workdir, signals) -> int:
   run = dashboards.read_run(workdir) or {'starts': []}
   starts = [*run['starts'], dashboards.describe_start(start)]
   with writing(workdir):
+    if hasattr(exp.task, 'carry') and jax.process_index() == 0:
+      exp.task.carry(cfg.task, workdir)
     dashboards.forget_after(workdir, start, validated=start in saved.steps() and saved.metrics(start) is not None)
     dashboards.write_json(epath.Path(workdir) / 'run.json', {'config': as_json(cfg), 'starts': starts})
     writer = dashboards.make_writer(workdir)
@@ -130,6 +133,18 @@ def weights_of(other, abstract_params):
     raise UserError(
       f'init_from={other}: {error.what}; give the model settings of that run, or leave init_from out'
     ) from None
+
+
+def same_tokenizer(other, cfg) -> None:
+  """Refuse to start from the weights of a run whose ids mean other text."""
+  run = dashboards.read_run(other) or {'config': {}}
+  theirs = run['config'].get('task', {}).get('tokenizer', {}).get('fingerprint')
+  ours = cfg.task.get('tokenizer', {}).get('fingerprint')
+  if theirs and ours and theirs != ours:
+    raise UserError(
+      f'init_from={other}: its tokenizer ({theirs}) is not the one of this run ({ours}): give it, '
+      f'--config.task.tokenizer.path={epath.Path(other) / "tokenizer"}'
+    )
 
 
 def start_from(other, state: TrainState, abstract: TrainState) -> TrainState:
@@ -256,7 +271,8 @@ class Loop:
     if goal not in values:
       raise UserError(f'eval.metric={goal!r} is not measured: expected one of {", ".join(sorted(values))}')
     self.writer.write_scalars(step, {f'validation/{name}': value for name, value in values.items()})
-    logging.info('step %d  validation loss %.4f  %s %.4f', step, values['loss'], goal, values[goal])
+    logging.info('step %d  validation loss %.4f%s', step, values['loss'],
+                 '' if goal == 'loss' else f'  {goal} {values[goal]:.4f}')  # fmt: skip
     self.writer.write_texts(step, {'samples': '\n\n'.join(f'```\n{text}\n```' for text in scores.texts)})
     self.since += time.monotonic() - began  # rates are of training alone
     return values
@@ -295,7 +311,7 @@ def report(exp: Experiment, workdir, saved, abstract: TrainState, evaluator, sig
     'config': as_json(exp.cfg),
     'sampler': settings.describe(exp.sample_cfg),
     'seed': exp.cfg.seed,
-    'chance': exp.task.chance(exp.cfg.task),
+    'chance': exp.task.chance(exp.cfg.task) if hasattr(exp.task, 'chance') else None,
     'parameters': sum(x.size for x in jax.tree.leaves(abstract.params)),
     'metrics': values,
     'pairs': {name: [float(x) for x in pair] for name, pair in scores.pairs.items()},
@@ -303,12 +319,16 @@ def report(exp: Experiment, workdir, saved, abstract: TrainState, evaluator, sig
     'seconds': time.monotonic() - began,
     'start': dashboards.describe_start(step),
   }
-  print('\nA few test answers, with the token that came in at each step in brackets:\n')
+  scored_answers = 'exact_match' in scores.pairs
+  print('\nA few test answers, with the token that came in at each step in brackets:\n' if scored_answers else
+        '\nA few texts, and how they grew:\n')  # fmt: skip
   print('\n\n'.join(scores.texts))
-  total, weight = scores.pairs['exact_match']
-  print(f'\ntest exact match at step {step}: {metrics_lib.percent(total, weight)}')
+  if scored_answers:
+    print(f'\ntest exact match at step {step}: {metrics_lib.percent(*scores.pairs["exact_match"])}')
+  else:
+    print(f'\ntest {exp.cfg.eval.metric} at step {step}: {values[exp.cfg.eval.metric]:.4f}')
   if kind:
-    error = (values['nll_variance'] / weight) ** 0.5
+    error = (values['nll_variance'] / scored[1]['nll'][1]) ** 0.5
     print(f'test -log p, {kind}: {values["nll"]:.4f} nats a string (standard error of the estimate {error:.4f}), '
           f'{values["nll_per_token"]:.4f} a token')  # fmt: skip
   with writing(workdir):
@@ -333,7 +353,7 @@ def reached(cfg, metrics: dict | None) -> bool:
 
 def evaluate_run(cfg, workdir) -> int:
   """Evaluate a finished or running run on the test split (`--mode=eval`)."""
-  exp = build(cfg)
+  exp = build(cfg, workdir)
   same_run(workdir, cfg)
   saved = checkpoint.Checkpoints(workdir, metric=cfg.eval.metric, mode=cfg.eval.mode, read_only=True)
   saved.find(cfg.eval.checkpoint)

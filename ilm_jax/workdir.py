@@ -13,7 +13,10 @@ from ilm_jax.experiment import as_json, flatten
 from ilm_jax.types import UserError
 
 IDENTITY = ('family', 'task', 'model', 'seed')  # what makes a run another run ...
-FREE = ('task.num_validation', 'task.num_test', 'task.label', 'task.workers', 'task.cache')  # ... but these
+FREE = (  # ... but these; where files are is not what they are
+  *('task.num_validation', 'task.num_test', 'task.label', 'task.workers', 'task.cache'),
+  *('task.corpus', 'task.tokenizer.path'),
+)
 
 
 @contextlib.contextmanager

@@ -440,7 +440,7 @@ def test_an_example_is_clues_then_cells(order):
     puzzle, example = source.puzzle(index), source[index]
     tokens, fixed = example['tokens'], example['fixed']
     assert tokens.dtype == np.int32 and fixed.dtype == bool and len(tokens) <= zebra.longest(source.cfg)
-    words = zebra.TOKENIZER.decode(tokens)
+    words = zebra.TOKENIZER.pieces(tokens)
     bos = words.index('[BOS]')
     assert words[0] == '[CLS]' and fixed.tolist() == [True] * (bos + 1) + [False] * (len(tokens) - bos - 1)
     assert zebra_puzzles.from_words(words[1:bos]) == puzzle.clues
@@ -715,7 +715,7 @@ def test_the_example_as_text():
   cfg = task()
   prompt = zebra.encode_prompt(EXAMPLE, cfg)
   assert prompt[:9] == [CLS, 17, 24, 20, 7, 8, 23, 22, 14] and prompt[-1] == BOS
-  answer = zebra.TOKENIZER.encode(EXAMPLE.split('ANSWER ')[1].split())
+  answer = zebra.TOKENIZER.ids(EXAMPLE.split('ANSWER ')[1].split())
   assert zebra.decode([*prompt, *answer], cfg) == EXAMPLE
   assert zebra.decode(prompt, cfg) == EXAMPLE.split(' 0 0 0 0')[0]
 

@@ -1,4 +1,4 @@
-"""Token sequences prepared on disk: a TFDS builder that writes ArrayRecord files and needs no TensorFlow.
+"""Token sequences and documents prepared on disk: TFDS builders that write ArrayRecord and need no TensorFlow.
 
 A preparation is whole or absent: it is written beside its place and renamed when complete, one process at a time; what
 a killed one has left is removed by the next.
@@ -8,12 +8,14 @@ import contextlib
 import fcntl
 import functools
 import io
+import json
 import pathlib
 import shutil
 import tempfile
 
 import numpy as np
 
+from ilm_jax.tasks import storage
 from ilm_jax.types import UserError
 
 VERSION = '1.0.0'
@@ -106,3 +108,104 @@ def prepared(folder: str, name: str, make) -> Prepared:
         f'task.cache={folder} could not be written ({error.strerror or error}): make room, or name another folder'
       ) from error
   return Prepared(folder, name)
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+COUNTS = 'counts.json'
+
+
+@functools.cache
+def _documents():
+  """The class of the builder of documents."""
+  import tensorflow_datasets as tfds
+
+  tfds.disable_progress_bar()
+
+  class Documents(tfds.core.GeneratorBasedBuilder):
+    """Documents with their tokens, in the order that TFDS gives them: the same one wherever they are prepared."""
+
+    VERSION = tfds.core.Version(VERSION)
+    code_path = None
+
+    def __init__(self, *, make=None, **settings):
+      self.make = make
+      super().__init__(**settings, file_format='array_record')
+
+    def _info(self):
+      features = tfds.features.FeaturesDict({'text': tfds.features.Text(), 'tokens': tfds.features.Text()})
+      return tfds.core.DatasetInfo(builder=self, description='Documents.', features=features)
+
+    def _split_generators(self, dl_manager):
+      del dl_manager
+      return {'examples': self._generate_examples()}
+
+    def _generate_examples(self):
+      with contextlib.closing(self.make()) as examples:
+        for index, (text, tokens) in enumerate(examples):
+          yield index, {'text': text, 'tokens': np.asarray(tokens, '<u4').tobytes()}
+
+  return Documents
+
+
+class Documents:
+  """Random access to prepared documents; workers open the files again. `counts` is what was counted on the way."""
+
+  def __init__(self, place: pathlib.Path):
+    self.place = place
+    try:
+      self.counts = json.loads((place / COUNTS).read_text())
+      self._data = _documents()(data_dir=str(place)).as_data_source('examples')
+      self._size = len(self._data)
+    except Exception as error:  # the libraries raise many types
+      raise self._damaged(error) from error
+
+  def __len__(self) -> int:
+    return self._size
+
+  def tokens(self, index: int) -> np.ndarray:
+    """The ids of a document, int32."""
+    return np.frombuffer(self._read(index)['tokens'], '<u4').astype(np.int32)
+
+  def text(self, index: int) -> str:
+    """A document as it was read."""
+    return self._read(index)['text'].decode()
+
+  def _read(self, index: int) -> dict:
+    if not 0 <= index < self._size:
+      raise IndexError(index)
+    try:
+      return self._data[index]
+    except Exception as error:
+      raise self._damaged(error) from error
+
+  def _damaged(self, error: Exception) -> UserError:
+    return UserError(
+      f'the prepared documents in {self.place} cannot be read ({" ".join(str(error).split())[:120]}): remove that '
+      'folder and start the same command again, which makes it anew'
+    )
+
+  def __reduce__(self):
+    return Documents, (self.place,)
+
+
+def documents(folder, name: str, make) -> Documents:
+  """Open prepared documents; make them first when they are not there.
+
+  Args:
+    folder: holds all of them, local or a bucket (see `storage`); made if need be.
+    name: everything that decides these, in letters that a file name may have.
+    make: called with a dict, which it may fill with counts; returns a generator of (text, ids).
+
+  Raises:
+    UserError: the folder can't be written, or what is in it can't be read.
+  """
+
+  def fill(place: pathlib.Path):
+    counts = {}
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
+      builder = _documents()(make=lambda: make(counts), data_dir=str(place))
+      builder.download_and_prepare(download_dir=downloads)
+    (place / COUNTS).write_text(json.dumps(counts) + '\n')
+
+  return Documents(storage.once(folder, name, fill))

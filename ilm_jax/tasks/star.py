@@ -179,13 +179,13 @@ def encode_prompt(text: str, cfg) -> list[int]:
       raise ValueError
   except ValueError:
     raise UserError(f'prompt {text.strip()!r}: expected edges and ends as u,v|u,v|.../source,goal') from None
-  *edges, (start, goal) = [[i - OFFSET for i in words.encode(pair)] for pair in pairs]
+  *edges, (start, goal) = [[i - OFFSET for i in words.ids(pair)] for pair in pairs]
   return _prompt_ids(edges, start, goal)
 
 
 def decode(tokens, cfg) -> str:
   """A row as text; an answer that is no chain of edges is written edge by edge, `p1,p2|p3,p4`."""
-  words = tokenizer(cfg).decode(tokens)
+  words = tokenizer(cfg).pieces(tokens)
   bos = words.index('[BOS]')
   prompt, answer = words[1:bos], words[bos + 1 :]
   if is_reversed(cfg):

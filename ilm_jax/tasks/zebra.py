@@ -294,7 +294,7 @@ source = Source
 def to_ids(puzzle: Puzzle) -> np.ndarray:
   """A puzzle as ids, uint8; the cells in the order of solving."""
   cells = [str(number) for fill in puzzle.fills for number in fill]
-  ids = [CLS, *TOKENIZER.encode(to_words(puzzle.clues)), BOS, *TOKENIZER.encode(cells)]
+  ids = [CLS, *TOKENIZER.ids(to_words(puzzle.clues)), BOS, *TOKENIZER.ids(cells)]
   return np.array(ids, np.uint8)
 
 
@@ -337,7 +337,7 @@ def encode_prompt(text: str, cfg) -> list[int]:
   """
   words = text.split()
   words = words[: words.index('ANSWER')] if 'ANSWER' in words else words
-  ids = TOKENIZER.encode(words)
+  ids = TOKENIZER.ids(words)
   if not words:
     raise UserError('the prompt is empty: expected clues, such as `= LHS n 0 0 RHS c 0 1 CLUE_END`')
   check_puzzle(from_words(words), cfg)
@@ -388,4 +388,4 @@ def _verdict(clues, houses: int, attributes: int) -> str | None:
 def decode(tokens, cfg) -> str:
   """A row as text."""
   del cfg
-  return ' '.join('ANSWER' if word == '[BOS]' else word for word in TOKENIZER.decode(tokens[1:]))
+  return ' '.join('ANSWER' if word == '[BOS]' else word for word in TOKENIZER.pieces(tokens[1:]))

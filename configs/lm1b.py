@@ -1,0 +1,31 @@
+"""One Billion Word benchmark: `--config=configs/lm1b.py:full|small`.
+
+full    `python -m ilm_jax.main --config=configs/lm1b.py --workdir=runs/lm1b`: the paper's model (small, 85M in the
+        blocks), batch (512), learning rate, length (128 tokens) and million steps, for a GPU or TPU. Its tokenizer is
+        `--config.task.tokenizer.path=vocab.txt`, that of bert-base-uncased. Not run yet.
+small   `python -m ilm_jax.main --config=configs/lm1b.py:small`: 1.9M parameters, batch 64, for 2 CPU cores. Not run
+        yet.
+
+The corpus (1.8 GB) is downloaded; `--config.data.path=PATH` reads its archive, its shards (*.en-*-of-*) or *.tokens
+instead. A sentence is a line, and is detokenised.
+"""
+
+import ml_collections
+
+from configs import text
+
+
+def get_config(name: str = 'full') -> ml_collections.ConfigDict:
+  """Return the config of one of text.NAMES."""
+  config = text.text_config('lm1b', name, length=128)
+  config.task.source = 'lm1b'
+  config.task.documents = 'line'
+  config.task.detokenise = True
+  config.task.length = 128
+  if name == 'full':
+    config.steps = 1_000_000
+    config.task.tokenizer.size = 30_000
+    config.data.update({'batch_size': 512, 'rows': 96, 'row_length': 128, 'segments': 24})
+  else:
+    config.data.update({'batch_size': 64, 'rows': 16, 'row_length': 128, 'segments': 16})
+  return config
