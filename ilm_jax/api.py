@@ -1,13 +1,22 @@
-"""A trained model in Python: `lm = ilm_jax.load('runs/star-tiny'); lm.generate(prompts)`."""
+"""A trained model in Python.
+
+lm = ilm_jax.load('runs/stories')
+lm.generate(['Once upon a time'])                          texts that go on from prompts; [''] from nothing
+lm.infill('Tom had a ___ . He was ___ .', n=3)             gaps of unknown length filled, the rest untouched
+lm.score(['The dog ran home.'])                            -log p, or a bound of it
+lm.trace('Tom had a ___ .', path='trace.html')             a page that plays the insertions
+"""
 
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
-from ilm_jax import checkpoint, families, model, sampling, tasks
+from ilm_jax import batching, checkpoint, families, infilling, model, tasks, traces
 from ilm_jax.families import settings as settings_lib
+from ilm_jax.tokenizer import PAD
 from ilm_jax.types import UserError
 
 
@@ -22,13 +31,35 @@ class Generation(NamedTuple):
   stopped: bool  # by the stop head; False: a limit ended it
 
 
+class Infilling(NamedTuple):
+  """A text whose gaps were filled, and how it came about."""
+
+  text: str
+  fillings: list[str]  # of each gap
+  spans: list[tuple[int, int]]  # where they are in the text, in characters
+  tokens: list[str]
+  order: list[int]
+  probabilities: list[float]
+  stop_probabilities: list[float]
+  stopped: bool
+
+
+class TextScore(NamedTuple):
+  """Minus the log-likelihood of a text and its end, in nats, or an estimate of a bound of it."""
+
+  nll: float
+  error: float  # standard error of the estimate; 0 where it is exact
+  tokens: int  # of the text, without the end
+  kind: str  # 'exact', 'bound' or 'importance-weighted'
+
+
 def load(workdir, checkpoint='best', **sampling_settings) -> 'LanguageModel':
   """Load the model of a run.
 
   Args:
     workdir: of the run, local or a bucket.
     checkpoint: 'best' on validation, 'latest', or a step.
-    **sampling_settings: fields of the family's SampleConfig that replace the run's.
+    **sampling_settings: fields of the family's SampleConfig that replace the run's; `batch_size`, the number of slots.
 
   Raises:
     UserError: no run or no such checkpoint there, or an unknown setting.
@@ -51,10 +82,12 @@ class LanguageModel:
     if 'joint' in sampling_settings:
       sampling_settings.setdefault('two_stage', False)
     settings = {**cfg.sampling.to_dict(), **sampling_settings}
-    sample_cfg = families.make_sample_config(
+    self.sample_cfg = families.make_sample_config(
       self.family, cfg, settings, closed_tokens=self.tokenizer.special_ids, compute=model_cfg.compute
     )
-    self.sampler = sampling.Sampler(model_cfg, self.family, sample_cfg, batch_size)
+    self.batch_size = batch_size
+    self.sampler = batching.ContinuousSampler(model_cfg, self.family, self.sample_cfg, batch_size)
+    self._score = None
 
   @classmethod
   def load(cls, workdir, which='best', **settings) -> 'LanguageModel':
@@ -70,8 +103,10 @@ class LanguageModel:
     params = saved.restore_weights(step, model.abstract(model_cfg))
     return cls(cfg, model_cfg, params, step=step, **settings)
 
+  # --- sampling -------------------------------------------------------------------------------------------------------
+
   def generate(self, prompts: list[str], *, seed: int = 0, ids: list[int] | None = None) -> list[Generation]:
-    """Answer prompts, in their order.
+    """Answer prompts, or go on from them.
 
     Args:
       prompts: in the task's text form.
@@ -79,34 +114,181 @@ class LanguageModel:
       ids: an identity for each prompt, its index by default: an answer depends on the seed, its identity and its text,
         not on the other prompts.
 
+    Returns:
+      A Generation for each prompt, in their order.
+
     Raises:
       UserError: a prompt that can't be read, holds an unknown token, or is too long.
     """
-    return list(self.stream(prompts, seed=seed, ids=ids))
+    if isinstance(prompts, str):
+      raise UserError('generate: expected a list of prompts, got one string')
+    return [made for _, made in sorted(self.stream(prompts, seed=seed, ids=ids), key=lambda pair: pair[0])]
 
-  def stream(self, prompts: list[str], *, seed: int = 0, ids: list[int] | None = None):
-    """Like `generate`, but yield each answer when its batch is done."""
-    given = [self.encode(text, number) for number, text in enumerate(prompts)]
-    for row in self.sampler(self.params, jax.random.key(seed), given, ids):
-      yield Generation(
-        text=self.task.decode(row['tokens'], self.cfg.task),
-        tokens=self.tokenizer.pieces(row['tokens']),
-        order=row['order'].tolist(),
-        probabilities=[round(float(p), 6) for p in np.exp(row['log_prob'])],
-        stop_probabilities=[round(float(p), 6) for p in row['stop_prob']],
-        stopped=row['stopped'],
-      )
+  def infill(self, texts, *, n: int | None = None, marker: str = infilling.MARKER, least=None, most=None,
+             seed: int = 0):  # fmt: skip
+    """Fill the gaps of texts; what is given comes back unchanged.
 
-  def encode(self, text: str, number: int = 0) -> dict:
-    """A prompt as tokens with their open gaps (the last one)."""
+    Args:
+      texts: a text with a marker at each gap, or the list of its parts around the gaps; or a list of such texts.
+      n: fillings of each text; None: one, and no list of it.
+      marker: of a gap.
+      least: tokens of each gap, at least, 1 by default (0 lets gaps stay empty); a number, or a list of one a gap.
+      most: tokens of each gap, at most; None: no limit.
+      seed: of the randomness.
+
+    Returns:
+      An Infilling (with n, a list of n) for one text; for a list of strings, a list of what one text gives.
+
+    Raises:
+      UserError: no gap, numbers that contradict each other, too long a text, a model that can't fill these gaps.
+    """
+    one = isinstance(texts, str)
+    requests = [
+      self.gaps(text, marker=marker, least=least, most=most, number=number)
+      for number, text in enumerate([texts] if one else texts)
+    ]
+    count = 1 if n is None else n
+    if count < 1:
+      raise UserError(f'n={n}: expected at least 1')
+    numbers = [(i, j) for i in range(len(requests)) for j in range(count)]
+    ids = [request_number(i, j) for i, j in numbers]
+    made = dict(self.stream([requests[i] for i, _ in numbers], seed=seed, ids=ids))
+    lists = [[made[i * count + j] for j in range(count)] for i in range(len(requests))]
+    found = lists if n is not None else [filled for (filled,) in lists]
+    return found[0] if one else found
+
+  def stream(self, requests, *, seed: int = 0, ids: list[int] | None = None):
+    """Serve prompts (strings) and texts with gaps (`gaps`), mixed in one batch.
+
+    Yields:
+      (index of the request, Generation or Infilling), as they finish.
+    """
+    requests = list(requests)
+    given = [self.encode(request, number) for number, request in enumerate(requests)]
+    for index, row in self.sampler(self.params, jax.random.key(seed), given, ids):
+      yield index, self._made(requests[index], row)
+
+  def gaps(self, text, *, marker: str = infilling.MARKER, least=None, most=None, number: int = 0) -> infilling.Gaps:
+    """A request of `stream`: a text with gaps, see `infill`."""
     try:
-      tokens = np.array(self.task.encode_prompt(text, self.cfg.task), np.int32)
+      if least is None:
+        least = 0 if self.cfg.family in ('it', 'mdm') else 1
+        if isinstance(most, int):
+          least = min(least, most)
+      return infilling.read(text, marker=marker, least=least, most=most)
+    except UserError as error:
+      raise UserError(f'text {number + 1}: {error}') from None
+
+  def encode(self, request, number: int = 0) -> dict:
+    """A request as tokens with their open gaps; refuses one that cannot be served."""
+    limit = self.sample_cfg.max_length
+    if isinstance(request, infilling.Gaps):
+      try:
+        given = infilling.encode(request, self.tokenizer, masks=self.cfg.family == 'mdm')
+        infilling.check_room(request, given, limit)
+        if hasattr(self.family, 'check_prompt'):
+          self.family.check_prompt(given, self.sample_cfg)
+      except UserError as error:
+        raise UserError(f'text {number + 1}: {error}') from None
+      return given
+    try:
+      tokens = np.array(self.task.encode_prompt(request, self.cfg.task), np.int32)
     except UserError as error:
       raise UserError(f'prompt {number + 1}: {error}') from None
-    limit = self.sampler.cfg.max_length
     if len(tokens) >= limit:
       raise UserError(
         f'prompt {number + 1} is too long: {len(tokens)} tokens leave no room for an answer in '
         f'sampling.max_length={limit}; shorten it'
       )
     return {'tokens': tokens, 'open': np.arange(len(tokens)) == len(tokens) - 1}
+
+  def _made(self, request, row: dict):
+    how = {
+      'tokens': self.tokenizer.pieces(row['tokens']),
+      'order': row['order'].tolist(),
+      'probabilities': [round(float(p), 6) for p in np.exp(row['log_prob'])],
+      'stop_probabilities': [round(float(p), 6) for p in row['stop_prob']],
+      'stopped': row['stopped'],
+    }
+    if isinstance(request, infilling.Gaps):
+      return Infilling(**infilling.decode(request, row, self.tokenizer)._asdict(), **how)
+    return Generation(text=self.task.decode(row['tokens'], self.cfg.task), **how)
+
+  def trace(self, text, *, path=None, marker: str = infilling.MARKER, seed: int = 0) -> str:
+    """A page that plays how an answer comes about, or the filling of gaps if the text holds the marker.
+
+    Args:
+      text: a prompt or a text with gaps; or a list of them.
+      path: file to write the page to.
+      marker: of a gap.
+      seed: of the randomness.
+
+    Returns:
+      The page, HTML that needs no network.
+    """
+    texts = [text] if isinstance(text, str) else list(text)
+    requests = [self.gaps(t, marker=marker, number=i) if marker in t else t for i, t in enumerate(texts)]
+    made = dict(self.stream(requests, seed=seed))
+    page = self.page([made[i] for i in range(len(requests))])
+    if path is not None:
+      epath.Path(path).write_text(page)
+    return page
+
+  def page(self, made: list) -> str:
+    """The page of `trace`, of answers that are there already."""
+    return traces.page([traces.record(one, self.tokenizer.spell(one.tokens)) for one in made])
+
+  # --- likelihood -----------------------------------------------------------------------------------------------------
+
+  def score(self, texts: list[str], *, kind: str | None = None, seed: int = 0) -> list[TextScore]:
+    """Minus the log-likelihood of whole texts.
+
+    Args:
+      texts: of a task of texts.
+      kind: 'exact', 'bound' or 'importance-weighted', as the family has it; its own by default.
+      seed: of the estimates.
+
+    Raises:
+      UserError: the family has no likelihood, or a text is longer than sampling.max_length.
+    """
+    if isinstance(texts, str):
+      raise UserError('score: expected a list of texts, got one string')
+    if hasattr(self.task, 'score'):
+      raise UserError(f'score: the task {self.cfg.task.name} has prompts and answers: use --mode=eval with eval.score')
+    limit = self.sample_cfg.max_length
+    rows = [np.array(self.task.encode_prompt(text, self.cfg.task), np.int32) for text in texts]
+    longest = max((len(row) for row in rows), default=0)
+    for number, row in enumerate(rows):
+      if len(row) > limit:
+        raise UserError(f'text {number + 1} has {len(row)} tokens: more than sampling.max_length={limit}; shorten it')
+    self.family.check_score(kind, longest)
+    run = jax.jit(self._score_rows, static_argnames=('kind', 'longest'))
+    out, few = [], min(self.batch_size, 16)
+    for first in range(0, len(rows), few):
+      part = rows[first : first + few]
+      batch = {
+        'tokens_BxL': np.full((few, limit), PAD, np.int32),
+        'fixed_BxL': np.ones((few, limit), bool),
+        'length_B': np.full(few, 2, np.int32),
+      }
+      batch['tokens_BxL'][:, :2] = rows[0][:2]
+      for i, row in enumerate(part):
+        batch['tokens_BxL'][i, : len(row)], batch['length_B'][i] = row, len(row)
+        batch['fixed_BxL'][i, 2 : len(row)] = False
+      rng = jax.random.fold_in(jax.random.key(seed), first)
+      nll_B, error_B, tokens_B = jax.device_get(run(self.params, rng, batch, kind=kind, longest=longest))
+      pairs = zip(nll_B, error_B, tokens_B, strict=True)
+      out += [TextScore(float(a), float(b), int(c), self._kind) for a, b, c in list(pairs)[: len(part)]]
+    return out
+
+  def _score_rows(self, params, rng, batch, *, kind, longest):
+    forward = model.Forward(self.model_cfg, params)
+    args = batch['tokens_BxL'], batch['fixed_BxL'], batch['length_B']
+    scored = self.family.score(forward, rng, *args, self.sample_cfg, kind=kind, longest=longest)
+    self._kind = scored.kind
+    return scored[1:]
+
+
+def request_number(index: int, sample: int) -> int:
+  """The identity of one of several samples of a request; the first has that of the request."""
+  return index if not sample else int(np.random.SeedSequence([index, sample]).generate_state(1)[0] >> 1)

@@ -1,12 +1,20 @@
-"""Prompts to answers: `python -m ilm_jax.generate --workdir=runs/star-tiny --prompt=... | --prompts=FILE` as JSONL.
+"""Prompts to answers, gaps to fillings, as JSONL.
 
-Without either flag, prompts are read from standard input, one a line; JSON lines may hold {"prompt": ..., "id": ...}.
+    python -m ilm_jax.generate --workdir=runs/star-tiny --prompt='5,9|9,2/5,2'
+    python -m ilm_jax.generate --workdir=runs/stories --infill='Tom had a ___ . He was ___ .' --n=3 --trace=trace.html
+    python -m ilm_jax.generate --workdir=runs/stories --prompts=requests.jsonl > answers.jsonl
+
+Without a flag, requests are read from standard input, one a line: a prompt, or JSON with "prompt" (a text; an empty one
+asks for a whole text) or "infill" (a text with markers, or the list of its parts), and perhaps "id", "least" and "most"
+(tokens of a gap; a number, or a list of one a gap). Answers come as they finish; "id" says whose they are (the number
+of the line, from 0, unless JSON gives one). A line that cannot be served is named, and the others are served.
 """
 
 import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -18,21 +26,43 @@ def define(values: flags.FlagValues) -> None:
   """Define this command's flags."""
   flags.DEFINE_string('workdir', None, 'Folder of the run whose model to use.', flag_values=values)
   flags.DEFINE_multi_string('prompt', [], 'A prompt; may be repeated.', flag_values=values)
-  flags.DEFINE_string('prompts', None, 'File of prompts, one a line (text, or JSON with "prompt").', flag_values=values)
+  flags.DEFINE_multi_string('infill', [], 'A text with a marker at each gap; may be repeated.', flag_values=values)
+  flags.DEFINE_string('prompts', None, 'File of requests, one a line: text, or JSON as above.', flag_values=values)
+  flags.DEFINE_string('marker', '___', 'Of a gap.', flag_values=values)
+  flags.DEFINE_integer('least', None, 'Tokens of a gap, at least; 1 by default.', lower_bound=0, flag_values=values)
+  flags.DEFINE_integer('most', None, 'Tokens of a gap, at most.', lower_bound=0, flag_values=values)
+  flags.DEFINE_integer('n', None, 'Answers to each request.', lower_bound=1, flag_values=values)
   flags.DEFINE_string('out', None, 'File to write; standard output by default.', flag_values=values)
+  flags.DEFINE_string('trace', None, 'File for a page (HTML) that plays the insertions.', flag_values=values)
   flags.DEFINE_string('checkpoint', 'best', "'best', 'latest' or a step.", flag_values=values)
   flags.DEFINE_integer('seed', 0, 'Seed of the randomness.', flag_values=values)
-  flags.DEFINE_integer('batch_size', 64, 'Prompts at a time.', lower_bound=1, flag_values=values)
+  flags.DEFINE_integer('batch_size', 64, 'Slots: requests at a time.', lower_bound=1, flag_values=values)
+  flags.DEFINE_integer('max_length', None, "Tokens of a text; the run's own by default.", lower_bound=3,
+                       flag_values=values)  # fmt: skip
   flags.DEFINE_float('stop_threshold', None, "Stop when p(stop) reaches it; 0: sampled; the run's own by default.",
                      lower_bound=0.0, upper_bound=1.0, flag_values=values)  # fmt: skip
 
 
-def read_prompts(values) -> list[tuple[str, int]]:
-  """The prompts with their ids (the line's number, from 0, unless JSON gives one)."""
-  if values.prompt and values.prompts:
-    raise UserError('--prompt and --prompts: expected one of them, got both')
-  if values.prompt:
-    return [(text, i) for i, text in enumerate(values.prompt)]
+class Request(NamedTuple):
+  """A prompt or a text with gaps, as it was given."""
+
+  id: int
+  kind: str  # prompt or infill
+  content: Any
+  where: str  # for messages
+  limits: dict
+
+
+def read_requests(values) -> tuple[list[Request], list[UserError]]:
+  """The requests, and what is wrong with the lines that hold none."""
+  given = [name for name in ('prompt', 'infill', 'prompts') if values[name].value]
+  if len(given) > 1:
+    raise UserError(f'--{given[0]} and --{given[1]}: expected one of them, got both')
+  limits = {name: values[name].value for name in ('least', 'most') if values[name].value is not None}
+  if values.prompt or values.infill:
+    kind = 'prompt' if values.prompt else 'infill'
+    texts = values.prompt or values.infill
+    return [Request(i, kind, text, f'--{kind} {i + 1}', limits) for i, text in enumerate(texts)], []
   name = values.prompts or 'standard input'
   try:
     lines = (Path(values.prompts).read_text('utf-8') if values.prompts else sys.stdin.read()).split('\n')
@@ -40,57 +70,96 @@ def read_prompts(values) -> list[tuple[str, int]]:
     raise UserError(f'--prompts={name}: {error.strerror}') from None
   except UnicodeDecodeError as error:
     raise UserError(f'{name} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}') from None
-  out = []
+  out, wrong = [], []
   for number, line in enumerate(lines):
-    if not line.strip():
-      continue
-    text, index = line.strip(), number
-    if text.startswith('{'):
+    if line.strip():
       try:
-        record = json.loads(text)
-        text, index = record['prompt'], int(record.get('id', number))
-        if not isinstance(text, str) or not 0 <= index < 2**31:
-          raise ValueError
-      except (ValueError, KeyError, TypeError):
-        raise UserError(
-          f'{name}, line {number + 1}: expected JSON with "prompt", a text, and perhaps "id", a number from 0, '
-          f'got {line.strip()[:80]}'
-        ) from None
-    out.append((text, index))
-  if not out:
+        out.append(read_line(line.strip(), number, f'{name}, line {number + 1}', limits))
+      except UserError as error:
+        wrong.append(error)
+  if not out and not wrong:
     raise UserError(f'{name} holds no prompt: expected one a line')
-  return out
+  return out, wrong
+
+
+def read_line(text: str, number: int, where: str, limits: dict) -> Request:
+  """One request: a text, or JSON."""
+  if not text.startswith('{'):
+    return Request(number, 'prompt', text, where, limits)
+  try:
+    record = json.loads(text)
+    kind = 'infill' if 'infill' in record else 'prompt'
+    content, index = record[kind], record.get('id', number)
+    parts = isinstance(content, list) and kind == 'infill' and all(isinstance(part, str) for part in content)
+    if not (isinstance(content, str) or parts) or isinstance(index, bool) or not 0 <= int(index) < 2**31:
+      raise ValueError
+  except (ValueError, KeyError, TypeError):
+    raise UserError(
+      f'{where}: expected JSON with "prompt", a text, or "infill", a text or the list of its parts, and perhaps "id", '
+      f'a number from 0, got {text[:80]}'
+    ) from None
+  own = {name: record[name] for name in ('least', 'most') if record.get(name) is not None}
+  return Request(int(index), kind, content, where, limits | own)
 
 
 def run(values) -> int:
-  """Load, answer, write."""
+  """Load, answer, write; the exit code is 1 where a line could not be served."""
   if not values.workdir:
     raise UserError('--workdir is missing: expected the folder of a run, such as --workdir=runs/star-tiny')
-  prompts = read_prompts(values)
+  requests, wrong = read_requests(values)
   quiet()
   from ilm_jax import api
 
-  settings = {} if values.stop_threshold is None else {'stop_threshold': values.stop_threshold}
+  given = {name: values[name].value for name in ('stop_threshold', 'max_length')}
+  settings = {name: value for name, value in given.items() if value is not None}
   lm = api.load(values.workdir, values.checkpoint, batch_size=values.batch_size, **settings)
-  texts, ids = [text for text, _ in prompts], [index for _, index in prompts]
-  for number, text in enumerate(texts):
-    lm.encode(text, number)  # a prompt that can't be served is said before the first answer is written
+  served = []  # (request, what the model is asked)
+  for number, request in enumerate(requests):
+    try:
+      asked = request.content
+      if request.kind == 'infill':
+        asked = lm.gaps(asked, marker=values.marker, number=number, **request.limits)
+      lm.encode(asked, number)
+      served.append((request, asked))
+    except UserError as error:
+      wrong.append(UserError(error if request.where.startswith('--') else f'{request.where}: {error}'))
+  if wrong and (not served or values.prompt or values.infill):
+    raise wrong[0]  # before anything is written
+  for error in wrong:
+    fail(error)
+
+  jobs = [(request, asked, j) for request, asked in served for j in range(values.n or 1)]
+  ids = [api.request_number(request.id, j) for request, _, j in jobs]
+  made = {}
   with contextlib.ExitStack() as stack:
     try:
       out = stack.enter_context(open(values.out, 'w', encoding='utf-8')) if values.out else sys.stdout
     except OSError as error:
       raise UserError(f'--out={values.out}: {error.strerror}') from None
-    for text, index, answer in zip(texts, ids, lm.stream(texts, seed=values.seed, ids=ids), strict=True):
-      line = json.dumps({'id': index, 'prompt': text, **answer._asdict()})
-      try:
-        print(line, file=out, flush=True)
-      except BrokenPipeError:
-        raise
-      except OSError as error:
-        raise UserError(
-          f'the answers could not be written to {values.out or "standard output"} ({error.strerror or error})'
-        ) from None
-  return 0
+    for index, answer in lm.stream([asked for _, asked, _ in jobs], seed=values.seed, ids=ids):
+      request, _, sample = jobs[index]
+      number = {} if values.n is None else {'sample': sample}
+      write({'id': request.id, **number, request.kind: request.content, **answer._asdict()}, out, values.out)
+      if values.trace:
+        made[index] = answer
+  if values.trace:
+    try:
+      Path(values.trace).write_text(lm.page([made[index] for index in sorted(made)]), encoding='utf-8')
+    except OSError as error:
+      raise UserError(f'--trace={values.trace}: {error.strerror}') from None
+  return 1 if wrong else 0
+
+
+def write(record: dict, out, name) -> None:
+  """Write a line of JSON."""
+  try:
+    print(json.dumps(record), file=out, flush=True)
+  except BrokenPipeError:
+    raise
+  except OSError as error:
+    raise UserError(
+      f'the answers could not be written to {name or "standard output"} ({error.strerror or error})'
+    ) from None
 
 
 def main(argv=None) -> int:

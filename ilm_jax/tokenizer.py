@@ -8,6 +8,7 @@ Every tokenizer has
                                 for all but the last byte of a character that was spelled in bytes
     decode(ids)                 text; special ids are left out
     pieces(ids)                 one readable string a token, for displays
+    spell(pieces)               the characters that each of them stands for in a text
     fingerprint                 of everything that decides the ids
     save(folder)                `load(folder)` gives the same tokenizer
 
@@ -31,6 +32,7 @@ from ilm_jax.types import UserError
 SPECIAL = ('[PAD]', '[CLS]', '[MASK]', '[EOS]', '[BOS]', '[SEP]', '[UNK]')
 PAD, CLS, MASK, EOS, BOS, SEP, UNK = range(7)
 
+BYTE = re.compile(r'<0x[0-9A-F]{2}>')  # of SentencePiece
 INFO = 'ilm_tokenizer.json'  # of a saved tokenizer; written last
 NORMALISATIONS = ('identity', 'nfkc', 'nmt_nfkc', 'nfkc_cf', 'nmt_nfkc_cf')
 THREADS = 8  # of the training of SentencePiece: another number gives another model
@@ -108,6 +110,10 @@ class WordTokenizer(Tokenizer):
     """The words, special ones in brackets."""
     return [self.words[int(i)] for i in ids]
 
+  def spell(self, pieces: list[str]) -> list[str]:
+    """Words with a space before them."""
+    return [' ' + piece for piece in pieces]
+
 
 class SentencePiece(Tokenizer):
   """A SentencePiece model; its pieces but for control symbols and <unk>, in their order, have the ids from 7 on."""
@@ -158,6 +164,13 @@ class SentencePiece(Tokenizer):
     """The pieces, with U+2581 for a space; special ones in brackets."""
     name = self._processor.id_to_piece
     return [SPECIAL[int(i)] if int(i) < len(SPECIAL) else name(self._theirs[int(i)]) for i in ids]
+
+  def spell(self, pieces: list[str]) -> list[str]:
+    """Spaces for U+2581, and characters for bytes of their own."""
+    return [
+      bytes.fromhex(piece[3:5]).decode('latin-1') if BYTE.fullmatch(piece) else piece.replace('\u2581', ' ')
+      for piece in pieces
+    ]
 
 
 class WordPiece(Tokenizer):
@@ -210,6 +223,10 @@ class WordPiece(Tokenizer):
   def pieces(self, ids) -> list[str]:
     """The entries of the vocabulary, special ones in brackets."""
     return [self._words[int(i)] for i in ids]
+
+  def spell(self, pieces: list[str]) -> list[str]:
+    """A space before what does not go on with a word."""
+    return [piece[2:] if piece.startswith('##') else ' ' + piece for piece in pieces]
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

@@ -232,7 +232,10 @@ LONG = '|'.join(f'{n},{n + 1}' for n in range(9)) + '/0,1'
     ([], '', r'standard input holds no prompt: expected one a line'),
     ([], '\n \n', r'standard input holds no prompt'),
     ([], b'1,2/1,2\n\xff\xfe', r'standard input is not UTF-8: byte 8 is 0xff'),
-    ([], '1,2/1,2\n{"prompt": "1,2', r'standard input, line 2: expected JSON with "prompt"'),
+    ([], '{"prompt": "1,2', r'standard input, line 1: expected JSON with "prompt"'),
+    (['--infill=1,2/1,2'], '', r"text 1: no gap: expected '___' in the text"),
+    (['--prompt=1,2/1,2', '--infill=a ___'], '', r'--prompt and --infill: expected one of them, got both'),
+    (['--infill=a ___', '--least=3', '--most=2'], '', r'gap 1 has least=3, most=2: expected 0 <= least <= most'),
     ([], '{"text": "1,2/1,2"}', r'line 1: expected JSON with "prompt"'),
     ([], '{"prompt": 12}', r'line 1: expected JSON with "prompt", a text'),
     ([], '{"prompt": "1,2/1,2", "id": -1}', r'line 1: .*"id", a number from 0, got'),
@@ -284,7 +287,7 @@ FIELDS = ['id', 'prompt', 'text', 'tokens', 'order', 'probabilities', 'stop_prob
 def answers(result) -> list[dict]:
   code, out, err = result
   assert (code, err) == (0, ''), err
-  return [json.loads(line) for line in out.splitlines()]
+  return sorted(map(json.loads, out.splitlines()), key=lambda answer: answer['id'])
 
 
 def essence(answer) -> tuple:
@@ -332,17 +335,39 @@ def test_a_file_standard_input_and_flags_give_the_same_answers(command, trained,
     answers(command('ilm_jax.generate', [workdir], stdin='\n'.join(json.dumps({'prompt': p}) for p in PROMPTS))),
   ]
   assert answers(command('ilm_jax.generate', [workdir, f'--out={tmp_path / "out"}'], stdin=text)) == []
-  results.append([json.loads(line) for line in (tmp_path / 'out').read_text().splitlines()])
+  results.append(answers((0, (tmp_path / 'out').read_text(), '')))
   assert all(result == three for result in results)
+
+
+def test_a_line_that_cannot_be_served_is_named_and_the_others_are(command, trained, three):
+  lines = [PROMPTS[0], '{"prompt": "1,2', PROMPTS[2], '1,2|2,11/1,3', '{"infill": ["1"]}']
+  code, out, err = command('ilm_jax.generate', [f'--workdir={trained}'], stdin='\n'.join(lines))
+  served = answers((0, out, ''))
+  assert code == 1 and [answer['id'] for answer in served] == [0, 2]
+  for answer in served:
+    assert_same_answer(answer, three[answer['id']])
+  said = err.splitlines()
+  assert [re.search(r'line (\d)', line)[1] for line in said] == ['2', '4', '5']
+  assert all(line.startswith('error: standard input, line') for line in said) and "unknown token '11'" in said[1]
+
+
+def test_several_answers_are_drawn_for_each_request_and_the_first_is_the_single_one(command, trained, three):
+  arguments = [f'--workdir={trained}', *(f'--prompt={text}' for text in PROMPTS), '--n=3']
+  made = answers(command('ilm_jax.generate', arguments))
+  assert sorted((answer['id'], answer['sample']) for answer in made) == [(i, j) for i in range(3) for j in range(3)]
+  for answer in made:
+    if answer['sample'] == 0:
+      assert_same_answer(answer, three[answer['id']])
+  assert len({essence(answer) for answer in made if answer['id'] == 0}) > 1
 
 
 def test_an_answer_depends_on_its_id_and_seed_not_on_its_neighbours(command, trained, three):
   workdir = f'--workdir={trained}'
   lines = [json.dumps({'prompt': PROMPTS[i], 'id': i}) for i in (2, 0)]
   alone = answers(command('ilm_jax.generate', [workdir, '--batch_size=1'], stdin='\n'.join(lines)))
-  assert [answer['id'] for answer in alone] == [2, 0]
-  assert_same_answer(alone[0], three[2])
-  assert_same_answer(alone[1], three[0])
+  assert [answer['id'] for answer in alone] == [0, 2]
+  assert_same_answer(alone[0], three[0])
+  assert_same_answer(alone[1], three[2])
   # A blank line counts: the second prompt is on line 2, counted from 0.
   gap = answers(command('ilm_jax.generate', [workdir], stdin=f'{PROMPTS[0]}\n\n{PROMPTS[2]}\n'))
   assert [answer['id'] for answer in gap] == [0, 2]

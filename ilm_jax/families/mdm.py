@@ -205,12 +205,14 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   if cfg.length == 'given':
     room_B = jnp.clip(prompt.free_B, 0, room_B)
   length_B = given_B + jnp.where(tail_open_B, room_B, 0)
+  # Where the length was predicted in training, a text whose end is given is seen with the padding behind it.
+  seen_B = jnp.where(given_B > 0, size, 0) if cfg.length == 'predicted' else length_B
   given_BxL, inside_BxL = index_1xL < given_B[:, None], index_1xL < length_B[:, None]
   tokens_BxL = jnp.where(given_BxL, fit(prompt.tokens_BxL.astype(jnp.int32), size, PAD), MASK)
   tokens_BxL = jnp.where(inside_BxL, tokens_BxL, PAD)
 
   request_rng_B = jax.vmap(functools.partial(jax.random.fold_in, rng))(prompt.request_B)
-  step = functools.partial(_step, forward, request_rng_B, cfg, limit, length_B, (tokens_BxL == MASK).sum(axis=1))
+  step = functools.partial(_step, forward, request_rng_B, cfg, limit, seen_B, (tokens_BxL == MASK).sum(axis=1))
   start = _State(
     step=jnp.zeros((), jnp.int32),
     tokens_BxL=tokens_BxL,
