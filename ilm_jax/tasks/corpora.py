@@ -218,7 +218,7 @@ def decode(content: bytes, path, start: int) -> str:
 
 ARCHIVE = '1-billion-word-language-modeling-benchmark-r13output'
 _SPACED = [  # (pattern, what it becomes): undoes what the tokeniser of the corpus has put between characters
-  (r'(https?) : / /', r'\1://'),
+  (r'(https?) : / / ', r'\1://'),
   (r" '(s|m|d|t|re|ve|ll|S|M|D|T|RE|VE|LL)\b", r"'\1"),
   (r" (n't|N'T)\b", r'\1'),
   (r' (\.+|[,:;?!%])(?= |$)', r'\1'),
