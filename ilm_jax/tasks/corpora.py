@@ -115,6 +115,7 @@ def _file(path, name: str) -> File:
 
 
 def _reason(error: Exception) -> str:
+  error = error.reason if isinstance(getattr(error, 'reason', None), OSError) else error  # urllib wraps what happened
   return getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__
 
 
