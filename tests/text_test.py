@@ -301,6 +301,29 @@ def test_a_long_text_is_cut_behind_a_sentence_else_a_word(whole, limit, pieces):
   assert [piece for piece, _ in text.pieces_of(whole, Letters(), limit)] == pieces
 
 
+class Pairs:
+  """A tokenizer whose tokens are pairs of letters in a text of more than 12, else single letters."""
+
+  def encode_with_offsets(self, text):
+    size = 2 if len(text) > 12 else 1
+    spans = [(i, min(i + size, len(text))) for i in range(0, len(text), size)]
+    return [ord(text[start]) for start, _ in spans], spans
+
+  def encode(self, text):
+    return self.encode_with_offsets(text)[0]
+
+
+def test_a_piece_that_takes_more_tokens_alone_is_made_shorter():
+  pieces = list(text.pieces_of('abcdefghijklmnopqrstuvwxyz', Pairs(), 5))
+  assert [piece for piece, _ in pieces] == ['abcde', 'fghij', 'klmno', 'pqrst', 'uvwxy', 'z']
+  assert [''.join(map(chr, ids)) for _, ids in pieces] == [piece for piece, _ in pieces]
+
+
+def test_a_character_of_more_bytes_than_fit_does_not_hang(words):
+  pieces = list(text.pieces_of('日本', words, 2))
+  assert [piece for piece, _ in pieces] == ['日', '本'] and [len(ids) for _, ids in pieces] == [2, 2]
+
+
 @pytest.fixture(scope='module')
 def words():
   return tokenizer_lib.train_sentencepiece((line for s in stories(60, seed=7) for line in s.split('\n')), size=330)

@@ -98,7 +98,11 @@ def pieces_of(text: str, tokenizer, limit: int):
       return
     _, spans = tokenizer.encode_with_offsets(window)
     piece = window[: cut_at(window, max(spans[limit - 1][1], 1))]
-    yield piece, tokenizer.encode(piece)[:limit]  # cut elsewhere, the same characters may take more tokens
+    ids, spans = tokenizer.encode_with_offsets(piece)
+    while len(ids) > limit and (end := max(spans[limit - 1][1], 1)) < len(piece):
+      piece = piece[:end]  # without what follows, the same characters have taken more tokens
+      ids, spans = tokenizer.encode_with_offsets(piece)
+    yield piece, ids[:limit]  # one character may take more bytes than that
     start += len(piece)
     while start < len(text) and text[start].isspace():
       start += 1
