@@ -19,4 +19,9 @@ def get_config(name: str = 'full') -> ml_collections.ConfigDict:
   """Return the config of one of text.NAMES."""
   config = text.text_config('tinystories', name, length=1_024)
   config.task.source = 'tinystories'
+  # Stories fill a fifth of their 1,024 tokens: everything fits, in 10,000 drawn steps (family=arm: 112 and 16 rows).
+  if name == 'full':
+    config.data.update({'batch_size': 512, 'rows': 64})
+  else:
+    config.data.rows = 10
   return config

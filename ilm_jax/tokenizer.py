@@ -353,7 +353,11 @@ def read(path, *, lowercase: bool = True) -> Tokenizer:
   from etils import epath
 
   given = file = epath.Path(path).expanduser()
-  if (given / INFO).exists():
+  try:
+    saved = (given / INFO).exists()
+  except (OSError, ImportError) as error:  # epath needs a package for each kind of bucket
+    raise UserError(f'the tokenizer {path} could not be read: {_line(error)}') from None
+  if saved:
     return load(given)
   if given.is_dir():
     file = next((given / name for name in FOLDERS if (given / name).exists()), None)

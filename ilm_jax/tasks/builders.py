@@ -175,9 +175,12 @@ class Documents:
     if not 0 <= index < self._size:
       raise IndexError(index)
     try:
-      return self._data[index]
+      record = self._data[index]
     except Exception as error:
       raise self._damaged(error) from error
+    if record['text'] is None or record['tokens'] is None:
+      raise self._damaged(ValueError(f'record {index} is empty'))
+    return record
 
   def _damaged(self, error: Exception) -> UserError:
     return UserError(

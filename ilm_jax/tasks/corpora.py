@@ -115,6 +115,7 @@ def _file(path, name: str) -> File:
 
 
 def _reason(error: Exception) -> str:
+  error = error.reason if isinstance(getattr(error, 'reason', None), OSError) else error  # urllib wraps what happened
   return getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__
 
 
@@ -218,7 +219,7 @@ def decode(content: bytes, path, start: int) -> str:
 
 ARCHIVE = '1-billion-word-language-modeling-benchmark-r13output'
 _SPACED = [  # (pattern, what it becomes): undoes what the tokeniser of the corpus has put between characters
-  (r'(https?) : / /', r'\1://'),
+  (r'(https?) : / / ', r'\1://'),
   (r" '(s|m|d|t|re|ve|ll|S|M|D|T|RE|VE|LL)\b", r"'\1"),
   (r" (n't|N'T)\b", r'\1'),
   (r' (\.+|[,:;?!%])(?= |$)', r'\1'),

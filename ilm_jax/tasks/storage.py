@@ -112,9 +112,10 @@ def once(folder, name: str, make) -> pathlib.Path:
           part.rename(place)
       finally:
         shutil.rmtree(part, ignore_errors=True)
-  except OSError as error:
+  except (OSError, ImportError) as error:  # epath needs a package for each kind of bucket
+    reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
     raise UserError(
-      f'task.cache={folder} could not be written ({error.strerror or error}): make room, or name another folder'
+      f'task.cache={folder} could not be written ({reason}): make room, or name another folder'
     ) from error
   return place
 

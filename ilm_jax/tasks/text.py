@@ -26,9 +26,9 @@ from ilm_jax.types import UserError
 
 GIVEN = 2  # [CLS] and [BOS]
 FOLDER = 'tokenizer'  # in the folder of a run
-WINDOW = 32  # characters a token of which a long text is looked at at a time
-SENTENCE = re.compile(r'[.!?…]["\'”’)\]]*(?=\s)|[。！？][」』”’]*|\n')
-SPACE = re.compile(r'\s')
+WINDOW = 8  # characters a token of which a long text is looked at at a time, and more if they hold too few tokens
+SENTENCE = re.compile(r'[.!?…]["\'”’)\]]*(?=\s)|[。！？][」』”’]*|(?<=\S)(?=\n)')
+WORD = re.compile(r'(?<=\S)(?=\s)')
 
 
 def check(cfg) -> None:
@@ -85,26 +85,35 @@ def texts(cfg, split: str, *, what: str = ''):
 
 def pieces_of(text: str, tokenizer, limit: int):
   """Yield (piece, ids) of a text: pieces of at most `limit` tokens that end with a sentence, or a word, if possible."""
+  start, size = 0, WINDOW * limit
   while True:
-    window = text[: WINDOW * limit]
-    ids, spans = tokenizer.encode(window), None
-    if len(ids) <= limit and len(window) == len(text):
-      yield text, ids
+    window = text[start : start + size]
+    whole = start + len(window) == len(text)
+    ids = tokenizer.encode(window)
+    if len(ids) <= limit and not whole:
+      size *= 2
+      continue
+    if len(ids) <= limit:
+      yield window, ids
       return
-    if len(ids) > limit:
-      ids, spans = tokenizer.encode_with_offsets(window)
-    end = spans[limit - 1][1] if spans else len(window)
-    end = cut_at(window, max(end, 1))
-    ids = tokenizer.encode(window[:end])
-    yield text[:end], ids[:limit]  # cut elsewhere, the same characters may take more tokens
-    text = text[end:].lstrip()
-    if not text:
+    _, spans = tokenizer.encode_with_offsets(window)
+    piece = window[: cut_at(window, max(spans[limit - 1][1], 1))]
+    ids, spans = tokenizer.encode_with_offsets(piece)
+    while len(ids) > limit and (end := max(spans[limit - 1][1], 1)) < len(piece):
+      piece = piece[:end]  # without what follows, the same characters have taken more tokens
+      ids, spans = tokenizer.encode_with_offsets(piece)
+    yield piece, ids[:limit]  # one character may take more bytes than that
+    start += len(piece)
+    while start < len(text) and text[start].isspace():
+      start += 1
+    if start == len(text):
       return
+    size = WINDOW * limit
 
 
 def cut_at(text: str, end: int) -> int:
   """Where to cut a text of which `end` characters may stay: behind the last sentence, if half of them stay so."""
-  for ends in (SENTENCE, SPACE):
+  for ends in (SENTENCE, WORD):
     where = [match.end() for match in ends.finditer(text, 0, end + 1) if end // 2 <= match.end() <= end]
     if where:
       return where[-1]
