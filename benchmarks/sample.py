@@ -128,7 +128,8 @@ def measure_arm(args, params, *, rows: int, length: int) -> dict:
   for row, prompt in enumerate(prompts_of(rng, rows, start, args.vocab)):
     tokens_BxL[row, :start] = prompt['tokens']
   length_B = np.full(rows, start, np.int32)
-  prompt = Prompt(tokens_BxL, length_B, np.zeros_like(tokens_BxL, bool), np.arange(rows))
+  last_BxL = np.arange(length)[None] == length_B[:, None] - 1
+  prompt = Prompt(tokens_BxL, length_B, last_BxL, np.arange(rows))
   cached = jax.jit(lambda prompt: arm.sample(forward, jax.random.key(0), prompt, cfg).tokens_BxL)
   prefill = jax.jit(lambda prompt: arm.sample(forward, jax.random.key(0), prompt, cfg._replace(max_steps=0)).length_B)
   whole = jax.jit(lambda tokens, length: without_cache(forward, tokens, length, args.insert, cfg)[0])

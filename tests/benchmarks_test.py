@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _report, sample, train_step
+from benchmarks import _report, batching, sample, train_step
 from configs import default
 from ilm_jax.families import ilm
 from ilm_jax.tasks import pipeline
@@ -185,3 +185,18 @@ def test_a_mistyped_flag_is_one_line(module, flag, capsys):
   assert error.startswith('error: ')
   assert error.count('\n') == 1
   assert flag.split('=')[0] in error
+
+
+# --- batching ---------------------------------------------------------------------------------------------------------
+
+
+def test_both_ways_of_batching_serve_the_same_requests(capsys, tmp_path):
+  flags = ['--size=toy', '--vocab=40', '--requests=20', '--slots=8', '--repeats=1', '--gaps=1,0', '--compute=float32']
+  assert batching.main([*flags, f'--json={tmp_path / "out.json"}']) == 0
+  out = capsys.readouterr().out
+  assert 'sequences with the same tokens: 100.0 %' in out
+  assert re.search(r'^continuous +\S+', out, re.M) and re.search(r'^ *all +\S+', out, re.M)
+  written = json.loads((tmp_path / 'out.json').read_text())
+  one, everywhere = written['several']
+  assert one['passes'] - 1 == written['both']['tokens'] / 20  # a pass a token, and one that ends
+  assert everywhere['passes'] < one['passes'] / 2
