@@ -32,6 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.corrupt = ml_collections.ConfigDict()
   config.corrupt.close_prompt = False  # ilm; True: the training softmax leaves the prompt's gaps out
+  config.corrupt.infill = 0.0  # ilm, it: share of the examples that are texts with one to three gaps
   config.corrupt.fim = 0.0  # arm: share of the examples that are rearranged, so that it learns to fill in the middle
   config.corrupt.eos_weight = 1.0  # it: of an empty gap's end symbol
   config.corrupt.length = 0  # mdm: tokens to which [PAD]s fill an example, to be predicted; 0: the length is given

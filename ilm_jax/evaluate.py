@@ -156,7 +156,9 @@ def show(task, tokenizer, row, example, cfg) -> str:
   pairs = task.score(tokens[order >= 0], example['tokens'][~example['fixed']], cfg)
   right = pairs['exact_match'][0] == 1
   lines = [('right  ' if right else 'wrong  ') + task.decode(tokens, cfg)]
-  for step in range(int(order.max(initial=-1)) + 1):
+  steps = int(order.max(initial=-1)) + 1
+  shown = range(steps) if steps <= 12 else sorted({2**i - 1 for i in range(steps.bit_length())} | {steps - 1})
+  for step in shown:
     words = [
       f'[{word}]' if o == step else word
       for word, o in zip(tokenizer.pieces(tokens), order, strict=True)

@@ -122,7 +122,8 @@ def run(values) -> int:
       lm.encode(asked, number)
       served.append((request, asked))
     except UserError as error:
-      wrong.append(UserError(error if request.where.startswith('--') else f'{request.where}: {error}'))
+      said = str(error).removeprefix(f'prompt {number + 1}: ').removeprefix(f'text {number + 1}: ')
+      wrong.append(error if request.where.startswith('--') else UserError(f'{request.where}: {said}'))
   if wrong and (not served or values.prompt or values.infill):
     raise wrong[0]  # before anything is written
   for error in wrong:

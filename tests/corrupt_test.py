@@ -159,3 +159,48 @@ def test_arrays_have_the_types_that_packing_expects():
     assert {name: got[name].dtype for name in ('tokens', 'target_gap', 'target_token', 'open')} == {
       'tokens': np.int32, 'target_gap': np.int32, 'target_token': np.int32, 'open': bool,
     }  # fmt: skip
+
+
+# --- texts with gaps --------------------------------------------------------------------------------------------------
+
+
+def test_stretches_are_one_to_three_with_others_between_them():
+  free, numbers, shares = np.arange(30) >= 4, [], []
+  for seed in range(600):
+    chosen = corrupt.stretches(np.random.default_rng(seed), free)
+    assert not chosen[~free].any() and chosen.any()
+    numbers.append(int((np.diff(chosen.astype(int), prepend=0) == 1).sum()))
+    shares.append(chosen[free].mean())
+  assert set(numbers) == {1, 2, 3} and min(numbers.count(n) for n in (1, 2, 3)) > 150
+  assert 0.3 < np.mean(shares) < 0.6
+  assert corrupt.stretches(np.random.default_rng(0), np.array([False, True])).tolist() == [False, True]
+  assert not corrupt.stretches(np.random.default_rng(0), np.zeros(3, bool)).any()
+
+
+def test_a_text_with_gaps_lets_tokens_come_only_there():
+  ex = {'tokens': np.arange(100, 130, dtype=np.int32), 'fixed': np.arange(30) < 2}
+  cfg, dropped = ConfigDict({'close_prompt': False, 'infill': 1.0}), []
+  for seed in range(200):
+    made = corrupt.ilm(np.random.default_rng(seed), ex, cfg)
+    free = corrupt.stretches(skip_one(np.random.default_rng(seed)), ~ex['fixed'])
+    gone = np.setdiff1d(ex['tokens'], made['tokens'])
+    assert set(made['target_token'].tolist()) == set(gone.tolist()) <= set(ex['tokens'][free].tolist())
+    assert (made['length'], made['free']) == (30, free.sum())
+    for place, token in enumerate(made['tokens'].tolist()):
+      i = token - 100
+      assert made['open'][place] == bool(i > 0 and (free[i] or (i < 29 and free[i + 1])))
+    dropped.append(len(gone) / free.sum())
+  assert min(dropped) == 0 and max(dropped) == 1 and 0.4 < np.mean(dropped) < 0.6
+
+
+def skip_one(rng):
+  """The generator after the draw that decides whether there are gaps."""
+  rng.random()
+  return rng
+
+
+def test_a_share_of_the_examples_are_texts_with_gaps():
+  ex = {'tokens': np.arange(100, 130, dtype=np.int32), 'fixed': np.arange(30) < 2}
+  cfg = ConfigDict({'close_prompt': False, 'infill': 0.3})
+  some = [corrupt.ilm(np.random.default_rng(seed), ex, cfg)['free'] < 28 for seed in range(1_000)]
+  assert 0.25 < np.mean(some) < 0.35

@@ -83,6 +83,7 @@ ALLOWED = {
   'console': [],
   'main': ['types', 'console', 'train'],
   'generate': ['types', 'console', 'api'],
+  'stopping': ['types', 'console', 'api', 'batching', 'sampling'],
   'report': ['types', 'console', 'dashboards', 'metrics'],
   'convert': ['types', 'model', 'checkpoint', 'api'],
   '__init__': ['api'],
@@ -108,7 +109,7 @@ ONLY_IN = {
 }
 
 # modules that must not have loaded these packages once they are imported; their functions may
-LIGHT = ['__init__', 'families', 'families.corrupt', 'tasks', 'main', 'generate']
+LIGHT = ['__init__', 'families', 'families.corrupt', 'tasks', 'main', 'generate', 'stopping']
 HEAVY = STARTS_JAX | {'grain', 'clu', 'tensorflow', 'tensorflow_datasets'}
 
 

@@ -32,15 +32,21 @@ def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
     rng: the example's own generator.
     example: see above.
     cfg: `close_prompt` closes the gaps inside the prompt in the training softmax (the reference leaves them open).
+      `infill`: the share of the examples of which only a few stretches are free, as they are when a model fills gaps;
+      their other gaps are closed.
     u: a number in [0, 1) that decides n in place of a draw (stratified validation).
   """
   tokens, fixed = example['tokens'], example['fixed']
+  share = cfg.get('infill', 0.0)
+  infill = share > 0 and rng.random() < share
+  if infill:
+    fixed = fixed | ~stretches(rng, ~fixed)
   free = np.flatnonzero(~fixed)
   n = int((rng.random() if u is None else u) * (len(free) + 1))
   keep = np.ones(len(tokens), bool)
   keep[rng.permutation(free)[:n]] = False
   dropped = np.flatnonzero(~keep)
-  open_ = open_gaps(fixed) if cfg.close_prompt else np.arange(len(tokens)) > 0
+  open_ = open_gaps(fixed) if cfg.close_prompt or infill else np.arange(len(tokens)) > 0
   return {
     'tokens': tokens[keep],
     'open': open_[keep],
@@ -131,6 +137,16 @@ def it(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
     'target_token': np.append(out['target_token'], np.full(len(empty), EOS, np.int32)),
     'target_weight': np.append(weight, np.full(len(empty), cfg.eos_weight)).astype(np.float32),
   }
+
+
+def stretches(rng: np.random.Generator, free: np.ndarray, most: int = 3) -> np.ndarray:
+  """Choose one to three stretches of the free tokens, with others between them, by uniform cuts; True inside."""
+  where, chosen = np.flatnonzero(free), np.zeros(len(free), bool)
+  number = min(int(rng.integers(1, most + 1)), (len(where) + 1) // 2)
+  cuts = np.sort(rng.permutation(len(where) + 1)[: 2 * number])
+  for first, past in cuts.reshape(-1, 2):
+    chosen[where[first:past]] = True
+  return chosen
 
 
 def open_gaps(fixed: np.ndarray) -> np.ndarray:

@@ -34,7 +34,8 @@ def model_settings(cfg) -> dict:
 
 def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
   """(tokens, targets) of the longest example: nothing may be dropped, or all that is free."""
-  del cfg
+  if not 0 <= cfg.corrupt.infill <= 1:
+    raise UserError(f'corrupt.infill={cfg.corrupt.infill}: expected a share from 0 to 1')
   return longest, answer
 
 
