@@ -436,8 +436,20 @@ def test_the_commands_of_the_readme_run(command, tmp_path, monkeypatch):
   def shortened(arguments):
     """The arguments, over settings that make them quick; what the README itself sets wins."""
     quick = {'steps': 5, 'task.num_nodes': 20, 'sampling.max_length': 36, 'task.num_train': 20}
+    settings = small.flags(changes=quick)
+    if '--config=configs/text.py:small' in arguments:
+      size = {'num_layers': 1, 'num_heads': 2, 'd_model': 16, 'd_ff': 32}
+      text = {'steps': 5, 'task.length': 48, 'task.tokenizer.size': 300, 'data.batch_size': 4, 'eval.every': 5}
+      settings = [f'--config.{k}={v}' for k, v in (text | {f'model.{k}': v for k, v in size.items()}).items()]
     named = {word.split('=')[0] for word in arguments}
-    return [*arguments, *(word for word in small.flags(changes=quick) if word.split('=')[0] not in named)]
+    return [*arguments, *(word for word in settings if word.split('=')[0] not in named)]
+
+  rng = np.random.default_rng(0)
+  vocabulary = re.split(' ', 'Tom had a dog . He was happy The cat ran home and then Once upon time')
+  (tmp_path / 'stories').mkdir()
+  for i in range(60):
+    (tmp_path / 'stories' / f'{i}.txt').write_text(' '.join(rng.choice(vocabulary, rng.integers(5, 30))))
+  (tmp_path / 'requests.jsonl').write_text('{"infill": ["Tom had a ", " ."], "most": 5}')
 
   default = ('ilm_jax.main', ['--config=configs/star.py:tiny'])  # what `make train` does
   assert re.search(
@@ -450,15 +462,26 @@ def test_the_commands_of_the_readme_run(command, tmp_path, monkeypatch):
     code, out, err = command(module, given, cwd=tmp_path)
     assert code == 0, (module, arguments, err)
     if module == 'ilm_jax.main':
-      assert 'test exact match' in out
+      assert ('test loss' if 'text.py' in arguments[0] else 'test exact match') in out
+    elif module == 'ilm_jax.stopping':
+      assert out.count('(fitted)') == 2
+    elif '--out=answers.jsonl' in arguments:
+      assert json.loads((tmp_path / 'answers.jsonl').read_text())['text'].startswith('Once upon a time')
     elif module == 'ilm_jax.report':
       assert len(re.findall(r'^\| star tiny \| (?:arm|ilm) \|', out, re.M)) == 6  # two rows in three tables
     else:
-      assert json.loads(out)['tokens']
+      assert all(json.loads(line)['tokens'] for line in out.splitlines())
   assert (tmp_path / 'runs' / 'star-tiny' / 'eval.json').exists()
 
   monkeypatch.chdir(tmp_path)
-  for block in blocks('python'):
-    names = {}
-    exec(block, names)
-    assert re.fullmatch(r'[\d,|]+/\d+,\d+=[\d,|]*', names['answer'].text)
+  graphs, gaps = ({} for _ in range(2))
+  exec(blocks('python')[0], graphs)
+  assert re.fullmatch(r'[\d,|]+/\d+,\d+=[\d,|]*', graphs['answer'].text)
+  exec(blocks('python')[1], gaps)
+  assert all(re.fullmatch(r'Tom had a .* \. He was .* \.', one.text, re.S) for one in gaps['filled'])
+
+  names = {}
+  for cell in json.loads((small.ROOT / 'docs' / 'infilling.ipynb').read_text())['cells']:
+    if cell['cell_type'] == 'code':
+      exec(''.join(cell['source']), names)
+  assert (tmp_path / 'trace.html').read_text() == names['page']
