@@ -77,7 +77,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.sampling.max_steps = placeholder(int)
   config.sampling.stop_threshold = 0.9  # 0: stop with the probability that the stop head gives
   config.sampling.stop_temperature = 1.0
-  config.sampling.end_threshold = 0.0  # it: a gap is finished when p([EOS]) is above it; 0: when [EOS] is the argmax
+  config.sampling.end_threshold = 0.9  # it: a gap is finished when p([EOS]) is above it; 0: when [EOS] is the argmax
   config.sampling.parallel = False  # it: insert in all unfinished gaps at once
   config.sampling.gaps = 1  # ilm: gaps that a step inserts into, the most probable ones; 0: all
   config.sampling.gap_threshold = 0.0  # ilm, of these: as probable as this share of the best one
