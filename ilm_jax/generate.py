@@ -39,6 +39,8 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_integer('batch_size', 64, 'Slots: requests at a time.', lower_bound=1, flag_values=values)
   flags.DEFINE_integer('max_length', None, "Tokens of a text; the run's own by default.", lower_bound=3,
                        flag_values=values)  # fmt: skip
+  flags.DEFINE_integer('gaps', None, 'Insertions of a step, in the best gaps; 0: all; the run\'s own by default.',
+                       lower_bound=0, flag_values=values)  # fmt: skip
   flags.DEFINE_float('stop_threshold', None, "Stop when p(stop) reaches it; 0: sampled; the run's own by default.",
                      lower_bound=0.0, upper_bound=1.0, flag_values=values)  # fmt: skip
 
@@ -110,7 +112,7 @@ def run(values) -> int:
   quiet()
   from ilm_jax import api
 
-  given = {name: values[name].value for name in ('stop_threshold', 'max_length')}
+  given = {name: values[name].value for name in ('stop_threshold', 'max_length', 'gaps')}
   settings = {name: value for name, value in given.items() if value is not None}
   lm = api.load(values.workdir, values.checkpoint, batch_size=values.batch_size, **settings)
   served = []  # (request, what the model is asked)
