@@ -13,7 +13,7 @@ ARGS ?=
 PY := "$(VENV)/bin/python"
 PYTEST := $(PY) -m pytest --numprocesses=$(WORKERS) --dist=loadfile
 PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
-BENCHMARKS := $(filter-out _%,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out _% parallel,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
 
 SMOKE := --config.model.num_layers=1 --config.model.d_model=32 --config.model.d_ff=64 --config.eval.every=10 \
   --config.log_every=10 --config.task.num_train=200 --config.task.num_validation=20 --config.task.num_test=20 \
