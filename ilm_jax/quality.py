@@ -102,11 +102,11 @@ def describe(texts: list[str], judged: list[Judged], *, seed: int = 0) -> dict:
 
 
 def without_gaps(parts: list[str]) -> str:
-  """The parts of a text joined, with one space where there would be two."""
+  """The parts of a text joined, with one space where there would be two, and none where a gap was at an end."""
   out = parts[0]
   for part in parts[1:]:
     out += part.lstrip(' ') if not out or out[-1].isspace() else part
-  return out
+  return out if parts[-1] else out.rstrip(' ')
 
 
 def change(requests: list, judged: list[Judged], references: list[Judged], *, seed: int = 0) -> dict:
