@@ -202,7 +202,7 @@ def infilling(judge, samples: list[Sample], *, seed: int = 0) -> dict | None:
       out |= {f'change_{name}': found['change'], f'left_out_{name}': found['left_out']}
   if all(sample.true_fillings for sample in filled):
     made, true = [sample.fillings for sample in filled], [sample.true_fillings for sample in filled]
-    out |= quality.matches(ids, made, true, seed=seed)
+    out |= quality.matches(ids, made, true)
   return out
 
 
@@ -219,6 +219,10 @@ def judge_all(judge, samples: list[Sample], references: list[str], *, seed: int 
     notes += [note] if note else []
   if (found := infilling(judge, samples, seed=seed)) is not None:
     out['infilling'] = found
+    for name in ('truth', 'input'):
+      if left_out := found.get(f'left_out_{name}'):
+        notes.append(f'fillings: {left_out} of {found["answers"]} are left out of the change against the {name}: of '
+                     'either text, the judge would see nothing, or a part')  # fmt: skip
   for name in ('samples', 'reference'):
     if name in out:
       notes += quality.warnings(out[name], name, judge)

@@ -145,7 +145,7 @@ class HuggingFaceJudge(Judge):
       self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
       net = transformers.AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError) as error:
-      reason = ' '.join(str(error).split())[:200]
+      reason = ' '.join(str(error).split()).split('. ')[0][:200]
       raise UserError(f'the judge {HUB}{name} could not be loaded from Hugging Face or a folder: {reason}') from None
     starts = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
     self.start = next((start for start in starts if start is not None), None)

@@ -14,8 +14,8 @@ references, the true text and the given parts alone:
 
     change       100 mean_i of (NLL_i - NLL_ref,i) / NLL_ref,i of the NLL per token
 
-Intervals are 95 % percentile bootstrap intervals over the texts (over the requests, where each has several answers);
-those of shares are Wilson's.
+Intervals are 95 % percentile bootstrap intervals over the texts; those of shares are Wilson's. Where a request has
+several answers, both count requests: its answers are not independent.
 """
 
 from collections import Counter
@@ -62,9 +62,12 @@ def bootstrap(totals, weights=None, *, seed: int = 0, resamples: int = RESAMPLES
   return Estimate(value, *map(float, np.percentile(ratios, [2.5, 97.5])))
 
 
-def share(successes, trials) -> Estimate:
-  """A proportion with Wilson's interval."""
-  return Estimate(successes / trials, *metrics.wilson(successes, trials)) if trials else Estimate(None)
+def share(successes, trials, independent: int | None = None) -> Estimate:
+  """A proportion with Wilson's interval, of as many trials as are independent: all of them by default."""
+  if not trials:
+    return Estimate(None)
+  independent = trials if independent is None else independent
+  return Estimate(successes / trials, *metrics.wilson(successes / trials * independent, independent))
 
 
 def entropy(ids) -> float:
@@ -131,17 +134,16 @@ def change(requests: list, judged: list[Judged], references: list[Judged], *, se
   return {'change': bootstrap([np.mean(values) for values in found.values()], seed=seed), 'left_out': left_out}
 
 
-def matches(requests: list, fillings: list[list[str]], truths: list[list[str]], *, seed: int = 0) -> dict:
+def matches(requests: list, fillings: list[list[str]], truths: list[list[str]]) -> dict:
   """Shares of the texts all of whose fillings are the true ones, and of the fillings that are; spaces do not count."""
-  all_right, right, count = 0, {}, {}
-  for request, made, true in zip(requests, fillings, truths, strict=True):
-    equal = [a.split() == b.split() for a, b in zip(made, true, strict=True)]
-    all_right += all(equal)
-    right[request] = right.get(request, 0) + sum(equal)
-    count[request] = count.get(request, 0) + len(equal)
+  equal = [
+    [a.split() == b.split() for a, b in zip(made, true, strict=True)]
+    for made, true in zip(fillings, truths, strict=True)
+  ]
+  independent = len(set(requests))
   return {
-    'exact_match': share(all_right, len(requests)),
-    'filling_match': bootstrap(list(right.values()), list(count.values()), seed=seed),
+    'exact_match': share(sum(map(all, equal)), len(equal), independent),
+    'filling_match': share(sum(map(sum, equal)), sum(map(len, equal)), independent),
   }
 
 

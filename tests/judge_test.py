@@ -13,8 +13,11 @@ import pytest
 from infilling_test import FEW, make_lm, sentences
 from ml_collections import ConfigDict
 
+from configs import text as text_config
 from ilm_jax import (
   dashboards,
+  experiment,
+  families,
   generate,
   infill_sets,
   infilling,
@@ -23,6 +26,7 @@ from ilm_jax import (
   metrics,
   model,
   quality,
+  tasks,
   tokenizer,
   train,
 )
@@ -352,7 +356,9 @@ def test_the_change_is_the_mean_of_the_relative_ones():
 def test_fillings_match_but_for_spaces():
   made, true = [['a  b', 'c'], ['x', 'd']], [[' a b', 'c'], ['y', 'd']]
   found = quality.matches([0, 1], made, true)
-  assert found['exact_match'] == (0.5, *metrics.wilson(1, 2)) and found['filling_match'].value == 0.75
+  assert found == {'exact_match': (0.5, *metrics.wilson(1, 2)), 'filling_match': (0.75, *metrics.wilson(1.5, 2))}
+  twice = quality.matches([0, 1, 0, 1], made * 2, true * 2)  # answers to one request are not independent
+  assert twice == found
 
 
 def test_mauve_is_left_out_and_said_or_made_by_its_package(monkeypatch):
@@ -657,3 +663,13 @@ def test_a_run_says_what_its_judge_says_of_its_samples(monkeypatch):
   assert found['samples']['nll'].value == 2 and found['test']['nll'].value == (1.5 + 3) / 2
   assert found['notes'] == ['samples: 1 of 2 have no token, and so no NLL and no entropy']
   assert train.judge(ConfigDict({'eval': {}}), (), source) is None
+
+
+def test_a_run_whose_judge_is_not_there_is_refused_before_anything_is_made(tmp_path):
+  cfg = text_config.get_config('small')
+  parts = families.get('ilm'), tasks.get('text')
+  experiment.check_choices(cfg, *parts)
+  for name, message in ((tmp_path, 'expected the workdir of a run'), (write_run(tmp_path / 'it', 'it'), 'family=it')):
+    cfg.eval.judge = str(name)
+    with pytest.raises(UserError, match=f'^the judge .*{message}'):
+      experiment.check_choices(cfg, *parts)
