@@ -448,19 +448,19 @@ def test_a_set_is_a_function_of_the_seed_and_the_corpus(tmp_path, capsys):
 def test_lengths_are_those_of_the_tokens_in_each_gap(words):
   fits = infill_sets.Fits.__new__(infill_sets.Fits)
   fits.tokenizer, fits.limit = words, 40
-  texts = sentences(60)
-  lines = infill_sets.requests(
-    texts, kind='multi', unit='words', share=0.4, count=60, seed=0, fits=fits, lengths=True
-  )  # fmt: skip
+  settings = {'kind': 'multi', 'unit': 'words', 'share': 0.4, 'count': 60, 'seed': 0, 'fits': fits}
+  lines = infill_sets.requests(sentences(60), **settings, lengths=True)
   assert len(lines) > 20
   for line in lines:
     masked = infilling.encode(infilling.read(line['infill'], least=line['least'], most=line['most']), words, masks=True)
     assert line['least'] == line['most'] and len(masked['tokens']) < 40
-    left = [bare := part.rstrip(' '), part[len(bare) :]][1] if (part := line['infill'][0]) else ''
-    assert line['least'][0] == len(words.encode(left + line['fillings'][0]))
   fits.limit = 8
-  short = infill_sets.requests(texts, kind='multi', unit='words', share=0.4, count=60, seed=0, fits=fits)
+  short = infill_sets.requests(sentences(60), **settings)
   assert 0 < len(short) < len(lines) and all(len(words.encode(line['truth'])) < 8 for line in short)
+  fits.tokenizer, fits.limit = types.SimpleNamespace(encode=list), 200  # with the space before it, as generate sees it
+  for line in infill_sets.requests(sentences(60), **settings, lengths=True):
+    spaces = [len(part) - len(part.rstrip(' ')) for part in line['infill'][:-1]]
+    assert line['least'] == [n + len(one) for n, one in zip(spaces, line['fillings'], strict=True)]
 
 
 def test_mistakes_with_sets_are_one_line(tmp_path, capsys):
