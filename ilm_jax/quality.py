@@ -196,6 +196,11 @@ def warnings(found: dict, name: str, judge) -> list[str]:
   return lines
 
 
+def values(found: dict) -> dict[str, float]:
+  """The estimates that there are, without their intervals."""
+  return {name: one.value for name, one in found.items() if isinstance(one, Estimate) and one.value is not None}
+
+
 def plain(found):
   """The same for JSON: an Estimate is {'value', 'low', 'high'}."""
   if isinstance(found, Estimate):

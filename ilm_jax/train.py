@@ -305,7 +305,7 @@ def report(exp: Experiment, workdir, saved, abstract: TrainState, evaluator, sig
     kind, values = scored[0], values | metrics_lib.means(scored[1])
   judged = judge(exp.cfg, scores.samples, evaluator.source('test'))
   if judged:
-    values |= {f'judge_{name}': one.value for name, one in judged['samples'].items() if hasattr(one, 'value')}
+    values |= {f'judge_{name}': value for name, value in quality.values(judged['samples']).items()}
   result = {
     'split': 'test',
     'likelihood': kind,

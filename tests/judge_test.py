@@ -336,6 +336,7 @@ def test_nothing_but_empty_texts_has_no_likelihood():
   assert found['nll'] == found['entropy'] == found['distinct_1'] == found['perplexity'] == (None, None, None)
   assert found['length'].value == 0.0 and found['empty'] == 2
   assert re.search('NLL a token, nats +–', quality.table({'samples': found}))
+  assert quality.values(found) == {'length': 0.0, 'repeated': 0.5}
 
 
 def test_the_change_is_the_mean_of_the_relative_ones():
