@@ -90,7 +90,7 @@ def read_samples(path: str) -> list[Sample]:
     sample = Sample(record['text'], record.get('id'))
     if 'infill' in record:
       sample = read_filled(record, sample, where)
-      key = sample.id, record.get('sample')
+      key = sample.id, json.dumps(record.get('sample'))
       if key in seen:
         raise UserError(f'{where} has the id and the sample of {seen[key]}: expected each answer once')
       seen[key] = where
@@ -137,8 +137,10 @@ def _joined(parts: list[str], fillings) -> str | None:
 def join_requests(samples: list[Sample], path: str) -> list[Sample]:
   """The samples of texts with gaps, with the truth of their requests."""
   truths = {}
-  for number, (where, record) in enumerate(records(path, 'requests')):
-    key = record.get('id', number)
+  for where, record in records(path, 'requests'):
+    key = record.get('id')
+    if not isinstance(key, int | str):
+      raise UserError(f'{where}: expected "id", the one of its answers')
     if key in truths:
       raise UserError(f'{where} has the id {key!r} of {truths[key][0]}: expected each once')
     if not isinstance(record.get('truth'), str):

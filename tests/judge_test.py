@@ -623,6 +623,7 @@ GOOD = {'id': 0, 'text': 'a b c', 'infill': ['a ', ' c'], 'fillings': ['b'], 'sp
     ([GOOD | {'id': 7}], [{'id': 0, 'truth': 'a d c'}], 'has no request with the id 7, which a sample has'),
     ([GOOD], [{'id': 0}], 'requests.jsonl, line 1: expected "truth", the whole text'),
     ([GOOD], [{'id': 0, 'truth': 'x d y', 'fillings': ['d']}], 'do not make the truth, .x d y.'),
+    ([GOOD], [{'truth': 'a d c'}], 'requests.jsonl, line 1: expected "id", the one of its answers'),
     ([GOOD], [{'id': 0, 'truth': 'a'}] * 2, 'line 2 has the id 0 of .*line 1: expected each once'),
   ],
   ids=lambda value: None if isinstance(value, str) else '',
