@@ -66,6 +66,7 @@ def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigD
   config.eval.metric, config.eval.mode = 'loss', 'min'
   config.eval.samples = 16
   config.eval.batch_size = 16
+  config.eval.judge = ''  # of the texts sampled for the test: the workdir of an ARM run, or hf:NAME
   config.optimizer.warmup_steps = 1_000
   # Rows are sized so that everything fits, of documents that are all of the full length: in 10,000 drawn steps nothing
   # was left out. Autoregressive models, which drop nothing, need almost twice as many.

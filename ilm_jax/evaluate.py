@@ -21,6 +21,7 @@ class Scores(NamedTuple):
   pairs: Metrics
   texts: list[str]
   places_NxN: np.ndarray = np.zeros((0, 0), int)  # [step, place in the answer]: how many tokens came in there and then
+  samples: tuple[str, ...] = ()  # all the answers, of a task without right ones
 
 
 class Evaluator:
@@ -115,7 +116,7 @@ class Evaluator:
       progress: log a rate and what is left from time to time.
       interrupted: asked between examples; when it says so, the result is None.
     """
-    source, total, texts = self.source(split), {}, []
+    source, total, texts, samples = self.source(split), {}, [], []
     places_NxN = np.zeros((max(self.sampler.cfg.max_length, self.sampler.cfg.max_steps or 0),) * 2, np.int64)
     count = min(len(source), self.cfg.eval.samples or len(source))
     examples = [source[i] for i in range(count)]
@@ -134,6 +135,8 @@ class Evaluator:
       pairs |= metrics_lib.order_statistics(steps, landmark)
       if hasattr(self.task, 'score'):  # of texts, it would be large and say little
         np.add.at(places_NxN, (steps, np.arange(len(steps))), 1)
+      else:
+        samples.append(self.task.decode(row['tokens'], self.cfg.task))
       total = metrics_lib.add(total, pairs)
       if len(texts) < self.cfg.eval.show:
         texts.append(show(self.task, self.tokenizer, row, example, self.cfg.task))
@@ -145,7 +148,7 @@ class Evaluator:
         logging.info('%s: %d of %d answers, %.0f a second, %.0f s left', split, done, len(examples), rate,
                      (len(examples) - done) / rate)  # fmt: skip
     used = int(max(np.flatnonzero(places_NxN.sum(0) + places_NxN.sum(1)), default=-1)) + 1
-    return Scores(total, texts, places_NxN[:used, :used])
+    return Scores(total, texts, places_NxN[:used, :used], tuple(samples))
 
 
 def show(task, tokenizer, row, example, cfg) -> str:

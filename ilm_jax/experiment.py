@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ilm_jax import families, model, optimizer, sharding, tasks
+from ilm_jax import families, judges, model, optimizer, sharding, tasks
 from ilm_jax.tasks import pipeline
 from ilm_jax.types import UserError
 
@@ -60,6 +60,8 @@ def check_choices(cfg, family, task) -> None:
     raise UserError(
       f'eval.metric=exact_match: the task {cfg.task.name} has no right answers: use eval.metric=loss and eval.mode=min'
     )
+  if cfg.eval.get('judge', ''):
+    judges.check(cfg.eval.judge)
 
 
 def build(cfg, workdir=None) -> Experiment:

@@ -7,7 +7,8 @@
 Without a flag, requests are read from standard input, one a line: a prompt, or JSON with "prompt" (a text; an empty one
 asks for a whole text) or "infill" (a text with markers, or the list of its parts), and perhaps "id", "least" and "most"
 (tokens of a gap; a number, or a list of one a gap). Answers come as they finish; "id" says whose they are (the number
-of the line, from 0, unless JSON gives one). A line that cannot be served is named, and the others are served.
+of the line, from 0, unless JSON gives one). A line that cannot be served is named, and the others are served. The
+"truth" of a line with gaps, and its "fillings", come with its answer as "truth", {"text", "fillings"}.
 """
 
 import contextlib
@@ -53,6 +54,7 @@ class Request(NamedTuple):
   content: Any
   where: str  # for messages
   limits: dict
+  truth: dict | None = None  # 'text' and 'fillings': what was in the gaps
 
 
 def read_requests(values) -> tuple[list[Request], list[UserError]]:
@@ -101,7 +103,8 @@ def read_line(text: str, number: int, where: str, limits: dict) -> Request:
       f'a number from 0, got {text[:80]}'
     ) from None
   own = {name: record[name] for name in ('least', 'most') if record.get(name) is not None}
-  return Request(int(index), kind, content, where, limits | own)
+  truth = {'text': record['truth'], 'fillings': record.get('fillings')} if 'truth' in record else None
+  return Request(int(index), kind, content, where, limits | own, truth if kind == 'infill' else None)
 
 
 def run(values) -> int:
@@ -142,7 +145,8 @@ def run(values) -> int:
     for index, answer in lm.stream([asked for _, asked, _ in jobs], seed=values.seed, ids=ids):
       request, _, sample = jobs[index]
       number = {} if values.n is None else {'sample': sample}
-      write({'id': request.id, **number, request.kind: request.content, **answer._asdict()}, out, values.out)
+      true = {} if request.truth is None else {'truth': request.truth}
+      write({'id': request.id, **number, request.kind: request.content, **answer._asdict(), **true}, out, values.out)
       if values.trace:
         made[index] = answer
   if values.trace:

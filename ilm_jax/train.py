@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ilm_jax import checkpoint, dashboards, evaluate, model, optimizer, sharding
+from ilm_jax import checkpoint, dashboards, evaluate, judges, model, optimizer, quality, sharding
 from ilm_jax import metrics as metrics_lib
 from ilm_jax.experiment import Experiment, as_json, build, flatten
 from ilm_jax.families import settings
@@ -303,6 +303,9 @@ def report(exp: Experiment, workdir, saved, abstract: TrainState, evaluator, sig
     if scored is None:
       return signals.code
     kind, values = scored[0], values | metrics_lib.means(scored[1])
+  judged = judge(exp.cfg, scores.samples, evaluator.source('test'))
+  if judged:
+    values |= {f'judge_{name}': value for name, value in quality.values(judged['samples']).items()}
   result = {
     'split': 'test',
     'likelihood': kind,
@@ -314,6 +317,7 @@ def report(exp: Experiment, workdir, saved, abstract: TrainState, evaluator, sig
     'chance': exp.task.chance(exp.cfg.task) if hasattr(exp.task, 'chance') else None,
     'parameters': sum(x.size for x in jax.tree.leaves(abstract.params)),
     'metrics': values,
+    'judge': quality.plain(judged),
     'pairs': {name: [float(x) for x in pair] for name, pair in scores.pairs.items()},
     'order_places': scores.places_NxN.tolist(),
     'seconds': time.monotonic() - began,
@@ -331,10 +335,24 @@ def report(exp: Experiment, workdir, saved, abstract: TrainState, evaluator, sig
     error = (values['nll_variance'] / scored[1]['nll'][1]) ** 0.5
     print(f'test -log p, {kind}: {values["nll"]:.4f} nats a string (standard error of the estimate {error:.4f}), '
           f'{values["nll_per_token"]:.4f} a token')  # fmt: skip
+  if judged:
+    columns = {name: judged[name] for name in ('samples', 'test')}
+    print('\n'.join([f'\njudged by {judged["name"]}:', quality.table(columns), *judged['notes']]))
   with writing(workdir):
     dashboards.write_json(epath.Path(workdir) / 'eval.json', result)
   print(f'run: {workdir} (metrics: tensorboard --logdir={workdir}; result: {workdir}/eval.json)', flush=True)
   return FINISHED
+
+
+def judge(cfg, samples, source) -> dict | None:
+  """What `eval.judge` says of sampled texts, and of as many texts of a split; None without a judge."""
+  if not cfg.eval.get('judge', ''):
+    return None
+  found = judges.get(cfg.eval.judge)
+  columns = {'samples': list(samples), 'test': [source.text(i) for i in range(len(samples))]}
+  described = {name: quality.describe(texts, found.nll(texts), seed=cfg.seed) for name, texts in columns.items()}
+  notes = [line for name, one in described.items() for line in quality.warnings(one, name, found)]
+  return {'name': found.name, 'intervals': quality.METHOD, **described, 'notes': notes}
 
 
 def finished(cfg, saved) -> bool:

@@ -48,7 +48,23 @@ ALLOWED = {
   'evaluate': ['types', 'tokenizer', 'sharding', 'model', 'sampling', 'tasks.pipeline', 'metrics'],
   'infilling': ['types', 'tokenizer'],
   'traces': [],
-  'experiment': ['types', 'families', 'model', 'optimizer', 'sharding', 'tasks', 'tasks.pipeline'],
+  'api': [
+    'types',
+    'tokenizer',
+    'sharding',
+    'model',
+    'sampling',
+    'batching',
+    'infilling',
+    'traces',
+    'families',
+    'families.settings',
+    'tasks',
+    'checkpoint',
+  ],
+  'judges': ['types', 'tokenizer', 'model', 'families.arm', 'checkpoint', 'api'],
+  'quality': ['metrics', 'judges'],
+  'experiment': ['types', 'families', 'model', 'optimizer', 'sharding', 'tasks', 'tasks.pipeline', 'judges'],
   'update': ['types', 'model', 'optimizer', 'sharding', 'experiment'],
   'workdir': ['types', 'dashboards', 'experiment'],
   'train': [
@@ -64,26 +80,14 @@ ALLOWED = {
       'checkpoint',
       'evaluate',
     ],
-    *['experiment', 'update', 'workdir'],
-  ],
-  'api': [
-    'types',
-    'tokenizer',
-    'sharding',
-    'model',
-    'sampling',
-    'batching',
-    'infilling',
-    'traces',
-    'families',
-    'families.settings',
-    'tasks',
-    'checkpoint',
+    *['judges', 'quality', 'experiment', 'update', 'workdir'],
   ],
   'console': [],
   'main': ['types', 'console', 'train'],
   'generate': ['types', 'console', 'api'],
   'stopping': ['types', 'console', 'api', 'batching', 'sampling'],
+  'judge': ['types', 'console', 'tasks.corpora', 'judges', 'quality'],
+  'infill_sets': ['types', 'console', 'tasks.corpora', 'tasks.text', 'checkpoint'],
   'report': ['types', 'console', 'dashboards', 'metrics'],
   'convert': ['types', 'model', 'checkpoint', 'api'],
   '__init__': ['api'],
@@ -105,11 +109,15 @@ ONLY_IN = {
   'grain': ['tasks.pipeline'],
   'tensorflow': ['dashboards'],
   'tensorflow_datasets': ['tasks.builders'],
-  'torch': ['convert'],
+  'torch': ['convert', 'judges'],
+  'transformers': ['judges'],
+  'mauve': ['quality'],
 }
 
 # modules that must not have loaded these packages once they are imported; their functions may
-LIGHT = ['__init__', 'families', 'families.corrupt', 'tasks', 'main', 'generate', 'stopping']
+LIGHT = [
+  *['__init__', 'families', 'families.corrupt', 'tasks', 'main', 'generate', 'stopping', 'judge', 'infill_sets'],
+]
 HEAVY = STARTS_JAX | {'grain', 'clu', 'tensorflow', 'tensorflow_datasets'}
 
 

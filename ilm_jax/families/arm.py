@@ -281,16 +281,29 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
     layout = Layout.of(first_B, first_B + free_B, length_B)
     tokens_BxL, length_B = layout.arrange(tokens_BxL), layout.length_B
     fixed_BxL = jnp.arange(tokens_BxL.shape[1])[None] < (length_B - free_B)[:, None]
+  index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
+  end_Bx1 = length_B[:, None] - 1
+  free_BxL = ~fixed_BxL & (index_BxL <= end_Bx1)
+  asked_BxL = jnp.where(index_BxL == end_Bx1, True, jnp.roll(free_BxL, -1, axis=1)) & (index_BxL <= end_Bx1)
+  nll_B = jnp.where(asked_BxL, next_losses(forward, tokens_BxL, length_B, cfg), 0.0).sum(axis=1)
+  return Score('exact', nll_B, jnp.zeros_like(nll_B), free_BxL.sum(axis=1))
+
+
+def next_losses(forward, tokens_BxL, length_B, cfg: SampleConfig):
+  """-log p of what follows each position, [EOS] behind the last token of a row: BxL.
+
+  Args:
+    forward: (tokens_BxL, length_B) -> Outputs.
+    tokens_BxL: whole rows, in the order of the model.
+    length_B: of the rows.
+    cfg: `closed_tokens`, `compute` and `vocab_chunk` are read.
+  """
   outputs = forward(tokens_BxL, length_B)
   bias_V = ops.closed_bias(outputs.unembed_VxD.shape[0], cfg.closed_tokens)
   lse_BxL = ops.vocab_logsumexp(
     outputs.hidden_BxLxD, outputs.unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute
   )
   index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
-  end_Bx1 = length_B[:, None] - 1
-  next_BxL = jnp.where(index_BxL == end_Bx1, EOS, jnp.roll(tokens_BxL, -1, axis=1))
+  next_BxL = jnp.where(index_BxL == length_B[:, None] - 1, EOS, jnp.roll(tokens_BxL, -1, axis=1))
   z_BxL = ops.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, index_BxL, next_BxL, compute=cfg.compute)
-  free_BxL = ~fixed_BxL & (index_BxL <= end_Bx1)
-  asked_BxL = jnp.where(index_BxL == end_Bx1, True, jnp.roll(free_BxL, -1, axis=1)) & (index_BxL <= end_Bx1)
-  nll_B = jnp.where(asked_BxL, lse_BxL - z_BxL, 0.0).sum(axis=1)
-  return Score('exact', nll_B, jnp.zeros_like(nll_B), free_BxL.sum(axis=1))
+  return lse_BxL - z_BxL

@@ -16,6 +16,7 @@ import re
 import tarfile
 from typing import Any, NamedTuple
 
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -148,6 +149,31 @@ def documents(corpus: Corpus, split: str, mode: str, *, what: str = ''):
       if what:
         progress(before + end, count)
     before += file.size
+
+
+def read_split(path: str, split: str, mode: str, *, detokenised: bool = False, flag: str = '--path'):
+  """Yield the texts of a split of a corpus that a command was given by a flag, which messages name."""
+  if split not in SPLITS:
+    raise UserError(f'--split={split}: expected one of {", ".join(SPLITS)}')
+  if mode not in DOCUMENTS:
+    raise UserError(f'--documents={mode}: expected one of {", ".join(DOCUMENTS)}')
+  try:
+    for _, text in documents(find(path), split, mode, what=f'reading {path}'):
+      if text:
+        yield detokenise(text) if detokenised else text
+  except UserError as error:
+    raise UserError(str(error).replace('data.path=', f'{flag}=')) from None
+
+
+def draw(found, count: int, seed: int) -> list:
+  """At most `count` of what an iterable yields, drawn uniformly by a generator with this seed, in their order."""
+  rng, kept = np.random.default_rng(seed), []
+  for index, one in enumerate(found):
+    if len(kept) < count:
+      kept.append((index, one))
+    elif (at := int(rng.integers(index + 1))) < count:
+      kept[at] = index, one
+  return [one for _, one in sorted(kept, key=lambda pair: pair[0])]
 
 
 def read(file: File, mode: str):

@@ -240,13 +240,7 @@ def trained(cfg) -> tokenizer_lib.Tokenizer:
 
 def draw(found, settings) -> list[str]:
   """At most `documents` of the texts, drawn uniformly by a generator seeded with `seed`, in their order."""
-  rng, kept = np.random.default_rng(settings.seed), []
-  for index, text in enumerate(found):
-    if len(kept) < settings.documents:
-      kept.append((index, text))
-    elif (at := int(rng.integers(index + 1))) < settings.documents:
-      kept[at] = index, text
-  return [text for _, text in sorted(kept)]
+  return corpora.draw(found, settings.documents, settings.seed)
 
 
 def settle(cfg, folder) -> None:
