@@ -14,9 +14,10 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from ilm_jax import batching, checkpoint, families, infilling, model, tasks, traces
+from ilm_jax import batching, checkpoint, families, infilling, model, sampling, tasks, traces
+from ilm_jax.families import growing
 from ilm_jax.families import settings as settings_lib
-from ilm_jax.tokenizer import PAD
+from ilm_jax.tokenizer import PAD, UNK
 from ilm_jax.types import UserError
 
 
@@ -87,7 +88,8 @@ class LanguageModel:
     )
     self.batch_size = batch_size
     self.sampler = batching.ContinuousSampler(model_cfg, self.family, self.sample_cfg, batch_size)
-    self._score = None
+    self._scorer = jax.jit(self._score_rows, static_argnames=('kind', 'longest'))
+    self._kinds = {}  # of (kind, longest), once traced
 
   @classmethod
   def load(cls, workdir, which='best', **settings) -> 'LanguageModel':
@@ -129,7 +131,8 @@ class LanguageModel:
     """Fill the gaps of texts; what is given comes back unchanged.
 
     Args:
-      texts: a text with a marker at each gap, or the list of its parts around the gaps; or a list of such texts.
+      texts: a text with a marker at each gap; or a list of texts, each with markers or as the list of its parts around
+        the gaps: ['Tom had a ___ .', ['He was ', ' .']].
       n: fillings of each text; None: one, and no list of it.
       marker: of a gap.
       least: tokens of each gap, at least, 1 by default (0 lets gaps stay empty); a number, or a list of one a gap.
@@ -164,18 +167,17 @@ class LanguageModel:
       (index of the request, Generation or Infilling), as they finish.
     """
     requests = list(requests)
+    if ids is not None and (len(ids) != len(requests) or not all(0 <= number < 2**31 for number in ids)):
+      raise UserError(f'ids: expected a number from 0 for each of the {len(requests)} requests, got {list(ids)[:8]}')
     given = [self.encode(request, number) for number, request in enumerate(requests)]
     for index, row in self.sampler(self.params, jax.random.key(seed), given, ids):
       yield index, self._made(requests[index], row)
 
   def gaps(self, text, *, marker: str = infilling.MARKER, least=None, most=None, number: int = 0) -> infilling.Gaps:
     """A request of `stream`: a text with gaps, see `infill`."""
+    usual = 1 if getattr(self.family, 'FILLS', 'limits') == 'limits' else 0
     try:
-      if least is None:
-        least = 0 if self.cfg.family in ('it', 'mdm') else 1
-        if isinstance(most, int):
-          least = min(least, most)
-      return infilling.read(text, marker=marker, least=least, most=most)
+      return infilling.read(text, marker=marker, least=least, most=most, usual=usual)
     except UserError as error:
       raise UserError(f'text {number + 1}: {error}') from None
 
@@ -184,13 +186,22 @@ class LanguageModel:
     limit = self.sample_cfg.max_length
     if isinstance(request, infilling.Gaps):
       try:
-        given = infilling.encode(request, self.tokenizer, masks=self.cfg.family == 'mdm')
-        infilling.check_room(request, given, limit)
-        if hasattr(self.family, 'check_prompt'):
-          self.family.check_prompt(given, self.sample_cfg)
+        masks = getattr(self.family, 'FILLS', 'limits') == 'masks'
+        given = infilling.encode(request, self.tokenizer, limit=limit, masks=masks)
+        if (
+          self.sample_cfg.max_steps is not None
+          and given['open'].any()
+          and sum(request.least) > self.sample_cfg.max_steps
+        ):
+          raise UserError(
+            f'at least {sum(request.least)} tokens to come are more than sampling.max_steps={self.sample_cfg.max_steps}'
+          )
+        sampling.check(given, self.family, self.sample_cfg)
       except UserError as error:
         raise UserError(f'text {number + 1}: {error}') from None
       return given
+    if not isinstance(request, str):
+      raise UserError(f'prompt {number + 1}: expected a text, got {repr(request)[:60]}')
     try:
       tokens = np.array(self.task.encode_prompt(request, self.cfg.task), np.int32)
     except UserError as error:
@@ -200,7 +211,12 @@ class LanguageModel:
         f'prompt {number + 1} is too long: {len(tokens)} tokens leave no room for an answer in '
         f'sampling.max_length={limit}; shorten it'
       )
-    return {'tokens': tokens, 'open': np.arange(len(tokens)) == len(tokens) - 1}
+    given = {'tokens': tokens, 'open': np.arange(len(tokens)) == len(tokens) - 1}
+    try:
+      sampling.check(given, self.family, self.sample_cfg)
+    except UserError as error:
+      raise UserError(f'prompt {number + 1}: {error}') from None
+    return given
 
   def _made(self, request, row: dict):
     how = {
@@ -218,7 +234,7 @@ class LanguageModel:
     """A page that plays how an answer comes about, or the filling of gaps if the text holds the marker.
 
     Args:
-      text: a prompt or a text with gaps; or a list of them.
+      text: a prompt or a text with gaps; or a list of them, where a text with gaps may be the list of its parts.
       path: file to write the page to.
       marker: of a gap.
       seed: of the randomness.
@@ -227,7 +243,10 @@ class LanguageModel:
       The page, HTML that needs no network.
     """
     texts = [text] if isinstance(text, str) else list(text)
-    requests = [self.gaps(t, marker=marker, number=i) if marker in t else t for i, t in enumerate(texts)]
+    requests = [
+      t if isinstance(t, str) and marker not in t else self.gaps(t, marker=marker, number=i)
+      for i, t in enumerate(texts)
+    ]
     made = dict(self.stream(requests, seed=seed))
     page = self.page([made[i] for i in range(len(requests))])
     if path is not None:
@@ -257,18 +276,22 @@ class LanguageModel:
       raise UserError(f'score: the task {self.cfg.task.name} has prompts and answers: use --mode=eval with eval.score')
     limit = self.sample_cfg.max_length
     rows = [np.array(self.task.encode_prompt(text, self.cfg.task), np.int32) for text in texts]
-    longest = max((len(row) for row in rows), default=0)
+    longest = max((len(row) for row in rows), default=2) - 2
     for number, row in enumerate(rows):
+      if UNK in row:
+        raise UserError(f'text {number + 1} holds what the tokenizer does not know: it has no likelihood')
       if len(row) > limit:
         raise UserError(f'text {number + 1} has {len(row)} tokens: more than sampling.max_length={limit}; shorten it')
     self.family.check_score(kind, longest)
-    run = jax.jit(self._score_rows, static_argnames=('kind', 'longest'))
+    # Only the exact value of an insertion model depends on the longest text; passes are padded to few lengths.
+    options = {'kind': kind, 'longest': longest if kind == 'exact' else 0}
     out, few = [], min(self.batch_size, 16)
     for first in range(0, len(rows), few):
       part = rows[first : first + few]
+      size = next(size for size in growing.buffers(1, self.sample_cfg) if size >= max(map(len, part)))
       batch = {
-        'tokens_BxL': np.full((few, limit), PAD, np.int32),
-        'fixed_BxL': np.ones((few, limit), bool),
+        'tokens_BxL': np.full((few, size), PAD, np.int32),
+        'fixed_BxL': np.ones((few, size), bool),
         'length_B': np.full(few, 2, np.int32),
       }
       batch['tokens_BxL'][:, :2] = rows[0][:2]
@@ -276,16 +299,19 @@ class LanguageModel:
         batch['tokens_BxL'][i, : len(row)], batch['length_B'][i] = row, len(row)
         batch['fixed_BxL'][i, 2 : len(row)] = False
       rng = jax.random.fold_in(jax.random.key(seed), first)
-      nll_B, error_B, tokens_B = jax.device_get(run(self.params, rng, batch, kind=kind, longest=longest))
+      nll_B, error_B, tokens_B = jax.device_get(self._scorer(self.params, rng, batch, **options))
       pairs = zip(nll_B, error_B, tokens_B, strict=True)
-      out += [TextScore(float(a), float(b), int(c), self._kind) for a, b, c in list(pairs)[: len(part)]]
+      out += [
+        TextScore(float(a), float(b), int(c), self._kinds[tuple(options.values())])
+        for a, b, c in list(pairs)[: len(part)]
+      ]
     return out
 
   def _score_rows(self, params, rng, batch, *, kind, longest):
     forward = model.Forward(self.model_cfg, params)
     args = batch['tokens_BxL'], batch['fixed_BxL'], batch['length_B']
     scored = self.family.score(forward, rng, *args, self.sample_cfg, kind=kind, longest=longest)
-    self._kind = scored.kind
+    self._kinds[kind, longest] = scored.kind
     return scored[1:]
 
 

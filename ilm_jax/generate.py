@@ -12,6 +12,7 @@ of the line, from 0, unless JSON gives one). A line that cannot be served is nam
 """
 
 import contextlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -69,16 +70,20 @@ def read_requests(values) -> tuple[list[Request], list[UserError]]:
     return [Request(i, kind, text, f'--{kind} {i + 1}', limits) for i, text in enumerate(texts)], []
   name = values.prompts or 'standard input'
   try:
-    lines = (Path(values.prompts).read_text('utf-8') if values.prompts else sys.stdin.read()).split('\n')
+    lines = (Path(values.prompts).read_text('utf-8-sig') if values.prompts else sys.stdin.read()).split('\n')
   except OSError as error:
     raise UserError(f'--prompts={name}: {error.strerror}') from None
   except UnicodeDecodeError as error:
     raise UserError(f'{name} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}') from None
-  out, wrong = [], []
+  out, wrong, taken = [], [], {}
   for number, line in enumerate(lines):
     if line.strip():
       try:
-        out.append(read_line(line.strip(), number, f'{name}, line {number + 1}', limits))
+        request = read_line(line.strip(), number, f'{name}, line {number + 1}', limits)
+        if request.id in taken:
+          raise UserError(f'{request.where}: the id {request.id} is that of {taken[request.id]} already: give another')
+        taken[request.id] = f'line {number + 1}'
+        out.append(request)
       except UserError as error:
         wrong.append(error)
   if not out and not wrong:
@@ -93,24 +98,39 @@ def read_line(text: str, number: int, where: str, limits: dict) -> Request:
   try:
     record = json.loads(text)
     kind = 'infill' if 'infill' in record else 'prompt'
-    content, index = record[kind], record.get('id', number)
+    content, index = record[kind], number if record.get('id') is None else record['id']
     parts = isinstance(content, list) and kind == 'infill' and all(isinstance(part, str) for part in content)
-    if not (isinstance(content, str) or parts) or isinstance(index, bool) or not 0 <= int(index) < 2**31:
+    if not (isinstance(content, str) or parts) or type(index) is not int or not 0 <= index < 2**31:
       raise ValueError
-  except (ValueError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError, RecursionError):
     raise UserError(
       f'{where}: expected JSON with "prompt", a text, or "infill", a text or the list of its parts, and perhaps "id", '
       f'a number from 0, got {text[:80]}'
     ) from None
+  if kind == 'prompt' and (record.get('least') is not None or record.get('most') is not None):
+    raise UserError(f'{where}: "least" and "most" are of gaps: expected them with "infill"')
   own = {name: record[name] for name in ('least', 'most') if record.get(name) is not None}
   truth = {'text': record['truth'], 'fillings': record.get('fillings')} if 'truth' in record else None
-  return Request(int(index), kind, content, where, limits | own, truth if kind == 'infill' else None)
+  return Request(index, kind, content, where, limits | own, truth if kind == 'infill' else None)
+
+
+def check_files(values) -> None:
+  """Refuse to write over what is read or written, and a page that has no place."""
+  paths = {name: Path(values[name].value).resolve() for name in ('prompts', 'out', 'trace') if values[name].value}
+  for one, other in itertools.combinations(paths, 2):
+    if paths[one] == paths[other]:
+      raise UserError(f'--{one} and --{other} are the same file, {paths[one]}: give another')
+  if 'trace' in paths and not paths['trace'].parent.is_dir():
+    raise UserError(f'--trace={values.trace}: there is no folder {paths["trace"].parent}')
+  if values.prompt and (values.least is not None or values.most is not None):
+    raise UserError('--least and --most are of gaps: expected them with --infill')
 
 
 def run(values) -> int:
   """Load, answer, write; the exit code is 1 where a line could not be served."""
   if not values.workdir:
     raise UserError('--workdir is missing: expected the folder of a run, such as --workdir=runs/star-tiny')
+  check_files(values)
   requests, wrong = read_requests(values)
   quiet()
   from ilm_jax import api

@@ -32,14 +32,15 @@ class Filled(NamedTuple):
   spans: list[tuple[int, int]]  # of each filling in the text, in characters
 
 
-def read(text, *, marker: str = MARKER, least=0, most=None) -> Gaps:
+def read(text, *, marker: str = MARKER, least=None, most=None, usual: int = 1) -> Gaps:
   """Check a request.
 
   Args:
     text: with `marker` at each gap; or the list of the parts around the gaps.
     marker: of a gap.
-    least: tokens of a gap, at least; one number, or one for each gap.
+    least: tokens of a gap, at least; one number, or one for each gap; None: `usual`, or `most` if that is less.
     most: tokens of a gap, at most; None: no limit.
+    usual: see `least`.
 
   Raises:
     UserError: no gap, gaps with nothing between them, or numbers that contradict each other.
@@ -51,9 +52,9 @@ def read(text, *, marker: str = MARKER, least=0, most=None) -> Gaps:
     if len(parts) == 1:
       raise UserError(f'no gap: expected {marker!r} in the text, got {text[:60]!r}')
   else:
-    parts = list(text)
+    parts = list(text) if isinstance(text, (list, tuple)) else [None]
     if not all(isinstance(part, str) for part in parts):
-      raise UserError('the parts of a text: expected a list of strings')
+      raise UserError(f'expected a text, or the list of its parts around the gaps, got {repr(text)[:60]}')
     if len(parts) < 2:
       raise UserError(f'no gap: expected at least two parts, got {len(parts)} (an empty one for a gap at an end)')
   for i, part in enumerate(parts[1:-1], 1):
@@ -61,8 +62,8 @@ def read(text, *, marker: str = MARKER, least=0, most=None) -> Gaps:
       raise UserError(f'gaps {i} and {i + 1} have nothing but space between them: make them one')
   gaps = len(parts) - 1
   least, most = _numbers(least, gaps, 'least'), _numbers(most, gaps, 'most')
-  least = [0 if n is None else n for n in least]
-  most = [UNLIMITED if n is None else n for n in most]
+  most = [UNLIMITED if n is None else min(n, UNLIMITED) for n in most]
+  least = [min(usual, max(high, 0)) if n is None else n for n, high in zip(least, most, strict=True)]
   for i, (low, high) in enumerate(zip(least, most, strict=True), 1):
     if not 0 <= low <= high:
       raise UserError(f'gap {i} has least={low}, most={high}: expected 0 <= least <= most')
@@ -79,14 +80,24 @@ def _numbers(value, gaps: int, name: str) -> list:
   return values
 
 
-def encode(gaps: Gaps, tokenizer, *, masks: bool = False) -> dict:
+def encode(gaps: Gaps, tokenizer, *, limit: int, masks: bool = False) -> dict:
   """The prompt of a request: tokens, open gaps, and their limits.
 
   Args:
     gaps: the request.
     tokenizer: of the model.
+    limit: tokens of a row, at most.
     masks: put as many [MASK]s as tokens are asked for into each gap, for a model that replaces them.
+
+  Raises:
+    UserError: no token between two gaps, or no room for the least numbers of tokens.
   """
+  if masks:
+    for i, (low, high) in enumerate(zip(gaps.least, gaps.most, strict=True), 1):
+      if low != high:
+        raise UserError(
+          f'gap {i}: this model replaces a known number of [MASK]s: give least and most, and make them equal'
+        )
   tokens, at = [CLS, BOS], []
   for i, part in enumerate(gaps.parts):
     last = i == len(gaps.parts) - 1
@@ -97,12 +108,14 @@ def encode(gaps: Gaps, tokenizer, *, masks: bool = False) -> dict:
     if last:
       continue
     at.append(len(tokens) - 1)
-    if masks:
-      if gaps.least[i] != gaps.most[i]:
-        raise UserError(
-          f'gap {i + 1}: this model replaces a known number of [MASK]s: give least and most, and make them equal'
-        )
+    if masks and len(tokens) + gaps.least[i] <= limit:
       tokens += [MASK] * gaps.least[i]
+  given = len(tokens) - tokens.count(MASK) * masks
+  if given + sum(gaps.least) > limit or (given == limit and not masks):
+    raise UserError(
+      f'a text of {given} tokens and at least {sum(gaps.least)} to come leaves no room in '
+      f'sampling.max_length={limit}: shorten it, or raise the limit'
+    )
   tokens = np.array(tokens, np.int32)
   if masks:
     return {'tokens': tokens, 'open': np.zeros(len(tokens), bool), 'free': 0}
@@ -114,16 +127,6 @@ def encode(gaps: Gaps, tokenizer, *, masks: bool = False) -> dict:
   if any(n != UNLIMITED for n in gaps.most):
     given['most'] = most
   return given
-
-
-def check_room(gaps: Gaps, given: dict, limit: int) -> None:
-  """Refuse a request that is too long, or becomes so."""
-  length = len(given['tokens']) + (sum(gaps.least) if given['open'].any() else 0)
-  if length > limit or (length == limit and given['open'].any()):
-    raise UserError(
-      f'a text of {len(given["tokens"])} tokens and at least {sum(gaps.least)} to come leaves no room in '
-      f'sampling.max_length={limit}: shorten it, or raise the limit'
-    )
 
 
 def decode(gaps: Gaps, row: dict, tokenizer) -> Filled:

@@ -265,22 +265,21 @@ def choose(rng_B, logits_BxN, rule: Rule):
   return jnp.argmax(jnp.where(logits > NEG_INF / 2, logits + gumbel, NEG_INF), axis=-1)
 
 
-def choose_several(rng_B, logits_BxN, rule: Rule, count: int):
+def choose_several(rng_B, logits_BxN, rule: Rule, *, count: int):
   """Draw `count` different indices of each row by the rule, one after the other without replacement.
 
   The first is that of `choose` with the same key: the largest sums of logits and Gumbel noise are such draws.
 
   Returns:
-    (index_BxM, ok_BxM): not ok where the rule leaves fewer.
+    (index_BxG, ok_BxG): not ok where the rule leaves fewer.
   """
-  if rule.temperature == 0.0 or rule.top_k == 1:
-    value_BxM, index_BxM = jax.lax.top_k(logits_BxN, count)
-    ok_BxM = value_BxM > NEG_INF / 2
-    return index_BxM, ok_BxM & (jnp.arange(count) == 0)[None] if rule.top_k == 1 else ok_BxM
+  if rule.temperature == 0.0 or rule.top_k == 1:  # greedy, either way: the best ones
+    value_BxG, index_BxG = jax.lax.top_k(logits_BxN, count)
+    return index_BxG, value_BxG > NEG_INF / 2
   logits = restrict(logits_BxN.astype(jnp.float32) / rule.temperature, rule)
   gumbel = jax.vmap(lambda rng: jax.random.gumbel(rng, logits.shape[1:]))(rng_B)
-  value_BxM, index_BxM = jax.lax.top_k(jnp.where(logits > NEG_INF / 2, logits + gumbel, NEG_INF), count)
-  return index_BxM, value_BxM > NEG_INF / 2
+  value_BxG, index_BxG = jax.lax.top_k(jnp.where(logits > NEG_INF / 2, logits + gumbel, NEG_INF), count)
+  return index_BxG, value_BxG > NEG_INF / 2
 
 
 def restrict(logits_BxN, rule: Rule):

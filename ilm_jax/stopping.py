@@ -27,16 +27,16 @@ class Lengths(NamedTuple):
 
   rule: str
   flag: str
-  prob_NxL: np.ndarray  # of N rows; the last column includes those that a limit ended
+  prob_BxL: np.ndarray  # of the rows; the last column includes those that a limit ended
   limit: np.ndarray  # of each row: probability that a limit ended it
 
   def mean(self) -> float:
     """Mean length."""
-    return float((self.prob_NxL.mean(axis=0) * np.arange(self.prob_NxL.shape[1])).sum())
+    return float((self.prob_BxL.mean(axis=0) * np.arange(self.prob_BxL.shape[1])).sum())
 
   def quantiles(self) -> np.ndarray:
     """Lengths at QUANTILES."""
-    total_L = np.cumsum(self.prob_NxL.mean(axis=0))
+    total_L = np.cumsum(self.prob_BxL.mean(axis=0))
     return np.searchsorted(total_L, QUANTILES * total_L[-1])
 
   def distance(self, real) -> float:
@@ -44,7 +44,13 @@ class Lengths(NamedTuple):
     return float(np.abs(self.quantiles() - np.quantile(real, QUANTILES, method='inverted_cdf')).mean())
 
 
-def at_threshold(stops: list[np.ndarray], threshold: float, longest: int) -> Lengths:
+def warm(stop: np.ndarray, temperature: float) -> np.ndarray:
+  """p(stop) at a temperature, from that at temperature 1; 0 stays 0."""
+  some = stop.astype(np.float64).clip(1e-12, 1 - 1e-12)
+  return np.where(stop > 0, 1 / (1 + ((1 - some) / some) ** (1 / temperature)), 0.0)
+
+
+def at_threshold(stops: list[np.ndarray], threshold: float, *, longest: int) -> Lengths:
   """The lengths of rows that stop when p(stop) reaches a threshold.
 
   Args:
@@ -52,28 +58,32 @@ def at_threshold(stops: list[np.ndarray], threshold: float, longest: int) -> Len
     threshold: a probability.
     longest: the largest number of insertions.
   """
-  prob_NxL = np.zeros((len(stops), longest + 1))
+  prob_BxL = np.zeros((len(stops), longest + 1))
   limit = np.zeros(len(stops))
   for i, stop in enumerate(stops):
     reached = np.flatnonzero(stop >= threshold)
     limit[i] = not len(reached)
-    prob_NxL[i, reached[0] if len(reached) else len(stop) - 1] = 1.0
-  return Lengths(f'threshold {threshold:.3g}', f'--config.sampling.stop_threshold={threshold:.4g}', prob_NxL, limit)
+    prob_BxL[i, reached[0] if len(reached) else len(stop) - 1] = 1.0
+  return Lengths(
+    f'threshold {threshold:.3g}',
+    f'--config.sampling.stop_threshold={np.floor(threshold * 1e6) / 1e6:.6g}',
+    prob_BxL,
+    limit,
+  )
 
 
-def sampled(stops: list[np.ndarray], temperature: float, longest: int) -> Lengths:
+def sampled(stops: list[np.ndarray], temperature: float, *, longest: int) -> Lengths:
   """The lengths of rows that stop with the probability of the stop head at a temperature; arguments as above."""
-  prob_NxL = np.zeros((len(stops), longest + 1))
+  prob_BxL = np.zeros((len(stops), longest + 1))
   limit = np.zeros(len(stops))
   for i, stop in enumerate(stops):
-    stop = stop.astype(np.float64).clip(1e-12, 1 - 1e-12)
-    stop = 1 / (1 + ((1 - stop) / stop) ** (1 / temperature))
+    stop = warm(stop, temperature)
     alive = np.cumprod(np.concatenate([[1.0], 1 - stop]))
-    prob_NxL[i, : len(stop)] = alive[:-1] * stop
-    prob_NxL[i, len(stop) - 1] += alive[-1]
+    prob_BxL[i, : len(stop)] = alive[:-1] * stop
+    prob_BxL[i, len(stop) - 1] += alive[-1]
     limit[i] = alive[-1]
   flag = f'--config.sampling.stop_threshold=0 --config.sampling.stop_temperature={temperature:.3g}'
-  return Lengths(f'sampled, temperature {temperature:.3g}', flag, prob_NxL, limit)
+  return Lengths(f'sampled, temperature {temperature:.3g}', flag, prob_BxL, limit)
 
 
 def fit(make, values, real) -> Lengths:
@@ -89,31 +99,33 @@ def candidates(stops: list[np.ndarray], number: int = 200) -> np.ndarray:
 
 
 def trajectories(lm, prompts: list[dict], *, seed: int = 0, say=lambda text: None) -> list[np.ndarray]:
-  """p(stop) at each forward pass of rows that never stop before a limit."""
+  """p(stop) at temperature 1, at each forward pass of rows that never stop before a limit; 0 where it is not asked."""
   import jax
 
   from ilm_jax import batching
 
-  cfg = lm.sample_cfg._replace(stop_threshold=2.0)  # no probability reaches it
+  cfg = lm.sample_cfg._replace(stop_threshold=2.0, stop_temperature=1.0)  # no probability reaches it
+  if cfg.gaps != 1:
+    raise UserError(f'sampling.gaps={cfg.gaps}: lengths are told for one insertion a step: expected sampling.gaps=1')
   sampler = batching.ContinuousSampler(lm.model_cfg, lm.family, cfg, lm.batch_size)
   out, start = {}, time.monotonic()
   said = start
   for index, row in sampler(lm.params, jax.random.key(seed), prompts):
-    out[index] = row['stop_prob']
+    out[index] = np.where((np.arange(len(row['stop_prob'])) == 0) & cfg.force_first, 0.0, row['stop_prob'])
     if time.monotonic() - said > 10:
       said = time.monotonic()
       say(f'{len(out)} of {len(prompts)} texts, {(len(prompts) - len(out)) * (said - start) / len(out):.0f} s left')
   return [out[i] for i in range(len(out))]
 
 
-def rules_of(stops: list[np.ndarray], real) -> list[Lengths]:
-  """The usual rules, and the two that were fitted."""
-  longest = max(map(len, stops)) - 1
-  usual = [at_threshold(stops, value, longest) for value in THRESHOLDS]
-  usual += [sampled(stops, value, longest) for value in TEMPERATURES]
+def rules_of(stops: list[np.ndarray], real, *, temperature: float = 1.0) -> list[Lengths]:
+  """The usual rules, thresholds at the temperature of the run, and the two that were fitted."""
+  longest, own = max(map(len, stops)) - 1, [warm(stop, temperature) for stop in stops]
+  usual = [at_threshold(own, value, longest=longest) for value in THRESHOLDS]
+  usual += [sampled(stops, value, longest=longest) for value in TEMPERATURES]
   fitted = [
-    fit(lambda value: at_threshold(stops, value, longest), candidates(stops), real),
-    fit(lambda value: sampled(stops, value, longest), np.geomspace(0.2, 5, 60), real),
+    fit(lambda value: at_threshold(own, value, longest=longest), candidates(own), real),
+    fit(lambda value: sampled(stops, value, longest=longest), np.geomspace(0.2, 5, 60), real),
   ]
   return usual + [rule._replace(rule=f'{rule.rule} (fitted)') for rule in fitted]
 
@@ -182,7 +194,7 @@ def run(values) -> int:
   real = [int((~source[i]['fixed']).sum()) for i in range(len(source))]
   prompts = [sampling.prompt_of(source[i % len(source)]) for i in range(values.count)]
   stops = trajectories(lm, prompts, seed=values.seed, say=lambda text: print(text, file=sys.stderr))
-  rules = rules_of(stops, real)
+  rules = rules_of(stops, real, temperature=lm.sample_cfg.stop_temperature)
   print(f'{len(stops)} texts of step {lm.step}, at most {lm.sample_cfg.max_length} tokens; {len(real)} real texts\n')
   print(table(rules, real))
   print('\nfitted: ' + '\n    or: '.join(rule.flag for rule in rules[-2:]))

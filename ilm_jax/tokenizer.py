@@ -24,6 +24,7 @@ decode(encode(text)) is text, with these exceptions:
 import functools
 import hashlib
 import io
+import itertools
 import json
 import re
 
@@ -166,11 +167,16 @@ class SentencePiece(Tokenizer):
     return [SPECIAL[int(i)] if int(i) < len(SPECIAL) else name(self._theirs[int(i)]) for i in ids]
 
   def spell(self, pieces: list[str]) -> list[str]:
-    """Spaces for U+2581, and characters for bytes of their own."""
-    return [
-      bytes.fromhex(piece[3:5]).decode('latin-1') if BYTE.fullmatch(piece) else piece.replace('\u2581', ' ')
-      for piece in pieces
-    ]
+    """Spaces for U+2581; the characters that bytes make stand at the first of them."""
+    out = []
+    for is_byte, run in itertools.groupby(pieces, lambda piece: bool(BYTE.fullmatch(piece))):
+      run = list(run)
+      if is_byte:
+        text = bytes.fromhex(''.join(piece[3:5] for piece in run)).decode('utf-8', 'replace')
+        out += [text] + [''] * (len(run) - 1)
+      else:
+        out += [piece.replace('\u2581', ' ') for piece in run]
+    return out
 
 
 class WordPiece(Tokenizer):

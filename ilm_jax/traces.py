@@ -88,7 +88,11 @@ $('play').onclick = () => {
   $('play').textContent = '\\u23f8';
   timer = setInterval(() => { if (step === trace.steps) pause(); else go(step + 1); }, 250);
 };
-document.onkeydown = e => { if (e.key === 'ArrowLeft') go(step - 1); if (e.key === 'ArrowRight') go(step + 1); };
+document.onkeydown = e => {
+  if (['INPUT', 'SELECT'].includes(e.target.tagName)) return;
+  if (e.key === 'ArrowLeft') go(step - 1);
+  if (e.key === 'ArrowRight') go(step + 1);
+};
 function choose(i) {
   pause();
   trace = all[i];

@@ -82,6 +82,19 @@ def test_every_row_is_that_of_a_static_batch(kind):
   assert len(set(lengths)) > 3 and max(lengths) > 8, 'rows end together, or none outgrows its pool'
 
 
+def test_a_row_that_ends_with_its_buffer_keeps_its_last_token():
+  model_cfg, params, family, cfg = make('fim')
+  given = []
+  for length in range(11, 17):
+    tokens = np.array([CLS, BOS, *(7 + i % 10 for i in range(length - 4))], np.int32)
+    limits = {'least': np.full(len(tokens), 2), 'most': np.full(len(tokens), 2)}
+    given.append({'tokens': tokens, 'open': np.arange(len(tokens)) == len(tokens) - 1, **limits})
+  rows = dict(ContinuousSampler(model_cfg, family, cfg, 8)(params, jax.random.key(7), given))
+  assert_same(rows, static('fim', given))
+  assert [len(rows[i]['tokens']) for i in range(6)] == list(range(11, 17))
+  assert all((row['tokens'] > 0).all() for row in rows.values())
+
+
 @pytest.mark.parametrize('slots, refill', [(1, 1), (40, 3)])
 def test_slots_and_refills_change_nothing(slots, refill):
   given = prompts('ilm', 18)

@@ -233,6 +233,14 @@ LONG = '|'.join(f'{n},{n + 1}' for n in range(9)) + '/0,1'
     ([], '\n \n', r'standard input holds no prompt'),
     ([], b'1,2/1,2\n\xff\xfe', r'standard input is not UTF-8: byte 8 is 0xff'),
     ([], '{"prompt": "1,2', r'standard input, line 1: expected JSON with "prompt"'),
+    ([], '{"prompt": "1,2/1,2", "id": 1.5}', r'line 1: .*"id", a number from 0, got'),
+    ([], '{"prompt": "1,2/1,2", "id": 1e999}', r'line 1: .*"id", a number from 0, got'),
+    ([], '{"infill": ' + '[' * 100_000, r'line 1: expected JSON with "prompt"'),
+    ([], '{"prompt": "1,2/1,2", "most": 3}', r'line 1: "least" and "most" are of gaps'),
+    (['--prompt=1,2/1,2', '--most=3'], '', r'--least and --most are of gaps: expected them with --infill'),
+    (['--prompt=1,2/1,2', '--out=same', '--trace=same'], '', r'--out and --trace are the same file'),
+    (['--prompts=requests', '--out=./requests'], '', r'--prompts and --out are the same file'),
+    (['--prompt=1,2/1,2', '--trace=none/page.html'], '', r'--trace=none/page.html: there is no folder'),
     (['--infill=1,2/1,2'], '', r"text 1: no gap: expected '___' in the text"),
     (['--prompt=1,2/1,2', '--infill=a ___'], '', r'--prompt and --infill: expected one of them, got both'),
     (['--infill=a ___', '--least=3', '--most=2'], '', r'gap 1 has least=3, most=2: expected 0 <= least <= most'),
@@ -341,14 +349,16 @@ def test_a_file_standard_input_and_flags_give_the_same_answers(command, trained,
 
 def test_a_line_that_cannot_be_served_is_named_and_the_others_are(command, trained, three):
   lines = [PROMPTS[0], '{"prompt": "1,2', PROMPTS[2], '1,2|2,11/1,3', '{"infill": ["1"]}']
+  lines.append(json.dumps({'prompt': PROMPTS[1], 'id': 2}))
   code, out, err = command('ilm_jax.generate', [f'--workdir={trained}'], stdin='\n'.join(lines))
   served = answers((0, out, ''))
   assert code == 1 and [answer['id'] for answer in served] == [0, 2]
   for answer in served:
     assert_same_answer(answer, three[answer['id']])
   said = err.splitlines()
-  assert [re.search(r'line (\d)', line)[1] for line in said] == ['2', '4', '5']
-  assert all(line.startswith('error: standard input, line') for line in said) and "unknown token '11'" in said[1]
+  assert [re.search(r'line (\d)', line)[1] for line in said] == ['2', '6', '4', '5']
+  assert all(line.startswith('error: standard input, line') for line in said)
+  assert 'the id 2 is that of line 3 already' in said[1] and "unknown token '11'" in said[2]
 
 
 def test_several_answers_are_drawn_for_each_request_and_the_first_is_the_single_one(command, trained, three):

@@ -57,22 +57,29 @@ def grow(row, cfg):
     logits, p_stop = tables.Forward(vocab=V).look_up([token for token, *_ in items])
     may = [k for k, (_, gap, _) in enumerate(items) if gap is not None and count[gap] < most[gap]]
     lacking = [k for k in may if count[items[k][1]] < least[items[k][1]]]
-    if p_stop >= cfg.stop_threshold:
-      if not lacking:
-        return items, steps, True
-      may = lacking
-    if not may or len(items) >= cfg.max_length:
+    lack = sum(least[gap] - count[gap] for gap in {items[k][1] for k in lacking})
+    room = min(cfg.max_length - len(items), (cfg.max_steps or cfg.max_length) - steps)
+    bound = most
+    if p_stop >= cfg.stop_threshold and not lack:
+      return items, steps, True
+    if lack and (p_stop >= cfg.stop_threshold or room <= lack):
+      may, bound = lacking, least
+    if not may or room <= 0:
       return items, steps, False
     allowed = [token for token in range(V) if token not in CLOSED]
     total = {k: math.log(sum(math.exp(logits[k, token]) for token in allowed)) for k in may}
     best = sorted(may, key=lambda k: (-total[k], k))[: cfg.gaps or None]
     if cfg.gap_threshold:
       best = [k for k in best if total[k] >= total[best[0]] + math.log(cfg.gap_threshold)]
-    chosen, now = [], {}
+    chosen, now, spare = [], {}, cfg.max_length - len(items) - lack
     for k in best:
       gap = items[k][1]
       now[gap] = now.get(gap, 0) + 1
-      if count[gap] + now[gap] <= most[gap] and len(items) + len(chosen) < cfg.max_length:
+      if count[gap] + now[gap] > least[gap] and count[gap] + now[gap] <= bound[gap]:
+        spare -= 1
+        if spare < 0:
+          continue
+      if count[gap] + now[gap] <= bound[gap] and len(items) + len(chosen) < cfg.max_length:
         chosen.append(k)
     for k in sorted(chosen, reverse=True):
       gap = items[k][1]
@@ -84,7 +91,15 @@ def grow(row, cfg):
 @pytest.mark.parametrize('limits', [False, True], ids=['unlimited', 'limits'])
 @pytest.mark.parametrize(
   'settings',
-  [{}, {'gaps': 2}, {'gaps': 3, 'gap_threshold': 0.3}, {'gaps': 0}, {'gaps': 0, 'gap_threshold': 0.7}, {'gaps': 40}],
+  [
+    {},
+    {'max_steps': 4},
+    {'gaps': 2},
+    {'gaps': 3, 'gap_threshold': 0.3},
+    {'gaps': 0},
+    {'gaps': 0, 'gap_threshold': 0.7},
+    {'gaps': 40},
+  ],
   ids=str,
 )
 def test_rows_are_those_of_growing_lists(settings, limits):
@@ -97,7 +112,10 @@ def test_rows_are_those_of_growing_lists(settings, limits):
     assert out.order_BxL[i, : out.length_B[i]].tolist() == [step for *_, step in items]
     assert (out.steps_B[i], out.stopped_B[i]) == (steps, stopped)
     many += len(items) - len(row[0]) > steps
-    limited += not stopped and len(items) < cfg.max_length and row[1].any()
+    limited += not stopped and len(items) < cfg.max_length and steps < (cfg.max_steps or 99) and row[1].any()
+    if len(row[0]) + row[2][row[1]].sum() <= cfg.max_length and row[2][row[1]].sum() <= (cfg.max_steps or 99):
+      inside = {gap: sum(item[1:] != (gap, -1) and item[1] == gap for item in items) for gap in np.flatnonzero(row[1])}
+      assert all(row[2][gap] <= number <= row[3][gap] for gap, number in inside.items())
   assert bool(many) == (cfg.gaps != 1) and bool(limited) == limits
 
 
@@ -106,7 +124,7 @@ def test_one_gap_of_several_is_the_one_of_a_single_draw(rule):
   logits = 2 * jax.random.normal(jax.random.key(0), (300, 7))
   logits = logits.at[:100, 3:].set(ops.NEG_INF)
   rng_B = jax.random.split(jax.random.key(1), 300)
-  index, ok = ops.choose_several(rng_B, logits, rule, 4)
+  index, ok = ops.choose_several(rng_B, logits, rule, count=4)
   np.testing.assert_array_equal(index[:, 0], ops.choose(rng_B, logits, rule))
   assert ok[:, 0].all() and not ok[:100, 3].any()
   assert all(len(set(row)) == 4 for row in np.asarray(index).tolist())
@@ -116,12 +134,19 @@ def test_one_gap_of_several_is_the_one_of_a_single_draw(rule):
 def test_several_draws_are_without_replacement():
   weight = np.array([0.5, 0.3, 0.2])
   rng_B = jax.random.split(jax.random.key(0), 40_000)
-  index, _ = ops.choose_several(rng_B, jnp.tile(jnp.log(weight), (40_000, 1)), Rule(), 2)
+  index, _ = ops.choose_several(rng_B, jnp.tile(jnp.log(weight), (40_000, 1)), Rule(), count=2)
   for first in range(3):
     for second in range(3):
       share = np.mean((index[:, 0] == first) & (index[:, 1] == second))
       expected = 0 if first == second else weight[first] * weight[second] / (1 - weight[first])
       assert abs(share - expected) < 0.01
+
+
+def test_with_a_threshold_no_step_is_without_an_insertion():
+  cfg = CFG._replace(gaps=3, gap_threshold=0.9, gap=Rule(), token=Rule(), stop_threshold=1.0)
+  out = jax.device_get(sample(prompt_of(requests(limits=False)), jax.random.key(0), cfg))
+  for row, steps in zip(out.order_BxL.tolist(), out.steps_B.tolist(), strict=True):
+    assert set(row) - {-1} == set(range(steps))
 
 
 def test_settings_that_cannot_be_meant_are_refused():

@@ -58,6 +58,7 @@ ALLOWED = {
     'infilling',
     'traces',
     'families',
+    'families.growing',
     'families.settings',
     'tasks',
     'checkpoint',

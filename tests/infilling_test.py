@@ -79,7 +79,9 @@ def requests(number, seed=0):
 def test_a_text_is_cut_at_its_markers():
   gaps = infilling.read('Tom had a ___ . He was ___', least=[1, 0], most=5)
   assert gaps == (['Tom had a ', ' . He was ', ''], [1, 0], [5, 5])
-  assert infilling.read('a ___ b <x> c', marker='<x>') == (['a ___ b ', ' c'], [0], [UNLIMITED])
+  assert infilling.read('a ___ b <x> c', marker='<x>') == (['a ___ b ', ' c'], [1], [UNLIMITED])
+  assert infilling.read('a ___ b ___', most=[0, 3])[1:] == ([0, 1], [0, 3])
+  assert infilling.read('a ___', most=10**12, usual=0)[1:] == ([0], [UNLIMITED])
   assert infilling.read(['', ' home ___']).parts == ['', ' home ___']
 
 
@@ -88,7 +90,10 @@ def test_a_text_is_cut_at_its_markers():
   [
     ('no gap here', {}, "no gap: expected '___' in the text, got 'no gap here'"),
     (['one'], {}, 'no gap: expected at least two parts, got 1'),
-    (['one', 2], {}, 'expected a list of strings'),
+    (['one', 2], {}, r"expected a text, or the list of its parts around the gaps, got \['one', 2\]"),
+    (5, {}, 'expected a text, or the list of its parts around the gaps, got 5'),
+    ('a ___', {'least': 10**12}, r'gap 1 has least=1000000000000, most=\d+: expected'),
+    ('a ___', {'most': -1}, 'gap 1 has least=0, most=-1: expected'),
     ('a ___ ___ b', {}, 'gaps 1 and 2 have nothing but space between them: make them one'),
     ('a ___ b', {'marker': ''}, 'the marker of a gap is empty'),
     ('a ___ b', {'least': 3, 'most': 2}, 'gap 1 has least=3, most=2: expected 0 <= least <= most'),
@@ -106,17 +111,17 @@ def test_requests_that_cannot_be_meant_are_refused(text, settings, message):
 def test_gaps_are_open_between_the_tokens_of_the_parts():
   words = tokenizer.WordTokenizer(WORDS)
   gaps = infilling.read('the ___ ran home . ___', least=[2, 0], most=[4, None])
-  given = infilling.encode(gaps, words)
+  given = infilling.encode(gaps, words, limit=96)
   assert given['tokens'].tolist() == [CLS, BOS, *words.encode('the ran home .')]
   assert np.flatnonzero(given['open']).tolist() == [2, 5]
   assert (given['least'][2], given['least'][5], given['most'][2], given['most'][5]) == (2, 0, 4, UNLIMITED)
-  start = infilling.encode(infilling.read('___ ran'), words)
+  start = infilling.encode(infilling.read('___ ran', least=0), words, limit=96)
   assert np.flatnonzero(start['open']).tolist() == [1] and 'least' not in start and 'most' not in start
-  masked = infilling.encode(infilling.read('the ___ ran', least=2, most=2), words, masks=True)
+  masked = infilling.encode(infilling.read('the ___ ran', least=2, most=2), words, limit=9, masks=True)
   assert masked['tokens'].tolist() == [CLS, BOS, words.encode('the')[0], MASK, MASK, words.encode('ran')[0]]
   assert not masked['open'].any()
   with pytest.raises(UserError, match=r'gap 1: this model replaces a known number of \[MASK\]s'):
-    infilling.encode(infilling.read('the ___ ran', least=1), words, masks=True)
+    infilling.encode(infilling.read('the ___ ran', least=1), words, limit=9, masks=True)
 
 
 # --- back to text -----------------------------------------------------------------------------------------------------
@@ -140,7 +145,7 @@ def test_parts_come_back_byte_for_byte_around_the_fillings(words):
   for parts in requests(500):
     gaps = infilling.read(parts)
     try:
-      given = infilling.encode(gaps, words)
+      given = infilling.encode(gaps, words, limit=96)
     except UserError as error:
       assert 'have no token between them' in str(error)  # a part of which a tokenizer sees nothing
       continue
@@ -156,7 +161,21 @@ def test_parts_come_back_byte_for_byte_around_the_fillings(words):
     for filling, run in zip(made.fillings, runs, strict=True):
       assert not filling.strip() or run
       changed += bool(filling)
+      if run and words.decode(run).strip():
+        assert filling.strip()
   assert changed > 300
+
+
+def test_a_request_may_fill_the_row_and_no_more():
+  words = tokenizer.WordTokenizer(WORDS)
+  gaps = infilling.read('the ___ ran', least=2, most=2)
+  for masks in (False, True):
+    assert len(infilling.encode(gaps, words, limit=6, masks=masks)['tokens']) == (6 if masks else 4)
+    with pytest.raises(UserError, match=r'a text of 4 tokens and at least 2 to come leaves no room in sampling.max_l'):
+      infilling.encode(gaps, words, limit=5, masks=masks)
+  huge = infilling.read('the ___ ran', least=10**8, most=10**8)
+  with pytest.raises(UserError, match='leaves no room'):
+    infilling.encode(huge, words, limit=50, masks=True)
 
 
 def test_a_filling_has_one_space_on_each_side_and_can_complete_a_word(spm):
@@ -257,11 +276,22 @@ def test_requests_that_do_not_fit_are_refused(lm):
   with pytest.raises(UserError, match=r'text 1: a text of \d+ tokens and at least 1 to come leaves no room in'):
     lm.infill('the dog ran home . ' * 30 + '___')
   with pytest.raises(UserError, match=r'text 2: gap 1 has least=5, most=2'):
-    list(map(lambda i: lm.gaps('a ___', least=5, most=2, number=i), [1]))
+    lm.gaps('a ___', least=5, most=2, number=1)
   with pytest.raises(UserError, match='n=0: expected at least 1'):
     lm.infill('a ___', n=0)
   with pytest.raises(UserError, match='expected a list of prompts, got one string'):
     lm.generate('the dog')
+  for odd, message in ((5, 'expected a text, or the list of its parts'), ([None], 'text 1: expected a text')):
+    with pytest.raises(UserError, match=message):
+      lm.infill(odd if isinstance(odd, list) else [odd])
+  with pytest.raises(UserError, match='prompt 1: expected a text, got 5'):
+    lm.generate([5])
+  for ids in ([1, 2], [2**31], [-1]):
+    with pytest.raises(UserError, match='ids: expected a number from 0 for each of the 1 requests'):
+      lm.generate(['the dog'], ids=ids)
+  if lm.tokenizer.kind == 'wordpiece':
+    with pytest.raises(UserError, match='text 2 holds what the tokenizer does not know'):
+      lm.score(['the dog', 'the 犬'])
 
 
 def test_the_other_families_fill_what_they_can(spm, tmp_path):
@@ -271,8 +301,8 @@ def test_the_other_families_fill_what_they_can(spm, tmp_path):
   with pytest.raises(UserError, match='family=arm fills one gap of a text, got 2'):
     arm.infill('the ___ ran ___')
   masked = make_lm(spm, tmp_path, 'mdm', max_steps=4, **FEW)
-  made = masked.infill('the ___ ran ___ .', least=[2, 1], most=[2, 1])
-  assert sum(o >= 0 for o in made.order) == 3 and made.text.startswith('the ') and made.text.endswith(' .')
+  for made in masked.infill('the ___ ran ___', least=[2, 1], most=[2, 1], n=30):
+    assert sum(o >= 0 for o in made.order) == 3 and made.text.startswith('the ') and ' ran' in made.text
   with pytest.raises(UserError, match='text 1: gap 1: this model replaces a known number'):
     masked.infill('the ___ ran')
   gap = make_lm(spm, tmp_path, 'it', **FEW)
@@ -293,6 +323,7 @@ def test_a_score_is_that_of_the_tokens_one_by_one(spm, tmp_path):
     expected = -sum(float(log_prob[i, token]) for i, token in enumerate([*tokens[2:], tokenizer.EOS], 1))
     np.testing.assert_allclose(scored.nll, expected, rtol=1e-5)
     assert (scored.kind, scored.tokens, scored.error) == ('exact', len(tokens) - 2, 0.0)
+  assert lm.score(texts[::-1])[::-1] == lm.score(texts) and lm._scorer._cache_size() == 1
   bound = make_lm(spm, tmp_path, **FEW).score(texts[:1])[0]
   assert bound.kind == 'bound' and bound.nll > 0
   with pytest.raises(UserError, match='family=it has no likelihood'):
@@ -322,6 +353,11 @@ class Page(html.parser.HTMLParser):
     if self.depth > 1:
       self.words.append(data)
       self.now += [data] if self.latest else []
+
+
+def test_bytes_are_spelled_as_the_characters_they_make(spm):
+  ids = spm.encode('the é犬 ran')
+  assert ''.join(spm.spell(spm.pieces(ids))) == 'the é犬 ran' and len(spm.spell(spm.pieces(ids))) == len(ids)
 
 
 def test_a_page_holds_its_data_and_no_address(lm, tmp_path):

@@ -322,7 +322,10 @@ def denoise(tokens, tail, free, cfg):
   order, sums = [-1] * len(row), []
   for step in range(steps):
     places = [i for i, token in enumerate(row) if token == MASK]
-    log_p = log_probs(tuple(row), sigma(len(places) / masks), cfg.closed_tokens)
+    seen = row + [PAD] * (cfg.max_length - len(row)) if cfg.length == 'predicted' else row
+    log_p = log_probs(tuple(seen), sigma(len(places) / masks), cfg.closed_tokens)
+    inside = log_probs(tuple(seen), sigma(len(places) / masks), (*cfg.closed_tokens, PAD))
+    log_p = {i: inside[i] if i < len(tokens) else log_p[i] for i in places}  # a [MASK] of the prompt is a token
     certainty = {}
     for i in places:
       probs = sorted((math.exp(x) for x in log_p[i] if x > -math.inf), reverse=True)

@@ -8,21 +8,22 @@ import small
 from ilm_jax import api, stopping
 from ilm_jax.batching import ContinuousSampler
 from ilm_jax.sampling import prompt_of
+from ilm_jax.types import UserError
 
 STOPS = [np.array(stop, np.float32) for stop in ([0.1, 0.6, 0.2, 0.9], [0.3, 0.3], [0.95, 0.1, 0.1])]
 
 
 def test_a_row_ends_where_its_probability_reaches_the_threshold():
-  made = stopping.at_threshold(STOPS, 0.5, 3)
-  assert made.prob_NxL.argmax(axis=1).tolist() == [1, 1, 0] and made.limit.tolist() == [0, 1, 0]
+  made = stopping.at_threshold(STOPS, 0.5, longest=3)
+  assert made.prob_BxL.argmax(axis=1).tolist() == [1, 1, 0] and made.limit.tolist() == [0, 1, 0]
   assert made.mean() == pytest.approx(2 / 3)
-  assert stopping.at_threshold(STOPS, 0.92, 3).prob_NxL.argmax(axis=1).tolist() == [3, 1, 0]
+  assert stopping.at_threshold(STOPS, 0.92, longest=3).prob_BxL.argmax(axis=1).tolist() == [3, 1, 0]
 
 
 @pytest.mark.parametrize('temperature', [0.5, 1.0, 3.0])
 def test_sampled_stops_are_those_of_a_simulation(temperature):
-  rng, made = np.random.default_rng(0), stopping.sampled(STOPS, temperature, 3)
-  np.testing.assert_allclose(made.prob_NxL.sum(axis=1), 1)
+  rng, made = np.random.default_rng(0), stopping.sampled(STOPS, temperature, longest=3)
+  np.testing.assert_allclose(made.prob_BxL.sum(axis=1), 1)
   for i, stop in enumerate(STOPS):
     counts, cut = np.zeros(4), 0
     for _ in range(4_000):
@@ -33,7 +34,7 @@ def test_sampled_stops_are_those_of_a_simulation(temperature):
       else:
         cut += 1
       counts[at] += 1
-    np.testing.assert_allclose(made.prob_NxL[i], counts / 4_000, atol=0.03)
+    np.testing.assert_allclose(made.prob_BxL[i], counts / 4_000, atol=0.03)
     assert abs(made.limit[i] - cut / 4_000) < 0.03
 
 
@@ -48,10 +49,10 @@ def test_the_distance_is_the_mean_shift_of_matched_lengths():
 def test_the_fitted_rule_recovers_a_threshold_and_a_temperature():
   rng = np.random.default_rng(1)
   stops = [rng.random(20).astype(np.float32) ** 2 for _ in range(400)]
-  real = stopping.at_threshold(stops, 0.7, 19).prob_NxL.argmax(axis=1)
+  real = stopping.at_threshold(stops, 0.7, longest=19).prob_BxL.argmax(axis=1)
   *_, threshold, _ = stopping.rules_of(stops, real)
   assert 0.65 < float(threshold.flag.split('=')[1]) < 0.75 and 'fitted' in threshold.rule
-  warm = stopping.sampled(stops, 2.0, 19).prob_NxL.mean(axis=0)
+  warm = stopping.sampled(stops, 2.0, longest=19).prob_BxL.mean(axis=0)
   real = rng.choice(20, 20_000, p=warm / warm.sum())
   assert 1.7 < float(stopping.rules_of(stops, real)[-1].flag.split('=')[-1]) < 2.3
 
@@ -72,14 +73,34 @@ def test_lengths_told_from_one_run_are_those_of_sampling_with_the_threshold(lm, 
   source = lm.task.source(lm.cfg.task, 'validation')
   prompts = [prompt_of(source[i]) for i in range(40)]
   stops = stopping.trajectories(lm, prompts)
-  threshold = float(np.quantile(np.concatenate(stops), share))
-  told = stopping.at_threshold(stops, threshold, 30)
+  own = [stopping.warm(stop, lm.sample_cfg.stop_temperature) for stop in stops]
+  threshold = float(np.quantile(np.concatenate(own), share))
+  told = stopping.at_threshold(own, threshold, longest=30)
   cfg = lm.sample_cfg._replace(stop_threshold=threshold)
   rows = dict(ContinuousSampler(lm.model_cfg, lm.family, cfg, 8)(lm.params, jax.random.key(0), prompts))
   made = [int((rows[i]['order'] >= 0).sum()) for i in range(40)]
-  assert told.prob_NxL.argmax(axis=1).tolist() == made
+  assert told.prob_BxL.argmax(axis=1).tolist() == made
   assert (told.limit == 0).tolist() == [rows[i]['stopped'] for i in range(40)]
   assert len(set(made)) > 3
+
+
+def test_sampled_lengths_told_from_one_run_are_those_of_sampling(lm):
+  source = lm.task.source(lm.cfg.task, 'validation')
+  prompts = [prompt_of(source[i % 40]) for i in range(400)]
+  told = stopping.sampled(stopping.trajectories(lm, prompts), 20.0, longest=30)
+  cfg = lm.sample_cfg._replace(stop_threshold=None)
+  rows = ContinuousSampler(lm.model_cfg, lm.family, cfg, 40)(lm.params, jax.random.key(0), prompts)
+  made = [int((row['order'] >= 0).sum()) for _, row in rows]
+  assert abs(told.mean() - np.mean(made)) < 4 * np.std(made) / 20
+
+
+def test_several_insertions_a_step_and_a_forced_first_are_minded(lm, monkeypatch):
+  prompt = prompt_of(lm.task.source(lm.cfg.task, 'validation')[0])
+  monkeypatch.setattr(lm, 'sample_cfg', lm.sample_cfg._replace(force_first=True))
+  assert stopping.trajectories(lm, [prompt])[0][0] == 0
+  monkeypatch.setattr(lm, 'sample_cfg', lm.sample_cfg._replace(gaps=3))
+  with pytest.raises(UserError, match='told for one insertion a step'):
+    stopping.trajectories(lm, [prompt])
 
 
 def test_the_command_prints_the_rules_and_refuses_other_families(lm, monkeypatch, capsys, tmp_path):

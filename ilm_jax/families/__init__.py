@@ -15,6 +15,8 @@
 and, where a family has them:
 
     sample_settings(cfg)               -> fields of SampleConfig that the whole config decides
+    FILLS                              what a gap may be told: 'limits' (if missing), least and most tokens; 'free',
+                                          nothing; 'masks', exactly how many
     check_prompt(given, cfg)           refuse a prompt {'tokens', 'open', ...} that `sample` cannot serve
 
 A new family is one file and one entry of FAMILIES; modules are imported when asked for, so that the workers of the

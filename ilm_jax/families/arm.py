@@ -142,6 +142,7 @@ def begin(forward, rng, prompt: Prompt, cfg: SampleConfig, size: int) -> Rows:
 def finish(rows: Rows, cfg: SampleConfig) -> Sampled:
   """What has been sampled, in reading order."""
   if cfg.fim:
+    rows = growing.resize(rows, cfg.capacity)  # a row without [MASK]s may fill a smaller buffer
     layout = rows.memo.with_middle(rows.steps_B)
     rows = rows._replace(
       tokens_BxL=layout.restore(rows.tokens_BxL, 0),
@@ -306,4 +307,4 @@ def next_losses(forward, tokens_BxL, length_B, cfg: SampleConfig):
   index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
   next_BxL = jnp.where(index_BxL == length_B[:, None] - 1, EOS, jnp.roll(tokens_BxL, -1, axis=1))
   z_BxL = ops.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, index_BxL, next_BxL, compute=cfg.compute)
-  return lse_BxL - z_BxL
+  return jnp.where(bias_V[next_BxL] < 0, jnp.inf, lse_BxL - z_BxL)

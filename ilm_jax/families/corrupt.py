@@ -34,11 +34,11 @@ def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
     cfg: `close_prompt` closes the gaps inside the prompt in the training softmax (the reference leaves them open).
       `infill`: the share of the examples of which only a few stretches are free, as they are when a model fills gaps;
       their other gaps are closed.
-    u: a number in [0, 1) that decides n in place of a draw (stratified validation).
+    u: a number in [0, 1) that decides n in place of a draw (stratified validation, of whole texts).
   """
   tokens, fixed = example['tokens'], example['fixed']
   share = cfg.get('infill', 0.0)
-  infill = share > 0 and rng.random() < share
+  infill = u is None and share > 0 and rng.random() < share
   if infill:
     fixed = fixed | ~stretches(rng, ~fixed)
   free = np.flatnonzero(~fixed)
@@ -71,12 +71,11 @@ def arm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
     example: see above.
     cfg: `fim`, the share of the examples that are rearranged: the middle lies between two uniform cuts of the free
       tokens. An example with given tokens behind free ones always is, and its free tokens are the middle.
-    u: not used.
+    u: of a validation example, which is left in its order; else None.
 
   Raises:
     UserError: given tokens stand behind free ones, and `fim` is 0, or the free tokens are not in one piece.
   """
-  del u
   tokens, fixed = example['tokens'], example['fixed']
   free = np.flatnonzero(~fixed)
   before = {'length': len(tokens), 'free': len(free)}
@@ -91,7 +90,7 @@ def arm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
         'family=arm fills one gap of a text, but an example has free tokens in several places: use family=ilm or mdm'
       )
     tokens, place = rearrange(tokens, free[0], free[-1] + 1)
-  elif cfg.fim and rng.random() < cfg.fim:
+  elif cfg.fim and u is None and rng.random() < cfg.fim:
     first, past = sorted(len(tokens) - rng.integers(len(free), size=2, endpoint=True))
     tokens, place = rearrange(tokens, first, past)
   else:

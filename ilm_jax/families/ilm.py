@@ -169,8 +169,8 @@ def begin(forward, rng, prompt: Prompt, cfg: SampleConfig, size: int) -> Rows:
 def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   """One forward pass, one test of the stop head, one insertion (or several) in each row that goes on.
 
-  While a gap lacks tokens of its least number, the row does not stop; when the stop head wants it to, the next token
-  comes into such a gap.
+  While a gap lacks tokens of its least number, the row does not stop; when the stop head wants it to, or a limit is
+  near, the next token comes into such a gap.
   """
   rng_B = jax.vmap(jax.random.fold_in)(rows.rng_B, rows.steps_B)
   gap_rng_B, token_rng_B, stop_rng_B = jax.vmap(functools.partial(jax.random.split, num=3), out_axes=1)(rng_B)
@@ -183,46 +183,52 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   wants_stop_B = stop_prob_B >= threshold
   open_BxL = (rows.room_BxL > 0) & (jnp.arange(rows.tokens_BxL.shape[1])[None] < rows.length_B[:, None])
   lacks_BxL = open_BxL & (rows.lack_BxL > 0)
-  made_up_B = wants_stop_B & lacks_BxL.any(axis=1)
-  open_BxL &= lacks_BxL | ~made_up_B[:, None]
-  wants_stop_B &= ~made_up_B
+  room_B = jnp.minimum(cfg.max_length - rows.length_B, growing.most_steps(cfg) - rows.steps_B)
+  first_BxL = rows.gap_BxL != jnp.roll(rows.gap_BxL, 1, axis=1)  # a gap's positions stand together
+  lack_B = jnp.where(lacks_BxL & first_BxL, rows.lack_BxL, 0).sum(axis=1)
+  only_B = (lack_B > 0) & (wants_stop_B | (room_B <= lack_B))  # what is left is for the gaps that lack tokens
+  open_BxL &= lacks_BxL | ~only_B[:, None]
+  limit_BxL = jnp.where(only_B[:, None], rows.lack_BxL, rows.room_BxL)
+  wants_stop_B &= lack_B == 0
   if cfg.force_first:
     wants_stop_B &= rows.steps_B > 0
-  room_B = (rows.length_B < cfg.max_length) & (rows.steps_B < growing.most_steps(cfg))
-  go_B = rows.active_B & ~wants_stop_B & room_B & open_BxL.any(axis=1)
+  go_B = rows.active_B & ~wants_stop_B & (room_B > 0) & open_BxL.any(axis=1)
 
   if cfg.gaps == 1:
     gap_B, token_B, log_prob_B = choose_pair(outputs, open_BxL, cfg, gap_rng_B, token_rng_B)
-    gap_BxM, token_BxM, go_BxM = gap_B[:, None], token_B[:, None], go_B[:, None]
+    gap_BxG, token_BxG, go_BxG = gap_B[:, None], token_B[:, None], go_B[:, None]
   else:
-    gap_BxM, token_BxM, log_prob_BxM, ok_BxM = choose_pairs(outputs, open_BxL, cfg, gap_rng_B, token_rng_B)
-    shared_BxMxM = _shared(rows.gap_BxL, gap_BxM, gap_BxM) & ok_BxM[:, None, :]
-    before_BxM = (shared_BxMxM & jnp.tri(gap_BxM.shape[1], k=-1, dtype=bool)[None]).sum(axis=2)
-    ok_BxM &= before_BxM < jnp.take_along_axis(rows.room_BxL, gap_BxM, axis=1)
-    ok_BxM &= jnp.cumsum(ok_BxM, axis=1) <= (cfg.max_length - rows.length_B)[:, None]
-    go_BxM = ok_BxM & go_B[:, None]
-    log_prob_B = jnp.where(go_BxM, log_prob_BxM, 0.0).sum(axis=1)
+    gap_BxG, token_BxG, log_prob_BxG, ok_BxG = choose_pairs(outputs, open_BxL, cfg, gap_rng_B, token_rng_B)
+    shared_BxGxG = _shared(rows.gap_BxL, gap_BxG, gap_BxG) & ok_BxG[:, None, :]
+    before_BxG = (shared_BxGxG & jnp.tri(gap_BxG.shape[1], k=-1, dtype=bool)[None]).sum(axis=2)
+    ok_BxG &= before_BxG < jnp.take_along_axis(limit_BxL, gap_BxG, axis=1)
+    wanted_BxG = before_BxG < jnp.take_along_axis(rows.lack_BxL, gap_BxG, axis=1)  # the others leave room for these
+    spare_B = cfg.max_length - rows.length_B - lack_B
+    ok_BxG &= wanted_BxG | (jnp.cumsum(ok_BxG & ~wanted_BxG, axis=1) <= spare_B[:, None])
+    ok_BxG &= jnp.cumsum(ok_BxG, axis=1) <= (cfg.max_length - rows.length_B)[:, None]
+    go_BxG = ok_BxG & go_B[:, None]
+    log_prob_B = jnp.where(go_BxG, log_prob_BxG, 0.0).sum(axis=1)
 
-  def insert(array_BxL, value_BxM):
+  def insert(array_BxL, value_BxG):
     if cfg.gaps == 1:
-      return ops.insert(array_BxL, gap_BxM[:, 0], value_BxM[:, 0], go_BxM[:, 0])
+      return ops.insert(array_BxL, gap_BxG[:, 0], value_BxG[:, 0], go_BxG[:, 0])
     row_Bx1 = jnp.arange(len(go_B))[:, None]
-    value_BxL = jnp.zeros_like(array_BxL).at[row_Bx1, gap_BxM].set(value_BxM.astype(array_BxL.dtype))
-    return ops.insert_all(array_BxL, value_BxL, jnp.zeros_like(open_BxL).at[row_Bx1, gap_BxM].set(go_BxM))
+    value_BxL = jnp.zeros_like(array_BxL).at[row_Bx1, gap_BxG].set(value_BxG.astype(array_BxL.dtype))
+    return ops.insert_all(array_BxL, value_BxL, jnp.zeros_like(open_BxL).at[row_Bx1, gap_BxG].set(go_BxG))
 
   def spread(array_BxL):
     """What is said of a gap, also of its new tokens."""
-    return insert(array_BxL, jnp.take_along_axis(array_BxL, gap_BxM, axis=1))
+    return insert(array_BxL, jnp.take_along_axis(array_BxL, gap_BxG, axis=1))
 
   index_BxL = jnp.broadcast_to(jnp.arange(open_BxL.shape[1])[None], open_BxL.shape)
-  used_BxL = (_shared(rows.gap_BxL, index_BxL, gap_BxM) & go_BxM[:, None, :]).sum(axis=2)
+  used_BxL = (_shared(rows.gap_BxL, index_BxL, gap_BxG) & go_BxG[:, None, :]).sum(axis=2)
   return rows._replace(
-    tokens_BxL=insert(rows.tokens_BxL, token_BxM),
-    order_BxL=insert(rows.order_BxL, jnp.broadcast_to(rows.steps_B[:, None], gap_BxM.shape)),
+    tokens_BxL=insert(rows.tokens_BxL, token_BxG),
+    order_BxL=insert(rows.order_BxL, jnp.broadcast_to(rows.steps_B[:, None], gap_BxG.shape)),
     room_BxL=spread(rows.room_BxL - used_BxL),
     lack_BxL=spread(rows.lack_BxL - used_BxL),
     gap_BxL=spread(rows.gap_BxL),
-    length_B=rows.length_B + go_BxM.sum(axis=1),
+    length_B=rows.length_B + go_BxG.sum(axis=1),
     active_B=go_B,
     steps_B=rows.steps_B + go_B,
     stopped_B=rows.stopped_B | (rows.active_B & wants_stop_B),
@@ -239,17 +245,17 @@ def needed(length_B, cfg: SampleConfig):
 GROWTH = growing.Growth(begin, step, needed)
 
 
-def _shared(gap_BxL, one_BxN, other_BxM):
-  """Whether two positions lie in the same gap: BxNxM."""
-  one_BxN, other_BxM = (jnp.take_along_axis(gap_BxL, index, axis=1) for index in (one_BxN, other_BxM))
-  return one_BxN[:, :, None] == other_BxM[:, None, :]
+def _shared(gap_BxL, one_BxN, other_BxG):
+  """Whether two positions lie in the same gap: BxNxG."""
+  one_BxN, other_BxG = (jnp.take_along_axis(gap_BxL, index, axis=1) for index in (one_BxN, other_BxG))
+  return one_BxN[:, :, None] == other_BxG[:, None, :]
 
 
 def choose_pairs(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_rng_B):
   """Draw `gaps` different gaps of each row, by the rule without replacement, and a token for each.
 
   Returns:
-    (gap_BxM, token_BxM, log_prob_BxM, ok_BxM): the best gap first; not ok where there are fewer gaps, or where one is
+    (gap_BxG, token_BxG, log_prob_BxG, ok_BxG): the best gap first; not ok where there are fewer gaps, or where one is
     below the threshold; log-probabilities are those of the pairs under the model, before the rules.
   """
   hidden_BxLxD, unembed_VxD = outputs.hidden_BxLxD, outputs.unembed_VxD
@@ -257,10 +263,11 @@ def choose_pairs(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token
   lse_BxL = ops.vocab_logsumexp(hidden_BxLxD, unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute)
   lse_BxL = jnp.where(open_BxL, lse_BxL, ops.NEG_INF)
   count = min(cfg.gaps or open_BxL.shape[1], open_BxL.shape[1])
-  gap_BxM, ok_BxM = ops.choose_several(gap_rng_B, lse_BxL, cfg.gap, count)
+  some_BxL = lse_BxL
   if cfg.gap_threshold:
-    lse_BxM = jnp.take_along_axis(lse_BxL, gap_BxM, axis=1)
-    ok_BxM &= lse_BxM >= lse_BxL.max(axis=1, keepdims=True) + math.log(cfg.gap_threshold)
+    least_Bx1 = lse_BxL.max(axis=1, keepdims=True) + math.log(cfg.gap_threshold)
+    some_BxL = jnp.where(lse_BxL >= least_Bx1, lse_BxL, ops.NEG_INF)
+  gap_BxG, ok_BxG = ops.choose_several(gap_rng_B, some_BxL, cfg.gap, count=count)
 
   def draw(column):  # one gap of each row at a time: the logits of all would not fit
     rng_B, gap_B = column
@@ -270,9 +277,9 @@ def choose_pairs(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token
     return token_B, jnp.take_along_axis(logits_BxV, token_B[:, None], axis=1)[:, 0]
 
   more = jax.vmap(lambda number: jax.vmap(jax.random.fold_in, (0, None))(token_rng_B, number))(jnp.arange(1, count))
-  rng_MxB = jnp.concatenate([token_rng_B[None], more])  # the first as where there is one gap
-  token_MxB, chosen_MxB = jax.lax.map(draw, (rng_MxB, gap_BxM.T))
-  return gap_BxM, token_MxB.T, chosen_MxB.T - jax.nn.logsumexp(lse_BxL, axis=1, keepdims=True), ok_BxM
+  rng_GxB = jnp.concatenate([token_rng_B[None], more])  # the first as where there is one gap
+  token_GxB, chosen_GxB = jax.lax.map(draw, (rng_GxB, gap_BxG.T))
+  return gap_BxG, token_GxB.T, chosen_GxB.T - jax.nn.logsumexp(lse_BxL, axis=1, keepdims=True), ok_BxG
 
 
 def choose_pair(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_rng_B):

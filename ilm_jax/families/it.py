@@ -25,6 +25,7 @@ from ilm_jax.tokenizer import EOS
 from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, UserError
 
 corrupt = _corrupt.it
+FILLS = 'free'  # a gap has no least and no most number of tokens
 
 
 def model_settings(cfg) -> dict:

@@ -52,6 +52,7 @@ def _look(forward, tokens_BxL, fixed_BxL, length_B, keep_BxL, cfg) -> _Step:
   log_z_B = jax.nn.logsumexp(jnp.where(open_BxL, lse_BxL, ops.NEG_INF), axis=1)
   gap_BxL = jnp.cumsum(keep_BxL, axis=1) - 1
   z_BxL = ops.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, gap_BxL, tokens_BxL, compute=cfg.compute)
+  z_BxL += bias_V[tokens_BxL]  # what is never inserted has no probability
   log_BxSx2 = jax.nn.log_softmax(outputs.stop_BxSx2[:, 0], axis=-1)
   missing_BxL = valid_BxL & ~keep_BxL
   return _Step(log_BxSx2[:, 0], log_BxSx2[:, 1], jnp.where(missing_BxL, z_BxL - log_z_B[:, None], 0.0))

@@ -32,6 +32,7 @@ from ilm_jax.types import Batch, Metrics, Outputs, Prompt, Rule, Sampled, Score,
 corrupt = _corrupt.mdm
 
 LOSSES = ('mean_masked', 'nelbo')
+FILLS = 'masks'  # a gap is filled by as many [MASK]s as tokens are asked for
 ORDERS = ('ancestral', 'top_probability', 'margin', 'entropy')
 LENGTHS = ('predicted', 'given')
 ALIVE = 2**24  # logits that the sampler holds at a time
@@ -212,7 +213,8 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   tokens_BxL = jnp.where(inside_BxL, tokens_BxL, PAD)
 
   request_rng_B = jax.vmap(functools.partial(jax.random.fold_in, rng))(prompt.request_B)
-  step = functools.partial(_step, forward, request_rng_B, cfg, limit, seen_B, (tokens_BxL == MASK).sum(axis=1))
+  masks_B = (tokens_BxL == MASK).sum(axis=1)
+  step = functools.partial(_step, forward, request_rng_B, cfg, limit, seen_B, masks_B, given_BxL)
   start = _State(
     step=jnp.zeros((), jnp.int32),
     tokens_BxL=tokens_BxL,
@@ -237,7 +239,7 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   )
 
 
-def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, length_B, masks_B, state: _State) -> _State:
+def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, length_B, masks_B, given_BxL, state) -> _State:
   """One forward pass; tokens for some of the [MASK]s that are left of each row's `masks_B`."""
   masked_BxL = state.tokens_BxL == MASK
   left_B = masked_BxL.sum(axis=1)
@@ -249,7 +251,7 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, length_B, masks
 
   rng_B = jax.vmap(jax.random.fold_in, (0, None))(request_rng_B, state.step)
   reveal_rng_B, token_rng_B = jax.vmap(jax.random.split, out_axes=1)(rng_B)
-  token_BxL, log_prob_BxL, certainty_BxL = choose_tokens(outputs, cfg, token_rng_B)
+  token_BxL, log_prob_BxL, certainty_BxL = choose_tokens(outputs, cfg, token_rng_B, given_BxL)
   if cfg.order == 'ancestral':
     draw_BxL = jax.vmap(lambda rng: jax.random.uniform(rng, masked_BxL.shape[1:]))(reveal_rng_B)
     reveal_BxL = masked_BxL & (draw_BxL < 1.0 / (limit - state.step))  # (t - s) / t; the last time 1
@@ -268,8 +270,10 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, length_B, masks
   )
 
 
-def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B):
+def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B, given_BxL):
   """Draw a token for every position, a few positions at a time (never all their logits).
+
+  The [MASK]s of a prompt stand for a token each: where `given_BxL`, there is no [PAD].
 
   Returns:
     (token_BxL, log_prob_BxL, certainty_BxL): the second is under the model at temperature 1. Certainty is of the
@@ -280,8 +284,9 @@ def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B):
   bias_V = ops.closed_bias(unembed_VxD.shape[0], (*cfg.closed_tokens, MASK))
 
   def at(place):
-    hidden_BxD, position = place
+    hidden_BxD, position, given_B = place
     logits_BxV = ops.einsum('bd,vd->bv', hidden_BxD, unembed_VxD, compute) + bias_V[None]
+    logits_BxV = logits_BxV.at[:, PAD].add(jnp.where(given_B, ops.NEG_INF, 0.0))
     log_prob_BxV = jax.nn.log_softmax(logits_BxV)
     token_B = ops.choose(jax.vmap(jax.random.fold_in, (0, None))(rng_B, position), logits_BxV, cfg.token)
     certainty_B = log_prob_BxV.max(axis=1)
@@ -295,7 +300,7 @@ def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B):
   hidden_LxBxD = outputs.hidden_BxLxD.swapaxes(0, 1)
   size, rows, _ = hidden_LxBxD.shape
   together = min(size, max(1, ALIVE // (rows * len(bias_V))))
-  chosen = jax.lax.map(at, (hidden_LxBxD, jnp.arange(size)), batch_size=together)
+  chosen = jax.lax.map(at, (hidden_LxBxD, jnp.arange(size), given_BxL.T), batch_size=together)
   return tuple(x_LxB.swapaxes(0, 1) for x_LxB in chosen)
 
 
