@@ -130,6 +130,7 @@ class Evaluator:
         pairs |= self.task.score(free, example['tokens'][~example['fixed']], self.cfg.task)
       pairs['stopped'] = (float(row['stopped']), 1.0)
       pairs['length'] = (float(len(free)), 1.0)
+      pairs['reference_length'] = (float((~example['fixed']).sum()), 1.0)
       steps = row['order'][row['order'] >= 0].tolist()
       landmark = self.task.landmark(row['tokens'], self.cfg.task) if hasattr(self.task, 'landmark') else None
       pairs |= metrics_lib.order_statistics(steps, landmark)

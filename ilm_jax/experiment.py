@@ -105,13 +105,16 @@ def build(cfg, workdir=None) -> Experiment:
     family, cfg, cfg.sampling, closed_tokens=tokenizer.special_ids, compute=model_cfg.compute
   )
   loss_cfg = ConfigDict({**cfg.loss.to_dict(), 'compute': model_cfg.compute})
-  loss_cfg.mean_weight = mean_weight(task.source(cfg.task, 'train')) if cfg.loss.length_weight == 'elbo' else 1.0
+  loss_cfg.mean_weight = (
+    mean_weight(cfg, family, task.source(cfg.task, 'train')) if cfg.loss.length_weight == 'elbo' else 1.0
+  )
   return Experiment(cfg, family, task, model_cfg, sample_cfg, loss_cfg, mesh)
 
 
-def mean_weight(source, examples: int = 1_000) -> float:
-  """The mean over the first training examples of 1 + the number of their free tokens."""
-  return float(np.mean([1 + (~source[i]['fixed']).sum() for i in range(min(examples, len(source)))]))
+def mean_weight(cfg, family, source, examples: int = 1_000) -> float:
+  """The mean over the first training examples, corrupted, of 1 + the number of their free tokens."""
+  made = (family.corrupt(np.random.default_rng(i), source[i], cfg.corrupt) for i in range(min(examples, len(source))))
+  return float(np.mean([1 + example['free'] for example in made]))
 
 
 def as_json(cfg) -> dict:

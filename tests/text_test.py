@@ -127,6 +127,17 @@ def test_the_official_stories_are_told_by_their_names(tmp_path):
   assert shared == dict.fromkeys(('validation', 'test'), ('validation', 'test'))
 
 
+def test_a_cache_inside_the_corpus_is_no_part_of_it(tmp_path):
+  (tmp_path / 'a.txt').write_text('the dog ran')
+  for name, mark in (('data/1.0.0', 'dataset_info.json'), ('words', 'ilm_tokenizer.json')):
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    (folder / mark).write_text('{}')
+    (folder / 'x-00000-of-00001').write_bytes(b'\xff')
+    (folder / 'vocab.txt').write_text('the')
+  assert [file.name for file in corpora.find(str(tmp_path)).files['train']] == ['a.txt']
+
+
 def test_the_official_shards_are_told_by_their_folders_and_names(tmp_path):
   train_, held = 'training-monolingual.tokenized.shuffled', 'heldout-monolingual.tokenized.shuffled'
   shards = [f'{train_}/news.en-0000{i}-of-00100' for i in (1, 2)]

@@ -60,6 +60,9 @@ class Corpus(NamedTuple):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+OURS = ('dataset_info.json', 'ilm_tokenizer.json')  # of folders with what is prepared
+
+
 def find(path: str) -> Corpus:
   """Look for the files of a corpus.
 
@@ -104,6 +107,8 @@ def _walk(folder, prefix: str = ''):
   for path in folder.iterdir():
     if path.name.startswith('.'):
       continue
+    if path.is_dir() and any((path / name).exists() for name in OURS):
+      continue  # a cache that lies inside the corpus
     if path.is_dir():
       yield from _walk(path, f'{prefix}{path.name}/')
     elif KINDS.search(path.name):
