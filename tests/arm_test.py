@@ -188,7 +188,8 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_the_size_of_the_cache(for
 def test_the_end_token_is_never_closed_and_never_written(forward):
   cfg = arm.SampleConfig.create({'max_length': 9, 'gap': {'temperature': 0.0}, 'token': {}}, closed_tokens=range(7))
   assert cfg.closed_tokens == CLOSED
-  out = arm.sample(forward, jax.random.key(0), prompt_of([[CLS, BOS]] * 50, requests=range(50)), cfg)
+  run = jax.jit(functools.partial(arm.sample, forward, cfg=cfg))
+  out = run(jax.random.key(0), prompt_of([[CLS, BOS]] * 50, requests=range(50)))
   assert out.stopped_B.any() and (out.tokens_BxL != EOS).all()
 
 
@@ -228,7 +229,7 @@ def test_stopped_and_living_mass_is_one():
 
 def test_the_score_of_an_answer_is_that_of_its_sampling(forward):
   cfg = arm.SampleConfig(max_length=30, closed_tokens=CLOSED, token=Rule())
-  out = jax.device_get(arm.sample(forward, jax.random.key(5), prompt_of(ROWS), cfg))
+  out = jax.device_get(jax.jit(functools.partial(arm.sample, forward, cfg=cfg))(jax.random.key(5), prompt_of(ROWS)))
   fixed_BxL = out.order_BxL < 0
   scored = arm.score(forward, None, out.tokens_BxL, fixed_BxL, out.length_B, cfg)
   rows = [i for i in range(len(ROWS)) if out.stopped_B[i]]

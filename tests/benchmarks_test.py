@@ -191,7 +191,16 @@ def test_a_mistyped_flag_is_one_line(module, flag, capsys):
 
 
 def test_both_ways_of_batching_serve_the_same_requests(capsys, tmp_path):
-  flags = ['--size=toy', '--vocab=40', '--requests=20', '--slots=8', '--repeats=1', '--gaps=1,0', '--compute=float32']
+  flags = [
+    '--size=toy',
+    '--vocab=40',
+    '--requests=20',
+    '--slots=8',
+    '--repeats=1',
+    '--gaps=1,0',
+    '--compute=float32',
+    '--min_buffer=128',
+  ]
   assert batching.main([*flags, f'--json={tmp_path / "out.json"}']) == 0
   out = capsys.readouterr().out
   assert 'sequences with the same tokens: 100.0 %' in out

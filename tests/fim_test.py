@@ -180,7 +180,8 @@ def test_the_score_of_a_middle_is_the_sum_over_the_rearranged_text():
 
 def test_the_score_of_an_answer_is_that_of_its_sampling():
   forward = Prefix()
-  out = jax.device_get(arm.sample(forward.table, jax.random.key(2), prompt_of(GAPS), CFG))
+  run = jax.jit(functools.partial(arm.sample, forward.table, cfg=CFG))
+  out = jax.device_get(run(jax.random.key(2), prompt_of(GAPS)))
   scored = arm.score(forward, None, out.tokens_BxL, out.order_BxL < 0, out.length_B, CFG)
   rows = [i for i in range(len(GAPS)) if out.stopped_B[i] and out.steps_B[i]]
   assert any(gap < len(given) - 1 for given, gap in (GAPS[i] for i in rows))

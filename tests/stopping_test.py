@@ -68,7 +68,7 @@ def lm():
   )
 
 
-@pytest.mark.parametrize('share', [0.8, 0.95])
+@pytest.mark.parametrize('share', [0.9])
 def test_lengths_told_from_one_run_are_those_of_sampling_with_the_threshold(lm, share):
   source = lm.task.source(lm.cfg.task, 'validation')
   prompts = [prompt_of(source[i]) for i in range(40)]
@@ -86,12 +86,12 @@ def test_lengths_told_from_one_run_are_those_of_sampling_with_the_threshold(lm, 
 
 def test_sampled_lengths_told_from_one_run_are_those_of_sampling(lm):
   source = lm.task.source(lm.cfg.task, 'validation')
-  prompts = [prompt_of(source[i % 40]) for i in range(400)]
+  prompts = [prompt_of(source[i % 40]) for i in range(200)]
   told = stopping.sampled(stopping.trajectories(lm, prompts), 20.0, longest=30)
   cfg = lm.sample_cfg._replace(stop_threshold=None)
   rows = ContinuousSampler(lm.model_cfg, lm.family, cfg, 40)(lm.params, jax.random.key(0), prompts)
   made = [int((row['order'] >= 0).sum()) for _, row in rows]
-  assert abs(told.mean() - np.mean(made)) < 4 * np.std(made) / 20
+  assert abs(told.mean() - np.mean(made)) < 4 * np.std(made) / 200**0.5
 
 
 def test_several_insertions_a_step_and_a_forced_first_are_minded(lm, monkeypatch):
