@@ -128,7 +128,7 @@ def main(argv=None) -> int:
     f'{both["tokens"] / args.requests:.1f} tokens in the mean, {args.slots} slots\n'
   )
   print(_report.table([
-    {'batching': name, 'sequences / s (min - max)': _report.median_of(values),
+    {'slots': str(args.slots), 'batching': name, 'sequences / s (min - max)': _report.median_of(values),
      'x static': '1' if name == 'static' else _report.median_of(ratios)}
     for name, values in rates.items()
   ]))  # fmt: skip
@@ -139,7 +139,8 @@ def main(argv=None) -> int:
     rows.append(several(args, params, requests, gaps))
   first = statistics.median(rows[0]['seconds']) if rows else 0
   print(_report.table([
-    {'insertions a step': str(row['gaps'] or 'all'), 'passes / sequence': f'{row["passes"]:.1f}',
+    {'slots': str(args.slots), 'insertions a step': str(row['gaps'] or 'all'),
+     'passes / sequence': f'{row["passes"]:.1f}',
      'sequences / s (min - max)': _report.median_of([args.requests / s for s in row['seconds']]),
      'x the first': f'{first / statistics.median(row["seconds"]):.2f}'}
     for row in rows

@@ -204,7 +204,7 @@ def test_both_ways_of_batching_serve_the_same_requests(capsys, tmp_path):
   assert batching.main([*flags, f'--json={tmp_path / "out.json"}']) == 0
   out = capsys.readouterr().out
   assert 'sequences with the same tokens: 100.0 %' in out
-  assert re.search(r'^continuous +\S+', out, re.M) and re.search(r'^ *all +\S+', out, re.M)
+  assert re.search(r'^ *8  continuous +\S+', out, re.M) and re.search(r'^ *8 +all +\S+', out, re.M)
   written = json.loads((tmp_path / 'out.json').read_text())
   one, everywhere = written['several']
   assert one['passes'] - 1 == written['both']['tokens'] / 20  # a pass a token, and one that ends
