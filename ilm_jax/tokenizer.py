@@ -34,6 +34,7 @@ SPECIAL = ('[PAD]', '[CLS]', '[MASK]', '[EOS]', '[BOS]', '[SEP]', '[UNK]')
 PAD, CLS, MASK, EOS, BOS, SEP, UNK = range(7)
 
 BYTE = re.compile(r'<0x[0-9A-F]{2}>')  # of SentencePiece
+START = (SPECIAL[CLS], SPECIAL[BOS])  # stand before a text, and for no characters
 INFO = 'ilm_tokenizer.json'  # of a saved tokenizer; written last
 NORMALISATIONS = ('identity', 'nfkc', 'nmt_nfkc', 'nfkc_cf', 'nmt_nfkc_cf')
 THREADS = 8  # of the training of SentencePiece: another number gives another model
@@ -175,7 +176,7 @@ class SentencePiece(Tokenizer):
         text = bytes.fromhex(''.join(piece[3:5] for piece in run)).decode('utf-8', 'replace')
         out += [text] + [''] * (len(run) - 1)
       else:
-        out += [piece.replace('\u2581', ' ') for piece in run]
+        out += ['' if piece in START else piece.replace('\u2581', ' ') for piece in run]
     return out
 
 
@@ -232,7 +233,7 @@ class WordPiece(Tokenizer):
 
   def spell(self, pieces: list[str]) -> list[str]:
     """A space before what does not go on with a word."""
-    return [piece[2:] if piece.startswith('##') else ' ' + piece for piece in pieces]
+    return ['' if p in START else p[2:] if p.startswith('##') else ' ' + p for p in pieces]
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
