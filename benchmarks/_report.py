@@ -53,6 +53,13 @@ def positive(text: str) -> int:
   return int(text)
 
 
+def counts(text: str) -> list[int]:
+  """A flag's type: integers from 0, separated by commas."""
+  if not all(part.isdecimal() for part in text.split(',')):
+    raise argparse.ArgumentTypeError(f'{text!r}: expected numbers with commas between them')
+  return [int(part) for part in text.split(',')]
+
+
 def positives(text: str) -> list[int]:
   """A flag's type: integers of at least 1, separated by commas."""
   return [positive(part) for part in text.split(',')]

@@ -97,7 +97,9 @@ def parse(argv):
   parser.add_argument('--requests', type=_report.positive, default=512, help='sequences of a turn')
   parser.add_argument('--slots', type=_report.positive, default=64, help='rows of a static batch; slots')
   parser.add_argument('--min_buffer', type=_report.positive, default=32, help='shortest buffer, for both')
-  parser.add_argument('--gaps', default='1,2,4,8,0', help='insertions of a step in the second table; 0: all')
+  parser.add_argument(
+    '--gaps', type=_report.counts, default=[1, 2, 4, 8, 0], help='insertions of a step in the second table; 0: all'
+  )
   parser.add_argument('--repeats', type=_report.positive, default=3, help='timed turns')
   parser.add_argument(
     '--size', choices=list(_report.SIZES), help='of the model: xtiny2 on a CPU by default, else small'
@@ -105,11 +107,7 @@ def parse(argv):
   parser.add_argument('--compute', choices=_report.COMPUTE, default='mixed', help='type of the matrix products')
   parser.add_argument('--vocab', type=_report.positive, default=_report.LM1B_VOCABULARY, help='words')
   parser.add_argument('--json', metavar='FILE', help='where to write everything that was measured')
-  args = parser.parse_args(argv)
-  if not all(part.isdecimal() for part in args.gaps.split(',')):
-    parser.error(f'--gaps={args.gaps}: expected numbers with commas between them')
-  args.gaps = [int(part) for part in args.gaps.split(',')]
-  return args
+  return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:

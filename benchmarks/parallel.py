@@ -60,16 +60,12 @@ def parse(argv):
   parser.add_argument('--judge', required=True, help='folder of an ARM run, or hf:NAME')
   parser.add_argument('--count', type=_report.positive, default=200, help='texts')
   parser.add_argument('--slots', type=_report.positive, default=64, help='at a time')
-  parser.add_argument('--gaps', default='1,2,4,8,0', help='insertions of a step; 0: all')
+  parser.add_argument('--gaps', type=_report.counts, default=[1, 2, 4, 8, 0], help='insertions of a step; 0: all')
   parser.add_argument(
     '--gap_threshold', type=float, default=0.0, help='only gaps as probable as this share of the best'
   )
   parser.add_argument('--json', metavar='FILE', help='where to write everything that was measured')
-  args = parser.parse_args(argv)
-  if not all(part.isdecimal() for part in args.gaps.split(',')):
-    parser.error(f'--gaps={args.gaps}: expected numbers with commas between them')
-  args.gaps = [int(part) for part in args.gaps.split(',')]
-  return args
+  return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
