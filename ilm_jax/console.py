@@ -6,6 +6,8 @@ import warnings
 
 from absl import flags, logging
 
+from ilm_jax.types import UserError
+
 HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
@@ -26,6 +28,37 @@ def usage(doc: str, values: flags.FlagValues, names) -> int:
   for name in names:
     print(f'  --{name}: {values[name].help}')
   return 0
+
+
+def command(doc: str, define, run, argv=None, *, positional: bool = False) -> int:
+  """Run a command with flags of its own; a user's mistake is one line on standard error and exit code 1.
+
+  Args:
+    doc: what --help prints before the flags.
+    define: defines them, in the FlagValues it is given.
+    run: values -> exit code; raises UserError for a mistake.
+    argv: the arguments, sys.argv by default.
+    positional: there may be arguments that are no flags, and they are the second argument of `run`.
+  """
+  values = flags.FlagValues()
+  define(values)
+  argv = sys.argv if argv is None else argv
+  if wants_help(argv):
+    return usage(doc, values, [name for name in values if name not in ('flagfile', 'undefok')])
+  try:
+    try:
+      _, *rest = values(argv, known_only=False)
+    except flags.Error as error:
+      raise UserError(f'flags: {error}') from None
+    if rest and not positional:
+      raise UserError(f'flags: did not understand {rest[0]!r}: every argument is a flag, --name=value')
+    return run(values, rest) if positional else run(values)
+  except UserError as error:
+    return fail(error)
+  except BrokenPipeError:
+    return 1
+  except KeyboardInterrupt:
+    return 130
 
 
 def quiet() -> None:

@@ -4,6 +4,7 @@ A row holds the runs of one task, family, model, training and sampler that diffe
 read from what the runs wrote (run.json, eval.json, event files); a run that lacks one is refused.
 """
 
+import functools
 import itertools
 import json
 import sys
@@ -15,7 +16,7 @@ from absl import flags
 from etils import epath
 
 from ilm_jax import dashboards, metrics
-from ilm_jax.console import fail, usage, wants_help
+from ilm_jax.console import command
 from ilm_jax.types import UserError
 
 PAPER = {  # sequence accuracy in %, arXiv 2505.05755, table 1 (one seed each)
@@ -271,33 +272,28 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_bool('plots', True, 'Draw accuracy.png into each run folder.', flag_values=values)
 
 
-def main(argv=None) -> int:
-  """Run the command; a user's mistake is one line on standard error and exit code 1."""
-  values = flags.FlagValues()
-  define(values)
-  argv = sys.argv if argv is None else argv
-  if wants_help(argv):
-    return usage(__doc__, values, ('mixed_commits', 'plots'))
+def run(arguments: list[str], values, workdirs: list[str]) -> int:
+  """Read, draw, print."""
+  if not workdirs:
+    raise UserError('no runs given: expected their folders, python -m ilm_jax.report runs/a runs/b > RESULTS.md')
   try:
-    try:
-      _, *workdirs = values(argv)
-    except flags.Error as error:
-      raise UserError(f'flags: {error}') from None
-    if not workdirs:
-      raise UserError('no runs given: expected their folders, python -m ilm_jax.report runs/a runs/b > RESULTS.md')
     rows = rows_of([read(workdir) for workdir in workdirs], values.mixed_commits)
     if values.plots:
       for workdir in workdirs:
         plot(workdir)
     made = time.strftime('%Y-%m-%d')
-    print(table(rows, f'python -m ilm_jax.report {" ".join(argv[1:])}` on `{made}'), end='')
-    return 0
-  except UserError as error:
-    return fail(error)
+    print(table(rows, f'python -m ilm_jax.report {" ".join(arguments)}` on `{made}'), end='')
+  except BrokenPipeError:
+    raise
   except OSError as error:
-    return fail(f'{error.filename or "a file"}: {error.strerror or error}')
-  except KeyboardInterrupt:
-    return 130
+    raise UserError(f'{error.filename or "a file"}: {error.strerror or error}') from None
+  return 0
+
+
+def main(argv=None) -> int:
+  """Run the command."""
+  argv = sys.argv if argv is None else argv
+  return command(__doc__, define, functools.partial(run, argv[1:]), argv, positional=True)
 
 
 if __name__ == '__main__':

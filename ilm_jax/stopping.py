@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
-from ilm_jax.console import fail, quiet, usage, wants_help
+from ilm_jax.console import command, quiet
 from ilm_jax.types import UserError
 
 QUANTILES = np.linspace(0.005, 0.995, 100)
@@ -204,24 +204,8 @@ def run(values) -> int:
 
 
 def main(argv=None) -> int:
-  """Run the command; a user's mistake is one line on standard error and exit code 1."""
-  values = flags.FlagValues()
-  define(values)
-  argv = sys.argv if argv is None else argv
-  if wants_help(argv):
-    return usage(__doc__, values, ('workdir', 'checkpoint', 'count', 'batch_size', 'seed', 'plot'))
-  try:
-    try:
-      rest = values(argv, known_only=False)
-    except flags.Error as error:
-      raise UserError(f'flags: {error}') from None
-    if len(rest) > 1:
-      raise UserError(f'flags: did not understand {rest[1]!r}: every argument is a flag, --name=value')
-    return run(values)
-  except UserError as error:
-    return fail(error)
-  except KeyboardInterrupt:
-    return 130
+  """Run the command."""
+  return command(__doc__, define, run, argv)
 
 
 if __name__ == '__main__':

@@ -83,7 +83,7 @@ ALLOWED = {
     ],
     *['judges', 'quality', 'experiment', 'update', 'workdir'],
   ],
-  'console': [],
+  'console': ['types'],
   'main': ['types', 'console', 'train'],
   'generate': ['types', 'console', 'api'],
   'stopping': ['types', 'console', 'api', 'batching', 'sampling'],
