@@ -117,7 +117,6 @@ def environment(cache) -> dict[str, str]:
     'JAX_PLATFORMS': 'cpu',
     'JAX_COMPILATION_CACHE_DIR': str(cache),
     'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-    'XLA_FLAGS': '',
   }
   return {**os.environ, **settings}
 
