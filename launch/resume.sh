@@ -45,7 +45,7 @@ cause() {
   case $1 in
     75) echo 'preempted, and saved' ;;
     130) echo 'stopped by Ctrl-C, and saved' ;;
-    134) echo 'aborted: another host died or stopped answering, or the runtime failed (its lines above say which)' ;;
+    134) echo 'aborted: another host died or stopped answering (all start again), or the runtime failed, as said above' ;;
     137) echo 'killed: out of memory (dmesg says so), or from outside' ;;
     139) echo 'crashed: segmentation fault' ;;
     143) echo 'terminated before it could save' ;;
@@ -57,9 +57,9 @@ restarts_on() { [ "$1" = 75 ] || { [ "$1" -gt 128 ] && [ "$1" -le 192 ] && [ "$1
 
 [ -z "$result" ] || trap 'echo "$?" > "$result"' EXIT
 set -m # the command gets a process group of its own: a Ctrl-C reaches it through pass_on only, once
-child='' told=0
+child='' told='' # told: the signals that came, in order
 pass_on() {
-  told=$((told + 1))
+  told+=" $1"
   [ -z "$child" ] || kill -s "$1" "$child" 2> /dev/null || true
 }
 trap 'pass_on TERM' TERM HUP
@@ -67,7 +67,7 @@ trap 'pass_on INT' INT
 
 # Wait for the child; its exit code goes to `status`. A signal cuts `wait` short, so it waits again.
 await() {
-  local heard=''
+  local heard=none
   until [ "$heard" = "$told" ]; do
     heard=$told status=0
     wait -f "$child" 2> /dev/null || status=$?
@@ -80,12 +80,12 @@ while :; do
   began=$SECONDS
   "$@" &
   child=$!
-  [ "$told" = 0 ] || kill -s TERM "$child" 2> /dev/null || true # it came before there was a child
+  [ -z "$told" ] || kill -s "${told##* }" "$child" 2> /dev/null || true # it came before there was a child
   await
   code=$status
   why="exit code $code: $(cause "$code")"
   [ "$code" != 0 ] || exit 0
-  if [ "$told" != 0 ]; then
+  if [ -n "$told" ]; then
     say "told to stop; $why"
     exit "$code"
   fi
@@ -105,9 +105,9 @@ while :; do
     exit "$code"
   fi
   restarts=$((restarts + 1))
-  say "$why: restarting all in $pause s ($restarts of $max_restarts)"
+  say "$why: restarting in $pause s ($restarts of $max_restarts)"
   sleep "$pause" &
   child=$!
   await
-  [ "$told" = 0 ] || exit "$code"
+  [ -z "$told" ] || exit "$code"
 done

@@ -1,4 +1,4 @@
-"""launch/: the plans of the launchers, the restarts with stubs for what they start, the manifests, the README's commands."""
+"""launch/: the plans of the launchers, the restarts with stubs for what is started, the manifests, the README."""
 
 import contextlib
 import math
@@ -189,7 +189,7 @@ def test_a_preempted_run_is_started_again_until_it_finishes(resume):
   done, starts = resume([75, 75, 0])
   assert (done.returncode, starts) == (0, 3)
   said = done.stderr.splitlines()
-  assert len(said) == 2 and all('preempted, and saved: restarting' in line for line in said)
+  assert len(said) == 2 and all('preempted, and saved: restarting in' in line for line in said)
   assert '(1 of 100)' in said[0] and '(2 of 100)' in said[1]
 
 
@@ -208,7 +208,7 @@ def test_a_killed_run_is_started_again_and_the_line_names_the_cause(resume, code
   done, starts = resume([code, 0])
   assert (done.returncode, starts) == (0, 2)
   assert f'exit code {code}: ' in done.stderr and CAUSES[code] in done.stderr
-  assert 'restarting all in 0 s (1 of 100)' in done.stderr and done.stderr.count('\n') == 1
+  assert 'restarting in 0 s (1 of 100)' in done.stderr and done.stderr.count('\n') == 1
 
 
 def test_it_gives_up_after_max_restarts(resume):
@@ -226,7 +226,9 @@ def test_what_dies_at_once_five_times_in_a_row_is_not_started_again(resume):
 def test_what_dies_after_a_minute_is_started_again_and_again(resume, tmp_path):
   """The clock of the shell is put forward by two minutes while the fourth process runs."""
   clock = tmp_path / 'clock'
-  clock.write_text("""trap '[ "$BASH_COMMAND" != await ] || [ "${restarts:-}" != 3 ] || SECONDS=$((SECONDS + 120))' DEBUG""")
+  clock.write_text(
+    """trap '[ "$BASH_COMMAND" != await ] || [ "${restarts:-}" != 3 ] || SECONDS=$((SECONDS + 120))' DEBUG"""
+  )
   done, starts = resume([134] * 7 + [0], BASH_ENV=clock)
   assert (done.returncode, starts) == (0, 8), done.stderr
 
@@ -348,9 +350,7 @@ def job(tmp_path):
   ('codes', 'restarted', 'end', 'requeued'),
   [([75], 0, 0, ['requeue 7']), ([75], 100, 75, []), ([1], 0, 1, []), ([0], 0, 0, [])],
 )
-def test_a_slurm_job_goes_back_to_the_queue_when_it_was_preempted_only(
-  job, tmp_path, codes, restarted, end, requeued
-):
+def test_a_slurm_job_goes_back_to_the_queue_when_it_was_preempted_only(job, tmp_path, codes, restarted, end, requeued):
   (tmp_path / 'codes').write_text('\n'.join(map(str, codes)))
   stub(tmp_path / 'step', ENDS)
   with job(SLURM_RESTART_COUNT=restarted) as process:
@@ -529,6 +529,26 @@ def test_a_tpu_can_be_kept(cloud, tmp_path):
   assert done.returncode == 0 and 'kept, and costs' in done.stderr and changes(tmp_path) == ['delete', 'create']
 
 
+def test_a_ctrl_c_leaves_the_run_and_the_tpu_alone(cloud, tmp_path):
+  """And `train` follows it again: nothing is set up or started twice."""
+  assert cloud(RUNS, 'create', '--type=v5e-8').returncode == 0
+  script = tmp_path / 'checkout' / 'launch' / 'tpu_vm.sh'
+  variables = {'PATH': f'{tmp_path}/local:{os.environ["PATH"]}', 'CLOUD': tmp_path, 'TMPDIR': tmp_path}
+  command = ['bash', script, TRAIN[0], *TPU, *TRAIN[1:]]
+  for _ in range(2):
+    with running(command, tmp_path, **variables) as process:
+      wait_for(lambda: lines(tmp_path / 'host' / 'ilm_jax' / 'starts'))
+      looks = len(lines(tmp_path / 'calls'))
+      wait_for(lambda looks=looks: len(lines(tmp_path / 'calls')) > looks + 4)
+      os.killpg(process.pid, signal.SIGINT)
+      assert process.wait(10) == 130
+    assert 'the run goes on, and the TPU costs' in (tmp_path / 'stderr').read_text()
+  assert len(lines(tmp_path / 'host' / 'ilm_jax' / 'starts')) == 1 and changes(tmp_path) == ['create']
+  assert sum(line.endswith('scp') for line in lines(tmp_path / 'calls')) == 1
+  assert cloud(RUNS, 'stop').returncode == 0
+  wait_for(lambda: lines(tmp_path / 'host' / 'ilm_jax.exit'))
+
+
 def test_one_run_at_a_time_and_stop_saves_it(cloud, tmp_path):
   for action, *flags in (['create', '--type=v5e-8'], ['setup'], ['run', *RUN]):
     done = cloud(RUNS, action, *flags)
@@ -586,7 +606,8 @@ def test_a_jobset_restarts_all_but_errors(name):
 def test_the_jobs_of_a_jobset_fit_their_schema(name):
   validate = pytest.importorskip('kubernetes_validate', reason='pip install kubernetes-validate').validate
   _, group, _, _ = manifest(name)
-  validate({'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': 'a'}, **group['template']}, '1.31', strict=True)
+  job = {'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': 'a'}, **group['template']}
+  validate(job, '1.31', strict=True)
 
 
 def test_the_tpu_jobset_has_as_many_hosts_as_its_slice():
@@ -624,10 +645,19 @@ def test_the_image_runs_main_with_extras_that_exist():
 def test_the_launchers_take_the_commands_of_the_readme():
   text = (LAUNCH / 'README.md').read_text()
   blocks = [block.replace('\\\n', ' ') for block in re.findall(r'```sh\n(.*?)```', text, re.S)]
-  found = {}
+  taken = {}
   for line in (line.strip() for block in blocks for line in block.splitlines()):
-    at = re.match(r'(?:sbatch .*?)?launch/(\S+)', line)
-    if at:
+    if at := re.match(r'(?:sbatch .*?)?launch/(\S+\.(?:sh|sbatch))', line):
       words = [re.sub(r'\$\w+', 'x', word) for word in shlex.split(line[at.end() :], comments=True)]
-      found.setdefault(at[1], []).append(plan(at[1], *(word for word in words if word != '--dry_run')))
-  assert set(found) == {'tpu_vm.sh', 'gpu.sh', 'slurm.sbatch'} and len(found['tpu_vm.sh']) >= 5
+      words.insert(at[1] == 'tpu_vm.sh', '--dry_run')
+      done = call(at[1], *words)
+      assert done.returncode == 0 and done.stdout, (line, done.stderr)
+      taken[at[1]] = taken.get(at[1], 0) + 1
+  assert set(taken) == {'resume.sh', 'tpu_vm.sh', 'gpu.sh', 'slurm.sbatch'} and taken['tpu_vm.sh'] > 9
+
+
+def test_the_readme_names_the_types_as_gcloud_does():
+  text = (LAUNCH / 'README.md').read_text()
+  rows = re.findall(r'^\| `(\w+)-N` \| .* \| `(\w+)-N` \| `(\S+)` \|$', text, re.M)
+  known = {(kind.split('-')[0], accelerator.split('-')[0], runtime) for kind, (accelerator, runtime) in KINDS.items()}
+  assert set(rows) == known
