@@ -65,12 +65,14 @@ pass_on() {
 trap 'pass_on TERM' TERM HUP
 trap 'pass_on INT' INT
 
-# Wait for the child; its exit code goes to `status`. A signal cuts `wait` short, so it waits again.
+# Wait for the child's end; its exit code goes to `status`. A signal cuts `wait` short, and so does a child that is
+# suspended (19 and 20 stop it). `wait -f` would not be, but it can hang (bash 5.2).
 await() {
   local heard=none
-  until [ "$heard" = "$told" ]; do
+  until [ "$heard" = "$told" ] && ! kill -0 "$child" 2> /dev/null; do
     heard=$told status=0
-    wait -f "$child" 2> /dev/null || status=$?
+    wait "$child" 2> /dev/null || status=$?
+    case $status in $((128 + 19)) | $((128 + 20))) sleep 1 ;; esac
   done
   child=''
 }

@@ -134,7 +134,7 @@ setup() {
 
 # shellcheck disable=SC2016 # the host is to expand it
 pid='$(cat ilm_jax.pid 2> /dev/null)'
-alive="kill -0 $pid 2> /dev/null"
+alive="[ ! -e ilm_jax.exit ] && kill -0 $pid 2> /dev/null"
 start() {
   local command steps
   # The pause: a host comes back after the others have noticed that it was gone, which takes them a minute at most.

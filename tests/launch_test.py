@@ -275,6 +275,20 @@ def test_a_signal_is_passed_on_once_and_ends_it(tmp_path, number, passed, code):
   assert 'told to stop; ' in (tmp_path / 'stderr').read_text()
 
 
+def test_a_suspended_command_is_not_taken_for_a_dead_one(tmp_path):
+  command = ['bash', LAUNCH / 'resume.sh', '--pause=0', '--', stub(tmp_path / 'runs', f'echo $$ > pid\n{RUNS}')]
+  with running(command, tmp_path) as process:
+    wait_for(lambda: lines(tmp_path / 'starts'))
+    pid = int(lines(tmp_path / 'pid')[0])
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(0.3)
+    os.kill(pid, signal.SIGCONT)
+    time.sleep(0.1)
+    process.terminate()
+    assert process.wait(10) == 75
+  assert len(lines(tmp_path / 'starts')) == 1 and 'restarting' not in (tmp_path / 'stderr').read_text()
+
+
 def test_a_signal_ends_the_pause_before_a_restart(tmp_path):
   (tmp_path / 'codes').write_text('75\n0\n')
   command = ['bash', LAUNCH / 'resume.sh', '--pause=50', '--', stub(tmp_path / 'ends', ENDS)]
@@ -527,6 +541,23 @@ def test_a_tpu_that_cannot_be_set_up_is_given_up(cloud, tmp_path):
 def test_a_tpu_can_be_kept(cloud, tmp_path):
   done = cloud('exit 0', *TRAIN, '--keep')
   assert done.returncode == 0 and 'kept, and costs' in done.stderr and changes(tmp_path) == ['delete', 'create']
+
+
+SLOW = 'echo "$@" >> "$CLOUD/starts"; sleep 0.5; exit '
+
+
+def test_train_follows_a_run_to_its_end(cloud, tmp_path):
+  for action, *flags in (['create', '--type=v5e-8'], ['setup'], ['run', *RUN]):
+    assert cloud(SLOW + '0', action, *flags).returncode == 0
+  done = cloud(SLOW + '0', *TRAIN)
+  assert done.returncode == 0 and len(lines(tmp_path / 'starts')) == 1
+  assert changes(tmp_path) == ['create', 'delete']
+
+
+def test_the_end_of_an_earlier_run_is_not_taken_for_that_of_this_one(cloud, tmp_path):
+  assert cloud(SLOW + '0', *TRAIN, '--keep').returncode == 0
+  assert cloud(SLOW + '1', *TRAIN).returncode == 1
+  assert len(lines(tmp_path / 'starts')) == 2
 
 
 def test_a_ctrl_c_leaves_the_run_and_the_tpu_alone(cloud, tmp_path):
