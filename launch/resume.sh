@@ -72,7 +72,7 @@ await() {
   until [ "$heard" = "$told" ] && ! kill -0 "$child" 2> /dev/null; do
     heard=$told status=0
     wait "$child" 2> /dev/null || status=$?
-    case $status in $((128 + 19)) | $((128 + 20))) sleep 1 ;; esac
+    case $status in $((128 + 19)) | $((128 + 20))) sleep 0.2 ;; esac
   done
   child=''
 }

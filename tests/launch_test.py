@@ -281,9 +281,9 @@ def test_a_suspended_command_is_not_taken_for_a_dead_one(tmp_path):
     wait_for(lambda: lines(tmp_path / 'starts'))
     pid = int(lines(tmp_path / 'pid')[0])
     os.kill(pid, signal.SIGSTOP)
-    time.sleep(0.3)
+    time.sleep(0.6)
     os.kill(pid, signal.SIGCONT)
-    time.sleep(0.1)
+    time.sleep(0.2)
     process.terminate()
     assert process.wait(10) == 75
   assert len(lines(tmp_path / 'starts')) == 1 and 'restarting' not in (tmp_path / 'stderr').read_text()
