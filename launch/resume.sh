@@ -29,7 +29,7 @@ while [ $# -gt 0 ]; do
     --result=*) result=${1#*=} ;;
     --dry_run) dry_run=1 ;;
     --) break ;;
-    *) fail "$1: expected --max_restarts=N, --pause=SECONDS, --stop_on=CODE, --result=FILE or --dry_run, then -- and the command" ;;
+    *) fail "$1: expected --max_restarts=, --pause=, --stop_on=, --result= or --dry_run, then -- and the command" ;;
   esac
   shift
 done
@@ -45,7 +45,7 @@ cause() {
   case $1 in
     75) echo 'preempted, and saved' ;;
     130) echo 'stopped by Ctrl-C, and saved' ;;
-    134) echo 'aborted: another host died or stopped answering (all start again), or the runtime failed, as said above' ;;
+    134) echo 'aborted: another host died or stopped answering (all start again), or the runtime failed (see above)' ;;
     137) echo 'killed: out of memory (dmesg says so), or from outside' ;;
     139) echo 'crashed: segmentation fault' ;;
     143) echo 'terminated before it could save' ;;
@@ -99,7 +99,7 @@ while :; do
   fi
   if [ $((SECONDS - began)) -lt 60 ]; then quick=$((quick + 1)); else quick=0; fi
   if [ "$quick" -ge 5 ]; then
-    say "$why: not restarted, for it ended within a minute of its start $quick times in a row; the lines above say why"
+    say "$why: not restarted, for it ended within a minute of its start $quick times in a row; see above"
     exit "$code"
   fi
   if [ "$restarts" -ge "$max_restarts" ]; then

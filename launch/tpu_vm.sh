@@ -8,7 +8,7 @@
 # when the run has finished or failed. What it does can be had one by one; each action takes --name and --zone:
 #
 #   create  --type=TYPE [--spot] [--queue]          --queue: a queued resource, which waits for room
-#   setup   [--repo=URL] [--ref=NAME]               the code, of this checkout's last commit or of a repository, and its packages
+#   setup   [--repo=URL] [--ref=NAME]               the last commit here, or a repository's; Python and the packages
 #   run     --config=... --workdir=gs://...         starts on all hosts, each under launch/resume.sh, and returns
 #   logs    [--worker=0]                            follows the log of a host
 #   stop                                            saves, and ends the run
@@ -154,11 +154,28 @@ delete() {
   fi
 }
 
-# Print how it stands: gone (there is no TPU), idle, running, or the exit code of the run.
+# Print how it stands: gone (there is no TPU), busy (it comes or goes), unknown (gcloud failed, and said why), idle,
+# running, or the exit code of the run.
 look=("${tpu[@]}" describe "$name" "${where[@]}" --format='value(state)')
 ask="cat ilm_jax.exit 2> /dev/null || if $alive; then echo running; else echo idle; fi"
 status() {
-  if [ "$("${look[@]}" 2> /dev/null)" = READY ]; then on 0 "$ask" || echo running; else echo gone; fi
+  local state
+  state=$("${look[@]}" 2>&1) || state="error: $state"
+  case $state in
+    READY) on 0 "$ask" || echo unknown ;;
+    PREEMPTED | TERMINATED | STOPPED | error:*NOT_FOUND*) echo gone ;;
+    error:*) echo "$state" >&2 && echo unknown ;;
+    *) echo busy ;;
+  esac
+}
+
+# Make sure that there is a TPU, and that the run goes on there; $1 is how it stands.
+bring_up() {
+  if [ "$1" = gone ]; then
+    delete 2> /dev/null || true # what is left of one that was preempted
+    create || return
+  fi
+  setup && start
 }
 
 train() {
@@ -172,18 +189,16 @@ train() {
   local starts=0 failures=0 now result=0
   while [ "$failures" -lt 3 ]; do
     now=$(status)
+    [ "$starts$now" != 0unknown ] || fail 'gcloud failed, see above: nothing was made or deleted'
+    [ "$starts$now" != 0running ] || starts=1
     case $now in
-      running)
-        [ "$starts" -gt 0 ] || starts=1
-        sleep "$poll"
-        continue
-        ;;
-      gone | idle | 75 | 143) ;; # preempted; just made; preempted and saved; or rebooted
+      running | busy | unknown) sleep "$poll" && continue ;;
+      gone | idle | 75 | 143) ;; # preempted; just made, or crashed; preempted and saved; rebooted
       *) [ "$starts" = 0 ] || break ;;
     esac
     [ "$starts" -le "$max_restarts" ] || break
     [ "$starts" = 0 ] || say "the run was preempted ($now): starting it again ($starts of $max_restarts)"
-    if { [ "$now" != gone ] || { { delete 2> /dev/null || true; } && create; }; } && setup && start; then
+    if bring_up "$now"; then
       starts=$((starts + 1)) failures=0
     else
       failures=$((failures + 1))

@@ -112,7 +112,7 @@ MISTAKES = [  # script, arguments, what the line says
   ('resume.sh', [], 'no command'),
   ('resume.sh', ['--'], 'no command'),
   ('resume.sh', ['python'], 'python: expected --max_restarts'),
-  ('resume.sh', ['--max_restart=3', '--', 'true'], '--max_restart=3: expected --max_restarts'),
+  ('resume.sh', ['--max_restart=3', '--', 'true'], '--max_restart=3: expected --max_restarts='),
   ('resume.sh', ['--max_restarts=many', '--', 'true'], '--max_restarts=many: expected a whole number'),
   ('resume.sh', ['--pause=', '--', 'true'], '--pause=: expected a whole number'),
   ('gpu.sh', ['--workdir=runs/x'], '--config is missing'),
@@ -372,6 +372,12 @@ def test_a_slurm_job_goes_back_to_the_queue_when_it_was_preempted_only(job, tmp_
   assert lines(tmp_path / 'requeued') == requeued and len(lines(tmp_path / 'starts')) == 1
 
 
+def test_a_slurm_job_from_another_folder_says_where_it_belongs(job, tmp_path):
+  with job(SLURM_SUBMIT_DIR=tmp_path) as process:
+    assert process.wait(10) == 1
+  assert lines(tmp_path / 'stderr') == [f"slurm.sbatch: {tmp_path} is not the repository's root: give it from there"]
+
+
 def test_a_cancelled_slurm_job_stays_out_of_the_queue(job, tmp_path):
   stub(tmp_path / 'step', RUNS)
   with job() as process:
@@ -472,7 +478,15 @@ host=$CLOUD/host
 case "$3 $4" in
   *' create') mkdir "$host" ;;
   *' delete') rm -r "$host" ;;
-  *' describe') [ ! -d "$host" ] || if [ "$3" = tpu-vm ]; then echo READY; else echo ACTIVE; fi ;;
+  'queued-resources describe') echo ACTIVE ;;
+  'tpu-vm describe')
+    if [ -s "$CLOUD/states" ]; then
+      state=$(head -n 1 "$CLOUD/states"); sed -i 1d "$CLOUD/states"
+      [ "$state" != ERROR ] || { echo 'ERROR: the service is unavailable' >&2; exit 1; }
+      echo "$state"
+    elif [ -d "$host" ]; then echo READY
+    else echo "ERROR: NOT_FOUND: Resource 'ilm' was not found" >&2; exit 1
+    fi ;;
   *' scp') cp "$5" "$host/${6#*:}" ;;
   *' ssh') for word in "$@"; do
       case $word in --command=*) cd "$host" && HOME=$host PATH=$CLOUD/bin:$PATH bash -c "${word#--command=}" ;; esac
@@ -502,6 +516,7 @@ def cloud(tmp_path):
   return run
 
 
+SLOW = 'echo "$@" >> "$CLOUD/starts"; sleep 0.5; exit '
 TRAIN = ['train', '--type=v5e-8', '--spot', '--poll=0', *RUN]
 # Its TPU is taken away at the first start; at the second it finishes.
 PREEMPTED = """
@@ -526,6 +541,25 @@ def test_a_tpu_that_was_preempted_is_made_again_and_deleted_at_the_end(cloud, tm
   assert done.stderr.splitlines()[-1] == 'tpu_vm.sh: finished' and not (tmp_path / 'host').exists()
 
 
+def test_nothing_is_made_or_deleted_when_gcloud_does_not_work(cloud, tmp_path):
+  (tmp_path / 'states').write_text('ERROR\n')
+  done = cloud('exit 0', *TRAIN)
+  assert done.returncode == 1 and done.stderr.splitlines() == [
+    'error: ERROR: the service is unavailable',
+    'tpu_vm.sh: gcloud failed, see above: nothing was made or deleted',
+  ]
+  assert changes(tmp_path) == []
+
+
+def test_a_tpu_under_repair_and_a_failing_look_do_not_end_a_run(cloud, tmp_path):
+  for action, *flags in (['create', '--type=v5e-8'], ['setup'], ['run', *RUN]):
+    assert cloud(SLOW + '0', action, *flags).returncode == 0
+  (tmp_path / 'states').write_text('READY\nERROR\nREPAIRING\n')
+  done = cloud(SLOW + '0', *TRAIN)
+  assert done.returncode == 0 and 'unavailable' in done.stderr and changes(tmp_path) == ['create', 'delete']
+  assert len(lines(tmp_path / 'starts')) == 1
+
+
 def test_a_run_that_fails_shows_its_log_and_costs_no_more(cloud, tmp_path):
   done = cloud('echo "no such config" >&2; exit 1', *TRAIN)
   assert done.returncode == 1 and 'no such config' in done.stdout
@@ -541,9 +575,6 @@ def test_a_tpu_that_cannot_be_set_up_is_given_up(cloud, tmp_path):
 def test_a_tpu_can_be_kept(cloud, tmp_path):
   done = cloud('exit 0', *TRAIN, '--keep')
   assert done.returncode == 0 and 'kept, and costs' in done.stderr and changes(tmp_path) == ['delete', 'create']
-
-
-SLOW = 'echo "$@" >> "$CLOUD/starts"; sleep 0.5; exit '
 
 
 def test_train_follows_a_run_to_its_end(cloud, tmp_path):
