@@ -55,7 +55,7 @@ cause() {
 
 restarts_on() { [ "$1" = 75 ] || { [ "$1" -gt 128 ] && [ "$1" -le 192 ] && [ "$1" != 130 ]; }; }
 
-[ -z "$result" ] || trap 'echo "$?" > "$result"' EXIT
+[ -z "$result" ] || trap 'echo "$?" > "$result.part" && mv "$result.part" "$result"' EXIT
 set -m # the command gets a process group of its own: a Ctrl-C reaches it through pass_on only, once
 child='' told='' # told: the signals that came, in order
 pass_on() {
@@ -93,13 +93,14 @@ while :; do
   fi
   [ "$code" != "$stop_on" ] || exit "$code"
   if ! restarts_on "$code"; then
-    if [ "$code" = 130 ]; then next='the same command goes on'; else next='mend it, then give the same command again'; fi
+    next='mend it, then give the same command again'
+    [ "$code" != 130 ] || next='the same command goes on'
     say "$why: not restarted; $next"
     exit "$code"
   fi
   if [ $((SECONDS - began)) -lt 60 ]; then quick=$((quick + 1)); else quick=0; fi
   if [ "$quick" -ge 5 ]; then
-    say "$why: not restarted, for it ended within a minute of its start $quick times in a row; see above"
+    say "$why: not restarted: it ended within a minute of its start $quick times in a row"
     exit "$code"
   fi
   if [ "$restarts" -ge "$max_restarts" ]; then

@@ -157,7 +157,7 @@ delete() {
 # Print how it stands: gone (there is no TPU), busy (it comes or goes), unknown (gcloud failed, and said why), idle,
 # running, or the exit code of the run.
 look=("${tpu[@]}" describe "$name" "${where[@]}" --format='value(state)')
-ask="cat ilm_jax.exit 2> /dev/null || if $alive; then echo running; else echo idle; fi"
+ask="if $alive; then echo running; else cat ilm_jax.exit 2> /dev/null || echo idle; fi"
 status() {
   local state
   state=$("${look[@]}" 2>&1) || state="error: $state"
