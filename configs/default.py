@@ -72,6 +72,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
 
+  config.hosts = ml_collections.ConfigDict()  # of several
+  config.hosts.start_seconds = 300  # how long they wait for each other
+  config.hosts.heartbeat_seconds = 30  # one that is silent for so long is taken for dead, and the run ends
+
   config.sampling = ml_collections.ConfigDict()
   config.sampling.max_length = 128
   config.sampling.max_steps = placeholder(int)

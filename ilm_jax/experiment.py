@@ -31,6 +31,7 @@ LEAST = {  # the smallest value of settings that have one
   'data.segments': 1, 'data.workers': 0, 'data.prefetch': 1,
   'optimizer.warmup_steps': 0, 'optimizer.accumulate': 1, 'optimizer.clip': 0, 'optimizer.ema_decay': 0,
   'sampling.max_length': 3, 'sampling.max_steps': 0,
+  'hosts.start_seconds': 1, 'hosts.heartbeat_seconds': 5,
   'eval.every': 0, 'eval.batch_size': 1, 'eval.samples': 0, 'eval.show': 0,
 }  # fmt: skip
 
@@ -88,7 +89,7 @@ def build(cfg, workdir=None) -> Experiment:
   model_cfg = model.ModelConfig.create(tokenizer.vocab_size, **settings)
   mesh = sharding.make_mesh(cfg.mesh)
   shape = pipeline.shape_of(cfg.data)
-  pipeline.my_groups(cfg.data.groups, jax.process_index(), jax.process_count())
+  pipeline.my_groups(cfg.data.groups, *sharding.my_part(mesh))
   sharding.check_rows(cfg.data.rows, mesh, 'data.rows')
   sharding.check_rows(cfg.eval.batch_size, mesh, 'eval.batch_size')
   if cfg.data.rows % cfg.optimizer.accumulate:

@@ -14,6 +14,9 @@ from ilm_jax.types import UserError
 MODES = ('train', 'eval')
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The config, with its argument: configs/star.py:hard.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/NAME-ARGUMENT by default.')
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of the first of several hosts.')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'With --coordinator: how many there are.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'With --coordinator: which one this is, from 0.')
 _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'Train (or continue), or evaluate a run on the test split.')
 
 
@@ -58,18 +61,20 @@ def default_workdir() -> str:
 def run() -> int:
   """Train or evaluate; returns the exit code."""
   quiet()
-  from ilm_jax import train
+  from ilm_jax import hosts, train
 
+  cfg = _CONFIG.value
+  hosts.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, **cfg.get('hosts', {}))
   workdir = _WORKDIR.value or default_workdir()
   call = {'train': train.train, 'eval': train.evaluate_run}[_MODE.value]
-  return call(_CONFIG.value, workdir)
+  return hosts.end_together(lambda: call(cfg, workdir))
 
 
 def main(argv=None) -> int:
   """Run the command; a user's mistake is one line on standard error and exit code 1."""
   argv = sys.argv if argv is None else argv
   if wants_help(argv):
-    return usage(__doc__, flags.FLAGS, ('config', 'workdir', 'mode'))
+    return usage(__doc__, flags.FLAGS, ('config', 'workdir', 'mode', 'coordinator', 'num_processes', 'process_id'))
   try:
     parse(argv)
     return run()

@@ -91,7 +91,30 @@ def check_rows(rows: int, mesh: Mesh, name: str) -> None:
     raise UserError(f'{name}={rows} does not divide over {ways} devices (mesh.data x mesh.fsdp): use {fits}')
 
 
-def put_batch(batch, mesh: Mesh):
-  """This process's rows of a batch as global arrays on the mesh."""
+def my_part(mesh: Mesh) -> tuple[int, int]:
+  """(index, number) of the equal parts of a batch's rows, one of which lies on this process's devices.
+
+  Processes that share rows, because a tensor axis spans them, have the same part.
+  """
+  parts = row_parts(mesh)
+  where = rows_sharding(mesh).addressable_devices_indices_map((parts,))
+  mine = sorted({index[0].indices(parts)[0] for index in where.values()})
+  if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
+    raise UserError(
+      f'the mesh gives the rows {mine} of {parts} parts to process {jax.process_index()}: expected neighbours; '
+      'make mesh.tensor a divisor or a multiple of the devices of a host'
+    )
+  return mine[0] // len(mine), parts // len(mine)
+
+
+def put_part(batch, mesh: Mesh):
+  """The part of a batch that this process has read (`my_part`), as global arrays on the mesh."""
   sharding = rows_sharding(mesh)
   return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in batch.items()}
+
+
+def put_batch(batch, mesh: Mesh):
+  """A whole batch, which every process has, as global arrays on the mesh."""
+  sharding = rows_sharding(mesh)
+  arrays = {name: np.asarray(x) for name, x in batch.items()}
+  return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in arrays.items()}

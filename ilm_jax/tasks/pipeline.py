@@ -215,7 +215,7 @@ def my_groups(groups: int, host: int, hosts: int) -> tuple[int, int]:
   return host * share, (host + 1) * share
 
 
-def train_batches(source, corrupt, cfg, *, start: int, stop: int, host: int = 0, hosts: int = 1):
+def train_batches(source, corrupt, cfg, *, start: int, stop: int, part: tuple[int, int] = (0, 1)):
   """Iterate over this host's batches of steps start, ..., stop - 1, read ahead by a thread or by worker processes.
 
   Args:
@@ -224,8 +224,7 @@ def train_batches(source, corrupt, cfg, *, start: int, stop: int, host: int = 0,
     cfg: the whole config (`seed`, `data`, `corrupt`).
     start: first step.
     stop: one past the last.
-    host: this process.
-    hosts: number of processes.
+    part: (index, number) of the equal parts of each batch, whole groups, one of which this host reads.
   """
   data = cfg.data
   make = Packed(
@@ -236,7 +235,7 @@ def train_batches(source, corrupt, cfg, *, start: int, stop: int, host: int = 0,
     batch_size=data.batch_size,
     groups=data.groups,
     shape=shape_of(data),
-    my_groups=my_groups(data.groups, host, hosts),
+    my_groups=my_groups(data.groups, *part),
   )
   dataset = grain.MapDataset.range(start, stop).map(make)
   dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch))

@@ -1,0 +1,219 @@
+"""Several processes that train together: the steps of one, and an end for all when one ends."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from ilm_jax import dashboards, hosts
+from ilm_jax.types import UserError
+
+RUN = {'data.groups': 2, 'log_every': 1, 'eval.every': 0, 'hosts.heartbeat_seconds': 10, 'hosts.start_seconds': 60}
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp('cache')
+
+
+def free_port() -> int:
+  with socket.socket() as found:
+    found.bind(('127.0.0.1', 0))
+    return found.getsockname()[1]
+
+
+class Pair:
+  """Two processes of four devices each, or one of `devices`, that run one command."""
+
+  def __init__(self, workdir, cache, *, processes=2, devices=4, changes=(), other=()):
+    port, self.out = free_port(), [workdir.parent / f'{workdir.name}.{i}.out' for i in range(processes)]
+    self.processes = []
+    for index, out in enumerate(self.out):
+      many = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}', f'--process_id={index}']
+      arguments = small.flags(workdir, {**RUN, **dict(changes), **(dict(other) if index else {})})
+      self.processes.append(small.start(
+        [*arguments, *(many if processes > 1 else [])], cache, before=f'export JAX_NUM_CPU_DEVICES={devices};',
+        stdout=out.open('w'), stderr=subprocess.STDOUT,
+      ))  # fmt: skip
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    for process in self.processes:
+      process.kill()
+      process.wait()
+
+  def wait(self, seconds=120) -> list[int]:
+    """Exit codes of all."""
+    return [process.wait(seconds) for process in self.processes]
+
+  def said(self, index=0) -> str:
+    return self.out[index].read_text()
+
+  def reach(self, step: int) -> None:
+    """Wait until the first has made a step."""
+    end = time.monotonic() + 120
+    while f'step {step} ' not in self.said():
+      assert time.monotonic() < end and self.processes[0].poll() is None, self.said()
+      time.sleep(0.05)
+
+
+def losses(workdir) -> dict[int, float]:
+  return dict(dashboards.read_scalars(workdir)['train/loss'])
+
+
+def checkpoints(workdir) -> list[int]:
+  return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
+
+
+def assert_close(found: dict, expected: dict) -> None:
+  assert found.keys() == expected.keys()
+  np.testing.assert_allclose(found[1], expected[1], rtol=1e-6)
+  for step in expected:
+    np.testing.assert_allclose(found[step], expected[step], rtol=1e-4, err_msg=f'step {step}')
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory, cache):
+  """The losses of thirty steps on one device of one process."""
+  workdir = tmp_path_factory.mktemp('alone') / 'run'
+  with Pair(workdir, cache, processes=1, devices=1, changes={'steps': 30}) as run:
+    assert run.wait() == [0], run.said()
+  return losses(workdir)
+
+
+def test_two_processes_take_the_steps_of_one_and_stop_at_the_same_one(tmp_path, cache, alone):
+  workdir = tmp_path / 'run'
+  with Pair(workdir, cache, changes={'steps': 1000}) as run:
+    run.reach(8)
+    run.processes[1].send_signal(signal.SIGTERM)
+    assert run.wait() == [75, 75], run.said()
+    assert "mesh {'data': 8" in run.said()
+    assert 'step 8' not in run.said(1)  # the first speaks for all
+  (saved,) = re.findall(r'saved at step (\d+)', run.said())
+  assert checkpoints(workdir)[-1] == int(saved) < 25
+  assert len(list(workdir.glob('events.out.tfevents.*'))) == 1
+  with Pair(workdir, cache, processes=1, devices=2, changes={'steps': 30, 'mesh.fsdp': 2}) as run:
+    assert run.wait() == [0], run.said()
+  assert f'resuming at step {saved}' in run.said()
+  assert_close(losses(workdir), alone)
+  starts = json.loads((workdir / 'run.json').read_text())['starts']
+  assert [start['processes'] for start in starts] == [2, 1]
+
+
+@pytest.mark.long
+def test_a_run_goes_on_on_any_number_of_devices_and_hosts(tmp_path, cache, alone):
+  workdir = tmp_path / 'run'
+  for steps, processes, devices, mesh in (
+    (6, 1, 8, {'mesh.fsdp': 4}), (12, 1, 4, {'mesh.tensor': 2}), (18, 2, 4, {'mesh.fsdp': 2, 'mesh.tensor': 2}),
+    (24, 1, 2, {}), (30, 1, 1, {}),
+  ):  # fmt: skip
+    with Pair(workdir, cache, processes=processes, devices=devices, changes={'steps': steps, **mesh}) as run:
+      assert run.wait() == [0] * processes, run.said()
+  assert_close(losses(workdir), alone)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('axes', [{'mesh.fsdp': 8}, {'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.tensor': 4}])
+def test_a_mesh_over_processes_changes_no_loss(tmp_path, cache, alone, axes):
+  with Pair(tmp_path / 'run', cache, changes={'steps': 30, **axes}) as run:
+    assert run.wait() == [0, 0], run.said()
+  assert_close(losses(tmp_path / 'run'), alone)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('who', [0, 1], ids=['coordinator', 'worker'])
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP], ids=['killed', 'stopped'])
+def test_a_host_that_dies_or_falls_silent_ends_the_run_and_it_goes_on(tmp_path, cache, alone, number, who):
+  workdir = tmp_path / 'run'
+  with Pair(workdir, cache, changes={'steps': 1000}) as run:
+    run.reach(8)
+    run.processes[who].send_signal(number)
+    assert run.processes[1 - who].wait(60) in (134, -signal.SIGABRT), run.said(1 - who)
+    said = run.said(1 - who)
+    assert 'start all again with the same command' in said or 'another task died' in said
+  with Pair(workdir, cache, changes={'steps': 30}) as run:
+    assert run.wait() == [0, 0], run.said()
+    assert 'resuming at step' in run.said()
+  assert_close(losses(workdir), alone)
+
+
+def test_hosts_with_other_settings_are_told_which(tmp_path, cache):
+  with Pair(tmp_path / 'run', cache, other={'optimizer.learning_rate': 0.02}) as run:
+    assert run.wait() == [1, 1]
+  for index in (0, 1):
+    line = run.said(index).splitlines()[-1]
+    assert line == ('error: host 1 has optimizer.learning_rate=0.02, host 0 has 0.01: start all with the same command '
+                    'and code')  # fmt: skip
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_mistake_of_one_host_is_said_by_all(monkeypatch):
+  monkeypatch.setattr(hosts, 'gather', lambda text: ['', text or 'no room'])
+  with pytest.raises(UserError, match=r'^host 1: no room$'), hosts.together():
+    pass
+  with pytest.raises(UserError, match=r'^mine$'), hosts.together():
+    raise UserError('mine')
+
+
+def test_a_folder_that_a_host_does_not_see_is_refused(monkeypatch, tmp_path):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(hosts, 'gather', lambda text: [text, text])
+  hosts.share(tmp_path)
+  monkeypatch.setattr(hosts, 'gather', lambda text: [text, '' if text == 'x' else text])
+  with pytest.raises(UserError, match='host 1 does not see what host 0 writes there'):
+    hosts.share(tmp_path)
+  assert not list(tmp_path.iterdir())
+  (tmp_path / 'file').write_text('')
+  monkeypatch.setattr(hosts, 'gather', lambda text: [text, ''])
+  with pytest.raises(UserError, match=r'the workdir .*file/run cannot be written \(Not a directory\)'):
+    hosts.share(tmp_path / 'file' / 'run')
+
+
+@pytest.mark.parametrize('given, message', [
+  (('a:1', None, None), '--coordinator needs --num_processes and --process_id too'),
+  ((None, 2, None), '--num_processes needs --coordinator and --process_id too'),
+  (('a:1', 2, 2), r'--process_id=2 --num_processes=2: expected 0 \.\.\. 1'),
+  (('a', 2, 1), '--coordinator=a: expected HOST:PORT'),
+  ((':80', 2, 1), '--coordinator=:80: expected HOST:PORT'),
+])  # fmt: skip
+def test_flags_of_hosts_that_make_no_sense_are_refused(given, message):
+  with pytest.raises(UserError, match=message):
+    hosts.start(*given)
+
+
+def test_a_coordinator_that_cannot_be_reached_is_one_line():
+  port = free_port()
+  with pytest.raises(UserError, match=rf'--coordinator=127.0.0.1:{port} cannot be reached \(Connection refused'):
+    hosts.start(f'127.0.0.1:{port}', 2, 1, start_seconds=0)
+
+
+def test_environments_of_several_hosts_are_recognised(tmp_path):
+  nowhere = (str(tmp_path / 'accel0'),)
+  several = {'SLURM_STEP_NUM_TASKS': '4'}, {'OMPI_COMM_WORLD_SIZE': '2'}, {'TPU_WORKER_HOSTNAMES': 'a,b'}
+  for env in (*several, {'MEGASCALE_COORDINATOR_ADDRESS': 'a'}):
+    assert hosts.several(env, nowhere), env
+  for env in ({}, {'SLURM_STEP_NUM_TASKS': '1', 'SLURM_NTASKS': '4'}, {'TPU_WORKER_HOSTNAMES': 'localhost'}):
+    assert not hosts.several(env, nowhere), env
+  (tmp_path / 'accel0').touch()
+  assert hosts.several({}, nowhere)  # a TPU VM, which may be one of many
+  assert not hosts.several({'JAX_PLATFORMS': 'cpu', 'TPU_WORKER_HOSTNAMES': 'a,b'}, nowhere)
+
+
+def test_the_end_of_another_host_is_told_from_a_fault(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  gone = RuntimeError('Gloo AllReduce failed: Connection closed by peer')
+  assert hosts.lost(gone) and not hosts.lost(RuntimeError('RESOURCE_EXHAUSTED: out of memory'))
+  wrapped = UserError('a checkpoint could not be written')
+  wrapped.__cause__ = gone
+  assert hosts.lost(wrapped)
+  monkeypatch.setattr(jax, 'process_count', lambda: 1)
+  assert not hosts.lost(gone)
