@@ -4,6 +4,7 @@ With one process, every function here returns at once.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -117,6 +118,16 @@ def await_port(address: str, seconds: float) -> None:
 def first() -> bool:
   """Is this the process that writes what only one may write?"""
   return jax.process_index() == 0
+
+
+def which() -> tuple[int, int]:
+  """(index of this process, number of them)."""
+  return jax.process_index(), jax.process_count()
+
+
+def digest(value) -> str:
+  """A short text that stands for a value, of things that repr spells the same everywhere."""
+  return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def gather(text: str) -> list[str]:

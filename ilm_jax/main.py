@@ -8,16 +8,14 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from ilm_jax.console import fail, quiet, usage, wants_help
+from ilm_jax.console import define_hosts, fail, quiet, usage, wants_help
 from ilm_jax.types import UserError
 
 MODES = ('train', 'eval')
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The config, with its argument: configs/star.py:hard.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/NAME-ARGUMENT by default.')
-_COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of the first of several hosts.')
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'With --coordinator: how many there are.')
-_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'With --coordinator: which one this is, from 0.')
 _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'Train (or continue), or evaluate a run on the test split.')
+define_hosts(flags.FLAGS)
 
 
 def parse(argv) -> list[str]:
@@ -64,7 +62,7 @@ def run() -> int:
   from ilm_jax import hosts, train
 
   cfg = _CONFIG.value
-  hosts.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, **cfg.get('hosts', {}))
+  hosts.start(*(flags.FLAGS[name].value for name in hosts.FLAGS), **cfg.get('hosts', {}))
   workdir = _WORKDIR.value or default_workdir()
   call = {'train': train.train, 'eval': train.evaluate_run}[_MODE.value]
   return hosts.end_together(lambda: call(cfg, workdir))

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ilm_jax import ops
+from ilm_jax import ops, sharding
 from ilm_jax.types import Batch, Outputs, UserError
 
 
@@ -388,8 +388,12 @@ class Forward(NamedTuple):
     return Transformer(self.cfg).apply({'params': self.params}, *args, cache=cache)
 
 
-def abstract(cfg: ModelConfig):
-  """Shapes and types of the parameters, on the first device: what a checkpoint is read onto."""
-  shapes = unbox(jax.eval_shape(lambda: init(cfg, jax.random.key(0))))
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+def abstract(cfg: ModelConfig, mesh=None):
+  """Shapes and types of the parameters: what a checkpoint is read onto, the first device or a mesh."""
+  boxed = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+  if mesh is None:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = jax.tree.map(lambda _: place, unbox(boxed))
+  else:
+    places = sharding.state_shardings(boxed, mesh)
+  return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), unbox(boxed), places)

@@ -23,6 +23,17 @@ RULES = {
 }
 
 
+def read_mesh(text: str) -> dict[str, int]:
+  """The sizes of `data=4,tensor=2`; axes that are not named have size 1, or all that is left, if data is not."""
+  sizes = {'data': -1, 'fsdp': 1, 'tensor': 1}
+  for part in text.split(','):
+    name, _, size = part.strip().partition('=')
+    if name not in AXES or not size.removeprefix('-').isdigit():
+      raise UserError(f'mesh {text!r}: expected sizes of {", ".join(AXES)}, such as data=4,tensor=2 (-1: what is left)')
+    sizes[name] = int(size)
+  return sizes
+
+
 def make_mesh(cfg, devices=None) -> Mesh:
   """Build the mesh of `cfg.data x cfg.fsdp x cfg.tensor` devices; one of them may be -1, what is left."""
   devices = jax.devices() if devices is None else devices

@@ -320,19 +320,19 @@ def report(exp: Experiment, workdir, saved, abstract: TrainState, evaluator, sig
   if scores is None:
     return signals.code
   values = metrics_lib.means({**evaluator.validation_loss(params, 'test'), **scores.pairs})
-  kind, count = None, 0
+  scored = None
   if exp.cfg.eval.score != 'none':
     scored = evaluator.likelihood(params, 'test', interrupted=signals.received)
     if scored is None:
       return signals.code
-    kind, values, count = scored[0], values | metrics_lib.means(scored[1]), int(scored[1]['nll'][1])
+    values |= metrics_lib.means(scored.pairs())
   judged = judge(exp.cfg, scores.samples, evaluator.source('test'))
   if judged:
     values |= {f'judge_{name}': value for name, value in quality.values(judged['samples']).items()}
   result = {
     'split': 'test',
-    'likelihood': kind,
-    'scored': count,  # answers
+    'likelihood': scored and scored.kind,
+    'strings': scored and {name: getattr(scored, f'{name}_N').round(4).tolist() for name in ('nll', 'error', 'tokens')},
     'step': step,
     'finished': finished(exp.cfg, saved),
     'config': as_json(exp.cfg),
@@ -367,7 +367,7 @@ def tell(exp: Experiment, workdir, result: dict, scores, judged: dict | None) ->
   else:
     print(f'\ntest {exp.cfg.eval.metric} at step {step}: {values[exp.cfg.eval.metric]:.4f}')
   if result['likelihood']:
-    error = (values['nll_variance'] / result['scored']) ** 0.5
+    error = (values['nll_variance'] / len(result['strings']['nll'])) ** 0.5
     print(f'test -log p, {result["likelihood"]}: {values["nll"]:.4f} nats a string (standard error of the estimate '
           f'{error:.4f}), {values["nll_per_token"]:.4f} a token')  # fmt: skip
   if judged:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import small
 
-from ilm_jax import dashboards, hosts
+from configs import star
+from ilm_jax import dashboards, hosts, sharding, tasks
 from ilm_jax.types import UserError
 
 RUN = {'data.groups': 2, 'log_every': 1, 'eval.every': 0, 'hosts.heartbeat_seconds': 10, 'hosts.start_seconds': 60}
@@ -30,17 +31,17 @@ def free_port() -> int:
 
 
 class Pair:
-  """Two processes of four devices each, or one of `devices`, that run one command."""
+  """Two processes of four devices each, or one of `devices`, that train, or run another command."""
 
-  def __init__(self, workdir, cache, *, processes=2, devices=4, changes=(), other=()):
+  def __init__(self, workdir, cache, *, processes=2, devices=4, changes=(), other=(), module='ilm_jax.main', words=()):
     port, self.out = free_port(), [workdir.parent / f'{workdir.name}.{i}.out' for i in range(processes)]
     self.processes = []
     for index, out in enumerate(self.out):
       many = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}', f'--process_id={index}']
-      arguments = small.flags(workdir, {**RUN, **dict(changes), **(dict(other) if index else {})})
+      arguments = words or small.flags(workdir, {**RUN, **dict(changes), **(dict(other) if index else {})})
       self.processes.append(small.start(
-        [*arguments, *(many if processes > 1 else [])], cache, before=f'export JAX_NUM_CPU_DEVICES={devices};',
-        stdout=out.open('w'), stderr=subprocess.STDOUT,
+        [*arguments, *(many if processes > 1 else [])], cache, module=module,
+        before=f'export JAX_NUM_CPU_DEVICES={devices};', stdout=out.open('w'), stderr=subprocess.STDOUT,
       ))  # fmt: skip
 
   def __enter__(self):
@@ -82,12 +83,54 @@ def assert_close(found: dict, expected: dict) -> None:
 
 
 @pytest.fixture(scope='module')
-def alone(tmp_path_factory, cache):
-  """The losses of thirty steps on one device of one process."""
+def trained(tmp_path_factory, cache):
+  """The workdir of thirty steps on one device of one process."""
   workdir = tmp_path_factory.mktemp('alone') / 'run'
-  with Pair(workdir, cache, processes=1, devices=1, changes={'steps': 30}) as run:
+  with Pair(workdir, cache, processes=1, devices=1, changes={'steps': 30, 'sampling.token.temperature': 1.0}) as run:
     assert run.wait() == [0], run.said()
-  return losses(workdir)
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def alone(trained):
+  """The losses of those steps."""
+  return losses(trained)
+
+
+def answers(folder, cache, workdir, graphs, *, processes=1, devices=1, mesh=None) -> dict[int, dict]:
+  """What `generate` says of graphs, and in which file."""
+  folder.mkdir()
+  (folder / 'graphs.txt').write_text('\n'.join(graphs))
+  words = [f'--workdir={workdir}', f'--prompts={folder / "graphs.txt"}', f'--out={folder / "answers.jsonl"}']
+  words += ['--batch_size=16', '--stop_threshold=0', *([f'--mesh={mesh}'] if mesh else [])]
+  more = {'module': 'ilm_jax.generate', 'words': words}
+  with Pair(folder / 'run', cache, processes=processes, devices=devices, **more) as run:
+    assert run.wait() == [0] * processes, run.said()
+  found = {}
+  files = sorted(folder.glob('*.jsonl'))
+  assert len(files) == processes
+  for number, file in enumerate(files):
+    for line in file.read_text().splitlines():
+      record = json.loads(line)
+      assert record['id'] % processes == number and record['id'] not in found
+      found[record['id']] = record
+  assert sorted(found) == list(range(len(graphs)))
+  return found
+
+
+def assert_same(found: dict, expected: dict) -> None:
+  for index, record in expected.items():
+    for name in ('text', 'tokens', 'order', 'stopped'):
+      assert found[index][name] == record[name], index
+    for name in ('probabilities', 'stop_probabilities'):
+      np.testing.assert_allclose(found[index][name], record[name], atol=1e-5)
+
+
+def graphs_of(number: int) -> list[str]:
+  cfg = star.get_config('tiny').task
+  source = tasks.get('star').source(cfg, 'test')
+  examples = [source[i] for i in range(number)]
+  return [tasks.get('star').decode(e['tokens'][e['fixed']], cfg).removesuffix('=') for e in examples]
 
 
 def test_two_processes_take_the_steps_of_one_and_stop_at_the_same_one(tmp_path, cache, alone):
@@ -144,6 +187,26 @@ def test_a_host_that_dies_or_falls_silent_ends_the_run_and_it_goes_on(tmp_path, 
     assert run.wait() == [0, 0], run.said()
     assert 'resuming at step' in run.said()
   assert_close(losses(workdir), alone)
+
+
+def test_answers_of_two_processes_are_those_of_one(tmp_path, cache, trained):
+  graphs = graphs_of(20)
+  expected = answers(tmp_path / 'one', cache, trained, graphs)
+  assert len({tuple(record['tokens'][-4:]) for record in expected.values()}) > 10
+  found = answers(tmp_path / 'two', cache, trained, graphs, processes=2, devices=4, mesh='data=4,tensor=2')
+  assert_same(found, expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('processes, devices, mesh', [
+  (1, 2, 'data=2'), (1, 4, 'fsdp=4,data=1'), (1, 8, 'fsdp=2,tensor=2'), (2, 4, None),
+])  # fmt: skip
+def test_two_hundred_answers_do_not_depend_on_the_mesh(tmp_path, cache, trained, processes, devices, mesh):
+  graphs = graphs_of(200)
+  expected = answers(tmp_path / 'one', cache, trained, graphs)
+  assert_same(
+    answers(tmp_path / 'many', cache, trained, graphs, processes=processes, devices=devices, mesh=mesh), expected
+  )
 
 
 def test_hosts_with_other_settings_are_told_which(tmp_path, cache):
@@ -217,3 +280,11 @@ def test_the_end_of_another_host_is_told_from_a_fault(monkeypatch):
   assert hosts.lost(wrapped)
   monkeypatch.setattr(jax, 'process_count', lambda: 1)
   assert not hosts.lost(gone)
+
+
+def test_a_mesh_is_read_from_a_text():
+  assert sharding.read_mesh('tensor=2') == {'data': -1, 'fsdp': 1, 'tensor': 2}
+  assert sharding.read_mesh('data=2, fsdp=4') == {'data': 2, 'fsdp': 4, 'tensor': 1}
+  for wrong in ('tensors=2', 'data', 'data=two', '4', ''):
+    with pytest.raises(UserError, match=r"mesh '.*': expected sizes of data, fsdp, tensor, such as"):
+      sharding.read_mesh(wrong)

@@ -86,7 +86,7 @@ ALLOWED = {
     *['hosts', 'judges', 'quality', 'experiment', 'update', 'workdir'],
   ],
   'main': ['types', 'console', 'hosts', 'train'],
-  'generate': ['types', 'console', 'api'],
+  'generate': ['types', 'console', 'hosts', 'api'],
   'stopping': ['types', 'console', 'api', 'batching', 'sampling'],
   'judge': ['types', 'console', 'tasks.corpora', 'judges', 'quality'],
   'infill_sets': ['types', 'console', 'tasks.corpora', 'tasks.text', 'checkpoint'],
