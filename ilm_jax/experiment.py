@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from ilm_jax import families, judges, model, optimizer, sharding, tasks
@@ -88,6 +89,8 @@ def build(cfg, workdir=None) -> Experiment:
   settings = {**cfg.model.to_dict(), **decided}
   model_cfg = model.ModelConfig.create(tokenizer.vocab_size, **settings)
   mesh = sharding.make_mesh(cfg.mesh)
+  if said := sharding.check_model(model_cfg, mesh):
+    logging.warning('%s', said)
   shape = pipeline.shape_of(cfg.data)
   pipeline.my_groups(cfg.data.groups, *sharding.my_part(mesh))
   sharding.check_rows(cfg.data.rows, mesh, 'data.rows')

@@ -4,6 +4,7 @@ The axes (data, fsdp, tensor) always exist, of size 1 when unused: one code path
 """
 
 import math
+import re
 
 import jax
 import numpy as np
@@ -51,6 +52,50 @@ def make_mesh(cfg, devices=None) -> Mesh:
       f'so each size one of {", ".join(map(str, fits))}, or -1 for what is left'
     )
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def check_model(cfg, mesh: Mesh) -> str | None:
+  """Refuse sizes of a model that a mesh can't share evenly; returns what is worth saying of the vocabulary.
+
+  Args:
+    cfg: `num_heads`, `d_ff`, `d_model` and `vocab_size`.
+    mesh: of devices.
+  """
+  for name, axis in (('num_heads', 'tensor'), ('d_ff', 'tensor'), ('d_model', 'fsdp')):
+    size, ways = getattr(cfg, name), mesh.shape[axis]
+    if size % ways:
+      fits = [n for n in range(1, min(size, mesh.size) + 1) if size % n == 0 and mesh.size % n == 0]
+      raise UserError(
+        f'model.{name}={size} does not divide over mesh.{axis}={ways}: use mesh.{axis}= one of '
+        f'{", ".join(map(str, fits))}, or another size'
+      )
+  ways = math.prod(mesh.shape[axis] for axis in RULES['vocab'])
+  if cfg.vocab_size % ways == 0:
+    return None
+  here = NamedSharding(mesh, spec_of(('vocab',), (cfg.vocab_size,), mesh)).shard_shape((cfg.vocab_size,))
+  parts = cfg.vocab_size // here[0]
+  return (
+    f'the vocabulary of {cfg.vocab_size} does not divide over {ways} devices (mesh.fsdp x mesh.tensor): its two tables '
+    f'are {f"cut into {parts}" if parts > 1 else "whole on each of them"}'
+  )
+
+
+def placement(tree) -> list[str]:
+  """A line for each kind of array of a state: how many, shape, where it is cut, bytes of each on a device."""
+  kinds = {}
+  for path, array in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    name = re.sub(r'block_\d+', 'block_*', jax.tree_util.keystr(path, simple=True, separator='/'))
+    kinds.setdefault((name, array.shape, str(array.sharding.spec)), []).append(bytes_here(array))
+  return [
+    f'{len(sizes):4d} x {name} {"x".join(map(str, shape)) or "scalar"} {spec[spec.index("(") :]} '
+    f'{sizes[0]:,} bytes a device'
+    for (name, shape, spec), sizes in kinds.items()
+  ]
+
+
+def bytes_here(array) -> int:
+  """Bytes of an array on each of its devices."""
+  return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 def spec_of(names, shape, mesh: Mesh) -> P:

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -165,7 +166,7 @@ def test_a_run_goes_on_on_any_number_of_devices_and_hosts(tmp_path, cache, alone
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('axes', [{'mesh.fsdp': 8}, {'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.tensor': 4}])
+@pytest.mark.parametrize('axes', [{'mesh.fsdp': 8}, {'mesh.tensor': 2}])
 def test_a_mesh_over_processes_changes_no_loss(tmp_path, cache, alone, axes):
   with Pair(tmp_path / 'run', cache, changes={'steps': 30, **axes}) as run:
     assert run.wait() == [0, 0], run.said()
@@ -280,6 +281,37 @@ def test_the_end_of_another_host_is_told_from_a_fault(monkeypatch):
   assert hosts.lost(wrapped)
   monkeypatch.setattr(jax, 'process_count', lambda: 1)
   assert not hosts.lost(gone)
+
+
+SIZES = {'num_heads': 4, 'd_model': 32, 'd_ff': 64, 'vocab_size': 32}
+
+
+@pytest.mark.parametrize('sizes, message', [
+  ({'num_heads': 3}, 'model.num_heads=3 does not divide over mesh.tensor=4: use mesh.tensor= one of 1, or'),
+  ({'num_heads': 6}, 'model.num_heads=6 does not divide over mesh.tensor=4: use mesh.tensor= one of 1, 2, or'),
+  ({'d_ff': 66}, 'model.d_ff=66 does not divide over mesh.tensor=4: use mesh.tensor= one of 1, 2, or'),
+  ({'d_model': 33}, 'model.d_model=33 does not divide over mesh.fsdp=2: use mesh.fsdp= one of 1, or'),
+])  # fmt: skip
+def test_a_model_that_does_not_divide_names_what_fits(sizes, message):
+  with pytest.raises(UserError, match=re.escape(message)):
+    sharding.check_model(SimpleNamespace(**SIZES | sizes), small.mesh(fsdp=2, tensor=4))
+
+
+def test_a_vocabulary_that_does_not_divide_is_said():
+  mesh = small.mesh(fsdp=2, tensor=4)
+  assert sharding.check_model(SimpleNamespace(**SIZES), mesh) is None
+  for size, how in ((30, 'cut into 2'), (31, 'whole on each of them')):
+    said = sharding.check_model(SimpleNamespace(**SIZES | {'vocab_size': size}), mesh)
+    assert said.startswith(f'the vocabulary of {size} does not divide over 8 devices') and said.endswith(how)
+
+
+def test_the_placement_of_a_state_is_told():
+  state = small.experiment({'model.num_layers': 2}, data=2, fsdp=2, tensor=2)[3]
+  lines = sharding.placement(state)
+  assert "   2 x params/block_*/mlp_in/kernel 16x32 ('fsdp', 'tensor') 512 bytes a device" in lines
+  total = sum(int(line.split()[0]) * int(line.split()[-4].replace(',', '')) for line in lines)
+  held = [shard.data.nbytes for x in jax.tree.leaves(state) for shard in x.addressable_shards if shard.device.id == 0]
+  assert total == sum(held) == sum(map(sharding.bytes_here, jax.tree.leaves(state)))
 
 
 def test_a_mesh_is_read_from_a_text():
