@@ -33,6 +33,7 @@ class ModelConfig:
   dropout: float = 0.1
   attention_dropout: float = 0.1
   compute: str = 'float32'  # 'float32', 'bfloat16', or 'mixed': bfloat16 operands, everything else float32
+  remat: bool = False  # compute each block again for the gradient instead of remembering it: less memory, slower
   init: str = 'normal'  # embeddings N(0, 0.02); 'reference': N(0, 1)
   conditioning: str = 'none'  # 'adaln': on a noise level; its LayerNorms have no bias
   d_cond: int = 128  # width of what the noise level becomes
@@ -315,8 +316,9 @@ class Transformer(nn.Module):
     x_BxLxD = jnp.where((tokens_BxL == 0)[..., None], jax.lax.stop_gradient(x_BxLxD), x_BxLxD)
     noise_BxSxC = NoiseLevel(cfg, name='noise')(noise_BxS) if told else None
     caches = []
+    make_block = nn.remat(Block, static_argnums=(5,)) if cfg.remat and cache is None else Block
     for layer in range(cfg.num_layers):
-      block, old = Block(cfg, name=f'block_{layer}'), None if cache is None else cache[layer]
+      block, old = make_block(cfg, name=f'block_{layer}'), None if cache is None else cache[layer]
       x_BxLxD, new = block(x_BxLxD, segment_BxL, position_BxL, noise_BxSxC, train, old)
       caches.append(new)
 

@@ -8,6 +8,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -51,7 +52,26 @@ def make_mesh(cfg, devices=None) -> Mesh:
       f'{asked} does not fit {len(devices)} device(s): the product must be {len(devices)}, '
       f'so each size one of {", ".join(map(str, fits))}, or -1 for what is left'
     )
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  axis_types = (AxisType.Auto,) * 3
+  slices = slices_of(devices)
+  if len(slices) == 1:
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=axis_types, devices=devices)
+  if sizes[0] % len(slices):
+    raise UserError(
+      f'{asked}: the devices lie on {len(slices)} slices, between which only mesh.data may go: make it a multiple of '
+      f'{len(slices)}'
+    )
+  inner = (sizes[0] // len(slices), *sizes[1:])
+  return Mesh(np.concatenate([mesh_utils.create_device_mesh(inner, part) for part in slices]), AXES, axis_types)
+
+
+def slices_of(devices) -> list[list]:
+  """The devices of each TPU slice: within one they are joined by fast links (ICI), between them by a network (DCN)."""
+  slices = {}
+  for device in devices:
+    index = getattr(device, 'slice_index', 0) if device.platform == 'tpu' else 0
+    slices.setdefault(index, []).append(device)
+  return [slices[index] for index in sorted(slices)]
 
 
 def check_model(cfg, mesh: Mesh) -> str | None:

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -337,6 +338,24 @@ def test_a_mesh_that_does_not_fit_names_the_sizes_that_do(sizes):
   with pytest.raises(UserError, match=r'does not fit 8 device.*one of 1, 2, 4, 8, or -1') as error:
     sharding.make_mesh(cfg, jax.devices())
   assert f'mesh.data={sizes[0]}, mesh.fsdp={sizes[1]}' in str(error.value)
+
+
+def test_only_data_goes_between_slices():
+  devices = [SimpleNamespace(id=i, platform='tpu', slice_index=i // 4 % 2) for i in (4, 5, 6, 7, 0, 1, 2, 3)]
+  assert [[device.id for device in part] for part in sharding.slices_of(devices)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+  gpus = [SimpleNamespace(id=i, platform='gpu', slice_index=i // 4) for i in range(8)]
+  assert len(sharding.slices_of(gpus)) == 1  # hosts, to JAX: fsdp may span them
+
+
+def test_a_mesh_of_two_slices_keeps_fsdp_and_tensor_within_one(monkeypatch):
+  devices = jax.devices()
+  monkeypatch.setattr(sharding, 'slices_of', lambda devices: [devices[1::2], devices[::2]])
+  mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}, devices)
+  ids = np.vectorize(lambda device: device.id)(mesh.devices)
+  assert [set(part.ravel().tolist()) for part in ids] == [{1, 3, 5, 7}, {0, 2, 4, 6}]
+  assert dict(mesh.shape) == dict(small.mesh(2, 2, 2).shape)
+  with pytest.raises(UserError, match=r'on 2 slices, between which only mesh.data may go: make it a multiple of 2'):
+    sharding.make_mesh({'data': 1, 'fsdp': 8, 'tensor': 1}, devices)
 
 
 @pytest.mark.parametrize('sizes', [(-1, -1, 1), (0, 1, 1), (-2, 1, 1)])
