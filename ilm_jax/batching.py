@@ -155,6 +155,16 @@ class ContinuousSampler:
       refill = self.refill or max(1, pool.slots // 8)
       yield from self._run(params, pool, min(refill, pool.running()) if coming else pool.running())
 
+  def lower(self, params, rng, slots: int):
+    """The step of the pool of the longest rows, with so many of them, lowered for shapes alone (to compile ahead)."""
+    size = self.sizes[-1]
+    prompt = sampling.pad([], [], slots, size)
+    rows = jax.eval_shape(functools.partial(self._begin, size=size), params, rng, prompt)
+    if self.mesh is not None:
+      place = sharding.rows_sharding(self.mesh)
+      rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), rows)
+    return self._advance.lower(params, rows, 1)
+
   def _pool_of(self, prompt, pools) -> Pool:
     """The first pool with room for one more token."""
     length = len(prompt['tokens']) + self.cfg.capacity - self.cfg.max_length

@@ -90,6 +90,8 @@ PRESETS = {
   'tiny': dict(num_layers=6, num_heads=6, d_model=768, d_ff=3072),
   'tiny2': dict(num_layers=8, num_heads=8, d_model=576, d_ff=3456),
   'xtiny2': dict(num_layers=4, num_heads=6, d_model=384, d_ff=2304),
+  '1b': dict(num_layers=24, num_heads=16, d_model=2048, d_ff=8192),
+  '8b': dict(num_layers=38, num_heads=32, d_model=4096, d_ff=16384),
   'ddit_small': dict(num_layers=12, num_heads=12, d_model=768, d_ff=3072, d_cond=128),
   'ddit_tiny2': dict(num_layers=8, num_heads=8, d_model=576, d_ff=2304, d_cond=128),
   'ddit_xtiny': dict(num_layers=4, num_heads=6, d_model=384, d_ff=1536, d_cond=96),

@@ -31,7 +31,7 @@ def alone():
 
 @pytest.fixture
 def one_device(monkeypatch):
-  monkeypatch.setattr(sharding, 'make_mesh', lambda cfg: small.mesh())
+  monkeypatch.setattr(sharding, 'make_mesh', lambda *_: small.mesh())
 
 
 def leaves(tree) -> dict[str, np.ndarray]:
@@ -425,7 +425,7 @@ def restarted(tmp_path_factory):
   """A run of 20 steps that broke in step 18, after its checkpoint of step 15, and was started again."""
   workdir = tmp_path_factory.mktemp('restarted') / 'run'
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sharding, 'make_mesh', lambda cfg: small.mesh())
+    patch.setattr(sharding, 'make_mesh', lambda *_: small.mesh())
     with pytest.MonkeyPatch.context() as broken:
       crash_at(broken, 17)
       with pytest.raises(Crash):

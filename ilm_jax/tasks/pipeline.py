@@ -189,14 +189,20 @@ def concatenate(batches: list[Batch]) -> Batch:
   return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def shape_of(data) -> Shape:
-  """The rows of one group, from a config's `data` part; refuses what doesn't divide."""
+def shape_of(data, groups: int | None = None) -> Shape:
+  """The rows of one group, from a config's `data` part; refuses what doesn't divide.
+
+  Args:
+    data: the part.
+    groups: to use instead of the config's; 1 for the rows of a whole batch.
+  """
+  groups = data.groups if groups is None else groups
   for name, total in (('batch_size', data.batch_size), ('rows', data.rows)):
-    if total % data.groups:
-      fits = nearest(total, data.groups)
-      raise UserError(f'data.{name}={total} is not a multiple of data.groups={data.groups}: use data.{name}={fits}')
+    if total % groups:
+      fits = nearest(total, groups)
+      raise UserError(f'data.{name}={total} is not a multiple of data.groups={groups}: use data.{name}={fits}')
   targets = data.targets or 2 * data.row_length
-  return Shape(data.rows // data.groups, data.row_length, targets, data.segments)
+  return Shape(data.rows // groups, data.row_length, targets, data.segments)
 
 
 def nearest(value: int, divisor: int) -> str:
