@@ -25,6 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.dropout = 0.1
   config.model.attention_dropout = 0.1
   config.model.compute = 'mixed'  # bfloat16 products, everything else float32; or float32, or bfloat16
+  config.model.remat = False  # compute each block again for the gradient instead of remembering it
   config.model.init = 'normal'
   config.model.conditioning = placeholder(str)  # mdm: none, or adaln (its default): the model is told the noise level
   config.model.d_cond = placeholder(int)  # width of what the noise level becomes; 128 by default
@@ -71,6 +72,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.mesh.data = -1  # what is left
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
+
+  config.hosts = ml_collections.ConfigDict()  # of several
+  config.hosts.start_seconds = 300  # how long they wait for each other
+  config.hosts.heartbeat_seconds = 30  # one that is silent for so long is taken for dead, and the run ends
 
   config.sampling = ml_collections.ConfigDict()
   config.sampling.max_length = 128

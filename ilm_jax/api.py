@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from ilm_jax import batching, checkpoint, families, infilling, model, sampling, tasks, traces
+from ilm_jax import batching, checkpoint, families, infilling, model, sampling, sharding, tasks, traces
 from ilm_jax.families import growing
 from ilm_jax.families import settings as settings_lib
 from ilm_jax.tokenizer import PAD, UNK
@@ -54,25 +54,26 @@ class TextScore(NamedTuple):
   kind: str  # 'exact', 'bound' or 'importance-weighted'
 
 
-def load(workdir, checkpoint='best', **sampling_settings) -> 'LanguageModel':
+def load(workdir, checkpoint='best', *, mesh=None, **sampling_settings) -> 'LanguageModel':
   """Load the model of a run.
 
   Args:
     workdir: of the run, local or a bucket.
     checkpoint: 'best' on validation, 'latest', or a step.
+    mesh: of devices that share the work, 'data=-1' for all of them, 'data=2,tensor=4'; None: the first device.
     **sampling_settings: fields of the family's SampleConfig that replace the run's; `batch_size`, the number of slots.
 
   Raises:
     UserError: no run or no such checkpoint there, or an unknown setting.
   """
-  return LanguageModel.load(workdir, checkpoint, **sampling_settings)
+  return LanguageModel.load(workdir, checkpoint, mesh=mesh, **sampling_settings)
 
 
 class LanguageModel:
   """A family, a task and weights."""
 
   def __init__(self, cfg: ConfigDict, model_cfg: model.ModelConfig, params, *, step: int = 0, batch_size: int = 64,
-               **sampling_settings):  # fmt: skip
+               mesh=None, **sampling_settings):  # fmt: skip
     self.cfg, self.model_cfg, self.params, self.step = cfg, model_cfg, params, step
     self.family, self.task = families.get(cfg.family), tasks.get(cfg.task.name)
     self.tokenizer = self.task.tokenizer(cfg.task)
@@ -87,23 +88,28 @@ class LanguageModel:
       self.family, cfg, settings, closed_tokens=self.tokenizer.special_ids, compute=model_cfg.compute
     )
     self.batch_size = batch_size
-    self.sampler = batching.ContinuousSampler(model_cfg, self.family, self.sample_cfg, batch_size)
-    self._scorer = jax.jit(self._score_rows, static_argnames=('kind', 'longest'))
+    self.sampler = batching.ContinuousSampler(model_cfg, self.family, self.sample_cfg, batch_size, mesh=mesh)
+    kept = {} if mesh is None else {'out_shardings': sharding.replicated(mesh)}
+    self._scorer = jax.jit(self._score_rows, static_argnames=('kind', 'longest'), **kept)
     self._kinds = {}  # of (kind, longest), once traced
 
   @classmethod
-  def load(cls, workdir, which='best', **settings) -> 'LanguageModel':
+  def load(cls, workdir, which='best', *, mesh=None, **settings) -> 'LanguageModel':
     """See `load`."""
+    if isinstance(mesh, str):
+      mesh = sharding.make_mesh(sharding.read_mesh(mesh))
     cfg = ConfigDict(checkpoint.read_config(workdir))
     family, task = families.get(cfg.family), tasks.get(cfg.task.name)
     if hasattr(task, 'settle'):
       task.settle(cfg.task, workdir)
     model_settings = {**cfg.model.to_dict(), **family.model_settings(cfg)}
     model_cfg = model.ModelConfig.create(task.tokenizer(cfg.task).vocab_size, **model_settings)
+    if mesh is not None:
+      sharding.check_model(model_cfg, mesh)
     saved = checkpoint.Checkpoints(workdir, metric=cfg.eval.metric, mode=cfg.eval.mode, read_only=True)
     step = saved.find(which)
-    params = saved.restore_weights(step, model.abstract(model_cfg))
-    return cls(cfg, model_cfg, params, step=step, **settings)
+    params = saved.restore_weights(step, model.abstract(model_cfg, mesh))
+    return cls(cfg, model_cfg, params, step=step, mesh=mesh, **settings)
 
   # --- sampling -------------------------------------------------------------------------------------------------------
 

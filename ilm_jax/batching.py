@@ -65,6 +65,12 @@ class ContinuousSampler:
     self.slots = [max(parts, slots * self.sizes[0] // size // parts * parts) for size in self.sizes]
     self.refill, self.parts = refill, parts
     growth, cfg = self.growth, sample_cfg
+    # What the host looks at is on every device, so that every process of several can.
+    seen, flags, rows_first = {}, {}, {}
+    if mesh is not None:
+      seen = {'out_shardings': sharding.replicated(mesh)}
+      flags = {'out_shardings': (None, sharding.replicated(mesh))}
+      rows_first = {'out_shardings': sharding.rows_sharding(mesh)}
 
     @functools.partial(jax.jit, static_argnames='size')
     def begin(params, rng, prompt, size):
@@ -81,7 +87,14 @@ class ContinuousSampler:
 
       return jax.tree.map(mix, moved, into)
 
-    @functools.partial(jax.jit, donate_argnums=1)
+    @functools.partial(jax.jit, static_argnames=('size', 'slots'), **rows_first)
+    def empty(like, size, slots):
+      keys_B = jax.random.split(like.rng_B[0], slots)
+      shapes = jax.eval_shape(lambda rows: growing.resize(rows, size), like._replace(rng_B=()))
+      rows = jax.tree.map(lambda array: jnp.zeros((slots, *array.shape[1:]), array.dtype), shapes)
+      return rows._replace(rng_B=keys_B)
+
+    @functools.partial(jax.jit, donate_argnums=1, **flags)
     def advance(params, rows, leaving):
       step = functools.partial(growth.step, model.Forward(model_cfg, params), cfg)
       size, running = rows.tokens_BxL.shape[1], rows.active_B.sum()
@@ -95,10 +108,11 @@ class ContinuousSampler:
         return (now > 0) & (running - now < leaving)
 
       start = park(rows, jnp.zeros_like(rows.active_B))
-      return jax.lax.while_loop(going, lambda carry: park(step(carry[0]), carry[1]), start)
+      rows, parked_B = jax.lax.while_loop(going, lambda carry: park(step(carry[0]), carry[1]), start)
+      return rows, (rows.active_B, parked_B)
 
-    self._begin, self._place, self._advance = begin, place, advance
-    self._finish = jax.jit(lambda rows: growth.finish(rows, cfg))
+    self._begin, self._empty, self._place, self._advance = begin, empty, place, advance
+    self._finish = jax.jit(lambda rows: growth.finish(rows, cfg), **seen)
 
   def __call__(self, params, rng, prompts, requests=None):
     """Sample one row for each prompt.
@@ -141,22 +155,25 @@ class ContinuousSampler:
       refill = self.refill or max(1, pool.slots // 8)
       yield from self._run(params, pool, min(refill, pool.running()) if coming else pool.running())
 
+  def lower(self, params, rng, slots: int):
+    """The step of the pool of the longest rows, with so many of them, lowered for shapes alone (to compile ahead)."""
+    size = self.sizes[-1]
+    prompt = sampling.pad([], [], slots, size)
+    rows = jax.eval_shape(functools.partial(self._begin, size=size), params, rng, prompt)
+    if self.mesh is not None:
+      place = sharding.rows_sharding(self.mesh)
+      rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), rows)
+    return self._advance.lower(params, rows, 1)
+
   def _pool_of(self, prompt, pools) -> Pool:
     """The first pool with room for one more token."""
     length = len(prompt['tokens']) + self.cfg.capacity - self.cfg.max_length
     return next((pool for pool in pools if length < pool.size), pools[-1])
 
-  def _empty(self, pool: Pool, like: growing.Rows) -> growing.Rows:
-    """Rows for a whole pool, none of them active."""
-    keys_B = jax.random.split(like.rng_B[0], pool.slots)
-    shapes = jax.eval_shape(lambda rows: growing.resize(rows, pool.size), like._replace(rng_B=()))
-    empty = jax.tree.map(lambda array: jnp.zeros((pool.slots, *array.shape[1:]), array.dtype), shapes)
-    return empty._replace(rng_B=keys_B)
-
   def _move(self, rows: growing.Rows, pool: Pool, taken: dict[int, int], owners: list) -> None:
     """Put rows[taken[slot]] into each slot of a pool."""
     if pool.rows is None:
-      pool.rows = self._empty(pool, rows)
+      pool.rows = self._empty(rows, pool.size, pool.slots)
     take = np.full(pool.slots, -1, np.int32)
     for slot, row in taken.items():
       take[slot], pool.owner[slot] = row, owners[row]
@@ -186,8 +203,8 @@ class ContinuousSampler:
 
   def _run(self, params, pool: Pool, leaving: int):
     """Forward passes of a pool until so many of its rows have left it; yields those that are finished."""
-    pool.rows, parked_B = self._advance(params, pool.rows, leaving)
-    active_B, parked_B = jax.device_get((pool.rows.active_B, parked_B))
+    pool.rows, flags = self._advance(params, pool.rows, leaving)
+    active_B, parked_B = jax.device_get(flags)
     pool.parked |= parked_B
     done = [
       slot for slot, owner in enumerate(pool.owner) if owner is not None and not active_B[slot] | pool.parked[slot]

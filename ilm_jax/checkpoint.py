@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from ilm_jax import dashboards
+from ilm_jax import dashboards, hosts
 from ilm_jax.types import UserError
 
 ITEMS = ('params', 'ema_params', 'opt_state')
@@ -48,7 +48,9 @@ class Checkpoints:
     self.folder = epath.Path(workdir).resolve() / 'checkpoints'  # Orbax takes absolute paths alone
     self.metric, self.mode = metric, mode
     if not read_only:
-      self._mend()
+      if hosts.first():
+        self._mend()
+      hosts.barrier('mended')
 
     def score(metrics):
       return metrics.get(metric, math.inf if mode == 'min' else -math.inf)
@@ -132,10 +134,12 @@ class Checkpoints:
   def _add_metrics(self, step: int, metrics: dict) -> None:
     self._manager.wait_until_finished()
     path = self.folder / str(step) / 'metrics' / 'metrics'
-    path.parent.mkdir(exist_ok=True)
-    part = path.parent / '.metrics.part'
-    part.write_text(json.dumps(metrics))
-    part.replace(path)
+    if hosts.first():
+      path.parent.mkdir(exist_ok=True)
+      part = path.parent / '.metrics.part'
+      part.write_text(json.dumps(metrics))
+      part.replace(path)
+    hosts.barrier('metrics added')
     self._manager.reload()
 
   def check(self) -> None:

@@ -61,6 +61,13 @@ def command(doc: str, define, run, argv=None, *, positional: bool = False) -> in
     return 130
 
 
+def define_hosts(values: flags.FlagValues) -> None:
+  """Define the flags of a command that several hosts may share."""
+  flags.DEFINE_string('coordinator', None, 'HOST:PORT of the first of several hosts.', flag_values=values)
+  flags.DEFINE_integer('num_processes', None, 'With --coordinator: how many there are.', flag_values=values)
+  flags.DEFINE_integer('process_id', None, 'With --coordinator: which one this is, from 0.', flag_values=values)
+
+
 def quiet() -> None:
   """Short log lines from this project alone, and a compilation cache that lasts."""
   import jax

@@ -24,6 +24,27 @@ class Scores(NamedTuple):
   samples: tuple[str, ...] = ()  # all the answers, of a task without right ones
 
 
+class Likelihood(NamedTuple):
+  """-log p of each string and its end, in nats, or an estimate of a bound of it."""
+
+  kind: str  # 'exact', 'bound' or 'importance-weighted'
+  nll_N: np.ndarray
+  error_N: np.ndarray  # standard error of each estimate
+  tokens_N: np.ndarray  # of each string, without the end
+
+  def pairs(self) -> Metrics:
+    """`nll` in nats a string, `nll_per_token` (the end is one too), `nll_variance`: the mean variance of an estimate.
+
+    The root of the variance over the root of the number of strings is the standard error of `nll` due to the estimate.
+    """
+    count = float(len(self.nll_N))
+    return {
+      'nll': (float(self.nll_N.sum()), count),
+      'nll_per_token': (float(self.nll_N.sum()), float(self.tokens_N.sum() + count)),
+      'nll_variance': (float(np.square(self.error_N).sum()), count),
+    }
+
+
 class Evaluator:
   """Evaluates parameters on a split; what is compiled is kept between calls."""
 
@@ -63,13 +84,9 @@ class Evaluator:
       total = metrics_lib.add(total, jax.device_get(self._loss(params, sharding.put_batch(batch, self.mesh))))
     return total
 
-  def likelihood(self, params, split: str, *, interrupted=lambda: False) -> tuple[str, Metrics] | None:
-    """(kind, pairs) of -log p of a split's answers: `nll` in nats a string, `nll_per_token` (the end is one too).
-
-    `nll_variance` is the mean variance of a string's estimate: its root over the root of the number of strings is the
-    standard error of `nll` that is due to the estimate. None when `interrupted` says so between two batches.
-    """
-    source, size, total = self.source(split), self.cfg.eval.batch_size, {}
+  def likelihood(self, params, split: str, *, interrupted=lambda: False) -> Likelihood | None:
+    """-log p of a split's answers; None when `interrupted` says so between two batches."""
+    source, size, parts = self.source(split), self.cfg.eval.batch_size, []
     start = said = time.monotonic()
     for first in range(0, len(source), size):
       if interrupted():
@@ -81,15 +98,9 @@ class Evaluator:
       examples = [source[i] for i in range(first, min(first + size, len(source)))]
       rows = self.rows_of(examples, size)
       rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.cfg.seed), 0x4C4C), first)
-      nll_B, error_B, tokens_B = jax.device_get(self._score(params, rng, sharding.put_batch(rows, self.mesh)))
-      n = len(examples)
-      pairs = {
-        'nll': (float(nll_B[:n].sum()), float(n)),
-        'nll_per_token': (float(nll_B[:n].sum()), float(tokens_B[:n].sum() + n)),
-        'nll_variance': (float(np.square(error_B[:n]).sum()), float(n)),
-      }
-      total = metrics_lib.add(total, pairs)
-    return self._kind, total
+      scored = jax.device_get(self._score(params, rng, sharding.put_batch(rows, self.mesh)))
+      parts.append([array[: len(examples)] for array in scored])
+    return Likelihood(self._kind, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
   def rows_of(self, examples, rows: int) -> dict:
     """Whole examples as padded rows; rows that are left over hold [CLS] and [BOS] alone."""

@@ -4,10 +4,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from ilm_jax import families, judges, model, optimizer, sharding, tasks
 from ilm_jax.tasks import pipeline
+from ilm_jax.tokenizer import SPECIAL
 from ilm_jax.types import UserError
 
 
@@ -31,6 +33,7 @@ LEAST = {  # the smallest value of settings that have one
   'data.segments': 1, 'data.workers': 0, 'data.prefetch': 1,
   'optimizer.warmup_steps': 0, 'optimizer.accumulate': 1, 'optimizer.clip': 0, 'optimizer.ema_decay': 0,
   'sampling.max_length': 3, 'sampling.max_steps': 0,
+  'hosts.start_seconds': 1, 'hosts.heartbeat_seconds': 5,
   'eval.every': 0, 'eval.batch_size': 1, 'eval.samples': 0, 'eval.show': 0,
 }  # fmt: skip
 
@@ -64,31 +67,40 @@ def check_choices(cfg, family, task) -> None:
     judges.check(cfg.eval.judge)
 
 
-def build(cfg, workdir=None) -> Experiment:
+def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> Experiment:
   """Build what the config names; refuses what doesn't fit together, before anything is computed or written.
 
   Args:
     cfg: the config; a task may note in its part what it found (the fingerprint of a tokenizer).
     workdir: of the run, which may carry files of the task.
+    devices: of the mesh; all by default.
+    vocab_size: of a vocabulary that is not there, nor any data: what is built can be compiled, not run.
   """
   check_ranges(cfg)
   optimizer.make_schedule(cfg.optimizer, cfg.steps)
   family, task = families.get(cfg.family), tasks.get(cfg.task.name)
   check_choices(cfg, family, task)
-  if hasattr(task, 'settle'):
-    task.settle(cfg.task, workdir)
-  tokenizer = task.tokenizer(cfg.task)
-  task.source(cfg.task, 'test')
+  if vocab_size is None:
+    if hasattr(task, 'settle'):
+      task.settle(cfg.task, workdir)
+    tokenizer = task.tokenizer(cfg.task)
+    vocab_size, special_ids = tokenizer.vocab_size, tokenizer.special_ids
+    source = task.source(cfg.task, 'train') if cfg.loss.length_weight == 'elbo' else None
+    task.source(cfg.task, 'test')
+  else:
+    special_ids, source = tuple(range(len(SPECIAL))), None
   decided = family.model_settings(cfg)
   if cfg.model.get('conditioning') not in (None, 'none') and 'conditioning' not in decided:
     raise UserError(
       f'model.conditioning={cfg.model.conditioning!r}: the family {cfg.family} knows no noise level: leave it out'
     )
   settings = {**cfg.model.to_dict(), **decided}
-  model_cfg = model.ModelConfig.create(tokenizer.vocab_size, **settings)
-  mesh = sharding.make_mesh(cfg.mesh)
+  model_cfg = model.ModelConfig.create(vocab_size, **settings)
+  mesh = sharding.make_mesh(cfg.mesh, devices)
+  if said := sharding.check_model(model_cfg, mesh):
+    logging.warning('%s', said)
   shape = pipeline.shape_of(cfg.data)
-  pipeline.my_groups(cfg.data.groups, jax.process_index(), jax.process_count())
+  pipeline.my_groups(cfg.data.groups, *sharding.my_part(mesh))
   sharding.check_rows(cfg.data.rows, mesh, 'data.rows')
   sharding.check_rows(cfg.eval.batch_size, mesh, 'eval.batch_size')
   if cfg.data.rows % cfg.optimizer.accumulate:
@@ -102,12 +114,10 @@ def build(cfg, workdir=None) -> Experiment:
   if shape.targets < most:
     raise UserError(f'data.targets={shape.targets} is less than the targets of the longest example, {most}: raise it')
   sample_cfg = families.make_sample_config(
-    family, cfg, cfg.sampling, closed_tokens=tokenizer.special_ids, compute=model_cfg.compute
+    family, cfg, cfg.sampling, closed_tokens=special_ids, compute=model_cfg.compute
   )
   loss_cfg = ConfigDict({**cfg.loss.to_dict(), 'compute': model_cfg.compute})
-  loss_cfg.mean_weight = (
-    mean_weight(cfg, family, task.source(cfg.task, 'train')) if cfg.loss.length_weight == 'elbo' else 1.0
-  )
+  loss_cfg.mean_weight = 1.0 if source is None else mean_weight(cfg, family, source)
   return Experiment(cfg, family, task, model_cfg, sample_cfg, loss_cfg, mesh)
 
 

@@ -9,6 +9,11 @@ asks for a whole text) or "infill" (a text with markers, or the list of its part
 (tokens of a gap; a number, or a list of one a gap). Answers come as they finish; "id" says whose they are (the number
 of the line, from 0, unless JSON gives one). A line that cannot be served is named, and the others are served. The
 "truth" of a line with gaps, and its "fillings", come with its answer as "truth", {"text", "fillings"}.
+
+    python -m ilm_jax.generate --workdir=gs://... --prompts=gs://... --out=answers.jsonl --mesh=data=-1
+
+The answers are the same on any mesh and number of hosts. Each of several hosts, which are started with the same
+command, writes its share: answers-00000-of-00002.jsonl, ...
 """
 
 import contextlib
@@ -20,8 +25,10 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from ilm_jax.console import command, fail, quiet
+from ilm_jax.console import command, define_hosts, fail, quiet
 from ilm_jax.types import UserError
+
+SETTINGS = ('stop_threshold', 'max_length', 'gaps')  # flags that replace what the run says of sampling
 
 
 def define(values: flags.FlagValues) -> None:
@@ -39,12 +46,15 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string('checkpoint', 'best', "'best', 'latest' or a step.", flag_values=values)
   flags.DEFINE_integer('seed', 0, 'Seed of the randomness.', flag_values=values)
   flags.DEFINE_integer('batch_size', 64, 'Slots: requests at a time.', lower_bound=1, flag_values=values)
+  flags.DEFINE_string('mesh', None, 'Devices that share the work, such as data=-1 (all), or data=2,tensor=4; the first '
+                      'device by default, or all of several hosts.', flag_values=values)  # fmt: skip
   flags.DEFINE_integer('max_length', None, "Tokens of a text; the run's own by default.", lower_bound=3,
                        flag_values=values)  # fmt: skip
   flags.DEFINE_integer('gaps', None, 'Insertions of a step, in the best gaps; 0: all; the run\'s own by default.',
                        lower_bound=0, flag_values=values)  # fmt: skip
   flags.DEFINE_float('stop_threshold', None, "Stop when p(stop) reaches it; 0: sampled; the run's own by default.",
                      lower_bound=0.0, upper_bound=1.0, flag_values=values)  # fmt: skip
+  define_hosts(values)
 
 
 class Request(NamedTuple):
@@ -133,11 +143,25 @@ def run(values) -> int:
   check_files(values)
   requests, wrong = read_requests(values)
   quiet()
-  from ilm_jax import api
+  from ilm_jax import hosts
 
-  given = {name: values[name].value for name in ('stop_threshold', 'max_length', 'gaps')}
+  hosts.start(values.coordinator, values.num_processes, values.process_id)
+  return hosts.end_together(lambda: serve(values, requests, wrong))
+
+
+def serve(values, requests: list[Request], wrong: list[UserError]) -> int:
+  """Load, answer, write."""
+  from ilm_jax import api, hosts
+
+  index, many = hosts.which()
+  if many > 1:
+    if values.trace or not values.out:
+      raise UserError(f'{many} hosts write a file each: expected --out, and no --trace')
+    hosts.agree({'requests': len(requests), 'of them': hosts.digest([r[:3] for r in requests]), **settled(values)})
+  given = {name: values[name].value for name in SETTINGS}
   settings = {name: value for name, value in given.items() if value is not None}
-  lm = api.load(values.workdir, values.checkpoint, batch_size=values.batch_size, **settings)
+  mesh = values.mesh or ('data=-1' if many > 1 else None)
+  lm = api.load(values.workdir, values.checkpoint, mesh=mesh, batch_size=values.batch_size, **settings)
   served = []  # (request, what the model is asked)
   for number, request in enumerate(requests):
     try:
@@ -151,30 +175,45 @@ def run(values) -> int:
       wrong.append(error if request.where.startswith('--') else UserError(f'{request.where}: {said}'))
   if wrong and (not served or values.prompt or values.infill):
     raise wrong[0]  # before anything is written
-  for error in wrong:
+  for error in wrong if index == 0 else ():
     fail(error)
 
   jobs = [(request, asked, j) for request, asked in served for j in range(values.n or 1)]
   ids = [api.request_number(request.id, j) for request, _, j in jobs]
-  made = {}
+  made, name = {}, shard(values.out, index, many)
   with contextlib.ExitStack() as stack:
     try:
-      out = stack.enter_context(open(values.out, 'w', encoding='utf-8')) if values.out else sys.stdout
+      out = stack.enter_context(open(name, 'w', encoding='utf-8')) if name else sys.stdout
     except OSError as error:
-      raise UserError(f'--out={values.out}: {error.strerror}') from None
-    for index, answer in lm.stream([asked for _, asked, _ in jobs], seed=values.seed, ids=ids):
-      request, _, sample = jobs[index]
+      raise UserError(f'--out={name}: {error.strerror}') from None
+    for job, answer in lm.stream([asked for _, asked, _ in jobs], seed=values.seed, ids=ids):
+      if job % many != index:
+        continue
+      request, _, sample = jobs[job]
       number = {} if values.n is None else {'sample': sample}
       true = {} if request.truth is None else {'truth': request.truth}
-      write({'id': request.id, **number, request.kind: request.content, **answer._asdict(), **true}, out, values.out)
+      write({'id': request.id, **number, request.kind: request.content, **answer._asdict(), **true}, out, name)
       if values.trace:
-        made[index] = answer
+        made[job] = answer
   if values.trace:
     try:
-      Path(values.trace).write_text(lm.page([made[index] for index in sorted(made)]), encoding='utf-8')
+      Path(values.trace).write_text(lm.page([made[job] for job in sorted(made)]), encoding='utf-8')
     except OSError as error:
       raise UserError(f'--trace={values.trace}: {error.strerror}') from None
   return 1 if wrong else 0
+
+
+def settled(values) -> dict:
+  """The flags that must be the same on all hosts."""
+  return {name: values[name].value for name in ('workdir', 'checkpoint', 'seed', 'n', 'batch_size', 'mesh', *SETTINGS)}
+
+
+def shard(name: str | None, index: int, many: int) -> str | None:
+  """The file of one of several hosts: answers-00000-of-00002.jsonl for answers.jsonl."""
+  if not name or many == 1:
+    return name
+  path = Path(name)
+  return str(path.with_name(f'{path.stem}-{index:05d}-of-{many:05d}{path.suffix}'))
 
 
 def write(record: dict, out, name) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from ilm_jax.console import fail, quiet, usage, wants_help
+from ilm_jax.console import define_hosts, fail, quiet, usage, wants_help
 from ilm_jax.types import UserError
 
 MODES = ('train', 'eval')
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The config, with its argument: configs/star.py:hard.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/NAME-ARGUMENT by default.')
 _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'Train (or continue), or evaluate a run on the test split.')
+define_hosts(flags.FLAGS)
 
 
 def parse(argv) -> list[str]:
@@ -58,18 +59,20 @@ def default_workdir() -> str:
 def run() -> int:
   """Train or evaluate; returns the exit code."""
   quiet()
-  from ilm_jax import train
+  from ilm_jax import hosts, train
 
+  cfg = _CONFIG.value
+  hosts.start(*(flags.FLAGS[name].value for name in hosts.FLAGS), **cfg.get('hosts', {}))
   workdir = _WORKDIR.value or default_workdir()
   call = {'train': train.train, 'eval': train.evaluate_run}[_MODE.value]
-  return call(_CONFIG.value, workdir)
+  return hosts.end_together(lambda: call(cfg, workdir))
 
 
 def main(argv=None) -> int:
   """Run the command; a user's mistake is one line on standard error and exit code 1."""
   argv = sys.argv if argv is None else argv
   if wants_help(argv):
-    return usage(__doc__, flags.FLAGS, ('config', 'workdir', 'mode'))
+    return usage(__doc__, flags.FLAGS, ('config', 'workdir', 'mode', 'coordinator', 'num_processes', 'process_id'))
   try:
     parse(argv)
     return run()

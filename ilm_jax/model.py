@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ilm_jax import ops
+from ilm_jax import ops, sharding
 from ilm_jax.types import Batch, Outputs, UserError
 
 
@@ -33,6 +33,7 @@ class ModelConfig:
   dropout: float = 0.1
   attention_dropout: float = 0.1
   compute: str = 'float32'  # 'float32', 'bfloat16', or 'mixed': bfloat16 operands, everything else float32
+  remat: bool = False  # compute each block again for the gradient instead of remembering it: less memory, slower
   init: str = 'normal'  # embeddings N(0, 0.02); 'reference': N(0, 1)
   conditioning: str = 'none'  # 'adaln': on a noise level; its LayerNorms have no bias
   d_cond: int = 128  # width of what the noise level becomes
@@ -89,6 +90,8 @@ PRESETS = {
   'tiny': dict(num_layers=6, num_heads=6, d_model=768, d_ff=3072),
   'tiny2': dict(num_layers=8, num_heads=8, d_model=576, d_ff=3456),
   'xtiny2': dict(num_layers=4, num_heads=6, d_model=384, d_ff=2304),
+  '1b': dict(num_layers=24, num_heads=16, d_model=2048, d_ff=8192),
+  '8b': dict(num_layers=38, num_heads=32, d_model=4096, d_ff=16384),
   'ddit_small': dict(num_layers=12, num_heads=12, d_model=768, d_ff=3072, d_cond=128),
   'ddit_tiny2': dict(num_layers=8, num_heads=8, d_model=576, d_ff=2304, d_cond=128),
   'ddit_xtiny': dict(num_layers=4, num_heads=6, d_model=384, d_ff=1536, d_cond=96),
@@ -315,8 +318,9 @@ class Transformer(nn.Module):
     x_BxLxD = jnp.where((tokens_BxL == 0)[..., None], jax.lax.stop_gradient(x_BxLxD), x_BxLxD)
     noise_BxSxC = NoiseLevel(cfg, name='noise')(noise_BxS) if told else None
     caches = []
+    make_block = nn.remat(Block, static_argnums=(5,)) if cfg.remat and cache is None else Block
     for layer in range(cfg.num_layers):
-      block, old = Block(cfg, name=f'block_{layer}'), None if cache is None else cache[layer]
+      block, old = make_block(cfg, name=f'block_{layer}'), None if cache is None else cache[layer]
       x_BxLxD, new = block(x_BxLxD, segment_BxL, position_BxL, noise_BxSxC, train, old)
       caches.append(new)
 
@@ -388,8 +392,12 @@ class Forward(NamedTuple):
     return Transformer(self.cfg).apply({'params': self.params}, *args, cache=cache)
 
 
-def abstract(cfg: ModelConfig):
-  """Shapes and types of the parameters, on the first device: what a checkpoint is read onto."""
-  shapes = unbox(jax.eval_shape(lambda: init(cfg, jax.random.key(0))))
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+def abstract(cfg: ModelConfig, mesh=None):
+  """Shapes and types of the parameters: what a checkpoint is read onto, the first device or a mesh."""
+  boxed = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+  if mesh is None:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = jax.tree.map(lambda _: place, unbox(boxed))
+  else:
+    places = sharding.state_shardings(boxed, mesh)
+  return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), unbox(boxed), places)

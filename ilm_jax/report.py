@@ -41,9 +41,11 @@ class Run(NamedTuple):
   steps: int  # of the weights that were tested
   budget: int  # steps the run might have made
   key: str  # the config but FREE: what the runs of a row share
-  correct: tuple[float, float]  # sequences: (right, all)
-  tokens: tuple[float, float]
-  chance: float
+  correct: tuple[float, float] | None  # sequences: (right, all), of a task with right answers
+  tokens: tuple[float, float] | None
+  chance: float | None
+  kind: str | None  # of the likelihood
+  strings: dict | None  # 'nll', 'error' and 'tokens' of each test string
   parameters: int
   seconds: float  # of training
   hardware: str
@@ -63,8 +65,12 @@ def read(workdir: str) -> Run:
   try:
     result = json.loads((path / 'eval.json').read_bytes())
     config = result['config']
-    if result['pairs'] and 'exact_match' not in result['pairs']:
-      raise UserError(f'{workdir}: the task {config["task"]["name"]} has no right answers, which this table counts')
+    answers = 'exact_match' in result['pairs']
+    if not answers and not result.get('strings'):
+      raise UserError(
+        f'{workdir}: {config["task"]["label"]} has no right answers to count, and no likelihoods were '
+        'measured: evaluate it with --mode=eval --config.eval.score='
+      )
     if not result['finished']:
       raise UserError(f'{workdir} was tested before it was finished: finish it, or stop_at earlier')
     starts = [*run['starts'], result['start']]
@@ -72,15 +78,16 @@ def read(workdir: str) -> Run:
     return Run(
       workdir=str(workdir),
       label=config['task']['label'],
-      family=config['family']
-      + (', oracle order' if config['family'] == 'arm' and config['task'].get('order') in ('oracle', 'solver') else ''),
+      family=_family(config),
       seed=result['seed'],
       steps=result['step'],
       budget=config['steps'],
       key=json.dumps({name: value for name, value in flat.items() if name not in FREE}, sort_keys=True),
-      correct=tuple(result['pairs']['exact_match']),
-      tokens=tuple(result['pairs']['token_accuracy']),
-      chance=result['chance'],
+      correct=tuple(result['pairs']['exact_match']) if answers else None,
+      tokens=tuple(result['pairs']['token_accuracy']) if answers else None,
+      chance=result['chance'] + 0.0 if answers else None,
+      kind=result.get('likelihood'),
+      strings=result.get('strings'),
       parameters=result['parameters'],
       seconds=dashboards.wall_seconds(workdir),
       hardware=' + '.join(sorted({f'{start["devices"]}, {start["cpus"]} cores' for start in starts})),
@@ -90,6 +97,15 @@ def read(workdir: str) -> Run:
     )
   except (KeyError, TypeError, ValueError) as error:
     raise UserError(f'{workdir} lacks {error}, which a row needs: evaluate it again with --mode=eval') from None
+
+
+def _family(config: dict) -> str:
+  """The family, and what makes it another one in a table."""
+  if config['family'] == 'arm' and config['task'].get('order') in ('oracle', 'solver'):
+    return 'arm, oracle order'
+  if config.get('loss', {}).get('length_weight', 'none') != 'none':
+    return f'{config["family"]}, length_weight={config["loss"]["length_weight"]}'
+  return config['family']
 
 
 def _flatten(tree: dict, prefix: str = '') -> dict:
@@ -146,12 +162,13 @@ def _pooled(pairs) -> str:
   return f'{100 * total / weight:.1f} ({100 * low:.1f} – {100 * high:.1f})'
 
 
-def table(rows: list[list[Run]], command: str) -> str:
-  """The tables as Markdown."""
+def accuracies(rows: list[list[Run]]) -> list[str]:
+  """The lines of the table of right answers."""
   lines = [
-    '# Results',
     '',
-    f'Made by `{command}`. Accuracies in %, on held-out test examples. *Pooled*: over the examples of all seeds, with',
+    '## Right answers',
+    '',
+    'Accuracies in %, on held-out test examples. *Pooled*: over the examples of all seeds, with',
     "Wilson's 95 % interval. *Mean of seeds*: with Student's 95 % interval, from three seeds on, cut at 0 and 100.",
     'All seeds of a row answer the same test examples; the steps are those of the weights best on validation.',
     'The paper is arXiv 2505.05755, table 1: one seed, other sizes and budgets unless the row says the same.',
@@ -169,6 +186,53 @@ def table(rows: list[list[Run]], command: str) -> str:
       '–' if paper is None else f'{paper:.1f}',
     ]  # fmt: skip
     lines.append('| ' + ' | '.join(cells) + ' |')
+  return lines
+
+
+def likelihoods(rows: list[list[Run]]) -> list[str]:
+  """The lines of the table of likelihoods."""
+  lines = [
+    '',
+    '## Likelihoods',
+    '',
+    '-log p of held-out test strings in nats: of a string with its end, and a token (the end is one too), with 95 %',
+    'intervals over the strings, each the mean of its seeds. *Exact*, or an upper *bound* estimated by sampling, whose',
+    'standard error of the mean is the last column; a bound may lie above another exact value for being loose alone.',
+    '',
+    '| task | family | -log p | nats a string | nats a token | each seed, a string | strings | error |',
+    '|---|---|---|---|---|---|---|---|',
+  ]
+  for row in rows:
+    nll_SxN = np.array([run.strings['nll'] for run in row])
+    per_string, per_token = intervals(nll_SxN.mean(0), np.array(row[0].strings['tokens']))
+    error = np.square([run.strings['error'] for run in row]).sum() ** 0.5 / nll_SxN.size
+    cells = [
+      row[0].label, row[0].family, row[0].kind, '{:.2f} ± {:.2f}'.format(*per_string),
+      '{:.4f} ± {:.4f}'.format(*per_token), ', '.join(f'{value:.2f}' for value in nll_SxN.mean(1)),
+      str(nll_SxN.shape[1]), f'{error:.2f}',
+    ]  # fmt: skip
+    lines.append('| ' + ' | '.join(cells) + ' |')
+  return lines
+
+
+def intervals(nll_N, tokens_N) -> tuple[tuple[float, float], tuple[float, float]]:
+  """(mean, half of its 95 % interval) of nats a string, and of nats a token: a ratio, by linearisation."""
+  count, size_N = len(nll_N), np.asarray(tokens_N) + 1.0
+
+  def half(value_N):
+    return 1.96 * float(np.std(value_N, ddof=1)) / count**0.5 if count > 1 else float('inf')
+
+  ratio = float(nll_N.sum() / size_N.sum())
+  return (float(nll_N.mean()), half(nll_N)), (ratio, half(nll_N - ratio * size_N) / float(size_N.mean()))
+
+
+def table(rows: list[list[Run]], command: str) -> str:
+  """The tables as Markdown."""
+  lines = ['# Results', '', f'Made by `{command}`.']
+  if scored := [row for row in rows if row[0].correct]:
+    lines += accuracies(scored)
+  if scored := [row for row in rows if row[0].strings]:
+    lines += likelihoods(scored)
   lines += [
     '',
     '## How each row was made',
@@ -214,7 +278,7 @@ def _duration(seconds: float) -> str:
 
 
 def _plot_links(run: Run) -> str:
-  names = {'accuracy.png': 'accuracy against steps', 'order.png': 'order of decoding'}
+  names = {'accuracy.png': 'accuracy against steps', 'loss.png': 'loss against steps', 'order.png': 'order of decoding'}
   there = [f'[{text}]({epath.Path(run.workdir) / name})' for name, text in names.items() if plotted(run, name)]
   return ': ' + ', '.join(there) if there else ''
 
@@ -225,7 +289,7 @@ def plotted(run: Run, name: str) -> bool:
 
 
 def plot(workdir: str) -> None:
-  """Draw accuracy and loss against steps (accuracy.png) and the order of decoding (order.png) into the run's folder."""
+  """Draw what was learned against steps (accuracy.png, or loss.png) and the order of decoding (order.png)."""
   try:
     import matplotlib
   except ImportError:
@@ -240,20 +304,26 @@ def plot(workdir: str) -> None:
     pyplot.close(figure)
 
   scalars = dashboards.read_scalars(workdir)
+  losses = scalars.get('validation/loss', [])
   figure, axis = pyplot.subplots(figsize=(6.4, 3.6), dpi=120)
-  for name, colour in (('exact_match', '#14609f'), ('token_accuracy', '#3a7d44')):
-    if points := scalars.get(f'validation/{name}'):
-      steps, values = zip(*points, strict=True)
-      axis.plot(steps, [100 * value for value in values], color=colour, label=name.replace('_', ' '), marker='.')
-  axis.set(xlabel='training steps', ylabel='validation, %', ylim=(-2, 102))
+  if answers := 'validation/exact_match' in scalars:
+    for name, colour in (('exact_match', '#14609f'), ('token_accuracy', '#3a7d44')):
+      if points := scalars.get(f'validation/{name}'):
+        steps, values = zip(*points, strict=True)
+        axis.plot(steps, [100 * value for value in values], color=colour, label=name.replace('_', ' '), marker='.')
+    axis.set(ylabel='validation, %', ylim=(-2, 102))
+  elif losses:
+    axis.plot(*zip(*losses, strict=True), color='#14609f', label='loss', marker='.')
+    axis.set(ylabel='validation loss')
+  axis.set(xlabel='training steps')
   if points := scalars.get('train/loss'):
-    other = axis.twinx()
-    steps, values = zip(*points, strict=True)
-    other.plot(steps, values, color='#999999', linewidth=0.8)
-    other.set(ylabel='training loss (grey)', ylim=(0, None))
-  axis.legend(loc='center right', frameon=False)
+    other = axis.twinx() if answers else axis
+    other.plot(*zip(*points, strict=True), color='#999999', linewidth=0.8, label='training loss', zorder=0)
+    if answers:
+      other.set(ylabel='training loss (grey)', ylim=(0, None))
+  axis.legend(loc='center right' if answers else 'upper right', frameon=False)
   axis.set_title(str(workdir), fontsize=9)
-  save(figure, 'accuracy.png')
+  save(figure, 'accuracy.png' if answers else 'loss.png')
 
   places = json.loads((epath.Path(workdir) / 'eval.json').read_text()).get('order_places')
   if places:

@@ -4,9 +4,11 @@ The axes (data, fsdp, tensor) always exist, of size 1 when unused: one code path
 """
 
 import math
+import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,6 +23,17 @@ RULES = {
   'heads': ('tensor',),
   'mlp': ('tensor',),
 }
+
+
+def read_mesh(text: str) -> dict[str, int]:
+  """The sizes of `data=4,tensor=2`; axes that are not named have size 1, or all that is left, if data is not."""
+  sizes = {'data': -1, 'fsdp': 1, 'tensor': 1}
+  for part in text.split(','):
+    name, _, size = part.strip().partition('=')
+    if name not in AXES or not size.removeprefix('-').isdigit():
+      raise UserError(f'mesh {text!r}: expected sizes of {", ".join(AXES)}, such as data=4,tensor=2 (-1: what is left)')
+    sizes[name] = int(size)
+  return sizes
 
 
 def make_mesh(cfg, devices=None) -> Mesh:
@@ -39,7 +52,70 @@ def make_mesh(cfg, devices=None) -> Mesh:
       f'{asked} does not fit {len(devices)} device(s): the product must be {len(devices)}, '
       f'so each size one of {", ".join(map(str, fits))}, or -1 for what is left'
     )
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  axis_types = (AxisType.Auto,) * 3
+  slices = slices_of(devices)
+  if len(slices) == 1:
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=axis_types, devices=devices)
+  if sizes[0] % len(slices):
+    raise UserError(
+      f'{asked}: the devices lie on {len(slices)} slices, between which only mesh.data may go: make it a multiple of '
+      f'{len(slices)}'
+    )
+  inner = (sizes[0] // len(slices), *sizes[1:])
+  return Mesh(np.concatenate([mesh_utils.create_device_mesh(inner, part) for part in slices]), AXES, axis_types)
+
+
+def slices_of(devices) -> list[list]:
+  """The devices of each TPU slice: within one they are joined by fast links (ICI), between them by a network (DCN)."""
+  slices = {}
+  for device in devices:
+    index = getattr(device, 'slice_index', 0) if device.platform == 'tpu' else 0
+    slices.setdefault(index, []).append(device)
+  return [slices[index] for index in sorted(slices)]
+
+
+def check_model(cfg, mesh: Mesh) -> str | None:
+  """Refuse sizes of a model that a mesh can't share evenly; returns what is worth saying of the vocabulary.
+
+  Args:
+    cfg: `num_heads`, `d_ff`, `d_model` and `vocab_size`.
+    mesh: of devices.
+  """
+  for name, axis in (('num_heads', 'tensor'), ('d_ff', 'tensor'), ('d_model', 'fsdp')):
+    size, ways = getattr(cfg, name), mesh.shape[axis]
+    if size % ways:
+      fits = [n for n in range(1, min(size, mesh.size) + 1) if size % n == 0 and mesh.size % n == 0]
+      raise UserError(
+        f'model.{name}={size} does not divide over mesh.{axis}={ways}: use mesh.{axis}= one of '
+        f'{", ".join(map(str, fits))}, or another size'
+      )
+  ways = math.prod(mesh.shape[axis] for axis in RULES['vocab'])
+  if cfg.vocab_size % ways == 0:
+    return None
+  here = NamedSharding(mesh, spec_of(('vocab',), (cfg.vocab_size,), mesh)).shard_shape((cfg.vocab_size,))
+  parts = cfg.vocab_size // here[0]
+  return (
+    f'the vocabulary of {cfg.vocab_size} does not divide over {ways} devices (mesh.fsdp x mesh.tensor): its two tables '
+    f'are {f"cut into {parts}" if parts > 1 else "whole on each of them"}'
+  )
+
+
+def placement(tree) -> list[str]:
+  """A line for each kind of array of a state: how many, shape, where it is cut, bytes of each on a device."""
+  kinds = {}
+  for path, array in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    name = re.sub(r'block_\d+', 'block_*', jax.tree_util.keystr(path, simple=True, separator='/'))
+    kinds.setdefault((name, array.shape, str(array.sharding.spec)), []).append(bytes_here(array))
+  return [
+    f'{len(sizes):4d} x {name} {"x".join(map(str, shape)) or "scalar"} {spec[spec.index("(") :]} '
+    f'{sizes[0]:,} bytes a device'
+    for (name, shape, spec), sizes in kinds.items()
+  ]
+
+
+def bytes_here(array) -> int:
+  """Bytes of an array on each of its devices."""
+  return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 def spec_of(names, shape, mesh: Mesh) -> P:
@@ -91,7 +167,30 @@ def check_rows(rows: int, mesh: Mesh, name: str) -> None:
     raise UserError(f'{name}={rows} does not divide over {ways} devices (mesh.data x mesh.fsdp): use {fits}')
 
 
-def put_batch(batch, mesh: Mesh):
-  """This process's rows of a batch as global arrays on the mesh."""
+def my_part(mesh: Mesh) -> tuple[int, int]:
+  """(index, number) of the equal parts of a batch's rows, one of which lies on this process's devices.
+
+  Processes that share rows, because a tensor axis spans them, have the same part.
+  """
+  parts = row_parts(mesh)
+  where = rows_sharding(mesh).addressable_devices_indices_map((parts,))
+  mine = sorted({index[0].indices(parts)[0] for index in where.values()})
+  if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
+    raise UserError(
+      f'the mesh gives the rows {mine} of {parts} parts to process {jax.process_index()}: expected neighbours; '
+      'make mesh.tensor a divisor or a multiple of the devices of a host'
+    )
+  return mine[0] // len(mine), parts // len(mine)
+
+
+def put_part(batch, mesh: Mesh):
+  """The part of a batch that this process has read (`my_part`), as global arrays on the mesh."""
   sharding = rows_sharding(mesh)
   return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in batch.items()}
+
+
+def put_batch(batch, mesh: Mesh):
+  """A whole batch, which every process has, as global arrays on the mesh."""
+  sharding = rows_sharding(mesh)
+  arrays = {name: np.asarray(x) for name, x in batch.items()}
+  return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in arrays.items()}

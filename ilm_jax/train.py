@@ -1,6 +1,7 @@
 """Training: one loop for every family and task, resumable to the bit from its last checkpoint."""
 
 import contextlib
+import os
 import signal
 import time
 
@@ -10,7 +11,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ilm_jax import checkpoint, dashboards, evaluate, judges, model, optimizer, quality, sharding
+from ilm_jax import checkpoint, dashboards, evaluate, hosts, judges, model, optimizer, quality, sharding
 from ilm_jax import metrics as metrics_lib
 from ilm_jax.experiment import Experiment, as_json, build, flatten
 from ilm_jax.families import settings
@@ -26,14 +27,19 @@ FINISHED, FAILED, PREEMPTED, INTERRUPTED = 0, 1, 75, 130  # exit codes
 
 
 class Signals:
-  """Remembers SIGTERM and Ctrl-C until the loop asks; a second Ctrl-C interrupts at once."""
+  """Remembers SIGTERM and Ctrl-C until the loop asks; a second Ctrl-C interrupts at once.
+
+  On several hosts SIGTERM is left to the runtime, which tells all of them, and Ctrl-C becomes one: they stop at the
+  same step.
+  """
 
   def __init__(self):
-    self.code = None
+    self.code = None  # of the exit, once all hosts know that they stop
+    self._mine = None  # what this process received
     self._old = {}
 
   def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,):
       self._old[number] = signal.signal(number, self._receive)
     return self
 
@@ -42,13 +48,25 @@ class Signals:
       signal.signal(number, handler)
 
   def _receive(self, number, _):
-    if number == signal.SIGINT and self.code == INTERRUPTED:
+    if number == signal.SIGINT and self._mine == INTERRUPTED:
       raise KeyboardInterrupt
-    self.code = PREEMPTED if number == signal.SIGTERM else INTERRUPTED
+    self._mine = PREEMPTED if number == signal.SIGTERM else INTERRUPTED
     logging.info('%s: saving, then leaving', signal.Signals(number).name)
+    if jax.process_count() == 1:
+      self.code = self._mine
+    else:
+      os.kill(os.getpid(), signal.SIGTERM)
 
   def received(self) -> bool:
+    """Shall the run stop?"""
     return self.code is not None
+
+  def ask(self, step: int) -> bool:
+    """`received`, after all hosts were asked; once at each step."""
+    if self.code is None and hosts.told_to_stop(step):
+      codes = hosts.gather(str(self._mine or PREEMPTED))
+      self.code = INTERRUPTED if str(INTERRUPTED) in codes else PREEMPTED
+    return self.received()
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -65,10 +83,14 @@ def train(cfg, workdir) -> int:
     the exit code.
   """
   with Signals() as signals:
-    exp = build(cfg, workdir)
-    if cfg.init_from and not any(epath.Path(workdir).glob('checkpoints/*')):
-      same_tokenizer(cfg.init_from, cfg)
-      weights_of(cfg.init_from, model.abstract(exp.model_cfg))  # there, and of this shape, before anything is written?
+    with hosts.together():
+      exp = build(cfg, workdir)
+    hosts.agree({'commit': dashboards.commit(), 'workdir': str(workdir), **flatten(as_json(cfg))})
+    with hosts.together():
+      if cfg.init_from and not any(epath.Path(workdir).glob('checkpoints/*')):
+        same_tokenizer(cfg.init_from, cfg)
+        weights_of(cfg.init_from, model.abstract(exp.model_cfg))  # there, and of this shape, before a file is written?
+    hosts.share(workdir)
     with claim(workdir, cfg):
       return _train(exp, workdir, signals)
 
@@ -79,6 +101,9 @@ def _train(exp: Experiment, workdir, signals) -> int:
   state, abstract = init_state(exp, tx)
   count = sum(x.size for x in jax.tree.leaves(state.params))
   logging.info('%s on %s: %s parameters, mesh %s', cfg.family, cfg.task.name, f'{count:,}', dict(exp.mesh.shape))
+  for line in sharding.placement(state) if exp.mesh.size > 1 else ():
+    logging.info('%s', line)
+  logging.info('the state takes %.1f MB of each device', sum(map(sharding.bytes_here, jax.tree.leaves(state))) / 1e6)
 
   if cfg.sampling.max_length < (longest := exp.task.longest(cfg.task)):
     logging.warning('sampling.max_length=%d: the longest example, %d tokens, cannot be answered',
@@ -94,12 +119,13 @@ def _train(exp: Experiment, workdir, signals) -> int:
 
   run = dashboards.read_run(workdir) or {'starts': []}
   starts = [*run['starts'], dashboards.describe_start(start)]
-  with writing(workdir):
-    if hasattr(exp.task, 'carry') and jax.process_index() == 0:
-      exp.task.carry(cfg.task, workdir)
-    dashboards.forget_after(workdir, start, validated=start in saved.steps() and saved.metrics(start) is not None)
-    dashboards.write_json(epath.Path(workdir) / 'run.json', {'config': as_json(cfg), 'starts': starts})
-    writer = dashboards.make_writer(workdir)
+  with hosts.together(), writing(workdir):
+    if hosts.first():
+      if hasattr(exp.task, 'carry'):
+        exp.task.carry(cfg.task, workdir)
+      dashboards.forget_after(workdir, start, validated=start in saved.steps() and saved.metrics(start) is not None)
+      dashboards.write_json(epath.Path(workdir) / 'run.json', {'config': as_json(cfg), 'starts': starts})
+    writer = dashboards.make_writer(workdir, silent=not hosts.first())
   evaluator = evaluate.Evaluator(cfg, **{k: v for k, v in exp._asdict().items() if k != 'cfg'})
   loop = Loop(exp, workdir, saved, writer, evaluator, signals, compile_step(exp, tx, schedule, abstract))
   try:
@@ -180,12 +206,12 @@ class Loop:
     self.progress(start)
     batches = pipeline.train_batches(
       self.exp.task.source(cfg.task, 'train'), self.exp.family.corrupt, cfg,
-      start=start, stop=cfg.steps, host=jax.process_index(), hosts=jax.process_count(),
+      start=start, stop=cfg.steps, part=sharding.my_part(self.exp.mesh),
     )  # fmt: skip
     try:
       for step in range(start + 1, cfg.steps + 1):
         before = time.monotonic()
-        batch = sharding.put_batch(next(batches), self.exp.mesh)
+        batch = sharding.put_part(next(batches), self.exp.mesh)
         self.waited += time.monotonic() - before
         state, pairs = self.step_fn(state, batch)
         self.look(step - 1)
@@ -200,7 +226,7 @@ class Loop:
         if last or self.due(cfg.eval.every, step):
           self.look(step)
           metrics = self.evaluate(state, step)
-        stop = last or reached(cfg, metrics) or self.signals.received()
+        stop = self.signals.ask(step) or last or reached(cfg, metrics)
         if metrics or stop or self.due(cfg.checkpoint_every, step):
           self.look(step)
           self.save(state, step, metrics)
@@ -297,18 +323,19 @@ def report(exp: Experiment, workdir, saved, abstract: TrainState, evaluator, sig
   if scores is None:
     return signals.code
   values = metrics_lib.means({**evaluator.validation_loss(params, 'test'), **scores.pairs})
-  kind = None
+  scored = None
   if exp.cfg.eval.score != 'none':
     scored = evaluator.likelihood(params, 'test', interrupted=signals.received)
     if scored is None:
       return signals.code
-    kind, values = scored[0], values | metrics_lib.means(scored[1])
+    values |= metrics_lib.means(scored.pairs())
   judged = judge(exp.cfg, scores.samples, evaluator.source('test'))
   if judged:
     values |= {f'judge_{name}': value for name, value in quality.values(judged['samples']).items()}
   result = {
     'split': 'test',
-    'likelihood': kind,
+    'likelihood': scored and scored.kind,
+    'strings': scored and {name: getattr(scored, f'{name}_N').round(4).tolist() for name in ('nll', 'error', 'tokens')},
     'step': step,
     'finished': finished(exp.cfg, saved),
     'config': as_json(exp.cfg),
@@ -323,6 +350,17 @@ def report(exp: Experiment, workdir, saved, abstract: TrainState, evaluator, sig
     'seconds': time.monotonic() - began,
     'start': dashboards.describe_start(step),
   }
+  with hosts.together(), writing(workdir):
+    if hosts.first():
+      dashboards.write_json(epath.Path(workdir) / 'eval.json', result)
+  if hosts.first():
+    tell(exp, workdir, result, scores, judged)
+  return FINISHED
+
+
+def tell(exp: Experiment, workdir, result: dict, scores, judged: dict | None) -> None:
+  """Print a result, and a few answers."""
+  step, values = result['step'], result['metrics']
   scored_answers = 'exact_match' in scores.pairs
   print('\nA few test answers, with the token that came in at each step in brackets:\n' if scored_answers else
         '\nA few texts, and how they grew:\n')  # fmt: skip
@@ -331,17 +369,14 @@ def report(exp: Experiment, workdir, saved, abstract: TrainState, evaluator, sig
     print(f'\ntest exact match at step {step}: {metrics_lib.percent(*scores.pairs["exact_match"])}')
   else:
     print(f'\ntest {exp.cfg.eval.metric} at step {step}: {values[exp.cfg.eval.metric]:.4f}')
-  if kind:
-    error = (values['nll_variance'] / scored[1]['nll'][1]) ** 0.5
-    print(f'test -log p, {kind}: {values["nll"]:.4f} nats a string (standard error of the estimate {error:.4f}), '
-          f'{values["nll_per_token"]:.4f} a token')  # fmt: skip
+  if result['likelihood']:
+    error = (values['nll_variance'] / len(result['strings']['nll'])) ** 0.5
+    print(f'test -log p, {result["likelihood"]}: {values["nll"]:.4f} nats a string (standard error of the estimate '
+          f'{error:.4f}), {values["nll_per_token"]:.4f} a token')  # fmt: skip
   if judged:
     columns = {name: judged[name] for name in ('samples', 'test')}
     print('\n'.join([f'\njudged by {judged["name"]}:', quality.table(columns), *judged['notes']]))
-  with writing(workdir):
-    dashboards.write_json(epath.Path(workdir) / 'eval.json', result)
   print(f'run: {workdir} (metrics: tensorboard --logdir={workdir}; result: {workdir}/eval.json)', flush=True)
-  return FINISHED
 
 
 def judge(cfg, samples, source) -> dict | None:

@@ -18,18 +18,31 @@ class TrainState(NamedTuple):
   ema_params: Any  # None without a moving average
 
 
-def init_state(exp: Experiment, tx) -> tuple[TrainState, TrainState]:
-  """Make a fresh state on the mesh; returns (state, its shapes and shardings)."""
+def _create(exp: Experiment, tx):
+  """Make a fresh state, boxed with logical axis names."""
 
   def create():
     params = model.init(exp.model_cfg, jax.random.fold_in(jax.random.key(exp.cfg.seed), 0x494E4954))
     ema = jax.tree.map(jnp.copy, params) if exp.cfg.optimizer.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
 
-  shardings = sharding.state_shardings(jax.eval_shape(create), exp.mesh)
-  state = jax.jit(lambda: model.unbox(create()), out_shardings=shardings)()
-  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-  return state, abstract
+  return create
+
+
+def abstract_state(exp: Experiment, tx) -> TrainState:
+  """Shapes, types and shardings of a state."""
+  boxed = jax.eval_shape(_create(exp, tx))
+  shardings = sharding.state_shardings(boxed, exp.mesh)
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model.unbox(boxed), shardings
+  )
+
+
+def init_state(exp: Experiment, tx) -> tuple[TrainState, TrainState]:
+  """Make a fresh state on the mesh; returns (state, its shapes and shardings)."""
+  abstract, create = abstract_state(exp, tx), _create(exp, tx)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  return jax.jit(lambda: model.unbox(create()), out_shardings=shardings)(), abstract
 
 
 def make_step(exp: Experiment, tx, schedule):

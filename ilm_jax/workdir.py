@@ -4,11 +4,10 @@ import contextlib
 import fcntl
 import os
 
-import jax
 from absl import logging
 from etils import epath
 
-from ilm_jax import dashboards
+from ilm_jax import dashboards, hosts
 from ilm_jax.experiment import as_json, flatten
 from ilm_jax.types import UserError
 
@@ -26,16 +25,21 @@ def claim(workdir, cfg):
   Nothing is overwritten.
   """
   path = epath.Path(workdir)
-  with _writable(workdir):
-    path.mkdir(parents=True, exist_ok=True)
-  with locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-    with _writable(workdir):
-      probe = path / f'.writable-{os.getpid()}'
-      probe.write_text('')
-      probe.unlink()
-    if dashboards.read_run(workdir) is None and any(path.glob('checkpoints/*')):
-      raise UserError(f'{workdir} holds checkpoints but no run.json that says whose they are: give another --workdir')
-    same_run(workdir, cfg)
+  with contextlib.ExitStack() as held:
+    with hosts.together():
+      if hosts.first():
+        with _writable(workdir):
+          path.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(workdir))
+        with _writable(workdir):
+          probe = path / f'.writable-{os.getpid()}'
+          probe.write_text('')
+          probe.unlink()
+        if dashboards.read_run(workdir) is None and any(path.glob('checkpoints/*')):
+          raise UserError(
+            f'{workdir} holds checkpoints but no run.json that says whose they are: give another --workdir'
+          )
+        same_run(workdir, cfg)
     yield
 
 

@@ -1,12 +1,14 @@
 """The transformer against the reference numbers, and what must hold for any weights."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
+from jax.ad_checkpoint import print_saved_residuals
 from ml_collections import ConfigDict
 
 from ilm_jax import convert, model, ops
@@ -364,6 +366,24 @@ def test_a_model_that_must_be_told_a_noise_level_says_so():
   one = np.ones((1, 2), int)
   with pytest.raises(ValueError, match='needs noise_BxS'):
     model.apply(CONDITIONED, weights(CONDITIONED), one, one, one, one[:, :1])
+
+
+def test_remat_remembers_less_and_changes_no_gradient(capsys):
+  cfg = model.ModelConfig(vocab_size=20, num_layers=2, num_heads=2, d_model=16, d_ff=32, dropout=0.1)
+  params, (tokens, ones) = weights(cfg), (jnp.arange(1, 13).reshape(2, 6), jnp.ones((2, 6), jnp.int32))
+  position = jnp.broadcast_to(jnp.arange(6), (2, 6))
+
+  def total(params, cfg):
+    outputs = model.apply(cfg, params, tokens, position, ones, ones[:, :1], rng=jax.random.key(1))
+    return jnp.square(outputs.hidden_BxLxD).sum() + outputs.stop_BxSx2.sum()
+
+  found = {}
+  for remat in (False, True):
+    of_params = functools.partial(total, cfg=dataclasses.replace(cfg, remat=remat))
+    print_saved_residuals(of_params, params)
+    found[remat] = jax.jit(jax.grad(of_params))(params), len(capsys.readouterr().out.splitlines())
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found[True][0], found[False][0])
+  assert found[True][1] < found[False][1] / 2
 
 
 def test_without_conditioning_a_noise_level_is_passed_over():

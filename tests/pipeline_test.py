@@ -221,7 +221,7 @@ def test_the_last_step_of_a_run_does_not_change_its_batches(first_eight):
 
 @pytest.mark.parametrize('hosts', [2, 4])
 def test_the_rows_of_all_hosts_are_the_rows_of_one(hosts, first_eight):
-  parts = [batches(2, 5, host=host, hosts=hosts) for host in range(hosts)]
+  parts = [batches(2, 5, part=(host, hosts)) for host in range(hosts)]
   assert all(len(part[0]['tokens_BxL']) == 8 // hosts for part in parts)
   assert_equal([pipeline.concatenate(list(step)) for step in zip(*parts, strict=True)], first_eight[2:5])
 
@@ -347,7 +347,7 @@ def test_worker_processes_make_the_same_batches_and_start_no_jax_backend(first_e
 )
 def test_what_does_not_divide_is_refused_in_one_line_with_the_nearest_that_fits(data, hosts, words):
   with pytest.raises(UserError) as error:
-    batches(0, 1, cfg=config(**data), host=0, hosts=hosts)
+    batches(0, 1, cfg=config(**data), part=(0, hosts))
   assert '\n' not in str(error.value)
   for word in words:
     assert word in str(error.value)

@@ -72,6 +72,44 @@ def test_a_row_pools_its_seeds_and_says_how_it_was_made(tmp_path, capsys):
     assert f'`{folder}`' in out
 
 
+def make_text_run(folder, seed=0, nll=(3.0, 5.0, 10.0), error=(0.3, 0.0, 0.4), *, kind='bound', **config):
+  """A finished run of a task without right answers, with three test strings."""
+  made = make_run(folder, seed, label='stories', **config)
+  result = json.loads((folder / 'eval.json').read_text())
+  del result['pairs']['exact_match'], result['pairs']['token_accuracy'], result['order_places']
+  result |= {'chance': None, 'likelihood': kind}
+  result['strings'] = {'nll': list(nll), 'error': list(error), 'tokens': [1, 2, 6]}
+  dashboards.write_json(folder / 'eval.json', result)
+  return made
+
+
+def test_likelihoods_have_a_table_of_their_own(tmp_path, capsys):
+  runs = [make_text_run(tmp_path / 'a'), make_text_run(tmp_path / 'b', 1, (5.0, 5.0, 14.0))]
+  runs.append(make_text_run(tmp_path / 'e', loss={'length_weight': 'elbo'}))
+  runs.append(make_text_run(tmp_path / 'c', error=(0, 0, 0), kind='exact', family='arm'))
+  code, out, err = run(capsys, *runs)
+  assert code == 0 and not err, err
+  assert 'Right answers' not in out
+  means, sizes = np.array([4.0, 5.0, 12.0]), np.array([2, 3, 7])
+  half = 1.96 * means.std(ddof=1) / 3**0.5
+  rest = means - 21 / 12 * sizes
+  assert cells(out, ['stories', 'ilm']) == [
+    'stories', 'ilm', 'bound', f'7.00 ± {half:.2f}', f'1.7500 ± {1.96 * rest.std(ddof=1) / 3**0.5 / 4:.4f}',
+    '6.00, 8.00', '3', f'{(2 * 0.25) ** 0.5 / 6:.2f}',
+  ]  # fmt: skip
+  assert cells(out, ['stories', 'arm'])[2:4] == ['exact', f'6.00 ± {1.96 * np.std([3, 5, 10], ddof=1) / 3**0.5:.2f}']
+  assert cells(out, ['stories', 'ilm, length_weight=elbo'])[-1] == '0.17'
+  assert f']({runs[0]}/loss.png)' in out or f']({runs[0]}/accuracy.png)' in out
+
+
+def test_a_run_with_nothing_to_count_is_refused(tmp_path, capsys):
+  folder = make_text_run(tmp_path / 'a')
+  edit(tmp_path / 'a' / 'eval.json', 'strings')
+  code, out, err = run(capsys, '--noplots', folder)
+  assert code == 1 and not out
+  assert 'no right answers to count, and no likelihoods were measured: evaluate it with --mode=eval' in err
+
+
 def test_a_mean_of_two_seeds_has_no_interval(tmp_path, capsys):
   _, out, _ = run(capsys, '--noplots', *(make_run(tmp_path / str(seed), seed) for seed in (0, 1)))
   assert cells(out, ['star easy', 'ilm'])[4] == '–'

@@ -47,7 +47,7 @@ def abstract():
 
 @pytest.fixture
 def one_device(monkeypatch):
-  monkeypatch.setattr(sharding, 'make_mesh', lambda cfg: small.mesh())
+  monkeypatch.setattr(sharding, 'make_mesh', lambda *_: small.mesh())
 
 
 def steps_in(workdir) -> list[int]:
@@ -229,7 +229,7 @@ def evaluated(tmp_path_factory):
   """An undisturbed run in this process: 25 steps, evaluated after 20 and at the end."""
   workdir = tmp_path_factory.mktemp('evaluated') / 'run'
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sharding, 'make_mesh', lambda cfg: small.mesh())
+    patch.setattr(sharding, 'make_mesh', lambda *_: small.mesh())
     assert train.train(small.config({'steps': 25}), workdir) == train.FINISHED
   return workdir
 

@@ -98,7 +98,7 @@ def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1):
 def experiment(changes=(), **axes):
   """(what the config builds, its optimizer, its schedule, a fresh state, the state's shapes and shardings)."""
   cfg = config(changes)
-  with mock.patch.object(sharding, 'make_mesh', lambda _: mesh(**axes)):
+  with mock.patch.object(sharding, 'make_mesh', lambda *_: mesh(**axes)):
     exp = build(cfg)
   tx, schedule = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
   return exp, tx, schedule, *update.init_state(exp, tx)

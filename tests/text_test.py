@@ -789,7 +789,7 @@ def programs(tmp_path_factory):
 
 @pytest.fixture
 def one_device(monkeypatch):
-  monkeypatch.setattr(sharding, 'make_mesh', lambda cfg: small.mesh())
+  monkeypatch.setattr(sharding, 'make_mesh', lambda *_: small.mesh())
 
 
 @pytest.fixture(scope='module')
@@ -799,7 +799,7 @@ def trained(corpus, cache, tmp_path_factory):
   shutil.copytree(corpus, folder / 'corpus', copy_function=shutil.copy2)
   workdir = folder / 'work'
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sharding, 'make_mesh', lambda cfg: small.mesh())
+    patch.setattr(sharding, 'make_mesh', lambda *_: small.mesh())
     assert train.train(run_config(folder / 'corpus', folder / 'cache'), workdir) == train.FINISHED
   return folder
 

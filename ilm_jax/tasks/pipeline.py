@@ -189,14 +189,20 @@ def concatenate(batches: list[Batch]) -> Batch:
   return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def shape_of(data) -> Shape:
-  """The rows of one group, from a config's `data` part; refuses what doesn't divide."""
+def shape_of(data, groups: int | None = None) -> Shape:
+  """The rows of one group, from a config's `data` part; refuses what doesn't divide.
+
+  Args:
+    data: the part.
+    groups: to use instead of the config's; 1 for the rows of a whole batch.
+  """
+  groups = data.groups if groups is None else groups
   for name, total in (('batch_size', data.batch_size), ('rows', data.rows)):
-    if total % data.groups:
-      fits = nearest(total, data.groups)
-      raise UserError(f'data.{name}={total} is not a multiple of data.groups={data.groups}: use data.{name}={fits}')
+    if total % groups:
+      fits = nearest(total, groups)
+      raise UserError(f'data.{name}={total} is not a multiple of data.groups={groups}: use data.{name}={fits}')
   targets = data.targets or 2 * data.row_length
-  return Shape(data.rows // data.groups, data.row_length, targets, data.segments)
+  return Shape(data.rows // groups, data.row_length, targets, data.segments)
 
 
 def nearest(value: int, divisor: int) -> str:
@@ -215,7 +221,7 @@ def my_groups(groups: int, host: int, hosts: int) -> tuple[int, int]:
   return host * share, (host + 1) * share
 
 
-def train_batches(source, corrupt, cfg, *, start: int, stop: int, host: int = 0, hosts: int = 1):
+def train_batches(source, corrupt, cfg, *, start: int, stop: int, part: tuple[int, int] = (0, 1)):
   """Iterate over this host's batches of steps start, ..., stop - 1, read ahead by a thread or by worker processes.
 
   Args:
@@ -224,8 +230,7 @@ def train_batches(source, corrupt, cfg, *, start: int, stop: int, host: int = 0,
     cfg: the whole config (`seed`, `data`, `corrupt`).
     start: first step.
     stop: one past the last.
-    host: this process.
-    hosts: number of processes.
+    part: (index, number) of the equal parts of each batch, whole groups, one of which this host reads.
   """
   data = cfg.data
   make = Packed(
@@ -236,7 +241,7 @@ def train_batches(source, corrupt, cfg, *, start: int, stop: int, host: int = 0,
     batch_size=data.batch_size,
     groups=data.groups,
     shape=shape_of(data),
-    my_groups=my_groups(data.groups, host, hosts),
+    my_groups=my_groups(data.groups, *part),
   )
   dataset = grain.MapDataset.range(start, stop).map(make)
   dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch))

@@ -1,0 +1,225 @@
+"""What a config would cost on devices that are not here: its steps, compiled ahead of time by the real TPU compiler.
+
+    python -m ilm_jax.compile_only --config=configs/lm1b.py --topology=v5e:4x4 --config.mesh.fsdp=16
+
+A topology is the type of a chip and the shape of a slice: v4:2x2x1, v5e:2x4, v5p:4x4x4, v6e:16x16; cpu:8 compiles for
+eight CPU devices. Nothing is read but the config: a corpus and its tokenizer need not be there. Printed are, on each
+device, the memory of the training step and of a step of the sampler, and their collectives; the arithmetic of the
+training step, from a formula; and what the published limits of the chip allow: a prediction, never a measurement.
+Needs libtpu (pip install -e '.[tpu]'), which runs on any Linux machine.
+"""
+
+import functools
+import os
+import sys
+import time
+from typing import NamedTuple
+
+from absl import flags
+
+from ilm_jax import main as entry
+from ilm_jax.console import fail, quiet, usage, wants_help
+from ilm_jax.types import UserError
+
+_TOPOLOGY = flags.DEFINE_string('topology', None, 'Chip and slice, such as v5e:2x4; cpu:8 for eight CPU devices.')
+_VOCAB = flags.DEFINE_integer('vocab_size', None, "Entries of the vocabulary; the config's own by default.")
+_SLOTS = flags.DEFINE_integer('slots', 0, 'Rows of the sampler that are compiled too; 0: one for each device, times 8.')
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+  """Published limits of a chip (cloud.google.com/tpu/docs, a page for each version)."""
+
+  memory: float  # bytes
+  flops: float  # a second, bfloat16
+  hbm: float  # bytes a second
+  ici: float  # bytes a second out of a chip, over all its links
+
+
+CHIPS = {
+  'v4': Chip(32 * GIB, 275e12, 1228e9, 300e9),
+  'v5e': Chip(16 * GIB, 197e12, 819e9, 200e9),
+  'v5p': Chip(95 * GIB, 459e12, 2765e9, 600e9),
+  'v6e': Chip(32 * GIB, 918e12, 1640e9, 400e9),
+}
+
+
+def devices_of(topology: str):
+  """The devices of a topology, to compile for."""
+  import jax
+
+  kind, _, shape = topology.partition(':')
+  sizes = shape.split('x')
+  if kind not in (*CHIPS, 'cpu') or not all(size.isdigit() and int(size) for size in sizes):
+    raise UserError(
+      f'--topology={topology}: expected one of {", ".join(CHIPS)} and the shape of a slice, such as v5e:2x4, or cpu:8'
+    )
+  if kind == 'cpu':
+    count = functools.reduce(lambda a, b: a * int(b), sizes, 1)
+    if len(jax.devices()) < count:
+      raise UserError(f'--topology={topology}: there are {len(jax.devices())}; set JAX_NUM_CPU_DEVICES={count}')
+    return jax.devices()[:count]
+  from jax.experimental import topologies
+
+  try:
+    return topologies.get_topology_desc(topology, 'tpu').devices
+  except Exception as error:  # of the runtime's own types
+    text = ' '.join(str(error).split())
+    if 'libtpu' in text.lower() and ('not' in text.lower() or 'fail' in text.lower()):
+      raise UserError(
+        f"libtpu is not installed, and TPU programs need it: pip install -e '.[tpu]' ({text[:120]})"
+      ) from None
+    raise UserError(f'--topology={topology} cannot be had ({text[:160]}): is there a slice of that shape?') from None
+
+
+def vocab_of(cfg) -> int:
+  """The entries of a config's vocabulary, without its data."""
+  from ilm_jax import tasks
+
+  if 'tokenizer' in cfg.task:
+    return cfg.task.tokenizer.size
+  return tasks.get(cfg.task.name).tokenizer(cfg.task).vocab_size
+
+
+# --- the two programs -------------------------------------------------------------------------------------------------
+
+
+def compile_training(exp):
+  """The compiled training step."""
+  import jax
+
+  from ilm_jax import optimizer, sharding, update
+  from ilm_jax.tasks import pipeline
+
+  tx, schedule = optimizer.make_optimizer(exp.cfg.optimizer, exp.cfg.steps)
+  state = update.abstract_state(exp, tx)
+  whole = pipeline.shape_of(exp.cfg.data, groups=1).empty()
+  rows = sharding.rows_sharding(exp.mesh)
+  batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for name, x in whole.items()}
+  return update.compile_step(exp, tx, schedule, state).lower(state, batch).compile()
+
+
+def compile_sampling(exp, slots: int):
+  """The compiled step of the sampler at its longest buffers; None for a family that samples otherwise."""
+  import jax
+
+  from ilm_jax import batching, model
+
+  sampler = batching.ContinuousSampler(exp.model_cfg, exp.family, exp.sample_cfg, slots, mesh=exp.mesh)
+  if sampler.growth is None:
+    return None
+  return sampler.lower(model.abstract(exp.model_cfg, exp.mesh), jax.random.key(0), slots).compile()
+
+
+# --- what they cost ---------------------------------------------------------------------------------------------------
+
+
+def training_flops(cfg, rows: int, length: int, targets: int) -> float:
+  """Floating-point operations of the matrix products of a training step.
+
+  Of a position: 8 D^2 (queries, keys, values, output), 4 D F (MLP), 4 L D (scores, weighted values) in each block, and
+  2 V D in the head; of a target 2 D. The gradient takes twice as many, the head's logits are computed again for it, and
+  with `remat` the blocks are, too.
+  """
+  D, F = cfg.d_model, cfg.d_ff
+  blocks = cfg.num_layers * (8 * D * D + 4 * D * F + 4 * length * D)
+  head = 2 * cfg.vocab_size * D
+  return rows * (length * ((4 if cfg.remat else 3) * blocks + 4 * head) + 3 * 2 * D * targets)
+
+
+def memory_of(compiled) -> dict[str, int]:
+  """Bytes on each device: of the arguments, of what is computed, and the most that is alive."""
+  stats = compiled.memory_analysis()
+  arguments, results = stats.argument_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes
+  peak = arguments + results + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+  return {'arguments': arguments, 'temporary': stats.temp_size_in_bytes, 'program': stats.generated_code_size_in_bytes,
+          'peak': peak}  # fmt: skip
+
+
+def describe(compiled, devices: int, chip: Chip | None, seconds: float) -> list[str]:
+  """Lines on memory and collectives."""
+  from ilm_jax import hlo
+
+  memory = memory_of(compiled)
+  fits = ''
+  if chip:
+    fits = f' of {chip.memory / GIB:.0f}: {"fits" if memory["peak"] <= chip.memory else "DOES NOT FIT"}'
+  parts = ', '.join(f'{name} {size / GIB:.2f}' for name, size in memory.items() if name != 'peak')
+  lines = [f'  compiled in {seconds:.0f} s', f'  memory of a device, GiB: {memory["peak"] / GIB:.2f}{fits} ({parts})']
+  found = hlo.collectives(compiled.as_text(), devices)
+  for kind in hlo.KINDS:
+    ones = [one for one in found if one.kind == kind]
+    if ones:
+      unsure = '' if all(one.certain for one in ones) else ', at least: some are in loops of unknown length'
+      count, sent = sum(one.times for one in ones), sum(one.traffic() for one in ones)
+      lines.append(f'  {kind}: {count} a step, {sent / 1e6:,.1f} MB sent by a device{unsure}; the largest: '
+                   f'{ones[0].size / 1e6:,.1f} MB, {ones[0].where[:100] or "?"}')  # fmt: skip
+  return lines or ['  no collectives']
+
+
+def roofline(compiled, flops: float, devices: int, chip: Chip) -> list[str]:
+  """What the limits of a chip allow: the slowest of arithmetic, memory and links, none of which waits for another."""
+  from ilm_jax import hlo
+
+  sent = sum(one.traffic() for one in hlo.collectives(compiled.as_text(), devices))
+  moved = float((compiled.cost_analysis() or {}).get('bytes accessed', 0.0))
+  times = {'arithmetic': flops / devices / chip.flops, 'HBM': moved / chip.hbm, 'ICI': sent / chip.ici}
+  limit = max(times, key=times.get)
+  parts = ', '.join(f'{name} {1e3 * seconds:.1f}' for name, seconds in times.items())
+  return [
+    f'  predicted from published limits, ms a step at least: {parts}; so {limit} is the limit, and MFU at most '
+    f'{100 * times["arithmetic"] / times[limit]:.0f} % (loops are counted once in the bytes of HBM)'
+  ]
+
+
+def run(cfg, topology: str | None) -> int:
+  """Compile, and print what it costs."""
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('TPU_ACCELERATOR_TYPE', '')
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  if not topology:
+    raise UserError('--topology is missing: expected a chip and the shape of a slice, such as --topology=v5e:2x4')
+  quiet()
+  from ilm_jax import sharding
+  from ilm_jax.experiment import build
+
+  devices, chip = devices_of(topology), CHIPS.get(topology.partition(':')[0])
+  exp = build(cfg, devices=devices, vocab_size=_VOCAB.value or vocab_of(cfg))
+  data, sizes = cfg.data, exp.model_cfg
+  targets = data.targets or 2 * data.row_length
+  flops = training_flops(sizes, data.rows, data.row_length, targets)
+  print(f'{topology}: {len(devices)} devices, mesh {dict(exp.mesh.shape)}; {cfg.family}, {sizes.num_layers} blocks of '
+        f'width {sizes.d_model}, vocabulary {sizes.vocab_size:,}, {sizes.compute}', flush=True)  # fmt: skip
+  print(f'training step: {data.rows} rows of {data.row_length}, {flops / 1e12:,.3g} TFLOP, '
+        f'{flops / len(devices) / 1e9:,.3g} GFLOP a device', flush=True)  # fmt: skip
+  began = time.monotonic()
+  compiled = compile_training(exp)
+  lines = describe(compiled, len(devices), chip, time.monotonic() - began)
+  print('\n'.join(lines + (roofline(compiled, flops, len(devices), chip) if chip else [])), flush=True)
+  slots = _SLOTS.value or 8 * sharding.row_parts(exp.mesh)
+  began = time.monotonic()
+  compiled = compile_sampling(exp, slots)
+  if compiled is None:
+    print(f'sampling: {cfg.family} samples whole batches; not compiled')
+  else:
+    print(f'sampling: a step of {slots} rows of {exp.sample_cfg.max_length}')
+    print('\n'.join(describe(compiled, len(devices), chip, time.monotonic() - began)))
+  return 0
+
+
+def main(argv=None) -> int:
+  """Run the command; a user's mistake is one line on standard error and exit code 1."""
+  argv = sys.argv if argv is None else argv
+  if wants_help(argv):
+    return usage(__doc__, flags.FLAGS, ('config', 'topology', 'vocab_size', 'slots'))
+  try:
+    entry.parse(argv)
+    return run(flags.FLAGS.config, _TOPOLOGY.value)
+  except UserError as error:
+    return fail(error)
+  except KeyboardInterrupt:
+    return 130
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,128 @@
+"""What a compiled program says of itself: its collectives, read from its text (HLO)."""
+
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4,
+         'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8}  # fmt: skip
+_HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
+_COLLECTIVE = re.compile(rf' = (.+?) ({"|".join(KINDS)})(-start)?\(')
+_CALLED = re.compile(r'(?:body|condition|calls|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_ARRAY = re.compile(r'\b(\w+)\[([\d,]*)\]')
+
+
+class Collective(NamedTuple):
+  """A collective operation of a program."""
+
+  kind: str
+  size: int  # bytes of its result, on each device
+  group: int  # devices that take part in one
+  times: int  # a run of the program
+  certain: bool  # False: within a loop of unknown length, counted as one turn
+  where: str  # op_name of the source
+
+  def traffic(self) -> float:
+    """Bytes that a device sends in a run of the program, on a ring."""
+    share = (self.group - 1) / self.group
+    once = {
+      'all-gather': share * self.size,
+      'all-reduce': 2 * share * self.size,
+      'reduce-scatter': (self.group - 1) * self.size,
+      'all-to-all': share * self.size,
+      'collective-permute': self.size,
+    }[self.kind]
+    return once * self.times
+
+
+def collectives(text: str, devices: int) -> list[Collective]:
+  """The collectives of a compiled program of so many devices, each once: parts of one share their channel."""
+  bodies, entry = _computations(text)
+  times = _times(bodies, entry)
+  found = {}
+  for name, lines in bodies.items():
+    runs, certain = times.get(name, (0, True))
+    for line in lines:
+      match = _COLLECTIVE.search(line)
+      if not match or not runs:
+        continue
+      shape, kind, start = match.groups()
+      made = Collective(
+        kind, _size(shape, kind, bool(start)), _group(line, devices), runs, certain, _between(line, 'op_name="', '"')
+      )
+      channel = re.search(r'channel_id=(\d+)', line)
+      key = (kind, channel[1]) if channel else (name, line)
+      if key not in found or found[key].size * found[key].times < made.size * made.times:
+        found[key] = made
+  return sorted(found.values(), key=lambda one: -one.traffic())
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  bodies, entry, current = {}, '', None
+  for line in text.splitlines():
+    if header := _HEADER.match(line):
+      current = bodies.setdefault(header[2], [])
+      entry = header[2] if header[1] else entry
+    elif line.startswith('}'):
+      current = None
+    elif current is not None:
+      current.append(line)
+  return bodies, entry
+
+
+def _times(bodies: dict, entry: str) -> dict[str, tuple[int, bool]]:
+  """How often each computation runs, and whether that is certain."""
+  calls = defaultdict(list)
+  for name, lines in bodies.items():
+    for line in lines:
+      loop, trips = ' while(' in line, _TRIPS.search(line)
+      for one, several in _CALLED.findall(line):
+        for called in [one] if one else re.findall(r'%?([\w.\-]+)', several):
+          calls[name].append((called, int(trips[1]) if loop and trips else 1, bool(trips) or not loop))
+  out = defaultdict(lambda: (0, True))
+
+  def visit(name, times, certain):
+    if name not in bodies:
+      return
+    before = out[name]
+    out[name] = before[0] + times, before[1] and certain
+    for called, more, sure in calls[name]:
+      visit(called, times * more, certain and sure)
+
+  visit(entry, 1, True)
+  return out
+
+
+def _size(shape: str, kind: str, start: bool) -> int:
+  sizes = []
+  for dtype, dims in _ARRAY.findall(shape):
+    if dtype in BYTES:
+      count = 1
+      for dim in filter(None, dims.split(',')):
+        count *= int(dim)
+      sizes.append(int(count * BYTES[dtype]))
+  if start and kind in ('all-gather', 'collective-permute') and len(sizes) > 1:
+    return max(sizes[:2]) if kind == 'collective-permute' else sizes[1]  # (what comes in, what goes out, ...)
+  return sum(sizes)
+
+
+def _group(line: str, devices: int) -> int:
+  if match := re.search(r'replica_groups=\[(\d+),(\d+)\]', line):
+    return int(match[2])
+  if match := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+    group = 1
+    for axis in re.findall(r"'(\w+)'", match[2]):
+      group *= int(sizes[axis])
+    return group
+  if match := re.search(r'replica_groups=\{\{([\d,]+)\}', line):
+    return len(match[1].split(','))
+  if 'source_target_pairs=' in line:
+    return 2
+  return devices
+
+
+def _between(line: str, start: str, end: str) -> str:
+  return line.split(start, 1)[1].split(end, 1)[0] if start in line else ''

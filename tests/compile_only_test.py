@@ -1,0 +1,128 @@
+# ruff: noqa: E501 (programs have long lines)
+"""Programs compiled for devices that are not there: what is read from them, and the formula of their arithmetic."""
+
+import functools
+import re
+
+import jax
+import pytest
+import small
+
+from ilm_jax import compile_only, hlo, optimizer, sharding, update
+from ilm_jax.experiment import build
+from ilm_jax.types import UserError
+
+TEXT = """\
+HloModule jit_step
+
+%body (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %x = f32[8,16]{1,0} get-tuple-element(%p), index=1
+  %gathered = f32[64,16]{1,0} all-gather(%x), channel_id=1, replica_groups=[1,8]<=[8], metadata={op_name="jit(step)/scan/head"}
+  ROOT %out = (s32[], f32[8,16]{1,0}) tuple(%i, %x)
+}
+
+%condition (p: (s32[], f32[8,16])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%unknown (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %moved = (bf16[4,16]{1,0}, bf16[4,16]{1,0}) collective-permute-start(%y), channel_id=5, source_target_pairs={{0,1},{1,0}}
+  ROOT %out = (s32[], f32[8,16]{1,0}) tuple(%i, %x)
+}
+
+%part.1 (a: f32[2]) -> f32[32,16] {
+  ROOT %part = f32[32,16]{1,0} all-reduce(%a), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+
+ENTRY %main (a: f32[8,16]) -> f32[8,16] {
+  %loop = (s32[], f32[8,16]{1,0}) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %other = (s32[], f32[8,16]{1,0}) while(%start), condition=%condition, body=%unknown
+  %sum = (f32[32,16]{1,0}, f32[2]{0}) all-reduce(%a, %b), channel_id=2, replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}, to_apply=%add
+  %first = f32[32,16]{1,0} fusion(%a), kind=kCustom, calls=%part.1
+  %again = f32[32,16]{1,0} all-reduce(%a), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %scattered = f32[1,16]{1,0} reduce-scatter(%a), channel_id=4, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %result = f32[8,16]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_collectives_are_counted_by_turns_of_their_loop_and_once_a_channel():
+  found = {(one.kind, one.size): one for one in hlo.collectives(TEXT, 8)}
+  assert len(found) == 5
+  head = found['all-gather', 64 * 16 * 4]
+  assert (head.group, head.times, head.certain, head.where) == (8, 5, True, 'jit(step)/scan/head')
+  assert head.traffic() == 5 * 7 / 8 * 64 * 16 * 4
+  moved = found['collective-permute', 4 * 16 * 2]
+  assert (moved.times, moved.certain, moved.traffic()) == (1, False, 128)
+  several = found['all-reduce', (32 * 16 + 2) * 4]
+  assert (several.group, several.times, several.traffic()) == (2, 1, (32 * 16 + 2) * 4)
+  assert (found['all-reduce', 32 * 16 * 4].group, found['all-reduce', 32 * 16 * 4].times) == (4, 1)
+  assert found['reduce-scatter', 64].traffic() == 3 * 64
+  traffic = [one.traffic() for one in hlo.collectives(TEXT, 8)]
+  assert traffic == sorted(traffic, reverse=True)
+
+
+QUICK = {
+  **small.STILL, 'model.num_heads': 4, 'task.num_nodes': 25,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_the_formula_counts_what_the_compiler_counts(remat):
+  changes = {**QUICK, 'loss.vocab_chunk': 4096, 'model.d_model': 64, 'model.d_ff': 256, 'model.remat': remat}
+  exp = build(small.config(changes), devices=jax.devices()[:1])
+  compiled = compile_only.compile_training(exp)
+  data = exp.cfg.data
+  formula = compile_only.training_flops(exp.model_cfg, data.rows, data.row_length, 2 * data.row_length)
+  if not remat:  # XLA drops on CPU what is computed twice
+    counted = compiled.cost_analysis()['flops']
+    assert 0.9 < formula / counted < 1.05, (formula, counted)
+  else:
+    plain = compile_only.training_flops(build(small.config({**changes, 'model.remat': False})).model_cfg, 8, 44, 88)
+    assert 1.2 < formula / plain < 4 / 3
+
+
+def test_the_state_of_a_mesh_is_where_init_puts_it():
+  cfg = small.config({**QUICK, 'mesh.fsdp': 2, 'mesh.tensor': 2})
+  exp = build(cfg)
+  tx, _ = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
+  state, _ = update.init_state(exp, tx)
+  for made, said in zip(jax.tree.leaves(state), jax.tree.leaves(update.abstract_state(exp, tx)), strict=True):
+    assert (made.shape, made.dtype, made.sharding) == (said.shape, said.dtype, said.sharding)
+  compiled = compile_only.compile_training(exp)
+  held = sum(map(sharding.bytes_here, jax.tree.leaves(state)))
+  assert held <= compile_only.memory_of(compiled)['arguments'] < 1.2 * held + 20_000
+
+
+@pytest.fixture(scope='module')
+def command(tmp_path_factory):
+  """Run the command among eight CPU devices: (code, out, err)."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('JAX_NUM_CPU_DEVICES', '8')
+    commands = small.Commands(tmp_path_factory.mktemp('commands'))
+  yield functools.partial(commands, 'ilm_jax.compile_only')
+  commands.close()
+
+
+def test_the_command_prints_memory_collectives_and_both_programs(command):
+  words = small.flags(changes={**QUICK, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2})
+  code, out, err = command([*words, '--topology=cpu:8'])
+  assert code == 0, err
+  assert "mesh {'data': 2, 'fsdp': 2, 'tensor': 2}; ilm, 1 blocks of width 16, vocabulary 32, float32" in out
+  assert re.search(r'training step: 8 rows of 44, .* TFLOP, .* GFLOP a device', out)
+  assert len(re.findall(r'memory of a device, GiB: \d', out)) == 2
+  assert len(re.findall(r'all-reduce: \d+ a step, [\d.]+ MB sent by a device', out)) == 2
+  assert 'sampling: a step of 32 rows of 22' in out and 'predicted' not in out  # no limits of a CPU
+
+
+@pytest.mark.parametrize('topology', ['', 'v9:2x2', 'v5e', 'v5e:2xtwo', 'cpu:16'])
+def test_a_topology_that_is_none_is_one_line(topology, command):
+  code, out, err = command([*small.flags(), f'--topology={topology}'])
+  assert code == 1 and not out and err.count('\n') == 1 and err.startswith('error: --topology')
+
+
+def test_a_vocabulary_can_be_named_without_its_data():
+  exp = build(small.config(), devices=jax.devices()[:1], vocab_size=30_522)
+  assert exp.model_cfg.vocab_size == 30_522
+  with pytest.raises(UserError, match=r'does not divide over mesh\.tensor=8'):
+    build(small.config({'mesh.tensor': 8}), vocab_size=96)
