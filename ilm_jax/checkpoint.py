@@ -192,26 +192,34 @@ class Checkpoints:
   def restore_latest(self, abstract_state):
     """Read the latest state that can be read, or None; damaged checkpoints are set aside with a warning."""
     for step in reversed(self.steps()):
+      state, wrong = None, None
       try:
         items = {name: getattr(abstract_state, name) for name in ITEMS}
         items = {name: None if item is None else self.restore(step, name, item) for name, item in items.items()}
-        return abstract_state._replace(step=np.int32(step), **items)
+        state = abstract_state._replace(step=np.int32(step), **items)
       except UserError:
         raise
       except Exception as error:
+        wrong = error
         if passing(error):
           raise UserError(
             f'the checkpoint of step {step} in {self.folder} could not be read ({reason(error)}), which says nothing '
             'about its being whole: mend that, and start the same command again (nothing was changed)'
           ) from error
-        taken = len(list(self.folder.parent.glob(f'damaged-checkpoint-{step}*')))
-        aside = self.folder.parent / (f'damaged-checkpoint-{step}' + (f'-{taken + 1}' if taken else ''))
-        logging.warning(
-          'passed over the incomplete checkpoint of step %d, set aside as %s (%s)', step, aside, reason(error)
-        )
-        (self.folder / str(step)).rename(aside)
-        self._manager.reload()
+      reasons = [text for text in hosts.gather('' if wrong is None else reason(wrong)) if text]
+      if not reasons:
+        return state
+      if hosts.first():
+        self._set_aside(step, reasons[0])
+      hosts.barrier('set aside')
+      self._manager.reload()
     return None
+
+  def _set_aside(self, step: int, why: str) -> None:
+    taken = len(list(self.folder.parent.glob(f'damaged-checkpoint-{step}*')))
+    aside = self.folder.parent / (f'damaged-checkpoint-{step}' + (f'-{taken + 1}' if taken else ''))
+    logging.warning('passed over the incomplete checkpoint of step %d, set aside as %s (%s)', step, aside, why)
+    (self.folder / str(step)).rename(aside)
 
   def restore_weights(self, step: int, abstract_params):
     """Read the weights that evaluation uses: the moving average where there is one."""

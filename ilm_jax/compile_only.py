@@ -30,7 +30,7 @@ GIB = 2**30
 class Chip(NamedTuple):
   """Published limits of a chip (cloud.google.com/tpu/docs, a page for each version)."""
 
-  memory: float  # bytes
+  memory: float  # bytes; the compiler keeps a little of it for itself
   flops: float  # a second, bfloat16
   hbm: float  # bytes a second
   ici: float  # bytes a second out of a chip, over all its links
@@ -84,8 +84,8 @@ def vocab_of(cfg) -> int:
 # --- the two programs -------------------------------------------------------------------------------------------------
 
 
-def compile_training(exp):
-  """The compiled training step."""
+def lower_training(exp):
+  """The training step, lowered."""
   import jax
 
   from ilm_jax import optimizer, sharding, update
@@ -96,11 +96,11 @@ def compile_training(exp):
   whole = pipeline.shape_of(exp.cfg.data, groups=1).empty()
   rows = sharding.rows_sharding(exp.mesh)
   batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for name, x in whole.items()}
-  return update.compile_step(exp, tx, schedule, state).lower(state, batch).compile()
+  return update.compile_step(exp, tx, schedule, state).lower(state, batch)
 
 
-def compile_sampling(exp, slots: int):
-  """The compiled step of the sampler at its longest buffers; None for a family that samples otherwise."""
+def lower_sampling(exp, slots: int):
+  """The step of the sampler at its longest buffers, lowered; None for a family that samples otherwise."""
   import jax
 
   from ilm_jax import batching, model
@@ -108,23 +108,24 @@ def compile_sampling(exp, slots: int):
   sampler = batching.ContinuousSampler(exp.model_cfg, exp.family, exp.sample_cfg, slots, mesh=exp.mesh)
   if sampler.growth is None:
     return None
-  return sampler.lower(model.abstract(exp.model_cfg, exp.mesh), jax.random.key(0), slots).compile()
+  return sampler.lower(model.abstract(exp.model_cfg, exp.mesh), jax.random.key(0), slots)
 
 
 # --- what they cost ---------------------------------------------------------------------------------------------------
 
 
-def training_flops(cfg, rows: int, length: int, targets: int) -> float:
+def training_flops(cfg, rows: int, length: int, targets: int, *, again: bool = True) -> float:
   """Floating-point operations of the matrix products of a training step.
 
   Of a position: 8 D^2 (queries, keys, values, output), 4 D F (MLP), 4 L D (scores, weighted values) in each block, and
-  2 V D in the head; of a target 2 D. The gradient takes twice as many, the head's logits are computed again for it, and
-  with `remat` the blocks are, too.
+  2 V D in the head; of a target 2 D. The gradient takes twice as many. With `again`, what is computed again for the
+  gradient counts as well: the head's logits, and with `cfg.remat` the blocks; model FLOPs (of MFU) leave it out.
   """
   D, F = cfg.d_model, cfg.d_ff
   blocks = cfg.num_layers * (8 * D * D + 4 * D * F + 4 * length * D)
   head = 2 * cfg.vocab_size * D
-  return rows * (length * ((4 if cfg.remat else 3) * blocks + 4 * head) + 3 * 2 * D * targets)
+  once = rows * (length * (blocks + head) + 2 * D * targets)
+  return 3 * once + (rows * length * (head + cfg.remat * blocks) if again else 0)
 
 
 def memory_of(compiled) -> dict[str, int]:
@@ -154,11 +155,19 @@ def describe(compiled, devices: int, chip: Chip | None, seconds: float) -> list[
       count, sent = sum(one.times for one in ones), sum(one.traffic() for one in ones)
       lines.append(f'  {kind}: {count} a step, {sent / 1e6:,.1f} MB sent by a device{unsure}; the largest: '
                    f'{ones[0].size / 1e6:,.1f} MB, {ones[0].where[:100] or "?"}')  # fmt: skip
-  return lines or ['  no collectives']
+  return lines
 
 
-def roofline(compiled, flops: float, devices: int, chip: Chip) -> list[str]:
-  """What the limits of a chip allow: the slowest of arithmetic, memory and links, none of which waits for another."""
+def roofline(compiled, flops: float, useful: float, devices: int, chip: Chip) -> list[str]:
+  """What the limits of a chip allow: the slowest of arithmetic, memory and links, none of which waits for another.
+
+  Args:
+    compiled: the step.
+    flops: of it, what is computed twice included.
+    useful: those without that, which MFU counts.
+    devices: that share the step.
+    chip: each of them.
+  """
   from ilm_jax import hlo
 
   sent = sum(one.traffic() for one in hlo.collectives(compiled.as_text(), devices))
@@ -168,7 +177,7 @@ def roofline(compiled, flops: float, devices: int, chip: Chip) -> list[str]:
   parts = ', '.join(f'{name} {1e3 * seconds:.1f}' for name, seconds in times.items())
   return [
     f'  predicted from published limits, ms a step at least: {parts}; so {limit} is the limit, and MFU at most '
-    f'{100 * times["arithmetic"] / times[limit]:.0f} % (loops are counted once in the bytes of HBM)'
+    f'{100 * useful / devices / chip.flops / times[limit]:.0f} % (loops are counted once in the bytes of HBM)'
   ]
 
 
@@ -192,19 +201,33 @@ def run(cfg, topology: str | None) -> int:
         f'width {sizes.d_model}, vocabulary {sizes.vocab_size:,}, {sizes.compute}', flush=True)  # fmt: skip
   print(f'training step: {data.rows} rows of {data.row_length}, {flops / 1e12:,.3g} TFLOP, '
         f'{flops / len(devices) / 1e9:,.3g} GFLOP a device', flush=True)  # fmt: skip
-  began = time.monotonic()
-  compiled = compile_training(exp)
-  lines = describe(compiled, len(devices), chip, time.monotonic() - began)
-  print('\n'.join(lines + (roofline(compiled, flops, len(devices), chip) if chip else [])), flush=True)
+  useful = training_flops(sizes, data.rows, data.row_length, targets, again=False)
+  tell(lower_training(exp), devices, chip, lambda made: roofline(made, flops, useful, len(devices), chip))
   slots = _SLOTS.value or 8 * sharding.row_parts(exp.mesh)
-  began = time.monotonic()
-  compiled = compile_sampling(exp, slots)
-  if compiled is None:
+  lowered = lower_sampling(exp, slots)
+  if lowered is None:
     print(f'sampling: {cfg.family} samples whole batches; not compiled')
-  else:
-    print(f'sampling: a step of {slots} rows of {exp.sample_cfg.max_length}')
-    print('\n'.join(describe(compiled, len(devices), chip, time.monotonic() - began)))
+    return 0
+  print(f'sampling: a step of {slots} rows of {exp.sample_cfg.max_length}', flush=True)
+  tell(lowered, devices, chip)
   return 0
+
+
+def tell(lowered, devices, chip: Chip | None, more=None) -> None:
+  """Compile, and print what there is to say, also where the compiler refuses what does not fit."""
+  import jax
+
+  began = time.monotonic()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    text = ' '.join(str(error).split())
+    if 'RESOURCE_EXHAUSTED' not in text:
+      raise
+    print(f'  DOES NOT FIT: {text[text.index("RESOURCE_EXHAUSTED") :][:240]}', flush=True)
+    return
+  lines = describe(compiled, len(devices), chip, time.monotonic() - began)
+  print('\n'.join(lines + (more(compiled) if more and chip else [])), flush=True)
 
 
 def main(argv=None) -> int:

@@ -10,7 +10,7 @@ asks for a whole text) or "infill" (a text with markers, or the list of its part
 of the line, from 0, unless JSON gives one). A line that cannot be served is named, and the others are served. The
 "truth" of a line with gaps, and its "fillings", come with its answer as "truth", {"text", "fillings"}.
 
-    python -m ilm_jax.generate --workdir=gs://... --prompts=gs://... --out=answers.jsonl --mesh=data=-1
+    python -m ilm_jax.generate --workdir=gs://... --prompts=requests.jsonl --out=answers.jsonl --mesh=data=-1
 
 The answers are the same on any mesh and number of hosts. Each of several hosts, which are started with the same
 command, writes its share: answers-00000-of-00002.jsonl, ...
@@ -28,6 +28,7 @@ from absl import flags
 from ilm_jax.console import command, define_hosts, fail, quiet
 from ilm_jax.types import UserError
 
+SAME = ('workdir', 'checkpoint', 'seed', 'n', 'marker', 'batch_size', 'mesh', 'stop_threshold', 'max_length', 'gaps')
 SETTINGS = ('stop_threshold', 'max_length', 'gaps')  # flags that replace what the run says of sampling
 
 
@@ -124,9 +125,10 @@ def read_line(text: str, number: int, where: str, limits: dict) -> Request:
   return Request(index, kind, content, where, limits | own, truth if kind == 'infill' else None)
 
 
-def check_files(values) -> None:
-  """Refuse to write over what is read or written, and a page that has no place."""
-  paths = {name: Path(values[name].value).resolve() for name in ('prompts', 'out', 'trace') if values[name].value}
+def check_files(values, out: str | None = None) -> None:
+  """Refuse to write over what is read or written (`out` instead of --out, if given), and a page that has no place."""
+  named = {name: values[name].value for name in ('prompts', 'out', 'trace')} | ({'out': out} if out else {})
+  paths = {name: Path(value).resolve() for name, value in named.items() if value}
   for one, other in itertools.combinations(paths, 2):
     if paths[one] == paths[other]:
       raise UserError(f'--{one} and --{other} are the same file, {paths[one]}: give another')
@@ -151,13 +153,14 @@ def run(values) -> int:
 
 def serve(values, requests: list[Request], wrong: list[UserError]) -> int:
   """Load, answer, write."""
-  from ilm_jax import api, hosts
+  from ilm_jax import api, dashboards, hosts
 
   index, many = hosts.which()
   if many > 1:
     if values.trace or not values.out:
       raise UserError(f'{many} hosts write a file each: expected --out, and no --trace')
-    hosts.agree({'requests': len(requests), 'of them': hosts.digest([r[:3] for r in requests]), **settled(values)})
+    check_files(values, shard(values.out, index, many))
+    hosts.agree({'commit': dashboards.commit(), 'requests': hosts.digest(requests), **settled(values)})
   given = {name: values[name].value for name in SETTINGS}
   settings = {name: value for name, value in given.items() if value is not None}
   mesh = values.mesh or ('data=-1' if many > 1 else None)
@@ -205,7 +208,7 @@ def serve(values, requests: list[Request], wrong: list[UserError]) -> int:
 
 def settled(values) -> dict:
   """The flags that must be the same on all hosts."""
-  return {name: values[name].value for name in ('workdir', 'checkpoint', 'seed', 'n', 'batch_size', 'mesh', *SETTINGS)}
+  return {name: values[name].value for name in SAME}
 
 
 def shard(name: str | None, index: int, many: int) -> str | None:

@@ -9,7 +9,9 @@ BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 
          'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8}  # fmt: skip
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
 _COLLECTIVE = re.compile(rf' = (.+?) ({"|".join(KINDS)})(-start)?\(')
-_CALLED = re.compile(r'(?:body|condition|calls|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}')
+_CALLED = re.compile(
+  r'(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}'
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r'\b(\w+)\[([\d,]*)\]')
 
@@ -49,9 +51,10 @@ def collectives(text: str, devices: int) -> list[Collective]:
       if not match or not runs:
         continue
       shape, kind, start = match.groups()
-      made = Collective(
-        kind, _size(shape, kind, bool(start)), _group(line, devices), runs, certain, _between(line, 'op_name="', '"')
-      )
+      size, group = _size(shape, kind, bool(start)), _group(line, devices)
+      if name.startswith('all-reduce-scatter'):  # how a TPU program spells it: an all-reduce in a fusion of that name
+        kind, size = 'reduce-scatter', size // group
+      made = Collective(kind, size, group, runs, certain, _between(line, 'op_name="', '"'))
       channel = re.search(r'channel_id=(\d+)', line)
       key = (kind, channel[1]) if channel else (name, line)
       if key not in found or found[key].size * found[key].times < made.size * made.times:
@@ -103,8 +106,10 @@ def _size(shape: str, kind: str, start: bool) -> int:
       for dim in filter(None, dims.split(',')):
         count *= int(dim)
       sizes.append(int(count * BYTES[dtype]))
-  if start and kind in ('all-gather', 'collective-permute') and len(sizes) > 1:
-    return max(sizes[:2]) if kind == 'collective-permute' else sizes[1]  # (what comes in, what goes out, ...)
+  if start and kind == 'all-gather':  # (what comes in, what goes out), each perhaps several
+    return sum(sizes[len(sizes) // 2 :])
+  if start and kind == 'collective-permute':  # (what comes in, what goes out, contexts)
+    return sizes[min(1, len(sizes) - 1)]
   return sum(sizes)
 
 

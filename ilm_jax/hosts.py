@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -23,21 +24,29 @@ from jax.experimental import multihost_utils
 from ilm_jax.console import fail
 from ilm_jax.types import UserError
 
+WAIT = 60  # seconds for a file to be seen by all
 LOST = 134  # exit code of a process that goes down with another one, as the runtime's own abort has it
-SIGNS = ('gloo', 'nccl', 'unavailable', 'heartbeat', 'connection reset', 'connection closed')  # of a lost host
+SIGNS = (
+  'closed by peer',
+  'reset by peer',
+  'heartbeat',
+  'coordination service',
+  'tasks are unhealthy',
+)  # of a lost host
 FLAGS = ('coordinator', 'num_processes', 'process_id')
+HOSTS = ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES')
 COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')  # processes, where Slurm or Open MPI started them
 
 
 def several(env=os.environ, devices=('/dev/accel0', '/dev/vfio/0')) -> bool:
-  """Does the environment (Slurm, Open MPI, a TPU VM or GKE) say who the processes of this run are?"""
+  """May the environment (Slurm, Open MPI, TPU VMs, GKE with TPUs) say who the processes of this run are?"""
   if any(env.get(name, '1') not in ('', '1') for name in COUNTS):
     return True
   if env.get('JAX_PLATFORMS', 'tpu').split(',')[0] != 'tpu':
     return False
-  return 'MEGASCALE_COORDINATOR_ADDRESS' in env or ',' in env.get('TPU_WORKER_HOSTNAMES', '') or (
-    'TPU_SKIP_MDS_QUERY' not in env and any(Path(name).exists() for name in devices)
-  )  # fmt: skip
+  if 'MEGASCALE_COORDINATOR_ADDRESS' in env or any(',' in env.get(name, '') for name in HOSTS):
+    return True
+  return 'TPU_SKIP_MDS_QUERY' not in env and any(Path(name).exists() for name in devices)
 
 
 def start(
@@ -80,19 +89,29 @@ def start(
   options = {names.get(name, name): value for name, value in given.items()}
   if given:
     options['cluster_detection_method'] = 'deactivate'
+  where = coordinator or 'the coordinator that the environment names'
+  nobody = UserError(
+    f'no run came about at {where} within {start_seconds} s: is every process started, and can each reach that address?'
+  )
+  # The runtime aborts the process when the others do not come; this says so first.
+  alarm = threading.Timer(start_seconds, lambda: _exit(fail(nobody)))
+  alarm.daemon = True
+  alarm.start()
   try:
     jax.distributed.initialize(
       **options,
-      initialization_timeout=start_seconds,
+      initialization_timeout=start_seconds + 60,
       heartbeat_timeout_seconds=heartbeat_seconds,
       shutdown_timeout_seconds=2 * heartbeat_seconds,
     )
+  except ValueError:
+    if given:
+      raise
+    return  # what looked like one of several was not
   except Exception as error:  # of the runtime's own types
-    where = coordinator or 'the coordinator that the environment names'
-    raise UserError(
-      f'process {process_id if given else "?"}: no run came about at {where} within {start_seconds} s '
-      f'({" ".join(str(error).split())[:200]}): is every process started, and can each reach that address and port?'
-    ) from error
+    raise UserError(f'{nobody} ({" ".join(str(error).split())[:200]})') from error
+  finally:
+    alarm.cancel()
   if jax.process_index():
     logging.set_verbosity(logging.WARNING)  # the first host speaks for all
   logging.info('%d processes with %d devices', jax.process_count(), jax.device_count())
@@ -149,7 +168,10 @@ def everywhere(error: UserError) -> UserError:
 
 @contextlib.contextmanager
 def together():
-  """A UserError of one host in the body is one of every host, after the body: none goes on, or waits, alone."""
+  """A UserError of one host in the body is one of every host, after the body: none goes on, or waits, alone.
+
+  The body must hold no collective operation: one that failed on a host alone would meet the one at the end here.
+  """
   wrong = None
   try:
     yield
@@ -191,6 +213,9 @@ def share(folder) -> None:
         path.write_text('')
       except OSError as error:
         raise UserError(f'the workdir {folder} cannot be written ({error.strerror or error})') from error
+  end = time.monotonic() + WAIT
+  while not path.exists() and time.monotonic() < end:  # network file systems remember for a while what was not there
+    time.sleep(0.5)
   blind = [str(host) for host, seen in enumerate(gather('x' if path.exists() else '')) if not seen]
   if first():
     path.unlink(missing_ok=True)
@@ -218,10 +243,19 @@ def told_to_stop(step: int) -> bool:
 
 
 def lost(error: BaseException | None) -> bool:
-  """Is it the end of another host that this error, or its cause, is about?"""
-  if error is None or jax.process_count() == 1:
+  """Is it the end of another host that this error of the runtime, or the cause of a message, is about?"""
+  if jax.process_count() == 1:
     return False
-  return any(sign in str(error).lower() for sign in SIGNS) or lost(error.__cause__)
+  if isinstance(error, UserError):
+    return error.__cause__ is not None and lost(error.__cause__)
+  return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+
+
+def _exit(code: int) -> None:
+  """End this process at once, without waiting for the others."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
 
 
 def end_together(call) -> int:
@@ -239,13 +273,11 @@ def end_together(call) -> int:
     if getattr(error, 'everywhere', False):
       raise
     code = LOST if lost(error) else 1
+    if not isinstance(error, UserError):
+      traceback.print_exc()
     if code == LOST:
       fail(f'another host ended or cannot be reached ({str(error)[:160]}): start all again with the same command, they '
            'go on from the last complete checkpoint')  # fmt: skip
     elif isinstance(error, UserError):
       fail(error)
-    else:
-      traceback.print_exc()
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
+  _exit(code)

@@ -393,10 +393,10 @@ class Forward(NamedTuple):
 
 
 def abstract(cfg: ModelConfig, mesh=None):
-  """Shapes and types of the parameters: what a checkpoint is read onto, the first device or a mesh."""
+  """Shapes and types of the parameters: what a checkpoint is read onto, this host's first device or a mesh."""
   boxed = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
   if mesh is None:
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     places = jax.tree.map(lambda _: place, unbox(boxed))
   else:
     places = sharding.state_shardings(boxed, mesh)

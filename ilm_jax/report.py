@@ -28,7 +28,10 @@ PAPER = {  # sequence accuracy in %, arXiv 2505.05755, table 1 (one seed each)
   ('zebra', 'arm'): 81.2, ('zebra', 'arm, oracle order'): 91.2, ('zebra', 'mdm'): 82.6, ('zebra', 'ilm'): 90.0,
 }  # fmt: skip
 
-FREE = ('seed', 'keep', 'log_every', 'report_seconds', 'checkpoint_every', 'eval.show', 'data.workers', 'data.prefetch')
+FREE = (  # settings that change no result, or little: they may differ within a row
+  *('seed', 'keep', 'log_every', 'report_seconds', 'checkpoint_every', 'eval.show', 'data.workers', 'data.prefetch'),
+  *('model.remat', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'hosts.start_seconds', 'hosts.heartbeat_seconds'),
+)
 
 
 class Run(NamedTuple):
@@ -203,6 +206,9 @@ def likelihoods(rows: list[list[Run]]) -> list[str]:
     '|---|---|---|---|---|---|---|---|',
   ]
   for row in rows:
+    for run in row:
+      if not run.strings:
+        raise UserError(f'{run.workdir} has no likelihoods, other runs of its row have: evaluate it with --mode=eval')
     nll_SxN = np.array([run.strings['nll'] for run in row])
     per_string, per_token = intervals(nll_SxN.mean(0), np.array(row[0].strings['tokens']))
     error = np.square([run.strings['error'] for run in row]).sum() ** 0.5 / nll_SxN.size
@@ -231,7 +237,7 @@ def table(rows: list[list[Run]], command: str) -> str:
   lines = ['# Results', '', f'Made by `{command}`.']
   if scored := [row for row in rows if row[0].correct]:
     lines += accuracies(scored)
-  if scored := [row for row in rows if row[0].strings]:
+  if scored := [row for row in rows if any(run.strings for run in row)]:
     lines += likelihoods(scored)
   lines += [
     '',

@@ -52,17 +52,28 @@ def make_mesh(cfg, devices=None) -> Mesh:
       f'{asked} does not fit {len(devices)} device(s): the product must be {len(devices)}, '
       f'so each size one of {", ".join(map(str, fits))}, or -1 for what is left'
     )
-  axis_types = (AxisType.Auto,) * 3
   slices = slices_of(devices)
-  if len(slices) == 1:
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=axis_types, devices=devices)
   if sizes[0] % len(slices):
     raise UserError(
       f'{asked}: the devices lie on {len(slices)} slices, between which only mesh.data may go: make it a multiple of '
       f'{len(slices)}'
     )
   inner = (sizes[0] // len(slices), *sizes[1:])
-  return Mesh(np.concatenate([mesh_utils.create_device_mesh(inner, part) for part in slices]), AXES, axis_types)
+  try:
+    parts = [mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True) for part in slices]
+  except NotImplementedError as error:
+    raise UserError(f'{asked} cannot be laid onto these devices ({str(error)[:160]}): choose other sizes') from None
+  return Mesh(np.concatenate([by_host(part) for part in parts]), AXES, (AxisType.Auto,) * 3)
+
+
+def by_host(devices):
+  """A mesh of devices whose rows, of tensor neighbours, are ordered by host: a host's part of a batch is in one piece.
+
+  Within a host they stay in the order that follows the links.
+  """
+  rows = devices.reshape(-1, devices.shape[-1])
+  order = sorted(range(len(rows)), key=lambda row: min(device.process_index for device in rows[row]))
+  return rows[order].reshape(devices.shape)
 
 
 def slices_of(devices) -> list[list]:

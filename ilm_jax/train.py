@@ -17,7 +17,7 @@ from ilm_jax.experiment import Experiment, as_json, build, flatten
 from ilm_jax.families import settings
 from ilm_jax.tasks import pipeline
 from ilm_jax.types import UserError
-from ilm_jax.update import TrainState, compile_step, init_state
+from ilm_jax.update import TrainState, abstract_state, compile_step, init_state
 from ilm_jax.workdir import claim, same_run, writing
 
 FINISHED, FAILED, PREEMPTED, INTERRUPTED = 0, 1, 75, 130  # exit codes
@@ -30,16 +30,20 @@ class Signals:
   """Remembers SIGTERM and Ctrl-C until the loop asks; a second Ctrl-C interrupts at once.
 
   On several hosts SIGTERM is left to the runtime, which tells all of them, and Ctrl-C becomes one: they stop at the
-  same step.
+  same step, after an evaluation that is under way.
+
+  Args:
+    saving: is there a state to save? Without one, on several hosts, signals do what they always do.
   """
 
-  def __init__(self):
+  def __init__(self, saving: bool = True):
+    self._handled = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,) if saving else ()
     self.code = None  # of the exit, once all hosts know that they stop
     self._mine = None  # what this process received
     self._old = {}
 
   def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,):
+    for number in self._handled:
       self._old[number] = signal.signal(number, self._receive)
     return self
 
@@ -83,16 +87,22 @@ def train(cfg, workdir) -> int:
     the exit code.
   """
   with Signals() as signals:
-    with hosts.together():
-      exp = build(cfg, workdir)
-    hosts.agree({'commit': dashboards.commit(), 'workdir': str(workdir), **flatten(as_json(cfg))})
-    with hosts.together():
-      if cfg.init_from and not any(epath.Path(workdir).glob('checkpoints/*')):
+    exp = agreed(cfg, workdir)
+    if cfg.init_from and not any(epath.Path(workdir).glob('checkpoints/*')):
+      with hosts.together():
         same_tokenizer(cfg.init_from, cfg)
-        weights_of(cfg.init_from, model.abstract(exp.model_cfg))  # there, and of this shape, before a file is written?
-    hosts.share(workdir)
+      weights_of(cfg.init_from, model.abstract(exp.model_cfg, exp.mesh))  # there, and of this shape, before a file is?
     with claim(workdir, cfg):
       return _train(exp, workdir, signals)
+
+
+def agreed(cfg, workdir) -> Experiment:
+  """Build what the config names; on several hosts, only where all were told the same and see the same workdir."""
+  with hosts.together():
+    exp = build(cfg, workdir)
+  hosts.agree({'commit': dashboards.commit(), 'workdir': str(workdir), **flatten(as_json(cfg))})
+  hosts.share(workdir)
+  return exp
 
 
 def _train(exp: Experiment, workdir, signals) -> int:
@@ -225,6 +235,8 @@ class Loop:
         metrics = None
         if last or self.due(cfg.eval.every, step):
           self.look(step)
+          if jax.process_count() > 1:
+            self.save(state, step, None)  # nothing interrupts the evaluation there
           metrics = self.evaluate(state, step)
         stop = self.signals.ask(step) or last or reached(cfg, metrics)
         if metrics or stop or self.due(cfg.checkpoint_every, step):
@@ -406,12 +418,13 @@ def reached(cfg, metrics: dict | None) -> bool:
 
 def evaluate_run(cfg, workdir) -> int:
   """Evaluate a finished or running run on the test split (`--mode=eval`)."""
-  exp = build(cfg, workdir)
-  same_run(workdir, cfg)
-  saved = checkpoint.Checkpoints(workdir, metric=cfg.eval.metric, mode=cfg.eval.mode, read_only=True)
-  saved.find(cfg.eval.checkpoint)
+  exp = agreed(cfg, workdir)
+  with hosts.together():
+    same_run(workdir, cfg)
+    saved = checkpoint.Checkpoints(workdir, metric=cfg.eval.metric, mode=cfg.eval.mode, read_only=True)
+    saved.find(cfg.eval.checkpoint)
   tx, _ = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
-  _, abstract = init_state(exp, tx)
+  abstract = abstract_state(exp, tx)
   evaluator = evaluate.Evaluator(cfg, **{k: v for k, v in exp._asdict().items() if k != 'cfg'})
-  with Signals() as signals:
+  with Signals(saving=False) as signals:
     return report(exp, workdir, saved, abstract, evaluator, signals)

@@ -232,6 +232,7 @@ def test_a_folder_that_a_host_does_not_see_is_refused(monkeypatch, tmp_path):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   monkeypatch.setattr(hosts, 'gather', lambda text: [text, text])
   hosts.share(tmp_path)
+  monkeypatch.setattr(hosts, 'WAIT', 0)
   monkeypatch.setattr(hosts, 'gather', lambda text: [text, '' if text == 'x' else text])
   with pytest.raises(UserError, match='host 1 does not see what host 0 writes there'):
     hosts.share(tmp_path)
@@ -260,10 +261,19 @@ def test_a_coordinator_that_cannot_be_reached_is_one_line():
     hosts.start(f'127.0.0.1:{port}', 2, 1, start_seconds=0)
 
 
+def test_a_coordinator_to_whom_nobody_comes_is_one_line(tmp_path, cache):
+  many = [f'--coordinator=127.0.0.1:{free_port()}', '--num_processes=2', '--process_id=0']
+  words = [*small.flags(tmp_path / 'run', {**RUN, 'hosts.start_seconds': 1}), *many]
+  code, out, err = small.run(words, cache)
+  assert code == 1 and not out
+  (line,) = [line for line in err.splitlines() if line.startswith('error: ')]
+  assert re.fullmatch(r'error: no run came about at 127\.0\.0\.1:\d+ within 1 s: is every process started, .*', line)
+
+
 def test_environments_of_several_hosts_are_recognised(tmp_path):
   nowhere = (str(tmp_path / 'accel0'),)
   several = {'SLURM_STEP_NUM_TASKS': '4'}, {'OMPI_COMM_WORLD_SIZE': '2'}, {'TPU_WORKER_HOSTNAMES': 'a,b'}
-  for env in (*several, {'MEGASCALE_COORDINATOR_ADDRESS': 'a'}):
+  for env in (*several, {'TPU_PROCESS_ADDRESSES': 'a:1,b:1'}, {'MEGASCALE_COORDINATOR_ADDRESS': 'a'}):
     assert hosts.several(env, nowhere), env
   for env in ({}, {'SLURM_STEP_NUM_TASKS': '1', 'SLURM_NTASKS': '4'}, {'TPU_WORKER_HOSTNAMES': 'localhost'}):
     assert not hosts.several(env, nowhere), env
@@ -272,11 +282,24 @@ def test_environments_of_several_hosts_are_recognised(tmp_path):
   assert not hosts.several({'JAX_PLATFORMS': 'cpu', 'TPU_WORKER_HOSTNAMES': 'a,b'}, nowhere)
 
 
+def test_what_only_looks_like_one_of_several_hosts_is_alone(monkeypatch):
+  def nowhere(**_):
+    raise ValueError('coordinator_address should be defined.')
+
+  monkeypatch.setattr(hosts, 'several', lambda: True)  # another device than a TPU has such a name
+  monkeypatch.setattr(jax.distributed, 'initialize', nowhere)
+  hosts.start()
+
+
 def test_the_end_of_another_host_is_told_from_a_fault(monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  gone = RuntimeError('Gloo AllReduce failed: Connection closed by peer')
-  assert hosts.lost(gone) and not hosts.lost(RuntimeError('RESOURCE_EXHAUSTED: out of memory'))
-  wrapped = UserError('a checkpoint could not be written')
+  gone = jax.errors.JaxRuntimeError('Gloo AllReduce failed: Connection closed by peer')
+  assert hosts.lost(gone)
+  for fault in ('RESOURCE_EXHAUSTED: out of memory', 'NCCL error: Duplicate GPU detected', '503 UNAVAILABLE'):
+    assert not hosts.lost(jax.errors.JaxRuntimeError(fault))
+  assert not hosts.lost(OSError('Connection closed by peer'))  # of a bucket
+  wrapped = UserError('--workdir=/home/heartbeat cannot be written')
+  assert not hosts.lost(wrapped)
   wrapped.__cause__ = gone
   assert hosts.lost(wrapped)
   monkeypatch.setattr(jax, 'process_count', lambda: 1)

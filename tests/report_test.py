@@ -80,6 +80,12 @@ def make_text_run(folder, seed=0, nll=(3.0, 5.0, 10.0), error=(0.3, 0.0, 0.4), *
   result |= {'chance': None, 'likelihood': kind}
   result['strings'] = {'nll': list(nll), 'error': list(error), 'tokens': [1, 2, 6]}
   dashboards.write_json(folder / 'eval.json', result)
+  for path in folder.glob('events.*'):
+    path.unlink()
+  writer = dashboards.SummaryWriter(str(folder))
+  for step in (100, 200):
+    writer.write_scalars(step, {'validation/loss': 90 / step, 'train/loss': 100 / step})
+  writer.close()
   return made
 
 
@@ -99,7 +105,27 @@ def test_likelihoods_have_a_table_of_their_own(tmp_path, capsys):
   ]  # fmt: skip
   assert cells(out, ['stories', 'arm'])[2:4] == ['exact', f'6.00 ± {1.96 * np.std([3, 5, 10], ddof=1) / 3**0.5:.2f}']
   assert cells(out, ['stories', 'ilm, length_weight=elbo'])[-1] == '0.17'
-  assert f']({runs[0]}/loss.png)' in out or f']({runs[0]}/accuracy.png)' in out
+  for folder in runs:
+    assert f']({folder}/loss.png)' in out and (tmp_path / folder / 'loss.png').read_bytes().startswith(b'\x89PNG')
+    assert not (tmp_path / folder / 'accuracy.png').exists()
+
+
+def test_a_row_of_runs_with_and_without_likelihoods_is_refused(tmp_path, capsys):
+  runs = [make_run(tmp_path / 'a', 0, label='stories'), make_run(tmp_path / 'b', 1, label='stories')]
+  result = json.loads((tmp_path / 'b' / 'eval.json').read_text())
+  result |= {'likelihood': 'bound', 'strings': {'nll': [1.0], 'error': [0.0], 'tokens': [1]}}
+  dashboards.write_json(tmp_path / 'b' / 'eval.json', result)
+  code, out, err = run(capsys, '--noplots', *runs)
+  assert code == 1 and not out and f'{runs[0]} has no likelihoods, other runs of its row have' in err
+
+
+def test_other_meshes_and_hosts_are_the_same_row(tmp_path, capsys):
+  runs = [
+    make_run(tmp_path / 'a', 0, mesh={'data': 8}),
+    make_run(tmp_path / 'b', 1, mesh={'data': -1}, hosts={'start_seconds': 9}),
+  ]
+  _, out, _ = run(capsys, '--noplots', *runs)
+  assert len(re.findall(r'^\| star easy \| ilm \|', out[: out.index('## How')], re.M)) == 1
 
 
 def test_a_run_with_nothing_to_count_is_refused(tmp_path, capsys):
