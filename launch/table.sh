@@ -16,7 +16,7 @@
 #   DRY_RUN   1: print the commands only
 #
 # A run that was preempted (exit code 75) is started again; one that was interrupted goes on at the next call.
-# Last really run: in miniature only, by `make table-smoke`.
+# Last really run: 2026-11-21, star.py:tiny star.py:mini without oracle, on two CPU cores (RESULTS.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
