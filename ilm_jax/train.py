@@ -110,10 +110,11 @@ def _train(exp: Experiment, workdir, signals) -> int:
   tx, schedule = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
   state, abstract = init_state(exp, tx)
   count = sum(x.size for x in jax.tree.leaves(state.params))
-  logging.info('%s on %s: %s parameters, mesh %s', cfg.family, cfg.task.name, f'{count:,}', dict(exp.mesh.shape))
+  held = sum(map(sharding.bytes_here, jax.tree.leaves(state)))
+  logging.info('%s on %s: %s parameters, mesh %s, a state of %.1f MB on each device', cfg.family, cfg.task.name,
+               f'{count:,}', dict(exp.mesh.shape), held / 1e6)  # fmt: skip
   for line in sharding.placement(state) if exp.mesh.size > 1 else ():
     logging.info('%s', line)
-  logging.info('the state takes %.1f MB of each device', sum(map(sharding.bytes_here, jax.tree.leaves(state))) / 1e6)
 
   if cfg.sampling.max_length < (longest := exp.task.longest(cfg.task)):
     logging.warning('sampling.max_length=%d: the longest example, %d tokens, cannot be answered',

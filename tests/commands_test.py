@@ -478,7 +478,9 @@ def test_the_commands_of_the_readme_run(command, tmp_path, monkeypatch):
     elif '--out=answers.jsonl' in arguments:
       assert json.loads((tmp_path / 'answers.jsonl').read_text())['text'].startswith('Once upon a time')
     elif module == 'ilm_jax.report':
-      assert len(re.findall(r'^\| star tiny \| (?:arm|ilm) \|', out, re.M)) == 6  # two rows in three tables
+      assert (
+        len(re.findall(r'^\| star tiny \| (?:arm|ilm) \|', out, re.M)) == 7
+      )  # two rows in three tables, one with likelihoods
     else:
       assert all(json.loads(line)['tokens'] for line in out.splitlines())
   assert (tmp_path / 'runs' / 'star-tiny' / 'eval.json').exists()

@@ -250,11 +250,19 @@ def test_the_command_gets_its_arguments_as_they_are(resume, tmp_path):
   assert done.returncode == 0 and lines(tmp_path / 'got') == AWKWARD
 
 
+def listen():
+  """Hear signals that whoever runs the tests ignores (nohup, a shell's background): bash cannot trap those."""
+  for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def running(command, folder, **variables):
   """A process of its own session, so that nothing of it outlives the test."""
   with open(folder / 'stderr', 'w') as stderr:
-    process = subprocess.Popen(command, cwd=folder, stderr=stderr, env=environment(**variables), start_new_session=True)
+    process = subprocess.Popen(
+      command, cwd=folder, stderr=stderr, env=environment(**variables), start_new_session=True, preexec_fn=listen
+    )
   try:
     yield process
   finally:
