@@ -18,7 +18,7 @@ from typing import NamedTuple
 from absl import flags
 
 from ilm_jax import main as entry
-from ilm_jax.console import fail, quiet, usage, wants_help
+from ilm_jax.console import quiet
 from ilm_jax.types import UserError
 
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'Chip and slice, such as v5e:2x4; cpu:8 for eight CPU devices.')
@@ -231,17 +231,9 @@ def tell(lowered, devices, chip: Chip | None, more=None) -> None:
 
 
 def main(argv=None) -> int:
-  """Run the command; a user's mistake is one line on standard error and exit code 1."""
-  argv = sys.argv if argv is None else argv
-  if wants_help(argv):
-    return usage(__doc__, flags.FLAGS, ('config', 'topology', 'vocab_size', 'slots'))
-  try:
-    entry.parse(argv)
-    return run(flags.FLAGS.config, _TOPOLOGY.value)
-  except UserError as error:
-    return fail(error)
-  except KeyboardInterrupt:
-    return 130
+  """Run the command."""
+  names = ('config', 'topology', 'vocab_size', 'slots')
+  return entry.command(__doc__, names, lambda: run(flags.FLAGS.config, _TOPOLOGY.value), argv)
 
 
 if __name__ == '__main__':

@@ -28,8 +28,8 @@ from absl import flags
 from ilm_jax.console import command, define_hosts, fail, quiet
 from ilm_jax.types import UserError
 
-SAME = ('workdir', 'checkpoint', 'seed', 'n', 'marker', 'batch_size', 'mesh', 'stop_threshold', 'max_length', 'gaps')
 SETTINGS = ('stop_threshold', 'max_length', 'gaps')  # flags that replace what the run says of sampling
+SAME = ('workdir', 'checkpoint', 'seed', 'n', 'marker', 'batch_size', 'mesh', *SETTINGS)  # on all of several hosts
 
 
 def define(values: flags.FlagValues) -> None:
@@ -147,7 +147,7 @@ def run(values) -> int:
   quiet()
   from ilm_jax import hosts
 
-  hosts.start(values.coordinator, values.num_processes, values.process_id)
+  hosts.start(values.coordinator, values.num_processes, values.process_id, saving=False)
   return hosts.end_together(lambda: serve(values, requests, wrong))
 
 

@@ -54,6 +54,7 @@ def start(
   num_processes: int | None = None,
   process_id: int | None = None,
   *,
+  saving: bool = True,
   start_seconds: int = 300,
   heartbeat_seconds: int = 30,
 ) -> None:
@@ -64,6 +65,7 @@ def start(
       process.
     num_processes: of the run.
     process_id: of this one, 0 ... num_processes - 1.
+    saving: will `told_to_stop` be asked? Without it SIGTERM ends a process, as it does elsewhere.
     start_seconds: how long to wait for the others.
     heartbeat_seconds: a process that is silent for so long is taken for dead, and the runtime ends the others.
 
@@ -89,6 +91,7 @@ def start(
   options = {names.get(name, name): value for name, value in given.items()}
   if given:
     options['cluster_detection_method'] = 'deactivate'
+  jax.config.update('jax_enable_preemption_service', saving)
   where = coordinator or 'the coordinator that the environment names'
   nobody = UserError(
     f'no run came about at {where} within {start_seconds} s: is every process started, and can each reach that address?'

@@ -62,24 +62,37 @@ def run() -> int:
   from ilm_jax import hosts, train
 
   cfg = _CONFIG.value
-  hosts.start(*(flags.FLAGS[name].value for name in hosts.FLAGS), **cfg.get('hosts', {}))
+  given = (flags.FLAGS[name].value for name in hosts.FLAGS)
+  hosts.start(*given, saving=_MODE.value == 'train', **cfg.get('hosts', {}))
   workdir = _WORKDIR.value or default_workdir()
   call = {'train': train.train, 'eval': train.evaluate_run}[_MODE.value]
   return hosts.end_together(lambda: call(cfg, workdir))
 
 
-def main(argv=None) -> int:
-  """Run the command; a user's mistake is one line on standard error and exit code 1."""
+def command(doc: str, names, call, argv=None) -> int:
+  """Run a command that takes a config; a user's mistake is one line on standard error and exit code 1.
+
+  Args:
+    doc: what --help prints before the flags.
+    names: of the flags it prints.
+    call: () -> exit code, once the flags are parsed.
+    argv: the arguments, sys.argv by default.
+  """
   argv = sys.argv if argv is None else argv
   if wants_help(argv):
-    return usage(__doc__, flags.FLAGS, ('config', 'workdir', 'mode', 'coordinator', 'num_processes', 'process_id'))
+    return usage(doc, flags.FLAGS, names)
   try:
     parse(argv)
-    return run()
+    return call()
   except UserError as error:
     return fail(error)
   except KeyboardInterrupt:
     return 130
+
+
+def main(argv=None) -> int:
+  """Run this command."""
+  return command(__doc__, ('config', 'workdir', 'mode', 'coordinator', 'num_processes', 'process_id'), run, argv)
 
 
 if __name__ == '__main__':

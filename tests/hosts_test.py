@@ -283,12 +283,16 @@ def test_environments_of_several_hosts_are_recognised(tmp_path):
 
 
 def test_what_only_looks_like_one_of_several_hosts_is_alone(monkeypatch):
-  def nowhere(**_):
+  asked = []
+
+  def nowhere(**options):
+    asked.append(options)
     raise ValueError('coordinator_address should be defined.')
 
   monkeypatch.setattr(hosts, 'several', lambda: True)  # another device than a TPU has such a name
   monkeypatch.setattr(jax.distributed, 'initialize', nowhere)
-  hosts.start()
+  assert hosts.start() is None and len(asked) == 1
+  assert hosts.which() == (0, 1)
 
 
 def test_the_end_of_another_host_is_told_from_a_fault(monkeypatch):
