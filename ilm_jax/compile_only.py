@@ -65,7 +65,7 @@ def devices_of(topology: str):
     return topologies.get_topology_desc(topology, 'tpu').devices
   except Exception as error:  # of the runtime's own types
     text = ' '.join(str(error).split())
-    if 'libtpu' in text.lower() and ('not' in text.lower() or 'fail' in text.lower()):
+    if 'not installed' in text or 'libtpu' in text.lower():
       raise UserError(
         f"libtpu is not installed, and TPU programs need it: pip install -e '.[tpu]' ({text[:120]})"
       ) from None

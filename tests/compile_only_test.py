@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import re
 
 import jax
@@ -151,6 +152,13 @@ def test_the_command_prints_memory_collectives_and_both_programs(command):
 def test_a_topology_that_is_none_is_one_line(topology, command):
   code, out, err = command([*small.flags(), f'--topology={topology}'])
   assert code == 1 and not out and err.count('\n') == 1 and err.startswith('error: --topology')
+
+
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is not None, reason='libtpu is installed')
+def test_a_missing_compiler_says_how_to_install_it(command):
+  code, out, err = command([*small.flags(), '--topology=v5e:2x4'])
+  assert code == 1 and not out
+  assert err.startswith("error: TPU programs need libtpu, pip install -e '.[tpu]'") and err.count('\n') == 1
 
 
 def test_a_vocabulary_can_be_named_without_its_data():
