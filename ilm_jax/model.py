@@ -34,6 +34,7 @@ class ModelConfig:
   attention_dropout: float = 0.1
   compute: str = 'float32'  # 'float32', 'bfloat16', or 'mixed': bfloat16 operands, everything else float32
   remat: bool = False  # compute each block again for the gradient instead of remembering it: less memory, slower
+  scan_layers: bool = False  # compile one block and loop over the layers: the same numbers, far sooner compiled
   init: str = 'normal'  # embeddings N(0, 0.02); 'reference': N(0, 1)
   conditioning: str = 'none'  # 'adaln': on a noise level; its LayerNorms have no bias
   d_cond: int = 128  # width of what the noise level becomes
@@ -209,11 +210,14 @@ class Block(nn.Module):
   cfg: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BxLxD, segment_BxL, position_BxL, noise_BxSxC, train: bool, cache=None):
-    """Returns x, and the cache of keys and values with those of this call in it (None without one)."""
+  def __call__(self, x_BxLxD, segment_BxL, position_BxL, noise_BxSxC, rngs=None, cache=None):
+    """Returns x, and the cache of keys and values with those of this call in it (None without one).
+
+    With `rngs`, those of `draw_rngs`, with dropout.
+    """
     cfg = self.cfg
     D, H, K, F = cfg.d_model, cfg.num_heads, cfg.head_dim, cfg.d_ff
-    rng = (lambda: self.make_rng('dropout')) if train else (lambda: None)
+    attention_rng, out_rng, mlp_rng = (None, None, None) if rngs is None else rngs
     told = noise_BxSxC is not None
     if told:
       modulation = Modulation(cfg, 6, name='modulation')(noise_BxSxC, segment_BxL)
@@ -230,14 +234,14 @@ class Block(nn.Module):
     )
     q_BxLxHxK, k_BxLxHxK = (ops.rotary(x, position_BxL, dim=dim) for x in (q_BxLxHxK, k_BxLxHxK))
     if cache is None:
-      y_BxLxHxK = attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_BxL, position_BxL, cfg=cfg, rng=rng())
+      y_BxLxHxK = attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_BxL, position_BxL, cfg=cfg, rng=attention_rng)
     else:
       cache = remember(cache, k_BxLxHxK, v_BxLxHxK, position_BxL)
       mask_BxLxM = jnp.arange(cache.k_BxMxHxK.shape[1])[None, None] <= position_BxL[..., None]
       y_BxLxHxK = attend(q_BxLxHxK, cache.k_BxMxHxK, cache.v_BxMxHxK, mask_BxLxM, cfg=cfg)
     names = ('heads', None, 'embed')
     y_BxLxD = Linear('blhk,hkd->bld', (H, K, D), names, fan_in=D, compute=cfg.compute, name='out')(y_BxLxHxK)
-    y_BxLxD = ops.dropout(y_BxLxD, cfg.dropout, rng())
+    y_BxLxD = ops.dropout(y_BxLxD, cfg.dropout, out_rng)
     x_BxLxD = x_BxLxD + (gate1 * y_BxLxD if told else y_BxLxD)
 
     y_BxLxD = LayerNorm(bias=not told, name='norm2')(x_BxLxD)
@@ -245,8 +249,34 @@ class Block(nn.Module):
     y_BxLxF = Linear('bld,df->blf', (D, F), ('embed', 'mlp'), D, cfg.compute, bias=True, name='mlp_in')(y_BxLxD)
     y_BxLxF = jax.nn.relu(y_BxLxF) if cfg.activation == 'relu' else jax.nn.gelu(y_BxLxF, approximate=True)
     y_BxLxD = Linear('blf,fd->bld', (F, D), ('mlp', 'embed'), F, cfg.compute, bias=True, name='mlp_out')(y_BxLxF)
-    y_BxLxD = ops.dropout(y_BxLxD, cfg.dropout, rng())
+    y_BxLxD = ops.dropout(y_BxLxD, cfg.dropout, mlp_rng)
     return x_BxLxD + (gate2 * y_BxLxD if told else y_BxLxD), cache
+
+  def draw_rngs(self):
+    """The keys of its three dropouts."""
+    return tuple(self.make_rng('dropout') for _ in range(3))
+
+
+def scan_blocks(cfg: ModelConfig, params, rngs, x_BxLxD, *args):
+  """Blocks one after the other as a loop over their stacked parameters: a program of one block, whatever the depth.
+
+  The parameters stay as they are, one tree a block; the stack is a copy for as long as the pass and its gradient.
+
+  Args:
+    cfg: of the blocks.
+    params: of each block.
+    rngs: of each block; None without dropout.
+    x_BxLxD: features.
+    *args: of each block, between x and rngs.
+  """
+
+  def step(x_BxLxD, layer):
+    params, rngs = layer
+    return Block(cfg, parent=None).apply({'params': params}, x_BxLxD, *args, rngs)[0], None
+
+  step = jax.checkpoint(step, prevent_cse=False) if cfg.remat else step
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(params, rngs, strict=True))
+  return jax.lax.scan(step, x_BxLxD, stacked)[0]
 
 
 class Cache(NamedTuple):
@@ -317,12 +347,17 @@ class Transformer(nn.Module):
     # [PAD] keeps its zeros also where it is a token as others (the reference): a LayerNorm is steep there.
     x_BxLxD = jnp.where((tokens_BxL == 0)[..., None], jax.lax.stop_gradient(x_BxLxD), x_BxLxD)
     noise_BxSxC = NoiseLevel(cfg, name='noise')(noise_BxS) if told else None
-    caches = []
-    make_block = nn.remat(Block, static_argnums=(5,)) if cfg.remat and cache is None else Block
-    for layer in range(cfg.num_layers):
-      block, old = make_block(cfg, name=f'block_{layer}'), None if cache is None else cache[layer]
-      x_BxLxD, new = block(x_BxLxD, segment_BxL, position_BxL, noise_BxSxC, train, old)
-      caches.append(new)
+    make_block = nn.remat(Block) if cfg.remat and cache is None else Block
+    blocks = [make_block(cfg, name=f'block_{layer}') for layer in range(cfg.num_layers)]
+    rngs = [block.draw_rngs() if train else None for block in blocks]
+    if cfg.scan_layers and cache is None and not self.is_initializing():
+      params = [block.variables['params'] for block in blocks]
+      x_BxLxD = scan_blocks(cfg, params, rngs, x_BxLxD, segment_BxL, position_BxL, noise_BxSxC)
+    else:
+      caches = [None] * cfg.num_layers if cache is None else list(cache)
+      for layer, block in enumerate(blocks):
+        args = segment_BxL, position_BxL, noise_BxSxC, rngs[layer], caches[layer]
+        x_BxLxD, caches[layer] = block(x_BxLxD, *args)
 
     stop_BxSx2 = None
     if cfg.stop_head:

@@ -30,7 +30,8 @@ PAPER = {  # sequence accuracy in %, arXiv 2505.05755, table 1 (one seed each)
 
 FREE = (  # settings that change no result, or little: they may differ within a row
   *('seed', 'keep', 'log_every', 'report_seconds', 'checkpoint_every', 'eval.show', 'data.workers', 'data.prefetch'),
-  *('model.remat', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'hosts.start_seconds', 'hosts.heartbeat_seconds'),
+  *('model.remat', 'model.scan_layers', 'mesh.data', 'mesh.fsdp', 'mesh.tensor'),
+  *('hosts.start_seconds', 'hosts.heartbeat_seconds'),
 )
 
 

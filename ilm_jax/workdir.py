@@ -14,7 +14,7 @@ from ilm_jax.types import UserError
 IDENTITY = ('family', 'task', 'model', 'seed')  # what makes a run another run ...
 FREE = (  # ... but these; where files are is not what they are
   *('task.num_validation', 'task.num_test', 'task.label', 'task.workers', 'task.cache'),
-  *('task.corpus', 'task.tokenizer.path', 'model.remat'),
+  *('task.corpus', 'task.tokenizer.path', 'model.remat', 'model.scan_layers'),
 )
 
 

@@ -386,6 +386,30 @@ def test_remat_remembers_less_and_changes_no_gradient(capsys):
   assert found[True][1] < found[False][1] / 2
 
 
+@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('name', ['plain', 'told a noise level'])
+def test_a_loop_over_the_layers_gives_the_same_numbers_from_a_shorter_program(name, remat):
+  sizes = dict(vocab_size=20, num_layers=4, num_heads=2, d_model=16, d_ff=32, dropout=0.1, remat=remat)
+  told = {} if name == 'plain' else dict(conditioning='adaln', d_cond=6, stop_head=False)
+  cfg = model.ModelConfig(**sizes, **told)
+  params, (tokens, ones) = weights(cfg), (jnp.arange(1, 13).reshape(2, 6), jnp.ones((2, 6), jnp.int32))
+  args = tokens, jnp.broadcast_to(jnp.arange(6), (2, 6)), ones, ones[:, :1], jnp.full((2, 1), 0.3)
+
+  def total(params, cfg, rng):
+    outputs = model.apply(cfg, params, *args, rng=rng)
+    return jnp.square(outputs.hidden_BxLxD).sum() + (0.0 if told else outputs.stop_BxSx2.sum())
+
+  loop, lines = dataclasses.replace(cfg, scan_layers=True), []
+  for rng in (None, jax.random.key(1)):  # with dropout, of the same entries
+    found = []
+    for way in (cfg, loop):
+      made = jax.jit(jax.value_and_grad(functools.partial(total, cfg=way, rng=rng))).lower(params).compile()
+      found.append(made(params))
+      lines.append(len(made.as_text().splitlines()))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *found)
+  assert lines[1] < 0.7 * lines[0]
+
+
 def test_without_conditioning_a_noise_level_is_passed_over():
   params, one = weights(TINY), np.ones((1, 4), int)
   args = one * 7, one, one, one[:, :1]
