@@ -90,7 +90,7 @@ class LanguageModel:
     self.batch_size = batch_size
     self.sampler = batching.ContinuousSampler(model_cfg, self.family, self.sample_cfg, batch_size, mesh=mesh)
     kept = {} if mesh is None else {'out_shardings': sharding.replicated(mesh)}
-    self._scorer = jax.jit(self._score_rows, static_argnames=('kind', 'longest'), **kept)
+    self._scorer = jax.jit(sharding.on(mesh)(self._score_rows), static_argnames=('kind', 'longest'), **kept)
     self._kinds = {}  # of (kind, longest), once traced
 
   @classmethod

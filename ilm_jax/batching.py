@@ -73,6 +73,7 @@ class ContinuousSampler:
       rows_first = {'out_shardings': sharding.rows_sharding(mesh)}
 
     @functools.partial(jax.jit, static_argnames='size')
+    @sharding.on(mesh)
     def begin(params, rng, prompt, size):
       return growth.begin(model.Forward(model_cfg, params), rng, prompt, cfg, size)
 
@@ -95,6 +96,7 @@ class ContinuousSampler:
       return rows._replace(rng_B=keys_B)
 
     @functools.partial(jax.jit, donate_argnums=1, **flags)
+    @sharding.on(mesh)
     def advance(params, rows, leaving):
       step = functools.partial(growth.step, model.Forward(model_cfg, params), cfg)
       size, running = rows.tokens_BxL.shape[1], rows.active_B.sum()

@@ -55,6 +55,7 @@ class Evaluator:
     self.sources = {}
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    @sharding.on(mesh)
     def loss(params, batch):
       return family.loss(model.apply_batch(model_cfg, params, batch), batch, loss_cfg)
 
@@ -62,6 +63,7 @@ class Evaluator:
     self._kind = None
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    @sharding.on(mesh)
     def score(params, rng, rows):
       args = rows['tokens_BxL'], rows['fixed_BxL'], rows['length_B']
       options = {'kind': cfg.eval.score or None, 'longest': task.longest_answer(cfg.task)}

@@ -98,6 +98,7 @@ PRESETS = {
   'ddit_xtiny': dict(num_layers=4, num_heads=6, d_model=384, d_ff=1536, d_cond=96),
 }
 NOISE_FREQUENCIES = 128
+ROWS = ('rows', None, None)  # logical axes of features
 
 
 def _uniform(fan_in: int):
@@ -121,7 +122,7 @@ class Linear(nn.Module):
   def __call__(self, x):
     init = nn.initializers.zeros if self.zero else _uniform(self.fan_in)
     kernel = self.param('kernel', nn.with_logical_partitioning(init, self.names), self.shape, jnp.float32)
-    y = ops.einsum(self.spec, x, kernel, self.compute)
+    y = ops.einsum(self.spec, x, kernel, self.compute, self.names)
     if self.bias:
       bias = self.param('bias', nn.with_logical_partitioning(init, self.names[-1:]), self.shape[-1:], jnp.float32)
       y = y + ops.expand(bias.astype(y.dtype), y.ndim)
@@ -250,7 +251,8 @@ class Block(nn.Module):
     y_BxLxF = jax.nn.relu(y_BxLxF) if cfg.activation == 'relu' else jax.nn.gelu(y_BxLxF, approximate=True)
     y_BxLxD = Linear('blf,fd->bld', (F, D), ('mlp', 'embed'), F, cfg.compute, bias=True, name='mlp_out')(y_BxLxF)
     y_BxLxD = ops.dropout(y_BxLxD, cfg.dropout, mlp_rng)
-    return x_BxLxD + (gate2 * y_BxLxD if told else y_BxLxD), cache
+    x_BxLxD = x_BxLxD + (gate2 * y_BxLxD if told else y_BxLxD)
+    return sharding.constrain(x_BxLxD, ROWS), cache
 
   def draw_rngs(self):
     """The keys of its three dropouts."""
@@ -340,12 +342,13 @@ class Transformer(nn.Module):
     def embed_init(rng, shape, dtype):
       return (jax.random.normal(rng, shape, dtype) * std).at[0].set(0.0)  # id 0 is padding
 
-    table = nn.with_logical_partitioning(embed_init, ('vocab', None))
+    table = nn.with_logical_partitioning(embed_init, ops.TABLE)
     embed_VxD = self.param('embed', table, (cfg.vocab_size, cfg.d_model), jnp.float32)
     dtype = jnp.bfloat16 if cfg.compute == 'bfloat16' else jnp.float32
-    x_BxLxD = jnp.take(embed_VxD, tokens_BxL, axis=0).astype(dtype)
+    x_BxLxD = jnp.take(sharding.gather(embed_VxD, ops.TABLE), tokens_BxL, axis=0).astype(dtype)
     # [PAD] keeps its zeros also where it is a token as others (the reference): a LayerNorm is steep there.
     x_BxLxD = jnp.where((tokens_BxL == 0)[..., None], jax.lax.stop_gradient(x_BxLxD), x_BxLxD)
+    x_BxLxD = sharding.constrain(x_BxLxD, ROWS)
     noise_BxSxC = NoiseLevel(cfg, name='noise')(noise_BxS) if told else None
     make_block = nn.remat(Block) if cfg.remat and cache is None else Block
     blocks = [make_block(cfg, name=f'block_{layer}') for layer in range(cfg.num_layers)]
@@ -366,9 +369,9 @@ class Transformer(nn.Module):
       x_BxLxD = LayerNorm(bias=not told, name='final_norm')(x_BxLxD)
       if told:
         x_BxLxD = modulate(x_BxLxD, *Modulation(cfg, 2, name='final_modulation')(noise_BxSxC, segment_BxL))
-    table = nn.with_logical_partitioning(_uniform(cfg.d_model), ('vocab', None))
+    table = nn.with_logical_partitioning(_uniform(cfg.d_model), ops.TABLE)
     unembed_VxD = self.param('unembed', table, (cfg.vocab_size, cfg.d_model), jnp.float32)
-    outputs = Outputs(x_BxLxD, unembed_VxD, stop_BxSx2)
+    outputs = Outputs(sharding.constrain(x_BxLxD, ROWS), unembed_VxD, stop_BxSx2)
     return outputs if cache is None else (outputs, caches)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from ilm_jax import sharding
 from ilm_jax.types import Rule
 
 NEG_INF = -1e30  # finite, so that a row without an admissible entry gives a number, never a NaN
@@ -21,13 +22,14 @@ def expand(x, ndim: int):
 # --- matrix products in a chosen compute type -------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def mixed_einsum(spec, x, y):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def mixed_einsum(spec, x, y, names=None):
   """Einsum of two operands rounded to bfloat16, accumulated and returned in float32, forwards and backwards.
 
-  Every letter of an operand must occur in the other one or in the result.
+  Every letter of an operand must occur in the other one or in the result. With `names`, y is a parameter of these
+  logical axes, and gathered where it is read.
   """
-  return _bf16_einsum(spec, x, y)
+  return _mixed_einsum_fwd(spec, x, y, names)[0]
 
 
 def _bf16_einsum(spec, x, y):
@@ -64,17 +66,21 @@ def _bf16_einsum_cpu(spec, x, y):
   return _bf16_einsum_plain(f'{left},{right}->{result}', x, y)
 
 
-def _mixed_einsum_fwd(spec, x, y):
+def _mixed_einsum_fwd(spec, x, y, names):
   # Kept as they are multiplied: without the barrier XLA computes them again inside the transpositions of the gradient.
   x, y = jax.lax.optimization_barrier((x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)))
-  return _bf16_einsum(spec, x, y), (x, y)
+  return _bf16_einsum(spec, x, _gathered(y, names)), (x, y)
 
 
-def _mixed_einsum_bwd(spec, saved, grad):
+def _gathered(y, names):
+  return y if names is None else sharding.gather(y, names)
+
+
+def _mixed_einsum_bwd(spec, names, saved, grad):
   x, y = saved
   operands, result = spec.split('->')
   left, right = operands.split(',')
-  grad_x = _bf16_einsum(f'{result},{right}->{left}', grad, y)
+  grad_x = _bf16_einsum(f'{result},{right}->{left}', grad, _gathered(y, names))
   grad_y = _bf16_einsum(f'{left},{result}->{right}', x, grad)
   return grad_x, grad_y
 
@@ -82,12 +88,12 @@ def _mixed_einsum_bwd(spec, saved, grad):
 mixed_einsum.defvjp(_mixed_einsum_fwd, _mixed_einsum_bwd)
 
 
-def einsum(spec: str, x, y, compute: str):
+def einsum(spec: str, x, y, compute: str, names=None):
   """Contract x and y in the compute type: 'float32', 'bfloat16' (operands and result) or 'mixed' (see above)."""
   if compute == 'mixed':
-    return mixed_einsum(spec, x.astype(jnp.float32), y.astype(jnp.float32))
+    return mixed_einsum(spec, x.astype(jnp.float32), y.astype(jnp.float32), names)
   dtype = jnp.dtype(compute)
-  return jnp.einsum(spec, x.astype(dtype), y.astype(dtype))
+  return jnp.einsum(spec, x.astype(dtype), _gathered(y.astype(dtype), names))
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
@@ -133,6 +139,8 @@ def rotary(x_BxLxHxK, position_BxL, *, dim: int, base: float = 10_000.0):
 
 
 # --- the vocabulary head ----------------------------------------------------------------------------------------------
+
+TABLE = ('vocab', None)  # logical axes of an embedding or unembedding
 
 
 def _windows(vocab: int, chunk: int):
@@ -205,26 +213,71 @@ def vocab_logsumexp(hidden, unembed_VxD, bias_V=None, *, chunk: int = 2048, comp
   """
   if bias_V is None:
     bias_V = jnp.zeros(unembed_VxD.shape[0], jnp.float32)
-  return _vocab_logsumexp(hidden, unembed_VxD, bias_V, min(chunk, unembed_VxD.shape[0]), head_compute(compute))
+  parts_PxVxD, bias_PxV = _parts(unembed_VxD), bias_V.reshape(_ways(unembed_VxD), -1)
+  size = parts_PxVxD.shape[1]
+  return _over_parts(
+    lambda part, bias: _vocab_logsumexp(hidden, part, bias, min(chunk, size), head_compute(compute)),
+    lambda lse: jax.nn.logsumexp(lse, axis=0),
+    parts_PxVxD,
+    bias_PxV,
+  )
+
+
+def _ways(unembed_VxD) -> int:
+  """Parts of a table: as many as devices of the mesh's tensor axis, which have a part each, if they divide it."""
+  ways = sharding.ways('tensor')
+  return ways if unembed_VxD.shape[0] % ways == 0 else 1
+
+
+def _parts(unembed_VxD):
+  """The table, whole over fsdp, as PxVxD."""
+  table = sharding.gather(unembed_VxD, TABLE).reshape(_ways(unembed_VxD), -1, unembed_VxD.shape[1])
+  return sharding.constrain(table, ('part', None, None))
+
+
+def _over_parts(function, join, *parts):
+  """Call a function for each part of a table and join its results: a device computes that of its own part alone."""
+  if parts[0].shape[0] == 1:
+    return function(*(part[0] for part in parts))
+  return join(jax.vmap(function, spmd_axis_name='tensor')(*parts))
 
 
 def vocab_max(hidden, unembed_VxD, bias_V, *, chunk: int = 2048, compute: str = 'float32'):
   """The largest entry of hidden @ unembed.T + bias, computed like `vocab_logsumexp`."""
-  chunk, compute = min(chunk, unembed_VxD.shape[0]), head_compute(compute)
+  parts_PxVxD, bias_PxV = _parts(unembed_VxD), bias_V.reshape(_ways(unembed_VxD), -1)
+  chunk, compute = min(chunk, parts_PxVxD.shape[1]), head_compute(compute)
 
-  def step(top, window):
-    logits, _ = _window_logits(hidden, unembed_VxD, bias_V, window, chunk, compute)
-    return jnp.maximum(top, logits.max(-1)), None
+  def top_of(part_VxD, bias_V):
+    def step(top, window):
+      logits, _ = _window_logits(hidden, part_VxD, bias_V, window, chunk, compute)
+      return jnp.maximum(top, logits.max(-1)), None
 
-  start = jnp.full(hidden.shape[:-1], NEG_INF, jnp.float32)
-  return jax.lax.scan(step, start, _windows(unembed_VxD.shape[0], chunk))[0]
+    start = jnp.full(hidden.shape[:-1], NEG_INF, jnp.float32)
+    return jax.lax.scan(step, start, _windows(part_VxD.shape[0], chunk))[0]
+
+  return _over_parts(top_of, lambda top: top.max(axis=0), parts_PxVxD, bias_PxV)
+
+
+def vocab_logits(hidden, unembed_VxD, bias_V, *, compute: str = 'float32'):
+  """All of hidden @ unembed.T + bias, of few enough features: BxV or BxLxV, float32."""
+  axes = 'bl'[: hidden.ndim - 1]
+  logits = einsum(f'{axes}d,vd->{axes}v', hidden, unembed_VxD, head_compute(compute), TABLE)
+  return logits + expand(bias_V, logits.ndim)
 
 
 def target_logits(hidden_BxLxD, unembed_VxD, gap_BxT, token_BxT, *, compute: str = 'float32'):
   """The logits of listed (gap, token) pairs, as dot products: BxT, float32."""
   hidden_BxTxD = jnp.take_along_axis(hidden_BxLxD, gap_BxT[..., None], axis=1)
-  unembed_BxTxD = jnp.take(unembed_VxD, token_BxT, axis=0)
-  return einsum('btd,btd->bt', hidden_BxTxD, unembed_BxTxD, head_compute(compute))
+  parts_PxVxD = _parts(unembed_VxD)
+  ways, size = parts_PxVxD.shape[:2]
+
+  def of_part(part_VxD, first):
+    index_BxT = token_BxT - first
+    here_BxT = (index_BxT >= 0) & (index_BxT < size)
+    unembed_BxTxD = jnp.take(part_VxD, jnp.where(here_BxT, index_BxT, 0), axis=0)
+    return jnp.where(here_BxT, einsum('btd,btd->bt', hidden_BxTxD, unembed_BxTxD, head_compute(compute)), 0.0)
+
+  return _over_parts(of_part, lambda z: z.sum(axis=0), parts_PxVxD, jnp.arange(ways) * size)
 
 
 def closed_bias(vocab: int, tokens):

@@ -27,6 +27,7 @@ class Sampler:
     shardings = {} if mesh is None else {'out_shardings': sharding.replicated(mesh)}
 
     @functools.partial(jax.jit, **shardings)
+    @sharding.on(mesh)
     def run(params, rng, prompt):
       return family.sample(model.Forward(model_cfg, params), rng, prompt, sample_cfg)
 

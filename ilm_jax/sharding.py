@@ -3,6 +3,7 @@
 The axes (data, fsdp, tensor) always exist, of size 1 when unused: one code path from a laptop to a pod.
 """
 
+import functools
 import math
 import re
 
@@ -18,11 +19,56 @@ AXES = ('data', 'fsdp', 'tensor')
 
 RULES = {
   'rows': ('data', 'fsdp'),  # of a batch
-  'vocab': ('fsdp', 'tensor'),
+  'vocab': ('tensor', 'fsdp'),
+  'part': ('tensor',),  # of a vocabulary
   'embed': ('fsdp',),
   'heads': ('tensor',),
   'mlp': ('tensor',),
 }
+
+
+# --- within a program -------------------------------------------------------------------------------------------------
+
+
+def on(mesh: Mesh | None):
+  """Decorate a function to be jitted: what it calls knows the mesh, so that `constrain` and `gather` work."""
+
+  def decorate(function):
+    @functools.wraps(function)
+    def traced(*args, **kwargs):
+      if mesh is None:
+        return function(*args, **kwargs)
+      with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return function(*args, **kwargs)
+
+    return traced
+
+  return decorate
+
+
+def ways(axis: str) -> int:
+  """The size of an axis of the mesh that a program is for; 1 without one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape[axis]
+
+
+def constrain(x, names):
+  """Say where an array of these logical axis names lies; nothing without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec_of(names, x.shape, mesh))
+
+
+def gather(x, names):
+  """A parameter as products read it: whole over fsdp, whose devices have rows of their own, cut over tensor."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec_of(names, x.shape, mesh, whole='fsdp'))
+
+
+# --- meshes -----------------------------------------------------------------------------------------------------------
 
 
 def read_mesh(text: str) -> dict[str, int]:
@@ -129,11 +175,11 @@ def bytes_here(array) -> int:
   return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
-def spec_of(names, shape, mesh: Mesh) -> P:
-  """Where an array of logical axis names goes; an axis that doesn't divide its dimension is left out."""
+def spec_of(names, shape, mesh, whole: str | None = None) -> P:
+  """Where an array of logical axis names goes; without `whole`, and without axes that don't divide their dimension."""
   entries = []
   for dim, name in enumerate(names):
-    axes = RULES.get(name, ()) if name else ()
+    axes = tuple(axis for axis in RULES.get(name, ()) if axis != whole)
     while axes and shape[dim] % math.prod(mesh.shape[axis] for axis in axes):
       axes = axes[:-1]
     entries.append(axes or None)

@@ -116,7 +116,7 @@ def compile_step(exp: Experiment, tx, schedule, abstract: TrainState):
   """Jit the step, with the state donated and everything placed on the mesh."""
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return jax.jit(
-    make_step(exp, tx, schedule),
+    sharding.on(exp.mesh)(make_step(exp, tx, schedule)),
     in_shardings=(shardings, sharding.rows_sharding(exp.mesh)),
     out_shardings=(shardings, sharding.replicated(exp.mesh)),
     donate_argnums=0,

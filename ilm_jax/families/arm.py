@@ -245,8 +245,7 @@ GROWTH = growing.Growth(begin, step, finish=finish)
 def logits(hidden, unembed_VxD, cfg: SampleConfig):
   """Logits with the closed tokens at NEG_INF."""
   bias_V = ops.closed_bias(unembed_VxD.shape[0], cfg.closed_tokens)
-  logits = ops.einsum('bd,vd->bv', hidden, unembed_VxD, ops.head_compute(cfg.compute))
-  return logits + ops.expand(bias_V, logits.ndim)
+  return ops.vocab_logits(hidden, unembed_VxD, bias_V, compute=cfg.compute)
 
 
 # --- likelihood -------------------------------------------------------------------------------------------------------

@@ -272,7 +272,7 @@ def choose_pairs(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token
   def draw(column):  # one gap of each row at a time: the logits of all would not fit
     rng_B, gap_B = column
     hidden_BxD = jnp.take_along_axis(hidden_BxLxD, gap_B[:, None, None], axis=1)[:, 0]
-    logits_BxV = ops.einsum('bd,vd->bv', hidden_BxD, unembed_VxD, ops.head_compute(cfg.compute)) + bias_V[None]
+    logits_BxV = ops.vocab_logits(hidden_BxD, unembed_VxD, bias_V, compute=cfg.compute)
     token_B = ops.choose(rng_B, logits_BxV, cfg.token)
     return token_B, jnp.take_along_axis(logits_BxV, token_B[:, None], axis=1)[:, 0]
 
@@ -293,16 +293,15 @@ def choose_pair(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_
   bias_V = ops.closed_bias(vocab, cfg.closed_tokens)
   lse_BxL = ops.vocab_logsumexp(hidden_BxLxD, unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute)
   lse_BxL = jnp.where(open_BxL, lse_BxL, ops.NEG_INF)
-  compute = ops.head_compute(cfg.compute)
 
   if cfg.joint is None:
     gap_B = ops.choose(gap_rng_B, lse_BxL, cfg.gap)
     hidden_BxD = jnp.take_along_axis(hidden_BxLxD, gap_B[:, None, None], axis=1)[:, 0]
-    logits_BxV = ops.einsum('bd,vd->bv', hidden_BxD, unembed_VxD, compute) + bias_V[None]
+    logits_BxV = ops.vocab_logits(hidden_BxD, unembed_VxD, bias_V, compute=cfg.compute)
     token_B = ops.choose(token_rng_B, logits_BxV, cfg.token)
     chosen_B = jnp.take_along_axis(logits_BxV, token_B[:, None], axis=1)[:, 0]
   else:
-    logits_BxLxV = ops.einsum('bld,vd->blv', hidden_BxLxD, unembed_VxD, compute) + bias_V[None, None]
+    logits_BxLxV = ops.vocab_logits(hidden_BxLxD, unembed_VxD, bias_V, compute=cfg.compute)
     logits_BxLxV = jnp.where(open_BxL[..., None], logits_BxLxV, ops.NEG_INF)
     flat_BxLV = logits_BxLxV.reshape(open_BxL.shape[0], -1)
     pair_B = ops.choose(gap_rng_B, flat_BxLV, cfg.joint)

@@ -163,7 +163,7 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
 
     def draw(row):  # one row at a time: the logits of all gaps of all rows would not fit
       rng, hidden_LxD = row
-      logits_LxV = ops.einsum('ld,vd->lv', hidden_LxD, unembed_VxD, ops.head_compute(cfg.compute)) + closed_V[None]
+      logits_LxV = ops.vocab_logits(hidden_LxD, unembed_VxD, closed_V, compute=cfg.compute)
       token_L = ops.choose(
         jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(size)), logits_LxV, cfg.token
       )
@@ -174,7 +174,7 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
     gap_B = ops.choose(gap_rng_B, jnp.where(unfinished_BxL, total_BxL, ops.NEG_INF), cfg.gap)
     go_BxL = (index_BxL == gap_B[:, None]) & go_B[:, None]
     hidden_BxD = jnp.take_along_axis(hidden_BxLxD, gap_B[:, None, None], axis=1)[:, 0]
-    logits_BxV = ops.einsum('bd,vd->bv', hidden_BxD, unembed_VxD, ops.head_compute(cfg.compute)) + closed_V[None]
+    logits_BxV = ops.vocab_logits(hidden_BxD, unembed_VxD, closed_V, compute=cfg.compute)
     token_B = ops.choose(token_rng_B, logits_BxV, cfg.token)
     token_BxL = jnp.broadcast_to(token_B[:, None], index_BxL.shape)
     chosen_BxL = jnp.broadcast_to(logits_BxV[row_B, token_B][:, None], index_BxL.shape)

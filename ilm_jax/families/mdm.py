@@ -280,12 +280,12 @@ def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B, given_BxL):
     model's distribution, whatever token was drawn: the logarithm of its largest probability ('top_probability'), the
     difference of its two largest ('margin'), or minus its entropy.
   """
-  unembed_VxD, compute = outputs.unembed_VxD, ops.head_compute(cfg.compute)
+  unembed_VxD = outputs.unembed_VxD
   bias_V = ops.closed_bias(unembed_VxD.shape[0], (*cfg.closed_tokens, MASK))
 
   def at(place):
     hidden_BxD, position, given_B = place
-    logits_BxV = ops.einsum('bd,vd->bv', hidden_BxD, unembed_VxD, compute) + bias_V[None]
+    logits_BxV = ops.vocab_logits(hidden_BxD, unembed_VxD, bias_V, compute=cfg.compute)
     logits_BxV = logits_BxV.at[:, PAD].add(jnp.where(given_B, ops.NEG_INF, 0.0))
     log_prob_BxV = jax.nn.log_softmax(logits_BxV)
     token_B = ops.choose(jax.vmap(jax.random.fold_in, (0, None))(rng_B, position), logits_BxV, cfg.token)
