@@ -80,10 +80,11 @@ def _times(bodies: dict, entry: str) -> dict[str, tuple[int, bool]]:
   calls = defaultdict(list)
   for name, lines in bodies.items():
     for line in lines:
-      loop, trips = ' while(' in line, _TRIPS.search(line)
+      loop = ' while(' in line
+      trips = _turns(bodies, lines, line) if loop else 1
       for one, several in _CALLED.findall(line):
         for called in [one] if one else re.findall(r'%?([\w.\-]+)', several):
-          calls[name].append((called, int(trips[1]) if loop and trips else 1, bool(trips) or not loop))
+          calls[name].append((called, trips or 1, trips is not None))
   out = defaultdict(lambda: (0, True))
 
   def visit(name, times, certain):
@@ -96,6 +97,54 @@ def _times(bodies: dict, entry: str) -> dict[str, tuple[int, bool]]:
 
   visit(entry, 1, True)
   return out
+
+
+def _turns(bodies: dict, lines: list[str], loop: str) -> int | None:
+  """The turns of a loop among these lines: as noted, or of a counter from 0 up to below a constant; None: unknown."""
+  if noted := _TRIPS.search(loop):
+    return int(noted[1])
+  start, condition, body = (_word(loop, before) for before in (' while(', 'condition=', 'body='))
+  if condition not in bodies or body not in bodies:
+    return None
+  condition, body = bodies[condition], bodies[body]
+  less = re.search(r' compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT', _root(condition))
+  index = less and re.search(r' get-tuple-element\(.*index=(\d+)', _definition(condition, less[1]))
+  if not index:
+    return None
+  at = slice(int(index[1]), int(index[1]) + 1)
+  first, following = _operands(_definition(lines, start), 'tuple')[at], _operands(_root(body), 'tuple')[at]
+  by = _operands(_definition(body, following[0]), 'add')[1:] if following else []
+  limit, step = _constant(condition, less[2]), _constant(body, by[0]) if by else None
+  if not limit or not step or not first or _constant(lines, first[0]) != 0:
+    return None
+  return -(-limit // step)
+
+
+def _constant(lines: list[str], name: str) -> int | None:
+  """The number that a name stands for, through copies."""
+  line = _definition(lines, name)
+  while copied := _operands(line, 'copy'):
+    line = _definition(lines, copied[0])
+  value = re.search(r' constant\((\d+)\)', line)
+  return int(value[1]) if value else None
+
+
+def _word(line: str, before: str) -> str:
+  found = re.search(rf'{re.escape(before)}%?([\w.\-]+)', line)
+  return found[1] if found else ''
+
+
+def _root(lines: list[str]) -> str:
+  return next((line for line in lines if line.lstrip().startswith('ROOT ')), '')
+
+
+def _definition(lines: list[str], name: str) -> str:
+  return next((line for line in lines if re.match(rf'\s*(ROOT )?%?{re.escape(name)} = ', line)), '')
+
+
+def _operands(line: str, kind: str) -> list[str]:
+  found = re.search(rf' {kind}\(([^()]*)\)', line)
+  return [one.strip().lstrip('%') for one in re.sub(r'/\*.*?\*/', '', found[1]).split(',')] if found else []
 
 
 def _size(shape: str, kind: str, start: bool) -> int:

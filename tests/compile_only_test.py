@@ -27,6 +27,20 @@ HloModule jit_step
   ROOT %less = pred[] compare(%i, %n), direction=LT
 }
 
+%counting (p: (s32[], f32[8,16], s32[])) -> (s32[], f32[8,16], s32[]) {
+  %passed = f32[8,32]{1,0} collective-permute(%y), channel_id=9, source_target_pairs={{0,1},{1,0}}
+  %two = s32[] constant(2)
+  %before = s32[] get-tuple-element(%p), index=2
+  %after = s32[] add(%before, %two)
+  ROOT %out = (s32[], f32[8,16]{1,0}, /*index=2*/s32[]) tuple(%i, %x, %after)
+}
+
+%below (p: (s32[], f32[8,16], s32[])) -> pred[] {
+  %limit = s32[] constant(7)
+  %count = s32[] get-tuple-element(%p), index=2
+  ROOT %less = pred[] compare(%count, %limit), direction=LT
+}
+
 %unknown (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
   %moved = (bf16[4,16]{1,0}, bf16[4,16]{1,0}) collective-permute-start(%y), channel_id=5, source_target_pairs={{0,1},{1,0}}
   ROOT %out = (s32[], f32[8,16]{1,0}) tuple(%i, %x)
@@ -47,6 +61,10 @@ HloModule jit_step
 
 ENTRY %main (a: f32[8,16]) -> f32[8,16] {
   %loop = (s32[], f32[8,16]{1,0}) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %zero = s32[] constant(0)
+  %copied = s32[] copy(%zero)
+  %begin = (s32[], f32[8,16]{1,0}, /*index=2*/s32[]) tuple(%i, %a, /*index=2*/%copied)
+  %counted = (s32[], f32[8,16]{1,0}, /*index=2*/s32[]) while(%begin), condition=%below, body=%counting
   %other = (s32[], f32[8,16]{1,0}) while(%start), condition=%condition, body=%unknown
   %sum = (f32[32,16]{1,0}, f32[2]{0}) all-reduce(%a, %b), channel_id=2, replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}, to_apply=%add
   %first = f32[32,16]{1,0} fusion(%a), kind=kCustom, calls=%part.1
@@ -61,7 +79,9 @@ ENTRY %main (a: f32[8,16]) -> f32[8,16] {
 
 def test_collectives_are_counted_by_turns_of_their_loop_and_once_a_channel():
   found = {(one.kind, one.size): one for one in hlo.collectives(TEXT, 8)}
-  assert len(found) == 7
+  assert len(found) == 8
+  counted = found['collective-permute', 8 * 32 * 4]
+  assert (counted.times, counted.certain) == (4, True)  # 0, 2, 4, 6
   fused = found['reduce-scatter', 128 * 4 // 4]
   assert (fused.group, fused.traffic()) == (4, 3 * 128)
   assert found['all-gather', (4 + 6) * 4].group == 2  # of several arrays, in a branch
