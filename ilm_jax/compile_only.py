@@ -170,14 +170,14 @@ def roofline(compiled, flops: float, useful: float, devices: int, chip: Chip) ->
   """
   from ilm_jax import hlo
 
-  sent = sum(one.traffic() for one in hlo.collectives(compiled.as_text(), devices))
-  moved = float((compiled.cost_analysis() or {}).get('bytes accessed', 0.0))
-  times = {'arithmetic': flops / devices / chip.flops, 'HBM': moved / chip.hbm, 'ICI': sent / chip.ici}
+  text = compiled.as_text()
+  sent = sum(one.traffic() for one in hlo.collectives(text, devices))
+  times = {'arithmetic': flops / devices / chip.flops, 'HBM': hlo.moved(text) / chip.hbm, 'ICI': sent / chip.ici}
   limit = max(times, key=times.get)
   parts = ', '.join(f'{name} {1e3 * seconds:.1f}' for name, seconds in times.items())
   return [
     f'  predicted from published limits, ms a step at least: {parts}; so {limit} is the limit, and MFU at most '
-    f'{100 * useful / devices / chip.flops / times[limit]:.0f} % (loops are counted once in the bytes of HBM)'
+    f'{100 * useful / devices / chip.flops / times[limit]:.0f} %'
   ]
 
 

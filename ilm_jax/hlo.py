@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: its collectives, read from its text (HLO)."""
+"""What a compiled program says of itself: its collectives and what it moves, read from its text (HLO)."""
 
 import re
 from collections import defaultdict
@@ -60,6 +60,107 @@ def collectives(text: str, devices: int) -> list[Collective]:
       if key not in found or found[key].size * found[key].times < made.size * made.times:
         found[key] = made
   return sorted(found.values(), key=lambda one: -one.traffic())
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+_INSTRUCTION = re.compile(r'^\s*(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\(([^()]*)\)')
+_PLACED = re.compile(r'\b(\w+)\[([\d,]*)\](\{[^{}]*\})?')
+_FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'iota',
+         'partition-id', 'replica-id', 'after-all')  # fmt: skip
+
+
+class _Instruction(NamedTuple):
+  name: str
+  kind: str
+  arrays: list[tuple[int, bool]]  # of its result: bytes, and whether in the device's memory rather than on the chip
+  operands: list[str]
+  root: bool
+  line: str
+
+  def size(self) -> int:
+    return sum(size for size, _ in self.arrays)
+
+  def here(self) -> int:
+    return sum(size for size, here in self.arrays if here)
+
+
+def moved(text: str) -> int:
+  """Bytes that a run of a program reads from a device's memory and writes there, by its text.
+
+  Operands and results of each instruction, as often as its loop turns (once, where that is not known), but of what is
+  sliced or updated in place the part alone, and nothing of what the compiler keeps on the chip (S(1) in a layout).
+  """
+  lines, entry = _computations(text)
+  times = _times(lines, entry)
+  bodies = {name: [found for line in body if (found := _instruction(line))] for name, body in lines.items()}
+  inner = {
+    _word(one.line, word)
+    for body in bodies.values()
+    for one in body
+    for word in ('calls=', 'to_apply=')
+    if one.kind not in ('call', 'while')
+  }
+  return sum(times[name][0] * _moved(body, bodies) for name, body in bodies.items() if name not in inner)
+
+
+def _instruction(line: str) -> _Instruction | None:
+  found = _INSTRUCTION.match(line)
+  if not found:
+    return None
+  root, name, shape, kind, operands = found.groups()
+  arrays = [
+    (_size(f'{dtype}[{dims}]', '', False), 'S(' not in layout) for dtype, dims, layout in _PLACED.findall(shape)
+  ]
+  return _Instruction(name, kind, arrays, _names(operands), bool(root), line)
+
+
+def _names(operands: str) -> list[str]:
+  return [one.split()[-1].lstrip('%') for one in re.sub(r'/\*.*?\*/', '', operands).split(',') if one.strip()]
+
+
+def _moved(body: list[_Instruction], bodies: dict) -> int:
+  known, total = {one.name: one for one in body}, 0
+  for one in body:
+    if one.kind in _FREE or one.kind.endswith('-done'):
+      continue
+    operands = [known[name] for name in one.operands if name in known]
+    if one.kind == 'copy-start':
+      total += sum(size for size, here in one.arrays[:2] if here)
+    elif one.kind in ('slice-start', 'dynamic-slice', 'slice', 'gather'):
+      part = one.arrays[one.kind == 'slice-start']
+      total += part[0] * (bool(operands and operands[0].here()) + part[1])
+    elif one.kind == 'dynamic-update-slice':
+      total += 2 * operands[1].size() if one.here() and len(operands) > 1 else 0
+    elif one.kind == 'fusion':
+      total += _fused(one, operands, bodies.get(_word(one.line, 'calls='), []))
+    else:
+      total += one.here() + sum(operand.here() for operand in operands)
+  return total
+
+
+def _fused(one: _Instruction, operands: list[_Instruction], body: list[_Instruction]) -> int:
+  """What a fusion reads and writes: of arrays that it slices or updates, the parts."""
+  known, total = {inner.name: inner for inner in body}, 0
+  slots = {int(inner.line.split('parameter(')[1].split(')')[0]): inner for inner in body if inner.kind == 'parameter'}
+  for slot, operand in enumerate(operands):
+    users = [inner for inner in body if slot in slots and slots[slot].name in inner.operands]
+    firsts = [inner.kind for inner in users if inner.operands[0] == slots[slot].name]
+    if users and len(firsts) == len(users) and set(firsts) <= {'dynamic-slice', 'slice', 'gather'}:
+      total += bool(operand.here()) * min(operand.size(), sum(inner.size() for inner in users))
+    elif not (users and len(firsts) == len(users) and set(firsts) == {'dynamic-update-slice'}):
+      total += operand.here()
+  root = next((inner for inner in body if inner.root), None)
+  results = [known.get(name) for name in root.operands] if root and root.kind == 'tuple' else [root]
+  for (size, here), result in zip(one.arrays, results, strict=False):
+    while result and result.kind == 'bitcast' and result.operands[0] in known:
+      result = known[result.operands[0]]
+    updates = result and result.kind == 'dynamic-update-slice' and known.get(result.operands[1])
+    total += here * (updates.size() if updates else size)
+  return total
+
+
+# --- computations and their loops -------------------------------------------------------------------------------------
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -7,6 +7,7 @@ import importlib.util
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 import small
 
@@ -75,6 +76,60 @@ ENTRY %main (a: f32[8,16]) -> f32[8,16] {
   ROOT %result = f32[8,16]{1,0} get-tuple-element(%loop), index=1
 }
 """
+
+
+MOVES = """\
+HloModule jit_step
+
+%fused (a: f32[10,100], b: f32[100], c: f32[10,100]) -> f32[10,100] {
+  %a = f32[10,100]{1,0} parameter(0)
+  %b = f32[100]{0} parameter(1)
+  %c = f32[10,100]{1,0} parameter(2)
+  %row = f32[1,100]{1,0} dynamic-slice(%a, %i, %z)
+  %sum = f32[1,100]{1,0} add(%row, %b)
+  ROOT %into = f32[10,100]{1,0} dynamic-update-slice(%c, %sum, %i, %z)
+}
+
+%body (p: (f32[10,100], f32[100], f32[10,100])) -> (f32[10,100], f32[100], f32[10,100]) {
+  %x = f32[10,100]{1,0} get-tuple-element(%p), index=0
+  %y = f32[100]{0:T(128)} get-tuple-element(%p), index=1
+  %z = f32[10,100]{1,0} get-tuple-element(%p), index=2
+  %stacked = f32[10,100]{1,0} fusion(%x, %y, %z), kind=kLoop, calls=%fused
+  ROOT %out = (f32[10,100]{1,0}, f32[100]{0}, f32[10,100]{1,0}) tuple(%x, %y, %stacked)
+}
+
+%condition (p: (f32[10,100], f32[100], f32[10,100])) -> pred[] {
+  ROOT %less = pred[] constant(true)
+}
+
+ENTRY %main (a: f32[10,100], b: f32[100]) -> f32[100] {
+  %a = f32[10,100]{1,0} parameter(0)
+  %b = f32[100]{0} parameter(1)
+  %start = (f32[10,100]{1,0}, f32[100]{0}, f32[10,100]{1,0}) tuple(%a, %b, %a)
+  %loop = (f32[10,100]{1,0}, f32[100]{0}, f32[10,100]{1,0}) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"10"}}
+  %here = f32[10,100]{1,0} get-tuple-element(%loop), index=2
+  %fetch = (f32[10,100]{1,0:T(8,128)S(1)}, f32[10,100]{1,0}, u32[]{:S(2)}) copy-start(%here)
+  %there = f32[10,100]{1,0:T(8,128)S(1)} copy-done(%fetch)
+  %kept = f32[10,100]{1,0:T(8,128)S(1)} multiply(%there, %there)
+  ROOT %total = f32[100]{0} reduce(%kept, %zero), dimensions={0}, to_apply=%add
+}
+"""
+
+
+def test_bytes_are_counted_where_they_leave_the_chip_and_of_slices_alone():
+  row = 4 * 100
+  turn = row + row + row  # a slice, all of b, the part that is updated
+  assert hlo.moved(MOVES) == 10 * turn + 10 * row + row  # + a copy onto the chip, + the result
+
+
+def test_bytes_of_a_product_are_those_of_its_operands_and_its_result():
+  def several(x, ys):
+    return jax.lax.scan(lambda x, y: (jnp.tanh(x @ y), None), x, ys)[0]
+
+  shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 256), (7, 256, 256))]
+  once = 4 * (64 * 256 + 256 * 256 + 64 * 256)
+  text = jax.jit(several).lower(*shapes).compile().as_text()
+  assert 7 * once <= hlo.moved(text) < 7 * 3 * once
 
 
 def test_collectives_are_counted_by_turns_of_their_loop_and_once_a_channel():
