@@ -1,5 +1,6 @@
 """The numeric pieces against loops and dense forms."""
 
+import functools
 import inspect
 import re
 
@@ -7,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
-from ilm_jax import model, ops
+from ilm_jax import hlo, model, ops, sharding
 from ilm_jax.types import GREEDY, Rule
 
 
@@ -343,3 +345,43 @@ def test_rotary_embedding_turns_pairs_of_channels_as_complex_numbers():
     turned = complex(x[b, i, h, c], x[b, i, h, c + 4]) * np.exp(1j * angle)
     assert got[b, i, h, c] == pytest.approx(turned.real, abs=1e-5)
     assert got[b, i, h, c + 4] == pytest.approx(turned.imag, abs=1e-5)
+
+
+# --- on a mesh --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('vocab', [24, 23])  # 23 has no parts
+@pytest.mark.parametrize('compute', ['float32', 'mixed'])
+def test_the_vocabulary_head_is_the_same_on_a_mesh_whose_devices_keep_their_part_of_the_table(vocab, compute):
+  mesh = small.mesh(data=2, fsdp=2, tensor=2)
+  keys = jax.random.split(jax.random.key(0), 4)
+  hidden, table = jax.random.normal(keys[0], (8, 6, 16)), jax.random.normal(keys[1], (vocab, 16))
+  gap, token = jax.random.randint(keys[2], (8, 5), 0, 6), jax.random.randint(keys[3], (8, 5), 0, vocab)
+  bias = ops.closed_bias(vocab, (0, vocab - 1))
+
+  def total(hidden, table, gap, token):
+    args = {'chunk': 5, 'compute': compute}
+    lse = ops.vocab_logsumexp(hidden, table, bias, **args)
+    z = ops.target_logits(hidden, table, gap, token, compute=compute)
+    logits = ops.vocab_logits(hidden[:, 0], table, bias, compute=compute)
+    loss = jnp.sin(lse).sum() + jnp.square(z).sum() + (logits[:, 1] * logits[:, 2]).sum()
+    return loss, (lse, z, logits, ops.vocab_max(jax.lax.stop_gradient(hidden), table, bias, **args))
+
+  function = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+  rows = sharding.rows_sharding(mesh)
+  place = jax.sharding.NamedSharding(mesh, sharding.spec_of(ops.TABLE, table.shape, mesh))
+  placed = jax.jit(
+    sharding.on(mesh)(function),
+    in_shardings=(rows, place, rows, rows),
+    out_shardings=((None, None), (rows, place)),
+  ).lower(hidden, table, gap, token)
+  compiled = placed.compile()
+  tolerance = dict(rtol=1e-5, atol=1e-4) if compute == 'float32' else dict(rtol=1e-2, atol=1e-1)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, **tolerance),
+    compiled(hidden, table, gap, token), jax.jit(function)(hidden, table, gap, token),
+  )  # fmt: skip
+  if compute == 'float32':  # on CPUs the mixed product keeps a layout, for which XLA gathers
+    gathered = [one.size for one in hlo.collectives(compiled.as_text(), 8) if one.kind == 'all-gather']
+    whole = 16 * (vocab // 2 if vocab % 2 == 0 else vocab)  # over fsdp; never the other part, nor all rows of logits
+    assert gathered and all(size <= 4 * whole for size in gathered), gathered
