@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.dropout = 0.1
   config.model.attention_dropout = 0.1
   config.model.compute = 'mixed'  # bfloat16 products, everything else float32; or float32, or bfloat16
-  config.model.scan_layers = False  # compile one block and loop over the layers: for deep models
+  config.model.scan_layers = False  # compile one block and loop over the layers, for a copy of their parameters
   config.model.remat = False  # compute each block again for the gradient instead of remembering it
   config.model.init = 'normal'
   config.model.conditioning = placeholder(str)  # mdm: none, or adaln (its default): the model is told the noise level

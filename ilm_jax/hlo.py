@@ -135,7 +135,10 @@ def _moved(body: list[_Instruction], bodies: dict) -> int:
     elif one.kind == 'fusion':
       total += _fused(one, operands, bodies.get(_word(one.line, 'calls='), []))
     else:
-      total += one.here() + sum(operand.here() for operand in operands)
+      results = one.arrays
+      if one.kind.endswith('-start') and len(results) > len(operands):  # (what comes in, what goes out, contexts)
+        results = results[len(operands) : 2 * len(operands)]
+      total += sum(size for size, here in results if here) + sum(operand.here() for operand in operands)
   return total
 
 
@@ -214,20 +217,24 @@ def _turns(bodies: dict, lines: list[str], loop: str) -> int | None:
     return None
   at = slice(int(index[1]), int(index[1]) + 1)
   first, following = _operands(_definition(lines, start), 'tuple')[at], _operands(_root(body), 'tuple')[at]
-  by = _operands(_definition(body, following[0]), 'add')[1:] if following else []
-  limit, step = _constant(condition, less[2]), _constant(body, by[0]) if by else None
-  if not limit or not step or not first or _constant(lines, first[0]) != 0:
-    return None
-  return -(-limit // step)
+  before, by = (_operands(_definition(body, following[0]), 'add') if following else []) or ('', '')
+  limit, step = _constant(condition, less[2]), _constant(body, by)
+  counts = first and _constant(lines, first[0]) == 0 and f'index={index[1]}' in _original(body, before).split(', ')
+  return -(-limit // step) if counts and limit is not None and step else None
 
 
 def _constant(lines: list[str], name: str) -> int | None:
   """The number that a name stands for, through copies."""
+  value = re.search(r' constant\((\d+)\)', _original(lines, name))
+  return int(value[1]) if value else None
+
+
+def _original(lines: list[str], name: str) -> str:
+  """The line that defines a name, or what it is a copy of."""
   line = _definition(lines, name)
   while copied := _operands(line, 'copy'):
     line = _definition(lines, copied[0])
-  value = re.search(r' constant\((\d+)\)', line)
-  return int(value[1]) if value else None
+  return line
 
 
 def _word(line: str, before: str) -> str:
@@ -245,7 +252,7 @@ def _definition(lines: list[str], name: str) -> str:
 
 def _operands(line: str, kind: str) -> list[str]:
   found = re.search(rf' {kind}\(([^()]*)\)', line)
-  return [one.strip().lstrip('%') for one in re.sub(r'/\*.*?\*/', '', found[1]).split(',')] if found else []
+  return _names(found[1]) if found else []
 
 
 def _size(shape: str, kind: str, start: bool) -> int:

@@ -69,6 +69,7 @@ def _bf16_einsum_cpu(spec, x, y):
 def _mixed_einsum_fwd(spec, x, y, names):
   # Kept as they are multiplied: without the barrier XLA computes them again inside the transpositions of the gradient.
   x, y = jax.lax.optimization_barrier((x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)))
+  y = y if names is None else sharding.constrain(y, names)  # and cut as it lies: the gradient gathers it once more
   return _bf16_einsum(spec, x, _gathered(y, names)), (x, y)
 
 
@@ -77,23 +78,42 @@ def _gathered(y, names):
 
 
 def _mixed_einsum_bwd(spec, names, saved, grad):
+  return _gradients(_bf16_einsum, spec, names, saved, grad)
+
+
+def _gradients(product, spec, names, saved, grad):
   x, y = saved
   operands, result = spec.split('->')
   left, right = operands.split(',')
-  grad_x = _bf16_einsum(f'{result},{right}->{left}', grad, _gathered(y, names))
-  grad_y = _bf16_einsum(f'{left},{result}->{right}', x, grad)
-  return grad_x, grad_y
+  grad_x = product(f'{result},{right}->{left}', grad, _gathered(y, names))
+  return grad_x, product(f'{left},{result}->{right}', x, grad)
 
 
 mixed_einsum.defvjp(_mixed_einsum_fwd, _mixed_einsum_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _gathering_einsum(spec, x, y, names):
+  """Einsum with a parameter that is gathered where it is read, in the gradient once more; alive between is a part."""
+  return _gathering_einsum_fwd(spec, x, y, names)[0]
+
+
+def _gathering_einsum_fwd(spec, x, y, names):
+  y = sharding.constrain(y, names)
+  return jnp.einsum(spec, x, _gathered(y, names)), (x, y)
+
+
+_gathering_einsum.defvjp(_gathering_einsum_fwd, functools.partial(_gradients, jnp.einsum))
 
 
 def einsum(spec: str, x, y, compute: str, names=None):
   """Contract x and y in the compute type: 'float32', 'bfloat16' (operands and result) or 'mixed' (see above)."""
   if compute == 'mixed':
     return mixed_einsum(spec, x.astype(jnp.float32), y.astype(jnp.float32), names)
-  dtype = jnp.dtype(compute)
-  return jnp.einsum(spec, x.astype(dtype), _gathered(y.astype(dtype), names))
+  x, y = x.astype(compute), y.astype(compute)
+  if names is None or not sharding.several():
+    return jnp.einsum(spec, x, y)
+  return _gathering_einsum(spec, x, y, names)
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
@@ -273,9 +293,10 @@ def target_logits(hidden_BxLxD, unembed_VxD, gap_BxT, token_BxT, *, compute: str
 
   def of_part(part_VxD, first):
     index_BxT = token_BxT - first
-    here_BxT = (index_BxT >= 0) & (index_BxT < size)
-    unembed_BxTxD = jnp.take(part_VxD, jnp.where(here_BxT, index_BxT, 0), axis=0)
-    return jnp.where(here_BxT, einsum('btd,btd->bt', hidden_BxTxD, unembed_BxTxD, head_compute(compute)), 0.0)
+    elsewhere_BxT = ((index_BxT < 0) | (index_BxT >= size)) & (token_BxT >= 0) & (token_BxT < ways * size)
+    unembed_BxTxD = jnp.take(part_VxD, jnp.where(elsewhere_BxT, 0, index_BxT), axis=0)  # NaN for what nobody has
+    z_BxT = einsum('btd,btd->bt', hidden_BxTxD, unembed_BxTxD, head_compute(compute))
+    return jnp.where(elsewhere_BxT, 0.0, z_BxT)
 
   return _over_parts(of_part, lambda z: z.sum(axis=0), parts_PxVxD, jnp.arange(ways) * size)
 

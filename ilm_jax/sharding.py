@@ -52,20 +52,25 @@ def ways(axis: str) -> int:
   return 1 if mesh.empty else mesh.shape[axis]
 
 
+def several() -> bool:
+  """Whether a program is for a mesh of several devices."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and mesh.size > 1
+
+
 def constrain(x, names):
   """Say where an array of these logical axis names lies; nothing without a mesh."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if not several():
     return x
-  return jax.lax.with_sharding_constraint(x, spec_of(names, x.shape, mesh))
+  return jax.lax.with_sharding_constraint(x, spec_of(names, x.shape, jax.sharding.get_abstract_mesh()))
 
 
 def gather(x, names):
   """A parameter as products read it: whole over fsdp, whose devices have rows of their own, cut over tensor."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if not several():
     return x
-  return jax.lax.with_sharding_constraint(x, spec_of(names, x.shape, mesh, whole='fsdp'))
+  spec = spec_of(names, x.shape, jax.sharding.get_abstract_mesh(), whole='fsdp')
+  return jax.lax.with_sharding_constraint(x, spec)
 
 
 # --- meshes -----------------------------------------------------------------------------------------------------------
@@ -178,10 +183,11 @@ def bytes_here(array) -> int:
 def spec_of(names, shape, mesh, whole: str | None = None) -> P:
   """Where an array of logical axis names goes; without `whole`, and without axes that don't divide their dimension."""
   entries = []
-  for dim, name in enumerate(names):
-    axes = tuple(axis for axis in RULES.get(name, ()) if axis != whole)
-    while axes and shape[dim] % math.prod(mesh.shape[axis] for axis in axes):
-      axes = axes[:-1]
+  for size, name in zip(shape, names, strict=False):
+    axes = ()
+    for axis in RULES.get(name, ()):
+      if axis != whole and size % math.prod(mesh.shape[one] for one in (*axes, axis)) == 0:
+        axes += (axis,)
     entries.append(axes or None)
   return P(*entries)
 

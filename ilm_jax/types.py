@@ -4,7 +4,7 @@ Arrays carry shape suffixes, axes joined by `x` (`tokens_BxL`):
 
     B rows            V vocabulary     H heads       F mlp width    T targets of a row
     L positions       D width          K head dim    N blocks       S segments of a row
-    M insertion steps of a request          G gaps of a step
+    M insertion steps of a request          G gaps of a step              P parts of a vocabulary, of V entries each
 
 A batch is a plain dict of arrays, made on the host by `tasks.pipeline` and read by `families.*.loss`:
 

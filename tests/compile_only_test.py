@@ -111,6 +111,8 @@ ENTRY %main (a: f32[10,100], b: f32[100]) -> f32[100] {
   %fetch = (f32[10,100]{1,0:T(8,128)S(1)}, f32[10,100]{1,0}, u32[]{:S(2)}) copy-start(%here)
   %there = f32[10,100]{1,0:T(8,128)S(1)} copy-done(%fetch)
   %kept = f32[10,100]{1,0:T(8,128)S(1)} multiply(%there, %there)
+  %all = (f32[100]{0}, f32[400]{0}) all-gather-start(%b), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %sent = (f32[100]{0}, f32[100]{0}, u32[], u32[]) collective-permute-start(%b), source_target_pairs={{0,1}}
   ROOT %total = f32[100]{0} reduce(%kept, %zero), dimensions={0}, to_apply=%add
 }
 """
@@ -119,7 +121,8 @@ ENTRY %main (a: f32[10,100], b: f32[100]) -> f32[100] {
 def test_bytes_are_counted_where_they_leave_the_chip_and_of_slices_alone():
   row = 4 * 100
   turn = row + row + row  # a slice, all of b, the part that is updated
-  assert hlo.moved(MOVES) == 10 * turn + 10 * row + row  # + a copy onto the chip, + the result
+  started = (row + 4 * row) + (row + row)
+  assert hlo.moved(MOVES) == 10 * turn + 10 * row + started + row  # + a copy onto the chip, + the result
 
 
 def test_bytes_of_a_product_are_those_of_its_operands_and_its_result():

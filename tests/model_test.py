@@ -368,8 +368,10 @@ def test_a_model_that_must_be_told_a_noise_level_says_so():
     model.apply(CONDITIONED, weights(CONDITIONED), one, one, one, one[:, :1])
 
 
-def test_remat_remembers_less_and_changes_no_gradient(capsys):
-  cfg = model.ModelConfig(vocab_size=20, num_layers=2, num_heads=2, d_model=16, d_ff=32, dropout=0.1)
+@pytest.mark.parametrize('loop', [False, True])
+def test_remat_remembers_less_and_changes_no_gradient(loop, capsys):
+  sizes = dict(vocab_size=20, num_layers=2, num_heads=2, d_model=16, d_ff=32, dropout=0.1)
+  cfg = model.ModelConfig(**sizes, scan_layers=loop)
   params, (tokens, ones) = weights(cfg), (jnp.arange(1, 13).reshape(2, 6), jnp.ones((2, 6), jnp.int32))
   position = jnp.broadcast_to(jnp.arange(6), (2, 6))
 
@@ -383,7 +385,7 @@ def test_remat_remembers_less_and_changes_no_gradient(capsys):
     print_saved_residuals(of_params, params)
     found[remat] = jax.jit(jax.grad(of_params))(params), len(capsys.readouterr().out.splitlines())
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found[True][0], found[False][0])
-  assert found[True][1] < found[False][1] / 2
+  assert found[True][1] < found[False][1] * (0.7 if loop else 0.5)  # arrays, parameters included
 
 
 @pytest.mark.parametrize('remat', [False, True])
@@ -407,7 +409,7 @@ def test_a_loop_over_the_layers_gives_the_same_numbers_from_a_shorter_program(na
       found.append(made(params))
       lines.append(len(made.as_text().splitlines()))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *found)
-  assert lines[1] < 0.7 * lines[0]
+  assert lines[1] < 0.7 * lines[0] and lines[3] < 0.7 * lines[2]
 
 
 def test_without_conditioning_a_noise_level_is_passed_over():

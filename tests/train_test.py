@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import small
 
-from ilm_jax import checkpoint, dashboards, evaluate, metrics, optimizer, sharding, train, update
+from ilm_jax import batching, checkpoint, dashboards, evaluate, metrics, optimizer, sampling, sharding, train, update
 from ilm_jax.types import UserError
 
 
@@ -325,9 +325,39 @@ def test_the_state_and_the_batch_lie_where_the_table_says(axes):
 
 def test_an_axis_that_does_not_divide_is_not_cut():
   spec = sharding.spec_of(('vocab', None), (20, 16), small.mesh(2, 2, 2))
-  assert spec == jax.sharding.PartitionSpec(('fsdp', 'tensor'), None)
-  assert sharding.spec_of(('vocab', None), (18, 16), small.mesh(2, 2, 2))[0] == 'fsdp'
+  assert spec == jax.sharding.PartitionSpec(('tensor', 'fsdp'), None)
   assert sharding.spec_of(('vocab', None), (17, 16), small.mesh(2, 2, 2))[0] is None
+  wide = small.mesh(fsdp=2, tensor=4)
+  assert [sharding.spec_of(('vocab', None), (size, 16), wide)[0] for size in (12, 18)] == ['tensor', 'fsdp']
+
+
+def test_a_loop_over_blocks_that_are_computed_again_does_not_depend_on_the_mesh():
+  changes = {**SHARED, 'model.num_layers': 2}
+  made = steps_of({**changes, 'model.scan_layers': True, 'model.remat': True}, data=2, fsdp=2, tensor=2)
+  batches = made.batches(3)
+  assert_close_steps(made.run(batches)[1], steps_of(changes).run(batches)[1])
+
+
+def test_programs_know_their_mesh():
+  """Without `sharding.on` the numbers would be the same, and the weights perhaps not gathered but the features."""
+  exp, tx, schedule, state, abstract = small.experiment({**SHARED, 'eval.score': 'bound'}, data=2, fsdp=2, tensor=2)
+  batch = sharding.put_batch(small.batches(exp, 1)[0], exp.mesh)
+  evaluator = evaluate.Evaluator(
+    exp.cfg, model_cfg=exp.model_cfg, family=exp.family, task=exp.task, sample_cfg=exp.sample_cfg,
+    loss_cfg=exp.loss_cfg, mesh=exp.mesh,
+  )  # fmt: skip
+  rows = {'tokens_BxL': jnp.ones((8, 6), int), 'fixed_BxL': jnp.zeros((8, 6), bool), 'length_B': jnp.full(8, 6)}
+  key, prompt = jax.random.key(0), sampling.pad([], [], 8, 32)
+  sampler = batching.ContinuousSampler(exp.model_cfg, exp.family, exp.sample_cfg, 8, mesh=exp.mesh)
+  lowered = {
+    'step': update.compile_step(exp, tx, schedule, abstract).lower(state, batch),
+    'loss': evaluator._loss.lower(state.params, batch),
+    'likelihood': evaluator._score.lower(state.params, key, rows),
+    'sampler': evaluator.sampler._run.lower(state.params, key, prompt),
+    'advance': sampler.lower(state.params, key, 8),
+  }
+  for name, program in lowered.items():
+    assert 'sharding_constraint' in program.as_text(), name
 
 
 @pytest.mark.parametrize('sizes', [(3, 1, 1), (-1, 3, 1), (2, 2, 1), (16, 1, 1)])
