@@ -124,7 +124,7 @@ class Checkpoints:
   def save(self, step: int, state, metrics: dict | None = None) -> None:
     """Start saving a state; to a step that was saved without its metrics, the metrics are added."""
     if step in self.steps():
-      if metrics and not self.metrics(step):
+      if metrics:
         self._guard(lambda: self._add_metrics(step, metrics))
       return
     items = {name: getattr(state, name) for name in ITEMS}
@@ -133,6 +133,10 @@ class Checkpoints:
 
   def _add_metrics(self, step: int, metrics: dict) -> None:
     self._manager.wait_until_finished()
+    there = self.metrics(step)
+    hosts.barrier('metrics read')  # all have looked before the first writes
+    if there:
+      return
     path = self.folder / str(step) / 'metrics' / 'metrics'
     if hosts.first():
       path.parent.mkdir(exist_ok=True)

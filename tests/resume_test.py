@@ -419,6 +419,25 @@ def test_a_checkpoint_is_read_onto_any_mesh(stopped, abstract):
     assert array.sharding == wanted.sharding
 
 
+def test_all_hosts_add_metrics_or_none_also_when_the_first_is_sooner(copy, monkeypatch):
+  step, met = steps_in(copy)[-1], []
+  path = copy / 'checkpoints' / str(step) / 'metrics' / 'metrics'
+  path.unlink(missing_ok=True)
+  saved = checkpoint.Checkpoints(copy)
+
+  def barrier(name):
+    met.append(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"exact_match": 0.5}')  # by the first host, as soon as it may
+
+  monkeypatch.setattr(checkpoint.hosts, 'barrier', barrier)
+  monkeypatch.setattr(checkpoint.hosts, 'first', lambda: False)
+  saved.save(step, None, {'exact_match': 0.5})
+  assert met == ['metrics read', 'metrics added'] and saved.metrics(step) == {'exact_match': 0.5}
+  saved.save(step, None, {'exact_match': 0.25})
+  assert met[2:] == ['metrics read'] and saved.metrics(step) == {'exact_match': 0.5}
+
+
 @pytest.mark.parametrize(
   'error', [MemoryError(), PermissionError(13, 'Permission denied'), ValueError('UNAVAILABLE: x')]
 )
