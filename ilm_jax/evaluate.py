@@ -50,7 +50,8 @@ class Evaluator:
 
   def __init__(self, cfg, *, model_cfg, family, task, sample_cfg, loss_cfg, mesh):
     self.cfg, self.family, self.task, self.mesh = cfg, family, task, mesh
-    self.sampler = sampling.Sampler(model_cfg, family, sample_cfg, cfg.eval.batch_size, mesh)
+    self.rows = -(-cfg.eval.batch_size // sharding.row_parts(mesh)) * sharding.row_parts(mesh)  # some may stay empty
+    self.sampler = sampling.Sampler(model_cfg, family, sample_cfg, self.rows, mesh)
     self.tokenizer = task.tokenizer(cfg.task)
     self.sources = {}
 
@@ -98,7 +99,7 @@ class Evaluator:
         left = (len(source) - first) * (said - start) / first
         logging.info('%s: likelihood of %d of %d answers, %.0f s left', split, first, len(source), left)
       examples = [source[i] for i in range(first, min(first + size, len(source)))]
-      rows = self.rows_of(examples, size)
+      rows = self.rows_of(examples, self.rows)
       rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.cfg.seed), 0x4C4C), first)
       scored = jax.device_get(self._score(params, rng, sharding.put_batch(rows, self.mesh)))
       parts.append([array[: len(examples)] for array in scored])

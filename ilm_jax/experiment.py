@@ -102,7 +102,6 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
   shape = pipeline.shape_of(cfg.data)
   pipeline.my_groups(cfg.data.groups, *sharding.my_part(mesh))
   sharding.check_rows(cfg.data.rows, mesh, 'data.rows')
-  sharding.check_rows(cfg.eval.batch_size, mesh, 'eval.batch_size')
   if cfg.data.rows % cfg.optimizer.accumulate:
     fits = pipeline.nearest(cfg.data.rows, cfg.optimizer.accumulate)
     raise UserError(f'data.rows={cfg.data.rows} does not divide into optimizer.accumulate={cfg.optimizer.accumulate} '

@@ -15,9 +15,9 @@ STARTS_JAX = {'jax', 'flax', 'optax', 'orbax'}
 # module -> the modules of ilm_jax it may import; a row names only rows above it. The first row that fits counts.
 ALLOWED = {
   'types': [],
-  'ops': ['types'],
-  'tokenizer': ['types'],
   'sharding': ['types'],
+  'ops': ['types', 'sharding'],
+  'tokenizer': ['types'],
   'console': ['types'],
   'hosts': ['types', 'console'],
   'model': ['types', 'ops', 'sharding'],
