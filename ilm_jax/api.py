@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -104,8 +105,8 @@ class LanguageModel:
       task.settle(cfg.task, workdir)
     model_settings = {**cfg.model.to_dict(), **family.model_settings(cfg)}
     model_cfg = model.ModelConfig.create(task.tokenizer(cfg.task).vocab_size, **model_settings)
-    if mesh is not None:
-      sharding.check_model(model_cfg, mesh)
+    if mesh is not None and (said := sharding.check_model(model_cfg, mesh)):
+      logging.warning('%s', said)
     saved = checkpoint.Checkpoints(workdir, metric=cfg.eval.metric, mode=cfg.eval.mode, read_only=True)
     step = saved.find(which)
     params = saved.restore_weights(step, model.abstract(model_cfg, mesh))

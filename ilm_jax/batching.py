@@ -59,7 +59,7 @@ class ContinuousSampler:
       return
     parts = 1
     if mesh is not None:
-      sharding.check_rows(slots, mesh, 'slots')
+      sharding.check_rows(slots, mesh, 'batch_size')
       parts = sharding.row_parts(mesh)
     self.sizes = growing.buffers(1, sample_cfg)
     self.slots = [max(parts, slots * self.sizes[0] // size // parts * parts) for size in self.sizes]
