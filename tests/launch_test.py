@@ -13,6 +13,7 @@ import sys
 import time
 import tomllib
 
+import kubernetes_validate
 import pytest
 import small
 import yaml
@@ -683,10 +684,12 @@ def test_a_jobset_restarts_all_but_errors(name):
 
 @pytest.mark.parametrize('name', MANIFESTS)
 def test_the_jobs_of_a_jobset_fit_their_schema(name):
-  validate = pytest.importorskip('kubernetes_validate', reason='pip install kubernetes-validate').validate
   _, group, _, _ = manifest(name)
   job = {'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': 'a'}, **group['template']}
-  validate(job, '1.31', strict=True)
+  kubernetes_validate.validate(job, '1.31', strict=True)  # raises
+  job['spec']['completionsMode'] = 'Indexed'
+  with pytest.raises(kubernetes_validate.ValidationError, match='completionsMode'):
+    kubernetes_validate.validate(job, '1.31', strict=True)
 
 
 def test_the_tpu_jobset_has_as_many_hosts_as_its_slice():
