@@ -40,7 +40,7 @@ train: $(VENV)/.installed ## train a tiny model on star graphs
 test: $(VENV)/.installed-test ## run the tests
 	$(PYTEST) $(ARGS)
 
-test-long: $(VENV)/.installed-test ## run all tests, the long ones too
+test-long: $(VENV)/.installed-test $(VENV)/.installed-tpu ## run all tests, the long ones too
 	$(PYTEST) -m '' $(ARGS)
 
 table-smoke: $(VENV)/.installed-report ## a miniature of the table of all families, in two minutes

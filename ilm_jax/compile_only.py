@@ -4,15 +4,19 @@
 
 A topology is the type of a chip and the shape of a slice: v4:2x2x1, v5e:2x4, v5p:4x4x4, v6e:16x16; cpu:8 compiles for
 eight CPU devices. Nothing is read but the config: a corpus and its tokenizer need not be there. Printed are, on each
-device, the memory of the training step and of a step of the sampler, and their collectives; the arithmetic of the
-training step, from a formula; and what the published limits of the chip allow: a prediction, never a measurement.
-Needs libtpu (pip install -e '.[tpu]'), which runs on any Linux machine.
+device, the memory of the training step and of a step of the sampler, their collectives, and what the compiler gathers
+whole against its will; the arithmetic of the training step, from a formula; and what the published limits of the chip
+allow: a prediction, never a measurement. Needs libtpu (pip install -e '.[tpu]'), which runs on any Linux machine.
 """
 
+import atexit
 import functools
 import os
+import re
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
@@ -181,8 +185,24 @@ def roofline(compiled, flops: float, useful: float, devices: int, chip: Chip) ->
   ]
 
 
+@functools.cache
+def compiler_log() -> Path:
+  """The folder in which the TPU compiler leaves its warnings; asked for before it is loaded."""
+  made = tempfile.TemporaryDirectory(prefix='ilm-tpu-')
+  atexit.register(made.cleanup)
+  os.environ['TPU_LOG_DIR'] = made.name
+  return Path(made.name)
+
+
+def rematerialized() -> list[str]:
+  """What the TPU compiler warned that it gathers whole, because it knows no other way between two shardings."""
+  text = ''.join(file.read_text(errors='replace') for file in compiler_log().glob('*.log.WARNING.*'))
+  return re.findall(r'Involuntary full rematerialization\. (.*)', text)
+
+
 def run(cfg, topology: str | None) -> int:
   """Compile, and print what it costs."""
+  compiler_log()
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', '')
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -218,7 +238,7 @@ def tell(lowered, devices, chip: Chip | None, more=None) -> None:
   """Compile, and print what there is to say, also where the compiler refuses what does not fit."""
   import jax
 
-  began = time.monotonic()
+  began, before = time.monotonic(), len(rematerialized())
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
@@ -228,6 +248,9 @@ def tell(lowered, devices, chip: Chip | None, more=None) -> None:
     print(f'  DOES NOT FIT: {text[text.index("RESOURCE_EXHAUSTED") :][:240]}', flush=True)
     return
   lines = describe(compiled, len(devices), chip, time.monotonic() - began)
+  if chip:
+    found = rematerialized()[before:]
+    lines.append(f'  involuntary full rematerializations: {len(found)}{"".join(f"; {one[:160]}" for one in found[:3])}')
   print('\n'.join(lines + (more(compiled) if more and chip else [])), flush=True)
 
 

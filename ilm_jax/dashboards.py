@@ -3,9 +3,11 @@
 CLU's own summary writer needs TensorFlow. Where that is not installed, a writer over tensorboardX takes its place.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
+import pathlib
 import platform
 import shlex
 import socket
@@ -184,14 +186,25 @@ def commit() -> str:
     return 'unknown'
 
 
+def code() -> dict[str, str]:
+  """What runs here, of things that must be the same on all hosts: commit, the package's files, versions."""
+  here = pathlib.Path(__file__).parent
+  files = hashlib.sha256()
+  for path in sorted(here.rglob('*.py')):
+    files.update(f'{path.relative_to(here)}\n{path.read_text()}\0'.encode())
+  return {'commit': commit(), 'code': files.hexdigest()[:16], **{name: version(name) for name in PACKAGES}}
+
+
+def version(name: str) -> str:
+  """Of an installed package."""
+  try:
+    return metadata.version(name)
+  except metadata.PackageNotFoundError:
+    return 'unknown'
+
+
 def describe_start(step: int) -> dict:
   """What is worth knowing of one start of a run."""
-  versions = {}
-  for name in PACKAGES:
-    try:
-      versions[name] = metadata.version(name)
-    except metadata.PackageNotFoundError:
-      versions[name] = 'unknown'
   devices = jax.devices()
   return {
     'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
@@ -203,7 +216,7 @@ def describe_start(step: int) -> dict:
     'host': socket.gethostname(),
     'cpus': os.cpu_count(),
     'python': platform.python_version(),
-    'versions': versions,
+    'versions': {name: version(name) for name in PACKAGES},
   }
 
 

@@ -160,7 +160,7 @@ def serve(values, requests: list[Request], wrong: list[UserError]) -> int:
     if values.trace or not values.out:
       raise UserError(f'{many} hosts write a file each: expected --out, and no --trace')
     check_files(values, shard(values.out, index, many))
-    hosts.agree({'commit': dashboards.commit(), 'requests': hosts.digest(requests), **settled(values)})
+    hosts.agree({**dashboards.code(), 'requests': hosts.digest(requests), **settled(values)})
   given = {name: values[name].value for name in SETTINGS}
   settings = {name: value for name, value in given.items() if value is not None}
   mesh = values.mesh or ('data=-1' if many > 1 else None)

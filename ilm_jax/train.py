@@ -100,7 +100,7 @@ def agreed(cfg, workdir) -> Experiment:
   """Build what the config names; on several hosts, only where all were told the same and see the same workdir."""
   with hosts.together():
     exp = build(cfg, workdir)
-  hosts.agree({'commit': dashboards.commit(), 'workdir': str(workdir), **flatten(as_json(cfg))})
+  hosts.agree({**dashboards.code(), 'workdir': str(workdir), **flatten(as_json(cfg))})
   hosts.share(workdir)
   return exp
 

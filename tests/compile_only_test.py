@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import importlib.util
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -244,3 +246,54 @@ def test_a_vocabulary_can_be_named_without_its_data():
   assert exp.model_cfg.vocab_size == 30_522
   with pytest.raises(UserError, match=r'does not divide over mesh\.tensor=8'):
     build(small.config({'mesh.tensor': 8}), vocab_size=96)
+
+
+# --- the real compiler: pip install -e '.[tpu]' -----------------------------------------------------------------------
+
+WITHOUT = 'unset XLA_FLAGS JAX_DISABLE_MOST_OPTIMIZATIONS;'  # which are for programs of CPUs
+GATHERED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from ilm_jax import compile_only
+
+compile_only.compiler_log()
+devices = compile_only.devices_of('v5e:2x4')
+mesh = Mesh(np.array(devices).reshape(4, 2), ('a', 'b'), axis_types=(AxisType.Auto,) * 2)
+
+@jax.jit
+def step(x):
+  x = jax.lax.with_sharding_constraint(jnp.sin(x), NamedSharding(mesh, P(('a', 'b'), None, None)))
+  return jax.lax.with_sharding_constraint(jnp.cos(x), NamedSharding(mesh, P(None, 'b', 'a')))
+
+compile_only.tell(step.lower(jax.ShapeDtypeStruct((8, 8, 8), jnp.float32)), devices, compile_only.CHIPS['v5e'])
+"""
+
+
+@pytest.mark.long
+def test_what_the_real_compiler_gathers_against_its_will_is_said(tmp_path):
+  pytest.importorskip('libtpu')
+  env = {
+    k: v for k, v in small.environment(tmp_path).items() if k not in ('XLA_FLAGS', 'JAX_DISABLE_MOST_OPTIMIZATIONS')
+  }
+  env |= {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': '', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+  done = subprocess.run([sys.executable, '-c', GATHERED], env=env, cwd=small.ROOT, capture_output=True, text=True)
+  assert re.search(r'involuntary full rematerializations: [1-9]\d*; The compiler cannot go from', done.stdout), done
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('mesh', [{'fsdp': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
+def test_the_real_compiler_gathers_weights_but_no_features_nor_logits(mesh, tmp_path):
+  pytest.importorskip('libtpu')
+  width, hidden, vocab, rows = 768, 3072, 10_240, 32
+  sizes = {'num_layers': 2, 'scan_layers': True, 'compute': 'bfloat16'}
+  data = {'rows': rows, 'batch_size': 4 * rows, 'groups': 2}
+  words = ['--config=configs/tinystories.py', '--topology=v5e:2x4', f'--vocab_size={vocab}', '--slots=16']
+  for name, settings in (('model', sizes), ('data', data), ('mesh', {'data': 1, **mesh})):
+    words += [f'--config.{name}.{key}={value}' for key, value in settings.items()]
+  code, out, err = small.run(words, tmp_path, module='ilm_jax.compile_only', before=WITHOUT)
+  assert code == 0 and 'ematerialization' not in err, err
+  assert re.findall(r'involuntary full rematerializations: (.*)', out) == ['0', '0']
+  weight = 2 * max(width * hidden, vocab * width) / 1e6  # MB, in bfloat16
+  features = 2 * (rows / mesh.get('data', 1)) * 1024 * width / 1e6  # of the rows whose devices share weights
+  found = [float(size) for size in re.findall(r'all-gather: .*; the largest: ([\d.]+) MB', out)]
+  assert found and max(found) <= weight + 0.05 < features

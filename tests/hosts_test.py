@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 import small
 
-from configs import star
-from ilm_jax import dashboards, hosts, sharding, tasks
+from configs import default, star
+from ilm_jax import checkpoint, dashboards, hosts, sharding, tasks
 from ilm_jax.types import UserError
 
 RUN = {'data.groups': 2, 'log_every': 1, 'eval.every': 0, 'hosts.heartbeat_seconds': 10, 'hosts.start_seconds': 60}
@@ -32,17 +33,24 @@ def free_port() -> int:
 
 
 class Pair:
-  """Two processes of four devices each, or one of `devices`, that train, or run another command."""
+  """Two processes of four devices each, or one of `devices`, that train, or run another command.
 
-  def __init__(self, workdir, cache, *, processes=2, devices=4, changes=(), other=(), module='ilm_jax.main', words=()):
+  With `hold`, what they read for training is seen in WORKDIR.seen, and they wait at that step (0: not) to be killed.
+  """
+
+  def __init__(
+    self, workdir, cache, *, processes=2, devices=4, changes=(), other=(), module='ilm_jax.main', words=(), hold=None
+  ):
     port, self.out = free_port(), [workdir.parent / f'{workdir.name}.{i}.out' for i in range(processes)]
-    self.processes = []
+    self.processes, before = [], f'export JAX_NUM_CPU_DEVICES={devices};'
+    if hold is not None:
+      module, before = 'tests.witness', f'{before} export SEEN={seen(workdir)} HOLD={hold};'
     for index, out in enumerate(self.out):
       many = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}', f'--process_id={index}']
       arguments = words or small.flags(workdir, {**RUN, **dict(changes), **(dict(other) if index else {})})
       self.processes.append(small.start(
         [*arguments, *(many if processes > 1 else [])], cache, module=module,
-        before=f'export JAX_NUM_CPU_DEVICES={devices};', stdout=out.open('w'), stderr=subprocess.STDOUT,
+        before=before, stdout=out.open('w'), stderr=subprocess.STDOUT,
       ))  # fmt: skip
 
   def __enter__(self):
@@ -62,10 +70,20 @@ class Pair:
 
   def reach(self, step: int) -> None:
     """Wait until the first has made a step."""
+    self.await_(lambda: f'step {step} ' in self.said())
+
+  def await_(self, happened) -> None:
+    """Wait until something has happened, while the first runs."""
     end = time.monotonic() + 120
-    while f'step {step} ' not in self.said():
+    while not happened():
       assert time.monotonic() < end and self.processes[0].poll() is None, self.said()
       time.sleep(0.05)
+
+  def kill(self) -> None:
+    """`kill -9` all at once."""
+    for process in self.processes:
+      process.kill()
+    assert self.wait() == [-signal.SIGKILL] * len(self.processes)
 
 
 def losses(workdir) -> dict[int, float]:
@@ -73,7 +91,38 @@ def losses(workdir) -> dict[int, float]:
 
 
 def checkpoints(workdir) -> list[int]:
-  return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
+  return sorted(int(path.name) for path in workdir.glob('checkpoints/*') if path.name.isdigit())
+
+
+def seen(workdir):
+  """Where the batches of a run lie."""
+  return workdir.parent / f'{workdir.name}.seen'
+
+
+def batch_at(workdir, step: int) -> dict:
+  """What all processes together read for a step."""
+  files = sorted(seen(workdir).glob(f'{step}-*.npz'))
+  parts = [dict(np.load(file)) for file in files]
+  return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def assert_same_examples(workdir, expected, steps) -> None:
+  """The same ids, deletions and rows, at each step."""
+  for step in steps:
+    found, there = batch_at(workdir, step), batch_at(expected, step)
+    assert found.keys() == there.keys() and (there['example_id_BxS'] >= 0).sum() > 10
+    for name in there:
+      np.testing.assert_array_equal(found[name], there[name], err_msg=f'{name}, step {step}')
+
+
+def train_and_kill(workdir, cache, hold: int, **where) -> str:
+  """Train up to a step, kill all processes there, after the checkpoint before it is complete; what the first said."""
+  changes = {'steps': 30, **where.pop('changes')}
+  with Pair(workdir, cache, changes=changes, hold=hold, **where) as run:
+    run.reach(hold)
+    run.await_(lambda: checkpoints(workdir)[-1:] == [hold // 5 * 5])
+    run.kill()
+    return run.said()
 
 
 def assert_close(found: dict, expected: dict) -> None:
@@ -87,7 +136,8 @@ def assert_close(found: dict, expected: dict) -> None:
 def trained(tmp_path_factory, cache):
   """The workdir of thirty steps on one device of one process."""
   workdir = tmp_path_factory.mktemp('alone') / 'run'
-  with Pair(workdir, cache, processes=1, devices=1, changes={'steps': 30, 'sampling.token.temperature': 1.0}) as run:
+  changes = {'steps': 30, 'sampling.token.temperature': 1.0}
+  with Pair(workdir, cache, processes=1, devices=1, changes=changes, hold=0) as run:
     assert run.wait() == [0], run.said()
   return workdir
 
@@ -134,11 +184,14 @@ def graphs_of(number: int) -> list[str]:
   return [tasks.get('star').decode(e['tokens'][e['fixed']], cfg).removesuffix('=') for e in examples]
 
 
-def test_two_processes_take_the_steps_of_one_and_stop_at_the_same_one(tmp_path, cache, alone):
+@pytest.mark.parametrize(
+  'who', [pytest.param(0, id='coordinator', marks=pytest.mark.long), pytest.param(1, id='worker')]
+)
+def test_two_processes_take_the_steps_of_one_and_stop_at_the_same_one(tmp_path, cache, alone, who):
   workdir = tmp_path / 'run'
   with Pair(workdir, cache, changes={'steps': 1000}) as run:
     run.reach(8)
-    run.processes[1].send_signal(signal.SIGTERM)
+    run.processes[who].send_signal(signal.SIGTERM)
     assert run.wait() == [75, 75], run.said()
     assert "mesh {'data': 8" in run.said()
     assert 'step 8' not in run.said(1)  # the first speaks for all
@@ -154,15 +207,43 @@ def test_two_processes_take_the_steps_of_one_and_stop_at_the_same_one(tmp_path, 
 
 
 @pytest.mark.long
-def test_a_run_goes_on_on_any_number_of_devices_and_hosts(tmp_path, cache, alone):
+def test_a_run_that_is_killed_goes_on_on_any_number_of_devices_and_hosts(tmp_path, cache, trained, alone):
   workdir = tmp_path / 'run'
-  for steps, processes, devices, mesh in (
-    (6, 1, 8, {'mesh.fsdp': 4}), (12, 1, 4, {'mesh.tensor': 2}), (18, 2, 4, {'mesh.fsdp': 2, 'mesh.tensor': 2}),
-    (24, 1, 2, {}), (30, 1, 1, {}),
-  ):  # fmt: skip
-    with Pair(workdir, cache, processes=processes, devices=devices, changes={'steps': steps, **mesh}) as run:
-      assert run.wait() == [0] * processes, run.said()
+  for number, (processes, devices, mesh) in enumerate((
+    (1, 8, {'mesh.fsdp': 4}), (1, 4, {'mesh.tensor': 2}), (1, 2, {}), (1, 1, {}),
+    (2, 4, {'mesh.fsdp': 2, 'mesh.tensor': 2}),
+  )):  # fmt: skip
+    start, hold = 5 * number, 5 * number + 8
+    said = train_and_kill(workdir, cache, hold, processes=processes, devices=devices, changes=mesh)
+    assert (f'resuming at step {start} ' in said) == (start > 0)
+    assert_same_examples(workdir, trained, range(start + 1, hold + 1))
+    shutil.rmtree(seen(workdir))
+  with Pair(workdir, cache, processes=1, devices=8, changes={'steps': 30}, hold=0) as run:
+    assert run.wait() == [0], run.said()
+  assert_same_examples(workdir, trained, range(26, 31))
   assert_close(losses(workdir), alone)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('processes, devices, mesh', [
+  (1, 8, {'mesh.fsdp': 4}), (1, 8, {'mesh.fsdp': 2, 'mesh.tensor': 2}), (2, 4, {'mesh.fsdp': 8}),
+])  # fmt: skip
+def test_a_run_that_is_killed_ends_with_the_same_bits_on_the_same_mesh(tmp_path, cache, processes, devices, mesh):
+  where = {'processes': processes, 'devices': devices}
+  abstract = small.experiment({**RUN, **mesh})[-1]
+  states = []
+  for name in ('undisturbed', 'killed'):
+    workdir = tmp_path / name
+    if name == 'killed':
+      train_and_kill(workdir, cache, 8, **where, changes={'steps': 12, **mesh})
+    with Pair(workdir, cache, **where, changes={'steps': 12, **mesh}) as run:
+      assert run.wait() == [0] * processes, run.said()
+      assert ('resuming at step 5 ' in run.said()) == (name == 'killed')
+    states.append(checkpoint.Checkpoints(workdir, read_only=True).restore_latest(abstract))
+  assert int(states[0].step) == 12
+  for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+    assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+  assert losses(tmp_path / 'killed') == losses(tmp_path / 'undisturbed')
 
 
 @pytest.mark.long
@@ -178,7 +259,8 @@ def test_a_mesh_over_processes_changes_no_loss(tmp_path, cache, alone, axes):
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP], ids=['killed', 'stopped'])
 def test_a_host_that_dies_or_falls_silent_ends_the_run_and_it_goes_on(tmp_path, cache, alone, number, who):
   workdir = tmp_path / 'run'
-  with Pair(workdir, cache, changes={'steps': 1000}) as run:
+  patience = {'hosts.heartbeat_seconds': default.get_config().hosts.heartbeat_seconds}
+  with Pair(workdir, cache, changes={'steps': 100_000, **patience}) as run:
     run.reach(8)
     run.processes[who].send_signal(number)
     assert run.processes[1 - who].wait(60) in (134, -signal.SIGABRT), run.said(1 - who)
@@ -218,6 +300,15 @@ def test_hosts_with_other_settings_are_told_which(tmp_path, cache):
     assert line == ('error: host 1 has optimizer.learning_rate=0.02, host 0 has 0.01: start all with the same command '
                     'and code')  # fmt: skip
   assert not (tmp_path / 'run').exists()
+
+
+def test_hosts_with_other_code_are_told_so(monkeypatch):
+  code = dashboards.code()
+  assert len(code['code']) == 16 and code['jax'] == jax.__version__
+  for name, other in (('commit', 'abc'), ('code', '0123'), ('jaxlib', '0.0.1')):
+    monkeypatch.setattr(hosts, 'gather', lambda text, other=other, name=name: [text, json.dumps({**code, name: other})])
+    with pytest.raises(UserError, match=rf'^host 1 has {name}={other}, host 0 has .*: start all with the same command'):
+      hosts.agree(code)
 
 
 def test_a_mistake_of_one_host_is_said_by_all(monkeypatch):

@@ -19,7 +19,7 @@ import small
 import yaml
 
 LAUNCH = small.ROOT / 'launch'
-SCRIPTS = ['common.sh', 'resume.sh', 'gpu.sh', 'tpu_vm.sh', 'slurm.sbatch', 'table.sh']
+SCRIPTS = ['common.sh', 'resume.sh', 'gpu.sh', 'tpu_vm.sh', 'slurm.sbatch', 'table.sh', 'fits.sh']
 MANIFESTS = ['gke_jobset.yaml', 'gke_jobset_gpu.yaml']
 AWKWARD = ["--config.task.label=it's a b, $HOME", '--config.task.names=x,y', '--config.eval.note=']
 RUN = ['--config=configs/star.py:hard', '--workdir=gs://bucket/hard', *AWKWARD]
@@ -90,7 +90,7 @@ def test_the_header_says_where_it_was_last_run(name):
   assert re.search(r'^# Last really (run|built): \S+', header, re.M)
 
 
-@pytest.mark.parametrize('name', ['resume.sh', 'gpu.sh', 'tpu_vm.sh', 'slurm.sbatch'])
+@pytest.mark.parametrize('name', ['resume.sh', 'gpu.sh', 'tpu_vm.sh', 'slurm.sbatch', 'fits.sh'])
 def test_help_is_the_header(name):
   done = call(name, '--help')
   assert done.returncode == 0 and not done.stderr
@@ -105,6 +105,7 @@ def test_a_dry_run_runs_nothing(tmp_path):
   plan('gpu.sh', *RUN, PATH=path)
   plan('slurm.sbatch', *RUN, PATH=path, SLURM_GPUS_ON_NODE=8)
   plan('tpu_vm.sh', 'train', *TPU, '--type=v5e-8', '--queue', *RUN, PATH=path)
+  plan('fits.sh', PATH=path)
   assert call('resume.sh', '--dry_run', '--', 'python', 'a b', PATH=path).stdout == "python 'a b'\n"
   assert not (tmp_path / 'ran').exists()
 
@@ -117,6 +118,7 @@ MISTAKES = [  # script, arguments, what the line says
   ('resume.sh', ['--max_restarts=many', '--', 'true'], '--max_restarts=many: expected a whole number'),
   ('resume.sh', ['--pause=', '--', 'true'], '--pause=: expected a whole number'),
   ('gpu.sh', ['--workdir=runs/x'], '--config is missing'),
+  ('fits.sh', ['--topology=v5e:4x4'], '--topology=v5e:4x4: expected v5e:2x4, v5e:16x16,'),
   ('gpu.sh', [*RUN, '--steps=3'], '--steps=3: unknown'),
   ('gpu.sh', ['--config', 'configs/star.py'], '--config: unknown'),
   ('gpu.sh', [*RUN, '--max_restarts=-1'], '--max_restarts=-1: expected a whole number'),
@@ -735,7 +737,23 @@ def test_the_launchers_take_the_commands_of_the_readme():
       done = call(at[1], *words)
       assert done.returncode == 0 and done.stdout, (line, done.stderr)
       taken[at[1]] = taken.get(at[1], 0) + 1
-  assert set(taken) == {'resume.sh', 'tpu_vm.sh', 'gpu.sh', 'slurm.sbatch'} and taken['tpu_vm.sh'] > 9
+  assert set(taken) == {'resume.sh', 'tpu_vm.sh', 'gpu.sh', 'slurm.sbatch', 'fits.sh'} and taken['tpu_vm.sh'] > 9
+
+
+def test_the_table_of_what_fits_has_the_rows_that_are_compiled():
+  compiled = []
+  for words in plan('fits.sh'):
+    flags = dict(word.removeprefix('--').split('=', 1) for word in words if '=' in word)
+    sizes = {axis: int(flags.get(f'config.mesh.{axis}', 1)) for axis in ('data', 'fsdp', 'tensor')}
+    rows, chips = int(flags['config.data.rows']), math.prod(map(int, flags['topology'].split(':')[1].split('x')))
+    assert math.prod(sizes.values()) == chips and rows % (sizes['data'] * sizes['fsdp']) == 0
+    assert rows % int(flags['config.data.groups']) == 0
+    mesh = ', '.join(f'{axis}={size}' for axis, size in sizes.items() if size > 1)
+    remat = {'True': 'yes', 'False': 'no'}[flags['config.model.remat']]
+    compiled.append((flags['config.model.preset'], flags['topology'], mesh, str(rows), remat))
+  table = (LAUNCH / 'README.md').read_text().split('| model | slice |')[1]
+  told = re.findall(r'^\| (\w+) \| `(\S+)` \| (.*?) \| (\d+) \| (yes|no) \|', table, re.M)
+  assert [(model.lower(), *rest) for model, *rest in told] == compiled and len(compiled) == 13
 
 
 def test_the_readme_names_the_types_as_gcloud_does():
