@@ -62,7 +62,8 @@ def load(workdir, checkpoint='best', *, mesh=None, **sampling_settings) -> 'Lang
     workdir: of the run, local or a bucket.
     checkpoint: 'best' on validation, 'latest', or a step.
     mesh: of devices that share the work, 'data=-1' for all of them, 'data=2,tensor=4'; None: the first device.
-    **sampling_settings: fields of the family's SampleConfig that replace the run's; `batch_size`, the number of slots.
+    **sampling_settings: fields of the family's SampleConfig that replace the run's (of a rule, a dict those fields
+      that it has: token={'top_p': 0.2}); `batch_size`, the number of slots.
 
   Raises:
     UserError: no run or no such checkpoint there, or an unknown setting.
@@ -84,7 +85,9 @@ class LanguageModel:
         raise UserError(f'sampling setting {name!r} means nothing to family={cfg.family}: leave it out')
     if 'joint' in sampling_settings:
       sampling_settings.setdefault('two_stage', False)
-    settings = {**cfg.sampling.to_dict(), **sampling_settings}
+    settings = cfg.sampling.to_dict()
+    for name, value in sampling_settings.items():  # a dict replaces some fields of a rule
+      settings[name] = {**(settings.get(name) or {}), **value} if isinstance(value, dict) else value
     self.sample_cfg = families.make_sample_config(
       self.family, cfg, settings, closed_tokens=self.tokenizer.special_ids, compute=model_cfg.compute
     )

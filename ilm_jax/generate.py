@@ -6,9 +6,10 @@
 
 Without a flag, requests are read from standard input, one a line: a prompt, or JSON with "prompt" (a text; an empty one
 asks for a whole text) or "infill" (a text with markers, or the list of its parts), and perhaps "id", "least" and "most"
-(tokens of a gap; a number, or a list of one a gap). Answers come as they finish; "id" says whose they are (the number
-of the line, from 0, unless JSON gives one). A line that cannot be served is named, and the others are served. The
-"truth" of a line with gaps, and its "fillings", come with its answer as "truth", {"text", "fillings"}.
+(tokens of a gap; a number, or a list of one a gap). All lines of a *.jsonl are JSON. Answers come as they finish; "id"
+says whose they are (the number of the line, from 0, unless JSON gives one). A line that cannot be served is named, and
+the others are served. The "truth" of a line with gaps, and its "fillings", come with its answer as "truth", {"text",
+"fillings"}.
 
     python -m ilm_jax.generate --workdir=gs://... --prompts=requests.jsonl --out=answers.jsonl --mesh=data=-1
 
@@ -28,8 +29,11 @@ from absl import flags
 from ilm_jax.console import command, define_hosts, fail, quiet
 from ilm_jax.types import UserError
 
-SETTINGS = ('stop_threshold', 'max_length', 'gaps')  # flags that replace what the run says of sampling
-SAME = ('workdir', 'checkpoint', 'seed', 'n', 'marker', 'batch_size', 'mesh', *SETTINGS)  # on all of several hosts
+RULE = ('temperature', 'top_p')  # flags of the rule by which a token is drawn
+SETTINGS = ('stop_threshold', 'stop_temperature', 'max_length', 'gaps', 'gap_threshold')  # of sampling, as the run's
+SAME = ('workdir', 'checkpoint', 'seed', 'n', 'marker', 'batch_size', 'mesh', *SETTINGS, *RULE)  # on all hosts
+MARK = b'\xef\xbb\xbf'  # which some editors write at the start of UTF-8
+KEYS = ('id', 'prompt', 'infill', 'least', 'most', 'truth', 'fillings')  # of a line of JSON
 
 
 def define(values: flags.FlagValues) -> None:
@@ -55,6 +59,14 @@ def define(values: flags.FlagValues) -> None:
                        lower_bound=0, flag_values=values)  # fmt: skip
   flags.DEFINE_float('stop_threshold', None, "Stop when p(stop) reaches it; 0: sampled; the run's own by default.",
                      lower_bound=0.0, upper_bound=1.0, flag_values=values)  # fmt: skip
+  flags.DEFINE_float('stop_temperature', None, "Of p(stop); the run's own by default.", lower_bound=0.0,
+                     flag_values=values)  # fmt: skip
+  flags.DEFINE_float('gap_threshold', None, 'Insert only in gaps that are as probable as this share of the best one; '
+                     "the run's own by default.", lower_bound=0.0, upper_bound=1.0, flag_values=values)  # fmt: skip
+  flags.DEFINE_float('temperature', None, "Of tokens, 0: the most probable; the run's own by default.", lower_bound=0.0,
+                     flag_values=values)  # fmt: skip
+  flags.DEFINE_float('top_p', None, "Nucleus of tokens, 1: all; the run's own by default.", lower_bound=0.0,
+                     upper_bound=1.0, flag_values=values)  # fmt: skip
   define_hosts(values)
 
 
@@ -81,16 +93,19 @@ def read_requests(values) -> tuple[list[Request], list[UserError]]:
     return [Request(i, kind, text, f'--{kind} {i + 1}', limits) for i, text in enumerate(texts)], []
   name = values.prompts or 'standard input'
   try:
-    lines = (Path(values.prompts).read_text('utf-8-sig') if values.prompts else sys.stdin.read()).split('\n')
+    content = Path(values.prompts).read_bytes() if values.prompts else sys.stdin.buffer.read()
   except OSError as error:
     raise UserError(f'--prompts={name}: {error.strerror}') from None
-  except UnicodeDecodeError as error:
-    raise UserError(f'{name} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}') from None
+  lines, structured, start = content.split(b'\n'), name.endswith('.jsonl'), 0
   out, wrong, taken = [], [], {}
   for number, line in enumerate(lines):
+    at, start = start, start + len(line) + 1
+    if number == 0:
+      line = line.removeprefix(MARK)
     if line.strip():
       try:
-        request = read_line(line.strip(), number, f'{name}, line {number + 1}', limits)
+        where = f'{name}, line {number + 1}'
+        request = read_line(decode(line, where, at), number, where, limits, structured=structured)
         if request.id in taken:
           raise UserError(f'{request.where}: the id {request.id} is that of {taken[request.id]} already: give another')
         taken[request.id] = f'line {number + 1}'
@@ -102,12 +117,22 @@ def read_requests(values) -> tuple[list[Request], list[UserError]]:
   return out, wrong
 
 
-def read_line(text: str, number: int, where: str, limits: dict) -> Request:
-  """One request: a text, or JSON."""
-  if not text.startswith('{'):
+def decode(line: bytes, where: str, start: int) -> str:
+  """A line that begins at this byte, as text."""
+  try:
+    return line.decode().strip()
+  except UnicodeDecodeError as error:
+    raise UserError(f'{where} is not UTF-8: byte {start + error.start} is {line[error.start]:#04x}') from None
+
+
+def read_line(text: str, number: int, where: str, limits: dict, *, structured: bool = False) -> Request:
+  """One request: JSON, or a text, unless all lines are JSON (`structured`)."""
+  if not text.startswith('{') and not structured:
     return Request(number, 'prompt', text, where, limits)
   try:
     record = json.loads(text)
+    if not isinstance(record, dict) or ('prompt' in record) == ('infill' in record):
+      raise ValueError
     kind = 'infill' if 'infill' in record else 'prompt'
     content, index = record[kind], number if record.get('id') is None else record['id']
     parts = isinstance(content, list) and kind == 'infill' and all(isinstance(part, str) for part in content)
@@ -115,9 +140,11 @@ def read_line(text: str, number: int, where: str, limits: dict) -> Request:
       raise ValueError
   except (ValueError, KeyError, TypeError, RecursionError):
     raise UserError(
-      f'{where}: expected JSON with "prompt", a text, or "infill", a text or the list of its parts, and perhaps "id", '
-      f'a number from 0, got {text[:80]}'
+      f'{where}: expected JSON with either "prompt", a text, or "infill", a text or the list of its parts, and perhaps '
+      f'"id", a number from 0, got {text[:80]}'
     ) from None
+  if odd := sorted(record.keys() - set(KEYS)):
+    raise UserError(f'{where}: "{odd[0]}" means nothing here: expected of {", ".join(KEYS)}')
   if kind == 'prompt' and (record.get('least') is not None or record.get('most') is not None):
     raise UserError(f'{where}: "least" and "most" are of gaps: expected them with "infill"')
   own = {name: record[name] for name in ('least', 'most') if record.get(name) is not None}
@@ -153,7 +180,7 @@ def run(values) -> int:
 
 def serve(values, requests: list[Request], wrong: list[UserError]) -> int:
   """Load, answer, write."""
-  from ilm_jax import api, dashboards, hosts
+  from ilm_jax import api, checkpoint, dashboards, hosts
 
   index, many = hosts.which()
   if many > 1:
@@ -163,6 +190,9 @@ def serve(values, requests: list[Request], wrong: list[UserError]) -> int:
     hosts.agree({**dashboards.code(), 'requests': hosts.digest(requests), **settled(values)})
   given = {name: values[name].value for name in SETTINGS}
   settings = {name: value for name, value in given.items() if value is not None}
+  if drawn := {name: values[name].value for name in RULE if values[name].value is not None}:
+    two_stage = checkpoint.read_config(values.workdir)['sampling'].get('two_stage', True)
+    settings['token' if two_stage else 'joint'] = drawn
   mesh = values.mesh or ('data=-1' if many > 1 else None)
   lm = api.load(values.workdir, values.checkpoint, mesh=mesh, batch_size=values.batch_size, **settings)
   served = []  # (request, what the model is asked)

@@ -142,11 +142,14 @@ class HuggingFaceJudge(Judge):
   def __init__(self, name: str, *, rows: int = 8):
     torch, transformers = _hugging_face()
     try:
-      self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+      self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, split_special_tokens=True)  # they are text
       net = transformers.AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError) as error:
       reason = ' '.join(str(error).split()).split('. ')[0][:200]
-      raise UserError(f'the judge {HUB}{name} could not be loaded from Hugging Face or a folder: {reason}') from None
+      raise UserError(
+        f'the judge {HUB}{name} could not be loaded from Hugging Face or a folder '
+        f'({reason}): name another, or the folder of a run of family=arm'
+      ) from None
     starts = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
     self.start = next((start for start in starts if start is not None), None)
     if self.start is None:

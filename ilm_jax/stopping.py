@@ -198,6 +198,7 @@ def run(values) -> int:
   print(f'{len(stops)} texts of step {lm.step}, at most {lm.sample_cfg.max_length} tokens; {len(real)} real texts\n')
   print(table(rules, real))
   print('\nfitted: ' + '\n    or: '.join(rule.flag for rule in rules[-2:]))
+  print('(of a run; of ilm_jax.generate, the same names: --stop_threshold, --stop_temperature)')
   if values.plot:
     plot(rules, real, values.plot)
   return 0

@@ -29,6 +29,7 @@ FINISHED, FAILED, PREEMPTED, INTERRUPTED = 0, 1, 75, 130  # exit codes
 class Signals:
   """Remembers SIGTERM and Ctrl-C until the loop asks; a second Ctrl-C interrupts at once.
 
+  Before the loop has begun (`begun`), while data is prepared, a signal ends the process at once: nothing of it is lost.
   On several hosts SIGTERM is left to the runtime, which tells all of them, and Ctrl-C becomes one: they stop at the
   same step, after an evaluation that is under way.
 
@@ -38,6 +39,7 @@ class Signals:
 
   def __init__(self, saving: bool = True):
     self._handled = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,) if saving else ()
+    self.begun = not saving
     self.code = None  # of the exit, once all hosts know that they stop
     self._mine = None  # what this process received
     self._old = {}
@@ -52,9 +54,13 @@ class Signals:
       signal.signal(number, handler)
 
   def _receive(self, number, _):
-    if number == signal.SIGINT and self._mine == INTERRUPTED:
+    again, self._mine = self._mine, PREEMPTED if number == signal.SIGTERM else INTERRUPTED
+    if number == signal.SIGINT and (again == INTERRUPTED or not self.begun):
       raise KeyboardInterrupt
-    self._mine = PREEMPTED if number == signal.SIGTERM else INTERRUPTED
+    if not self.begun:
+      self.code = self._mine
+      logging.info('SIGTERM before the first step: leaving; the same command begins again')
+      raise SystemExit(PREEMPTED)
     logging.info('%s: saving, then leaving', signal.Signals(number).name)
     if jax.process_count() == 1:
       self.code = self._mine
@@ -92,8 +98,12 @@ def train(cfg, workdir) -> int:
       with hosts.together():
         same_tokenizer(cfg.init_from, cfg)
       weights_of(cfg.init_from, model.abstract(exp.model_cfg, exp.mesh))  # there, and of this shape, before a file is?
+    evaluator = evaluate.Evaluator(cfg, **{k: v for k, v in exp._asdict().items() if k != 'cfg'})
     with claim(workdir, cfg):
-      return _train(exp, workdir, signals)
+      with hosts.together():
+        for split in ('train', 'validation', 'test'):
+          evaluator.source(split)
+      return _train(exp, workdir, signals, evaluator)
 
 
 def agreed(cfg, workdir) -> Experiment:
@@ -105,7 +115,7 @@ def agreed(cfg, workdir) -> Experiment:
   return exp
 
 
-def _train(exp: Experiment, workdir, signals) -> int:
+def _train(exp: Experiment, workdir, signals, evaluator) -> int:
   cfg = exp.cfg
   tx, schedule = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
   state, abstract = init_state(exp, tx)
@@ -137,7 +147,7 @@ def _train(exp: Experiment, workdir, signals) -> int:
       dashboards.forget_after(workdir, start, validated=start in saved.steps() and saved.metrics(start) is not None)
       dashboards.write_json(epath.Path(workdir) / 'run.json', {'config': as_json(cfg), 'starts': starts})
     writer = dashboards.make_writer(workdir, silent=not hosts.first())
-  evaluator = evaluate.Evaluator(cfg, **{k: v for k, v in exp._asdict().items() if k != 'cfg'})
+  signals.begun = True
   loop = Loop(exp, workdir, saved, writer, evaluator, signals, compile_step(exp, tx, schedule, abstract))
   try:
     code = loop.run(state, start)
@@ -216,7 +226,7 @@ class Loop:
       return self.leave(start)
     self.progress(start)
     batches = pipeline.train_batches(
-      self.exp.task.source(cfg.task, 'train'), self.exp.family.corrupt, cfg,
+      self.evaluator.source('train'), self.exp.family.corrupt, cfg,
       start=start, stop=cfg.steps, part=sharding.my_part(self.exp.mesh),
     )  # fmt: skip
     try:

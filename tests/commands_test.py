@@ -231,11 +231,11 @@ LONG = '|'.join(f'{n},{n + 1}' for n in range(9)) + '/0,1'
     (['--prompts=.'], '', r'--prompts=.: Is a directory'),
     ([], '', r'standard input holds no prompt: expected one a line'),
     ([], '\n \n', r'standard input holds no prompt'),
-    ([], b'1,2/1,2\n\xff\xfe', r'standard input is not UTF-8: byte 8 is 0xff'),
-    ([], '{"prompt": "1,2', r'standard input, line 1: expected JSON with "prompt"'),
+    ([], b'\n\n\xff\xfe', r'standard input, line 3 is not UTF-8: byte 2 is 0xff'),
+    ([], '{"prompt": "1,2', r'standard input, line 1: expected JSON with either "prompt"'),
     ([], '{"prompt": "1,2/1,2", "id": 1.5}', r'line 1: .*"id", a number from 0, got'),
     ([], '{"prompt": "1,2/1,2", "id": 1e999}', r'line 1: .*"id", a number from 0, got'),
-    ([], '{"infill": ' + '[' * 100_000, r'line 1: expected JSON with "prompt"'),
+    ([], '{"infill": ' + '[' * 100_000, r'line 1: expected JSON with either "prompt"'),
     ([], '{"prompt": "1,2/1,2", "most": 3}', r'line 1: "least" and "most" are of gaps'),
     (['--prompt=1,2/1,2', '--most=3'], '', r'--least and --most are of gaps: expected them with --infill'),
     (['--prompt=1,2/1,2', '--out=same', '--trace=same'], '', r'--out and --trace are the same file'),
@@ -244,8 +244,10 @@ LONG = '|'.join(f'{n},{n + 1}' for n in range(9)) + '/0,1'
     (['--infill=1,2/1,2'], '', r"text 1: no gap: expected '___' in the text"),
     (['--prompt=1,2/1,2', '--infill=a ___'], '', r'--prompt and --infill: expected one of them, got both'),
     (['--infill=a ___', '--least=3', '--most=2'], '', r'gap 1 has least=3, most=2: expected 0 <= least <= most'),
-    ([], '{"text": "1,2/1,2"}', r'line 1: expected JSON with "prompt"'),
-    ([], '{"prompt": 12}', r'line 1: expected JSON with "prompt", a text'),
+    ([], '{"text": "1,2/1,2"}', r'line 1: expected JSON with either "prompt"'),
+    ([], '{"prompt": "1,2/1,2", "infill": "1___"}', r'line 1: expected JSON with either "prompt"'),
+    ([], '{"infill": "1___", "min": 3}', r'line 1: "min" means nothing here: expected of id, prompt, infill, least'),
+    ([], '{"prompt": 12}', r'line 1: expected JSON with either "prompt", a text'),
     ([], '{"prompt": "1,2/1,2", "id": -1}', r'line 1: .*"id", a number from 0, got'),
     ([], '{"prompt": "1,2/1,2", "id": 4294967296}', r'line 1: .*"id", a number from 0, got'),
     (['--prompt=1,2/1,2', '--checkpoint=7'], '', r'no checkpoint of step 7 in .*: there are 5, 10'),
@@ -265,10 +267,31 @@ def test_a_prompt_that_cannot_be_answered_is_one_line(arguments, stdin, message,
   assert not list(tmp_path.iterdir())
 
 
-def test_prompts_in_a_file_that_is_not_utf_8_are_refused(command, trained, tmp_path):
-  (tmp_path / 'prompts').write_bytes('1,2/1,2\n1,2/\xe9'.encode('latin-1'))
-  result = command('ilm_jax.generate', [f'--workdir={trained}', f'--prompts={tmp_path / "prompts"}'])
-  assert_refused(result, r'/prompts is not UTF-8: byte 12 is 0xe9')
+def test_a_file_of_json_lines_holds_nothing_else_and_what_does_not_fit_is_named(command, trained, three, tmp_path):
+  lines = [b'[1, 2', b'"prompt": "x"}', b'1,2/1,2', b'{"prompt": "\xe9"}', json.dumps({'prompt': PROMPTS[0]}).encode()]
+  (tmp_path / 'prompts.jsonl').write_bytes(b'\xef\xbb\xbf' + b'\n'.join(lines))
+  code, out, err = command('ilm_jax.generate', [f'--workdir={trained}', f'--prompts={tmp_path / "prompts.jsonl"}'])
+  (served,) = answers((0, out, ''))
+  assert code == 1 and served['id'] == 4 and served['prompt'] == three[0]['prompt']
+  assert [re.search(r'jsonl, line (\d)', line)[1] for line in err.splitlines()] == ['1', '2', '3', '4']
+  assert f'line 4 is not UTF-8: byte {3 + sum(len(line) + 1 for line in lines[:3]) + 12} is 0xe9' in err
+
+
+def test_a_mark_at_the_start_of_standard_input_is_no_part_of_it(command, trained, three):
+  text = '\n'.join(json.dumps({'prompt': prompt}) for prompt in PROMPTS)
+  assert answers(command('ilm_jax.generate', [f'--workdir={trained}'], stdin=f'\ufeff{text}')) == three
+
+
+def test_rules_of_drawing_can_be_given(command, trained, three):
+  def say(*words):
+    return answers(command('ilm_jax.generate', [f'--workdir={trained}', *(f'--prompt={p}' for p in PROMPTS), *words]))
+
+  assert say('--temperature=0') == say('--temperature=5', '--top_p=1e-6')  # greedy, both
+  assert say('--stop_threshold=0', '--stop_temperature=100', '--seed=1') != say('--stop_threshold=0', '--seed=1')
+  lm = ilm_jax.load(trained, token={'temperature': 5.0, 'top_p': 0.5}, gap_threshold=0.5)
+  found = say('--temperature=5', '--top_p=0.5', '--gap_threshold=0.5')
+  assert [answer['tokens'] for answer in found] == [one.tokens for one in lm.generate(PROMPTS)]
+  assert lm.sample_cfg.gap_threshold == 0.5 and lm.sample_cfg.token == (5.0, 0, 0.5)
 
 
 def test_a_workdir_without_a_checkpoint_or_with_a_broken_one_is_refused(command, copy):

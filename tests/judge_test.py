@@ -211,7 +211,7 @@ def hub(monkeypatch):
   """Packages under the names of torch and transformers; yields the class whose `from_pretrained` gives tokenizers."""
 
   def named(made):
-    return types.SimpleNamespace(from_pretrained=lambda name: made())
+    return types.SimpleNamespace(from_pretrained=lambda name, **_: made())
 
   torch = types.ModuleType('torch')
   torch.cuda = types.SimpleNamespace(is_available=lambda: False)
@@ -249,7 +249,7 @@ def test_a_model_that_the_hub_does_not_give_is_one_line(hub, monkeypatch):
     judges.get('hf:odd')
   hub.AutoModelForCausalLM.from_pretrained = gone
   with pytest.raises(
-    UserError, match=r'the judge hf:x could not be loaded .*: x is not a local folder and is not'
+    UserError, match=r'the judge hf:x could not be loaded .*\(x is not a local folder and is not.*: name another, or'
   ) as e:
     judges.get('hf:x')
   assert '\n' not in str(e.value)
@@ -276,6 +276,7 @@ def test_a_real_model_of_the_hub_is_judged_token_by_token(tmp_path):
       expected -= float(torch.log_softmax(logits_V, -1)[token])
     assert (one.ids, one.cut) == (ids, len(text.split()) > 8)
     assert one.nll == pytest.approx(expected, rel=1e-4)
+  assert made.encode('a <s> b') == [1, 1, 2]  # a special token in a text is text, here an unknown word
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------

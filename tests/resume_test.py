@@ -286,6 +286,7 @@ def test_a_kill_between_an_evaluation_and_its_save_leaves_no_second_entry(tmp_pa
 def test_a_second_interrupt_does_not_wait():
   before = signal.getsignal(signal.SIGINT)
   with train.Signals() as signals:
+    signals.begun = True
     assert not signals.received()
     os.kill(os.getpid(), signal.SIGINT)
     assert signals.received() and signals.code == train.INTERRUPTED

@@ -1,6 +1,7 @@
 """Text: files and splits, documents, cutting, preparing, the tokenizer of a run, whole runs; and input that is bad."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import http.server
@@ -11,7 +12,9 @@ import logging as std_logging
 import os
 import pathlib
 import pickle
+import pwd
 import shutil
+import signal
 import sys
 import tarfile
 import threading
@@ -160,6 +163,26 @@ def test_without_both_names_a_hash_decides(tmp_path, names):
   files, shared = found(tmp_path, *names)
   assert files == dict.fromkeys(corpora.SPLITS, sorted(names))
   assert shared == dict.fromkeys(corpora.SPLITS, corpora.SPLITS)
+
+
+@pytest.mark.parametrize('name', ['held_out.txt', 'held-out.txt', 'heldout.txt', 'eval.txt', 'my_val.txt', 'VALID.txt'])
+def test_what_is_held_out_may_be_called_many_ways(tmp_path, name):
+  files, shared = found(tmp_path, 'train.txt', name, 'retrieval-notes.txt')
+  assert files == {'train': ['train.txt'], 'validation': [name], 'test': [name]} and len(shared) == 2
+
+
+def test_names_that_say_only_half_are_warned_of(tmp_path):
+  with logged() as lines:
+    found(tmp_path, 'train.txt', 'later.txt')
+  (line,) = lines
+  assert 'later.txt, train.txt do not say both' in line and 'all are shared among the splits' in line
+
+
+def test_a_file_of_nobody_is_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(pwd, 'getpwuid', lambda uid: {}[f'uid not found: {uid}'])  # as in a container without its owner
+  path = write(tmp_path / 'a.txt', stories(3))
+  (file,) = corpora.find(str(path)).files['train']
+  assert (file.size, file.changed) == (path.stat().st_size, int(path.stat().st_mtime))
 
 
 def test_the_hash_gives_each_document_one_split(tmp_path):
@@ -453,6 +476,20 @@ def test_processes_that_share_a_cache_prepare_once(corpus, tmp_path, monkeypatch
   assert calls == ['test'] and len(results) == 3 and results[0] == results[1] == results[2]
 
 
+def test_without_locks_the_first_of_several_is_kept(tmp_path, monkeypatch):
+  def no_locks(*_):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(storage.fcntl, 'flock', no_locks)
+
+  def make(folder):
+    (folder / 'file').write_text('first')
+    storage.once(tmp_path, 'place', lambda other: (other / 'file').write_text('second'))  # another is sooner
+
+  assert (storage.once(tmp_path, 'place', make) / 'file').read_text() == 'second'
+  assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ['place']
+
+
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
   files = [path for path in folder.rglob('*') if path.is_file()]
   return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != 'dataset_info.json'}
@@ -591,9 +628,13 @@ class Server(http.server.BaseHTTPRequestHandler):
     self.ranges.append(asked)
     start = int(asked.removeprefix('bytes=').removesuffix('-')) if asked else 0
     if start >= len(content):
-      return self.send_error(416)
+      self.send_response(416)
+      self.send_header('Content-Range', f'bytes */{len(content)}')
+      self.send_header('Content-Length', '0')
+      return self.end_headers()
     self.send_response(206 if asked else 200)
     self.send_header('Content-Length', str(len(content) - start))
+    self.send_header('Last-Modified', 'Fri, 12 May 2023 18:31:07 GMT')
     self.end_headers()
     end, type(self).cut = self.cut, None
     self.wfile.write(content[start:end])
@@ -644,6 +685,18 @@ def test_an_interrupted_download_goes_on_where_it_ended(served, tmp_path, corpus
   assert (folder / 'TinyStoriesV2-GPT4-train.txt').read_bytes() == files['train']
   served.files = {}
   assert len(text.source(cfg, 'validation')) > 0, 'nothing is downloaded twice'
+
+
+def test_a_download_that_was_whole_is_not_fetched_again_and_has_the_date_of_the_server(served, tmp_path):
+  served.files = {'/a': b'all of it'}
+  url = corpora.SOURCES['tinystories'][0].rpartition('/')[0] + '/a'
+  (tmp_path / 'a.part').write_bytes(b'all of it')
+  storage.download(url, tmp_path / 'a')
+  assert (tmp_path / 'a').read_bytes() == b'all of it' and served.ranges == ['bytes=9-']
+  (tmp_path / 'b.part').write_bytes(b'something else, and longer')
+  storage.download(url, tmp_path / 'b')
+  assert (tmp_path / 'b').read_bytes() == b'all of it' and served.ranges[1:] == ['bytes=26-', None]
+  assert (tmp_path / 'b').stat().st_mtime == 1_683_916_267
 
 
 def test_the_shards_of_the_archive_are_read(served, tmp_path):
@@ -734,6 +787,20 @@ def test_a_cache_that_cannot_be_written_is_said_in_one_line(corpus, tmp_path, mo
   one_line(error, 'task.cache', 'could not be written')
 
 
+def test_a_disk_that_is_full_while_data_is_prepared_is_said_in_one_line(corpus, tmp_path, monkeypatch):
+  cfg = task(corpus, tmp_path)
+  text.tokenizer(cfg)
+
+  def full(*_):
+    yield 'one', [7]
+    raise RuntimeError('Failed to write: No space left on device')  # as the writer of array_record says it
+
+  monkeypatch.setattr(text, 'prepare', full)
+  with pytest.raises(UserError) as error:
+    text.source(cfg, 'train')
+  one_line(error, 'task.cache', 'No space left on device', 'make room')
+
+
 # --- the tokenizer of a run -------------------------------------------------------------------------------------------
 
 
@@ -817,6 +884,24 @@ def test_a_run_measures_the_loss_and_shows_texts(trained, capsys):
   events = [e for path in sorted((trained / 'work').glob('events*')) for e, _ in dashboards.read_records(path)]
   shown = [v.tensor.string_val[0].decode() for e in events for v in e.summary.value if 'samples' in v.tag]
   assert len(shown) == 2 and all(one.count(' tokens, ') == 2 and 'after 3 of 6 steps' in one for one in shown)
+
+
+@pytest.mark.parametrize('number, kind', [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_while_data_is_prepared_ends_a_run_at_once(corpus, tmp_path, one_device, monkeypatch, number, kind):
+  cfg, prepare, calls = run_config(corpus, tmp_path / 'cache'), text.prepare, []
+
+  def signalled(*args):
+    calls.append(args[1])
+    yield from itertools.islice(prepare(*args), 3)
+    os.kill(os.getpid(), number)
+    yield from prepare(*args)
+
+  with monkeypatch.context() as patch, pytest.raises(kind) as error:
+    patch.setattr(text, 'prepare', signalled)
+    train.train(cfg, tmp_path / 'work')
+  assert len(calls) == 1 and not list((tmp_path / 'cache').glob('text-*'))
+  assert kind is KeyboardInterrupt or error.value.code == train.PREEMPTED
+  assert train.train(cfg, tmp_path / 'work') == train.FINISHED
 
 
 def test_the_best_checkpoint_is_the_one_of_least_loss(corpus, cache, tmp_path, one_device, monkeypatch):

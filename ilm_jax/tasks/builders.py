@@ -74,6 +74,15 @@ class Prepared:
     return Prepared, (self.folder, self.name)
 
 
+@contextlib.contextmanager
+def _writing():
+  """What the writer of array_record raises, when it cannot write, is an OSError."""
+  try:
+    yield
+  except RuntimeError as error:
+    raise OSError(' '.join(str(error).split())) from error
+
+
 def _open(folder: str, name: str, make=None):
   return _builder()(make=make, data_dir=str(pathlib.Path(folder, name)))
 
@@ -101,7 +110,7 @@ def prepared(folder: str, name: str, make) -> Prepared:
           for stale in place.glob('incomplete.*'):
             shutil.rmtree(stale)
           # TFDS announces itself on standard output, and wants a folder for downloads that there are none of.
-          with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
+          with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads, _writing():
             _open(folder, name, make).download_and_prepare(download_dir=downloads)
     except OSError as error:
       raise UserError(
@@ -208,7 +217,8 @@ def documents(folder, name: str, make) -> Documents:
     counts = {}
     with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
       builder = _documents()(make=lambda: make(counts), data_dir=str(place))
-      builder.download_and_prepare(download_dir=downloads)
+      with _writing():
+        builder.download_and_prepare(download_dir=downloads)
     (place / COUNTS).write_text(json.dumps(counts) + '\n')
 
   return Documents(storage.once(folder, name, fill))

@@ -1,7 +1,7 @@
 """Corpora: which files hold which split, and the documents in them.
 
 A path is a file, or a folder of *.txt, *.tokens, *.jsonl and shards (`NAME-00001-of-00100`), in folders of its own
-perhaps. Names that hold train, valid, heldout, dev or test say the split. Without a named test set, the held-out
+perhaps. Names that hold train, valid, heldout, dev, eval or test say the split. Without a named test set, the held-out
 documents are shared between validation and test by a hash; without named files of both kinds (a single file, say), all
 documents are shared 95 / 2.5 / 2.5 by it. Equal documents are of one split then.
 
@@ -9,6 +9,7 @@ Documents: in JSONL, the field `text` of each line. In other files, a document e
 the file (`endoftext`), with an empty line (`paragraph`), or with its line (`line`). Text is UTF-8.
 """
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -31,7 +32,7 @@ SHARES = 40  # one each of validation and test
 
 NAMES = {  # what says the split in the name of a file, or else of a folder
   'test': re.compile(r'(?<![a-z])test(?![a-z])'),
-  'validation': re.compile(r'valid|held-?out|(?<![a-z])(val|dev)(?![a-z])'),
+  'validation': re.compile(r'valid|held[-_ ]?out|(?<![a-z])(val|dev|eval)(?![a-z])'),
   'train': re.compile(r'train'),
 }
 KINDS = re.compile(r'\.(txt|tokens|jsonl)$|-\d+-of-\d+$')
@@ -74,7 +75,11 @@ def find(path: str) -> Corpus:
     if not root.exists():
       raise UserError(f'data.path={path} does not exist: expected a file, or a folder of *.txt, *.tokens or *.jsonl')
     files = list(_walk(root)) if root.is_dir() else [_file(root, root.name)]
-  except (OSError, ImportError) as error:
+  except UserError:
+    raise
+  except Exception as error:  # each kind of bucket has types of its own
+    if not isinstance(error, OSError | ImportError) and not storage.is_remote(path):
+      raise
     raise UserError(f'data.path={path} cannot be read: {_reason(error)}') from None
   files = sorted((file for file in files if file.size), key=lambda file: file.name)
   if not files:
@@ -84,14 +89,24 @@ def find(path: str) -> Corpus:
     )
   named = {split: [file for file in files if split_named(file.name) == split] for split in SPLITS}
   if not named['train'] or not (named['validation'] or named['test']):
+    if len(files) > 1 and any(named.values()):
+      some = ', '.join(file.name for file in files[:5]) + ', ...' * (len(files) > 5)
+      _warn(f'data.path={path}: the names of {some} do not say both what is for training and what is held out: the '
+            'documents of all are shared among the splits')  # fmt: skip
     return Corpus({split: files for split in SPLITS}, dict.fromkeys(SPLITS, SPLITS))
   if odd := [file.name for file in files if split_named(file.name) is None]:
-    logging.warning('data.path=%s: passed over %s, whose name says no split', path, ', '.join(odd[:5]))
+    _warn(f'data.path={path}: passed over {", ".join(odd[:5])}, whose name says no split')
   held_out = ('validation', 'test')
   if named['validation'] and named['test']:
     return Corpus(named, {})
   both = named['validation'] or named['test']
   return Corpus({'train': named['train'], **dict.fromkeys(held_out, both)}, dict.fromkeys(held_out, held_out))
+
+
+@functools.cache
+def _warn(line: str) -> None:
+  """Log a warning, once in a process."""
+  logging.warning('%s', line)
 
 
 def split_named(name: str) -> str | None:
@@ -116,8 +131,7 @@ def _walk(folder, prefix: str = ''):
 
 
 def _file(path, name: str) -> File:
-  stat = path.stat()
-  return File(path, name, stat.length, int(stat.mtime or 0))
+  return File(path, name, *storage.size_and_time(path))
 
 
 def _reason(error: Exception) -> str:
@@ -308,10 +322,11 @@ def unpack(archive: str, cache: str) -> str:
   """The folder that a *.tar.gz is unpacked to, below a cache folder."""
   path = epath.Path(archive).expanduser()
   try:
-    stat = path.stat()
+    size, _ = storage.size_and_time(path)
+    path.open('rb').close()
   except (OSError, ImportError) as error:
     raise UserError(f'data.path={archive} cannot be read: {_reason(error)}') from None
-  what = hashlib.blake2b(repr((path.name, stat.length)).encode(), digest_size=8).hexdigest()
+  what = hashlib.blake2b(repr((path.name, size)).encode(), digest_size=8).hexdigest()
 
   def make(folder):
     logging.info('unpacking %s', path)

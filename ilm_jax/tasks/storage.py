@@ -6,6 +6,7 @@ to the bucket, or copied from it where another machine has been first.
 """
 
 import contextlib
+import email.utils
 import fcntl
 import hashlib
 import http.client
@@ -72,6 +73,15 @@ def is_remote(path) -> bool:
   return '://' in str(path)
 
 
+def size_and_time(path) -> tuple[int, int]:
+  """Bytes of a file, and when it was changed, in seconds; 0 where a bucket doesn't say."""
+  if is_remote(path):
+    stat = path.stat()
+    return stat.length, int(stat.mtime or 0)
+  stat = os.stat(path)  # epath's also asks for the owner's name, and there may be none
+  return stat.st_size, int(stat.st_mtime)
+
+
 def local(folder) -> pathlib.Path:
   """Where this machine keeps the things of a cache folder."""
   if not is_remote(folder):
@@ -108,8 +118,11 @@ def once(folder, name: str, make) -> pathlib.Path:
           _share(epath.Path(folder) / name, part, make)
         else:
           make(part)
-        with contextlib.suppress(FileExistsError):  # without locks, another may have been first, with the same
+        try:
           part.rename(place)
+        except OSError:
+          if not place.is_dir():  # without locks, another may have been first, with the same
+            raise
       finally:
         shutil.rmtree(part, ignore_errors=True)
   except (OSError, ImportError) as error:  # epath needs a package for each kind of bucket
@@ -174,9 +187,14 @@ def download(url: str, file: pathlib.Path) -> None:
     request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
     try:
       answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except http.client.HTTPException as error:
+      raise OSError(f'the server gave no answer that can be read ({type(error).__name__})') from error
     except urllib.error.HTTPError as error:
-      if error.code != 416:  # not "beyond the end": the last attempt has got all of it, or something else
+      if error.code != 416:  # "beyond the end"
         raise
+      if error.headers.get('Content-Range', '').endswith(f'/{have}'):  # the last attempt has got all of it
+        part.rename(file)
+        return
       part.unlink()
       answer = urllib.request.urlopen(url, timeout=TIMEOUT)
     with answer:
@@ -197,4 +215,14 @@ def download(url: str, file: pathlib.Path) -> None:
           pass  # what is missing is said below
     if total is not None and done < total:
       raise OSError(f'the connection ended after {done:,} of {total:,} bytes')
+    _date(part, answer.headers.get('Last-Modified'))
     part.rename(file)
+
+
+def _date(file: pathlib.Path, text: str | None) -> None:
+  """Give a file the date that the server told, so that all who download it have the same."""
+  try:
+    when = email.utils.parsedate_to_datetime(text or '').timestamp()
+  except (TypeError, ValueError):
+    when = 0  # as good, where the server says nothing
+  os.utime(file, (when, when))
