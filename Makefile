@@ -64,9 +64,9 @@ clean: ## remove .venv and caches; runs/ stays
 
 # An existing environment with pip is taken as it is.
 $(VENV)/.created:
-	@command -v "$(PYTHON)" > /dev/null || { echo "$(PYTHON) not found: name a Python 3.11 or newer, make PYTHON=..."; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "ilm_jax needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.12"; exit 1; }
+	@command -v "$(PYTHON)" > /dev/null || { echo "$(PYTHON) not found: name a Python 3.11.4 or newer, make PYTHON=..."; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' \
+	  || { echo "ilm_jax needs Python 3.11.4 or newer, $(PYTHON) is older: make PYTHON=python3.12"; exit 1; }
 	@if ! $(PY) -c 'import pip' 2> /dev/null; then \
 	  "$(PYTHON)" -c 'import ensurepip, venv' 2> /dev/null \
 	    || { echo "$(PYTHON) cannot make virtual environments: install python3-venv, or name another, make PYTHON=..."; exit 1; }; \

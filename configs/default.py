@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.model = ml_collections.ConfigDict()
   config.model.preset = placeholder(str)
-  config.model.preset = 'small'  # small, tiny, tiny2 or xtiny2; what follows overrides it
+  config.model.preset = 'small'  # small, tiny, tiny2, xtiny2, 1b or 8b; what follows overrides it
   config.model.num_layers = placeholder(int)
   config.model.num_heads = placeholder(int)
   config.model.d_model = placeholder(int)
@@ -28,6 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.scan_layers = False  # compile one block and loop over the layers, for a copy of their parameters
   config.model.remat = False  # compute each block again for the gradient instead of remembering it
   config.model.init = 'normal'
+  config.model.tell_open = False  # ilm, it: the model is told which gaps are open (for corrupt.infill)
   config.model.conditioning = placeholder(str)  # mdm: none, or adaln (its default): the model is told the noise level
   config.model.d_cond = placeholder(int)  # width of what the noise level becomes; 128 by default
   config.model.residual = placeholder(str)  # of adaln: input, or modulated (the reference)

@@ -7,7 +7,8 @@ small   `python -m ilm_jax.main --config=configs/lm1b.py:small`: 1.9M parameters
         yet.
 
 The corpus (1.8 GB) is downloaded; `--config.data.path=PATH` reads its archive, its shards (*.en-*-of-*) or *.tokens
-instead. A sentence is a line, and is detokenised.
+instead. A sentence is a line, and is detokenised, by rules that join more than those of earlier papers do (n't, %, $,
+the two sides of quotes), so that numbers per token can be compared with theirs only roughly.
 """
 
 import ml_collections

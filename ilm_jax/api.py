@@ -275,7 +275,7 @@ class LanguageModel:
     Args:
       texts: of a task of texts.
       kind: 'exact', 'bound' or 'importance-weighted', as the family has it; its own by default.
-      seed: of the estimates.
+      seed: of the estimates ('bound' and 'importance-weighted'), which also depend on the place in the list.
 
     Raises:
       UserError: the family has no likelihood, or a text is longer than sampling.max_length.

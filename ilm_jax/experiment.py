@@ -94,6 +94,8 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
     raise UserError(
       f'model.conditioning={cfg.model.conditioning!r}: the family {cfg.family} knows no noise level: leave it out'
     )
+  if cfg.model.get('tell_open') and cfg.family not in ('ilm', 'it'):
+    raise UserError(f'model.tell_open=True: the family {cfg.family} has no gaps that are open or closed: leave it out')
   settings = {**cfg.model.to_dict(), **decided}
   model_cfg = model.ModelConfig.create(vocab_size, **settings)
   mesh = sharding.make_mesh(cfg.mesh, devices)

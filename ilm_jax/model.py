@@ -38,6 +38,7 @@ class ModelConfig:
   init: str = 'normal'  # embeddings N(0, 0.02); 'reference': N(0, 1)
   conditioning: str = 'none'  # 'adaln': on a noise level; its LayerNorms have no bias
   d_cond: int = 128  # width of what the noise level becomes
+  tell_open: bool = False  # a vector is added to each token that says whether one may come right of it
   residual: str = 'input'  # attention is added to the block's input; 'modulated': to what it reads (the reference)
 
   def __post_init__(self):
@@ -99,6 +100,7 @@ PRESETS = {
 }
 NOISE_FREQUENCIES = 128
 ROWS = ('rows', None, None)  # logical axes of features
+OPEN = (None, 'embed')
 
 
 def _uniform(fan_in: int):
@@ -319,8 +321,9 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, tokens_BxL, position_BxL, segment_BxL, cls_BxS, noise_BxS=None, *, train: bool = False, cache=None
-  ):
+    self, tokens_BxL, position_BxL, segment_BxL, cls_BxS, noise_BxS=None, open_BxL=None, *, train: bool = False,
+    cache=None,
+  ):  # fmt: skip
     """Compute features, unembedding and stop logits.
 
     Args:
@@ -329,6 +332,7 @@ class Transformer(nn.Module):
       segment_BxL: tokens attend within their segment; 0 is padding.
       cls_BxS: where the stop head reads; ignored without a stop head.
       noise_BxS: noise level of each segment; ignored without conditioning.
+      open_BxL: may a token be inserted right of each; ignored unless the model is told.
       train: with dropout (needs an rng named 'dropout').
       cache: of each block, a `Cache`. A causal model then attends to what lies in it up to each token's position,
         whatever the segments, and returns (Outputs, caches with these tokens in them).
@@ -348,6 +352,12 @@ class Transformer(nn.Module):
     x_BxLxD = jnp.take(sharding.gather(embed_VxD, ops.TABLE), tokens_BxL, axis=0).astype(dtype)
     # [PAD] keeps its zeros also where it is a token as others (the reference): a LayerNorm is steep there.
     x_BxLxD = jnp.where((tokens_BxL == 0)[..., None], jax.lax.stop_gradient(x_BxLxD), x_BxLxD)
+    if cfg.tell_open:
+      if open_BxL is None:
+        raise ValueError('a model with tell_open needs open_BxL, whether a token may be inserted right of each')
+      init = nn.with_logical_partitioning(lambda rng, shape, dtype: jax.random.normal(rng, shape, dtype) * std, OPEN)
+      open_2xD = self.param('open', init, (2, cfg.d_model), jnp.float32)
+      x_BxLxD += jnp.take(sharding.gather(open_2xD, OPEN), open_BxL.astype(jnp.int32), axis=0).astype(dtype)
     x_BxLxD = sharding.constrain(x_BxLxD, ROWS)
     noise_BxSxC = NoiseLevel(cfg, name='noise')(noise_BxS) if told else None
     make_block = nn.remat(Block) if cfg.remat and cache is None else Block
@@ -381,30 +391,30 @@ unbox = nn.unbox
 def init(cfg: ModelConfig, rng) -> Any:
   """Make fresh parameters, boxed with their logical axis names (`unbox` strips them)."""
   one = jnp.ones((1, 2), jnp.int32)
-  return Transformer(cfg).init(rng, one, one, one, one[:, :1], jnp.zeros((1, 1)))['params']
+  return Transformer(cfg).init(rng, one, one, one, one[:, :1], jnp.zeros((1, 1)), one)['params']
 
 
 def apply(
-  cfg: ModelConfig, params, tokens_BxL, position_BxL, segment_BxL, cls_BxS, noise_BxS=None, *, rng=None
+  cfg: ModelConfig, params, tokens_BxL, position_BxL, segment_BxL, cls_BxS, noise_BxS=None, open_BxL=None, *, rng=None
 ) -> Outputs:
-  """Run the transformer; with `rng`, with dropout. A model with conditioning needs `noise_BxS`, others pass over it."""
+  """Run the transformer; with `rng`, with dropout. `noise_BxS` and `open_BxL` are for models that are told them."""
   rngs = None if rng is None else {'dropout': rng}
-  args = tokens_BxL, position_BxL, segment_BxL, cls_BxS, noise_BxS
+  args = tokens_BxL, position_BxL, segment_BxL, cls_BxS, noise_BxS, open_BxL
   return Transformer(cfg).apply({'params': params}, *args, train=rng is not None, rngs=rngs)
 
 
 def apply_batch(cfg: ModelConfig, params, batch: Batch, *, rng=None) -> Outputs:
   """Run the transformer on a batch of packed rows."""
   names = ('tokens_BxL', 'position_BxL', 'segment_BxL', 'cls_BxS', 'noise_BxS')
-  return apply(cfg, params, *(batch[name] for name in names), rng=rng)
+  return apply(cfg, params, *(batch[name] for name in names), batch.get('open_BxL'), rng=rng)
 
 
-def apply_rows(cfg: ModelConfig, params, tokens_BxL, length_B, noise_BxS=None) -> Outputs:
+def apply_rows(cfg: ModelConfig, params, tokens_BxL, length_B, noise_BxS=None, open_BxL=None) -> Outputs:
   """Run the transformer on rows of one sequence each, [CLS] first: what samplers call `forward`."""
   index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
   segment_BxL = (index_BxL < length_B[:, None]).astype(jnp.int32)
   cls_Bx1 = jnp.zeros((tokens_BxL.shape[0], 1), jnp.int32)
-  return apply(cfg, params, tokens_BxL, index_BxL, segment_BxL, cls_Bx1, noise_BxS)
+  return apply(cfg, params, tokens_BxL, index_BxL, segment_BxL, cls_Bx1, noise_BxS, open_BxL)
 
 
 class Forward(NamedTuple):
@@ -413,9 +423,9 @@ class Forward(NamedTuple):
   cfg: ModelConfig
   params: Any
 
-  def __call__(self, tokens_BxL, length_B, noise_BxS=None) -> Outputs:
-    """Run on rows of one sequence each (S = 1), [CLS] first, with their noise levels if the model is told one."""
-    return apply_rows(self.cfg, self.params, tokens_BxL, length_B, noise_BxS)
+  def __call__(self, tokens_BxL, length_B, noise_BxS=None, open_BxL=None) -> Outputs:
+    """Run on rows of one sequence each (S = 1), [CLS] first, with what the model is told: noise levels, open gaps."""
+    return apply_rows(self.cfg, self.params, tokens_BxL, length_B, noise_BxS, open_BxL)
 
   def cache(self, rows: int, size: int) -> list[Cache]:
     """An empty cache of each block, for sequences of at most `size` tokens."""

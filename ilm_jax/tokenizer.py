@@ -195,7 +195,7 @@ class WordPiece(Tokenizer):
       ) from None
     self._vocab, self._lowercase = vocab, bool(lowercase)
     try:
-      lines = vocab.decode().splitlines()
+      lines = vocab.decode().replace('\r\n', '\n').removesuffix('\n').split('\n')
     except UnicodeDecodeError as error:
       raise UserError(f'{name} is not UTF-8: byte {error.start} is {vocab[error.start]:#04x}') from None
     words = [word for word in lines if word not in SPECIAL]

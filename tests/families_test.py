@@ -21,17 +21,18 @@ CORRUPTED = {'tokens', 'open', 'target_gap', 'target_token', 'length', 'free'}
 
 def make_config(name):
   cfg = default.get_config()
-  cfg.family = name
+  cfg.family, _, told = name.partition(' ')
+  cfg.model.tell_open = bool(told)
   cfg.corrupt.length = LENGTH
   return cfg
 
 
-@pytest.fixture(scope='module', params=families.FAMILIES)
+@pytest.fixture(scope='module', params=[*families.FAMILIES, 'ilm told'])
 def made(request):
   """(the family, its config, a Forward with random weights)."""
   cfg = make_config(request.param)
-  family = families.get(request.param)
-  settings = {k: v for k, v in cfg.model.to_dict().items() if k in ('conditioning', 'residual') and v}
+  family = families.get(cfg.family)
+  settings = {k: v for k, v in cfg.model.to_dict().items() if k in ('conditioning', 'residual', 'tell_open') and v}
   model_cfg = model.ModelConfig(V, **SIZES, **{**settings, **family.model_settings(cfg)})
   params = model.unbox(jax.jit(model.init, static_argnums=0)(model_cfg, jax.random.key(0)))
   params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
@@ -58,7 +59,7 @@ def loss_cfg(cfg):
 def losses(made, batch, params=None):
   family, cfg, forward = made
   names = ['tokens_BxL', 'position_BxL', 'segment_BxL', 'cls_BxS']
-  extra = {'noise_BxS': batch['noise_BxS']} if getattr(forward.cfg, 'conditioning', 'none') != 'none' else {}
+  extra = {name: batch[name] for name in ('noise_BxS', 'open_BxL')}
   outputs = model.apply(forward.cfg, forward.params if params is None else params, *(batch[n] for n in names), **extra)
   return family.loss(outputs, batch, loss_cfg(cfg))
 

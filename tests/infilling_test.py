@@ -196,7 +196,7 @@ def test_a_filling_has_one_space_on_each_side_and_can_complete_a_word(spm):
 # --- a model ----------------------------------------------------------------------------------------------------------
 
 
-def make_lm(words, folder, family='ilm', **settings):
+def make_lm(words, folder, family='ilm', told=False, **settings):
   """A LanguageModel with random weights."""
   cfg = text_config.get_config('small')
   cfg.family = family
@@ -207,7 +207,7 @@ def make_lm(words, folder, family='ilm', **settings):
   if family == 'arm':
     cfg.corrupt.fim = 0.5
   decided = families.get(family).model_settings(ConfigDict({'model': {'conditioning': 'adaln'}}))
-  model_cfg = model.ModelConfig(words.vocab_size, **SIZES, **decided)
+  model_cfg = model.ModelConfig(words.vocab_size, tell_open=told, **SIZES, **decided)
   params = jax.jit(lambda key: model.unbox(model.init(model_cfg, key)))(jax.random.key(0))
   params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), params)
   return api.LanguageModel(cfg, model_cfg, params, **{'min_buffer': 32, **settings})
@@ -258,6 +258,30 @@ def test_gaps_hold_as_many_tokens_as_were_asked_for(lm):
       )
       assert low <= inside <= (UNLIMITED if high is None else high)
       assert sum(counts) - inside >= 1
+
+
+@pytest.mark.parametrize('family', ['ilm', 'it'])
+def test_a_model_that_is_told_of_open_gaps_is_told_of_those_and_of_new_tokens(words, tmp_path, monkeypatch, family):
+  seen, forward = [], model.Forward.__call__
+
+  def watched(self, tokens_BxL, length_B, noise_BxS=None, open_BxL=None):
+    jax.debug.callback(lambda *arrays: seen.append([np.asarray(x)[0] for x in arrays]), length_B, open_BxL)
+    return forward(self, tokens_BxL, length_B, noise_BxS, open_BxL)
+
+  monkeypatch.setattr(model.Forward, '__call__', watched)
+  lm = make_lm(words, tmp_path, family, told=True, batch_size=1, max_steps=6)
+  (made,) = lm.infill(['the ___ ran ___ .'])
+  jax.effects_barrier()
+  given, expected = lm.encode(lm.gaps('the ___ ran ___ .'))['open'], {}
+  for step in range(max(made.order) + 2):
+    there = [order for order in made.order if order < step]
+    opened = iter(given.tolist())
+    expected[len(there)] = [order >= 0 or next(opened) for order in there]
+  assert given.sum() == 2 and len(expected) > 3
+  found = {int(length): open_L for length, open_L in seen if length in expected}
+  assert found.keys() == expected.keys()
+  for length, open_L in found.items():
+    assert open_L[:length].tolist() == expected[length] and not open_L[length:].any()
 
 
 def test_prompts_gaps_and_nothing_in_one_batch_are_what_they_are_alone(lm):

@@ -419,6 +419,29 @@ def test_without_conditioning_a_noise_level_is_passed_over():
   np.testing.assert_array_equal(apply(TINY, params, *args, np.ones((1, 1))).hidden_BxLxD, expected)
 
 
+@pytest.mark.parametrize('compute', ['float32', 'bfloat16'])
+def test_being_told_of_open_gaps_is_to_have_two_embeddings_of_each_token(compute):
+  told = dataclasses.replace(TINY, tell_open=True, compute=compute)
+  params = weights(told)
+  assert params['open'].shape == (2, 16)
+  rng = np.random.default_rng(0)
+  tokens, open_ = rng.integers(1, 40, (2, 7)), rng.random((2, 7)) < 0.5
+  place, one = np.arange(7)[None].repeat(2, axis=0), np.ones((2, 7), int)
+  args = place, one, one[:, :1] * 0
+  found = apply(told, params, tokens, *args, None, open_)
+  rest = {name: array for name, array in params.items() if name != 'open'}
+  twice = np.concatenate([params['embed'] + params['open'][bit] for bit in (0, 1)])
+  plain = dataclasses.replace(told, tell_open=False, vocab_size=80)
+  rest |= {'embed': twice, 'unembed': np.tile(params['unembed'], (2, 1))}
+  expected = apply(plain, rest, tokens + 40 * open_, *args)
+  tolerance = 1e-5 if compute == 'float32' else 0.1
+  np.testing.assert_allclose(found.hidden_BxLxD, expected.hidden_BxLxD, rtol=tolerance, atol=tolerance)
+  np.testing.assert_allclose(found.stop_BxSx2, expected.stop_BxSx2, rtol=tolerance, atol=tolerance)
+  assert np.abs(np.subtract(apply(told, params, tokens, *args, None, ~open_).stop_BxSx2, found.stop_BxSx2)).max() > 0.01
+  with pytest.raises(ValueError, match='needs open_BxL'):
+    apply(told, params, tokens, *args)
+
+
 # --- who sees whom ----------------------------------------------------------------------------------------------------
 
 TINY = model.ModelConfig(vocab_size=40, num_layers=2, num_heads=2, d_model=16, d_ff=24)

@@ -33,7 +33,8 @@ def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
     example: see above.
     cfg: `close_prompt` closes the gaps inside the prompt in the training softmax (the reference leaves them open).
       `infill`: the share of the examples of which only a few stretches are free, as they are when a model fills gaps;
-      their other gaps are closed.
+      their other gaps are closed. (The reference closes each gap in which nothing is missing at the moment; a sampler
+      cannot know those.) With `model.tell_open`, the model is told which gaps are open, as the reference's is.
     u: a number in [0, 1) that decides n in place of a draw (stratified validation, of whole texts).
   """
   tokens, fixed = example['tokens'], example['fixed']

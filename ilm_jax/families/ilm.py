@@ -174,14 +174,14 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   """
   rng_B = jax.vmap(jax.random.fold_in)(rows.rng_B, rows.steps_B)
   gap_rng_B, token_rng_B, stop_rng_B = jax.vmap(functools.partial(jax.random.split, num=3), out_axes=1)(rng_B)
-  outputs = forward(rows.tokens_BxL, rows.length_B)
+  open_BxL = (rows.room_BxL > 0) & (jnp.arange(rows.tokens_BxL.shape[1])[None] < rows.length_B[:, None])
+  outputs = forward(rows.tokens_BxL, rows.length_B, **growing.told(forward, open_BxL))
 
   stop_prob_B = jax.nn.softmax(outputs.stop_BxSx2[:, 0] / cfg.stop_temperature, axis=-1)[:, 0]
   threshold = cfg.stop_threshold
   if threshold is None:
     threshold = jax.vmap(lambda rng: 1.0 - jax.random.uniform(rng))(stop_rng_B)  # in (0, 1]
   wants_stop_B = stop_prob_B >= threshold
-  open_BxL = (rows.room_BxL > 0) & (jnp.arange(rows.tokens_BxL.shape[1])[None] < rows.length_B[:, None])
   lacks_BxL = open_BxL & (rows.lack_BxL > 0)
   room_B = jnp.minimum(cfg.max_length - rows.length_B, growing.most_steps(cfg) - rows.steps_B)
   first_BxL = rows.gap_BxL != jnp.roll(rows.gap_BxL, 1, axis=1)  # a gap's positions stand together

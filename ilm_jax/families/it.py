@@ -133,7 +133,8 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   """One forward pass; tokens in one gap, or all unfinished gaps, of each row that goes on."""
   rng_B = jax.vmap(jax.random.fold_in)(rows.rng_B, rows.steps_B)
   gap_rng_B, token_rng_B = jax.vmap(functools.partial(jax.random.split, num=2), out_axes=1)(rng_B)
-  outputs = forward(rows.tokens_BxL, rows.length_B)
+  open_BxL = (rows.room_BxL > 0) & (jnp.arange(rows.tokens_BxL.shape[1])[None] < rows.length_B[:, None])
+  outputs = forward(rows.tokens_BxL, rows.length_B, **growing.told(forward, open_BxL))
   hidden_BxLxD, unembed_VxD = outputs.hidden_BxLxD, outputs.unembed_VxD
   row_B, size = jnp.arange(rng_B.shape[0]), rows.tokens_BxL.shape[1]
   lengths = {'chunk': cfg.vocab_chunk, 'compute': cfg.compute}
@@ -148,7 +149,6 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
     finished_BxL = end_BxL >= ops.vocab_max(hidden_BxLxD, unembed_VxD, closed_V, **lengths)
   else:
     finished_BxL = end_prob_BxL > cfg.end_threshold
-  open_BxL = (rows.room_BxL > 0) & (index_BxL < rows.length_B[:, None])
   if cfg.force_first:
     finished_BxL &= rows.steps_B[:, None] > 0
   unfinished_BxL = open_BxL & ~finished_BxL

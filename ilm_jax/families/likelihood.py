@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from ilm_jax import ops
+from ilm_jax.families import growing
 from ilm_jax.types import Score, UserError
 
 MOST_EXACT = 12  # free tokens of a row whose subsets are enumerated
@@ -40,11 +41,10 @@ def _look(forward, tokens_BxL, fixed_BxL, length_B, keep_BxL, cfg) -> _Step:
   order_BxL = jnp.argsort(~keep_BxL, axis=1, stable=True)
   count_B = keep_BxL.sum(axis=1)
   kept_BxL = jnp.take_along_axis(tokens_BxL, order_BxL, axis=1)
-  outputs = forward(jnp.where(index_BxL < count_B[:, None], kept_BxL, 0), count_B)
-
   next_free_BxL = jnp.roll(~fixed_BxL & valid_BxL, -1, axis=1).at[:, -1].set(False)
   open_BxL = jnp.take_along_axis((~fixed_BxL | next_free_BxL).at[:, 0].set(False), order_BxL, axis=1)
   open_BxL &= index_BxL < count_B[:, None]
+  outputs = forward(jnp.where(index_BxL < count_B[:, None], kept_BxL, 0), count_B, **growing.told(forward, open_BxL))
   bias_V = ops.closed_bias(outputs.unembed_VxD.shape[0], cfg.closed_tokens)
   lse_BxL = ops.vocab_logsumexp(
     outputs.hidden_BxLxD, outputs.unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute
