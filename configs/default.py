@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.scan_layers = False  # compile one block and loop over the layers, for a copy of their parameters
   config.model.remat = False  # compute each block again for the gradient instead of remembering it
   config.model.init = 'normal'
-  config.model.tell_open = False  # ilm, it: the model is told which gaps are open (for corrupt.infill)
+  config.model.tell_open = False  # ilm, it: the model is told which gaps are open (with corrupt.infill, close_prompt)
   config.model.conditioning = placeholder(str)  # mdm: none, or adaln (its default): the model is told the noise level
   config.model.d_cond = placeholder(int)  # width of what the noise level becomes; 128 by default
   config.model.residual = placeholder(str)  # of adaln: input, or modulated (the reference)

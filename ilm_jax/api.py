@@ -86,8 +86,9 @@ class LanguageModel:
     if 'joint' in sampling_settings:
       sampling_settings.setdefault('two_stage', False)
     settings = cfg.sampling.to_dict()
-    for name, value in sampling_settings.items():  # a dict replaces some fields of a rule
-      settings[name] = {**(settings.get(name) or {}), **value} if isinstance(value, dict) else value
+    for name, value in sampling_settings.items():
+      some = name in settings_lib.RULES and isinstance(value, dict)  # fields of a rule
+      settings[name] = {**(settings.get(name) or {}), **value} if some else value
     self.sample_cfg = families.make_sample_config(
       self.family, cfg, settings, closed_tokens=self.tokenizer.special_ids, compute=model_cfg.compute
     )

@@ -6,7 +6,8 @@ A topology is the type of a chip and the shape of a slice: v4:2x2x1, v5e:2x4, v5
 eight CPU devices. Nothing is read but the config: a corpus and its tokenizer need not be there. Printed are, on each
 device, the memory of the training step and of a step of the sampler, their collectives, and what the compiler gathers
 whole against its will; the arithmetic of the training step, from a formula; and what the published limits of the chip
-allow: a prediction, never a measurement. Needs libtpu (pip install -e '.[tpu]'), which runs on any Linux machine.
+allow: a prediction, never a measurement. Needs libtpu (pip install -e '.[tpu]'), which runs on any Linux machine of
+x86_64.
 """
 
 import atexit
@@ -157,8 +158,9 @@ def describe(compiled, devices: int, chip: Chip | None, seconds: float) -> list[
     if ones:
       unsure = '' if all(one.certain for one in ones) else ', at least: some are in loops of unknown length'
       count, sent = sum(one.times for one in ones), sum(one.traffic() for one in ones)
+      largest = max(ones, key=lambda one: one.size)
       lines.append(f'  {kind}: {count} a step, {sent / 1e6:,.1f} MB sent by a device{unsure}; the largest: '
-                   f'{ones[0].size / 1e6:,.1f} MB, {ones[0].where[:100] or "?"}')  # fmt: skip
+                   f'{largest.size / 1e6:,.1f} MB, {largest.where[:100] or "?"}')  # fmt: skip
   return lines
 
 

@@ -12,9 +12,9 @@ HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 def fail(message) -> int:
-  """Print one line of what is wrong; the exit code of a mistake is 1."""
+  """Print one line of what is wrong; returns the exit code, that of a UserError, or 1."""
   print('error: ' + ' '.join(str(message).split()), file=sys.stderr)
-  return 1
+  return getattr(message, 'code', 1)
 
 
 def wants_help(argv) -> bool:

@@ -191,8 +191,12 @@ def code() -> dict[str, str]:
   here = pathlib.Path(__file__).parent
   files = hashlib.sha256()
   for path in sorted(here.rglob('*.py')):
-    files.update(f'{path.relative_to(here)}\n{path.read_text()}\0'.encode())
-  return {'commit': commit(), 'code': files.hexdigest()[:16], **{name: version(name) for name in PACKAGES}}
+    files.update(f'{path.relative_to(here)}\n{path.stat().st_size}\n'.encode() + path.read_bytes())
+  return {
+    'commit': commit(),
+    'code': files.hexdigest()[:16],
+    **{name: version(name) for name in (*PACKAGES[1:], 'sentencepiece', 'tokenizers')},
+  }
 
 
 def version(name: str) -> str:

@@ -50,8 +50,10 @@ class Evaluator:
 
   def __init__(self, cfg, *, model_cfg, family, task, sample_cfg, loss_cfg, mesh):
     self.cfg, self.family, self.task, self.mesh = cfg, family, task, mesh
-    self.rows = -(-cfg.eval.batch_size // sharding.row_parts(mesh)) * sharding.row_parts(mesh)  # some may stay empty
-    self.sampler = sampling.Sampler(model_cfg, family, sample_cfg, self.rows, mesh)
+    parts = sharding.row_parts(mesh)
+    asked = min(cfg.eval.batch_size, cfg.eval.samples or cfg.eval.batch_size)
+    self.rows, rows = (-(-count // parts) * parts for count in (cfg.eval.batch_size, asked))  # some may stay empty
+    self.sampler = sampling.Sampler(model_cfg, family, sample_cfg, rows, mesh)
     self.tokenizer = task.tokenizer(cfg.task)
     self.sources = {}
 

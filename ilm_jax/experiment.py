@@ -94,8 +94,17 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
     raise UserError(
       f'model.conditioning={cfg.model.conditioning!r}: the family {cfg.family} knows no noise level: leave it out'
     )
-  if cfg.model.get('tell_open') and cfg.family not in ('ilm', 'it'):
-    raise UserError(f'model.tell_open=True: the family {cfg.family} has no gaps that are open or closed: leave it out')
+  if cfg.model.get('tell_open'):
+    if cfg.family not in ('ilm', 'it'):
+      raise UserError(f'model.tell_open=True: the family {cfg.family} has no open and closed gaps: leave it out')
+    if not cfg.corrupt.close_prompt:
+      raise UserError(
+        'model.tell_open=True needs corrupt.close_prompt=True: a sampler closes the gaps of what is given, and so must '
+        'the training'
+      )
+    if not cfg.corrupt.infill and not hasattr(task, 'score'):
+      logging.warning('model.tell_open=True with corrupt.infill=0: no gap of a whole text is closed, so nothing is '
+                      'learned of it')  # fmt: skip
   settings = {**cfg.model.to_dict(), **decided}
   model_cfg = model.ModelConfig.create(vocab_size, **settings)
   mesh = sharding.make_mesh(cfg.mesh, devices)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
+from etils import epath
 
 from ilm_jax.console import command, define_hosts, fail, quiet
 from ilm_jax.types import UserError
@@ -93,25 +94,25 @@ def read_requests(values) -> tuple[list[Request], list[UserError]]:
     return [Request(i, kind, text, f'--{kind} {i + 1}', limits) for i, text in enumerate(texts)], []
   name = values.prompts or 'standard input'
   try:
-    content = Path(values.prompts).read_bytes() if values.prompts else sys.stdin.buffer.read()
+    content = epath.Path(values.prompts).read_bytes() if values.prompts else sys.stdin.buffer.read()
   except OSError as error:
-    raise UserError(f'--prompts={name}: {error.strerror}') from None
+    raise UserError(f'--prompts={name}: {error.strerror or error}') from None
   lines, structured, start = content.split(b'\n'), name.endswith('.jsonl'), 0
   out, wrong, taken = [], [], {}
   for number, line in enumerate(lines):
     at, start = start, start + len(line) + 1
-    if number == 0:
-      line = line.removeprefix(MARK)
-    if line.strip():
-      try:
-        where = f'{name}, line {number + 1}'
-        request = read_line(decode(line, where, at), number, where, limits, structured=structured)
+    if number == 0 and line.startswith(MARK):
+      at, line = len(MARK), line[len(MARK) :]
+    where = f'{name}, line {number + 1}'
+    try:
+      if text := decode(line, where, at):
+        request = read_line(text, number, where, limits, structured=structured)
         if request.id in taken:
           raise UserError(f'{request.where}: the id {request.id} is that of {taken[request.id]} already: give another')
         taken[request.id] = f'line {number + 1}'
         out.append(request)
-      except UserError as error:
-        wrong.append(error)
+    except UserError as error:
+      wrong.append(error)
   if not out and not wrong:
     raise UserError(f'{name} holds no prompt: expected one a line')
   return out, wrong
@@ -191,8 +192,9 @@ def serve(values, requests: list[Request], wrong: list[UserError]) -> int:
   given = {name: values[name].value for name in SETTINGS}
   settings = {name: value for name, value in given.items() if value is not None}
   if drawn := {name: values[name].value for name in RULE if values[name].value is not None}:
-    two_stage = checkpoint.read_config(values.workdir)['sampling'].get('two_stage', True)
-    settings['token' if two_stage else 'joint'] = drawn
+    cfg = checkpoint.read_config(values.workdir)
+    at_once = cfg['family'] == 'ilm' and not cfg['sampling'].get('two_stage', cfg['sampling'].get('joint') is None)
+    settings['joint' if at_once else 'token'] = drawn
   mesh = values.mesh or ('data=-1' if many > 1 else None)
   lm = api.load(values.workdir, values.checkpoint, mesh=mesh, batch_size=values.batch_size, **settings)
   served = []  # (request, what the model is asked)
@@ -216,9 +218,9 @@ def serve(values, requests: list[Request], wrong: list[UserError]) -> int:
   made, name = {}, shard(values.out, index, many)
   with contextlib.ExitStack() as stack:
     try:
-      out = stack.enter_context(open(name, 'w', encoding='utf-8')) if name else sys.stdout
+      out = stack.enter_context(epath.Path(name).open('w')) if name else sys.stdout
     except OSError as error:
-      raise UserError(f'--out={name}: {error.strerror}') from None
+      raise UserError(f'--out={name}: {error.strerror or error}') from None
     for job, answer in lm.stream([asked for _, asked, _ in jobs], seed=values.seed, ids=ids):
       if job % many != index:
         continue
@@ -245,8 +247,8 @@ def shard(name: str | None, index: int, many: int) -> str | None:
   """The file of one of several hosts: answers-00000-of-00002.jsonl for answers.jsonl."""
   if not name or many == 1:
     return name
-  path = Path(name)
-  return str(path.with_name(f'{path.stem}-{index:05d}-of-{many:05d}{path.suffix}'))
+  stem, dot, suffix = name.rpartition('.') if '.' in Path(name).name else (name, '', '')
+  return f'{stem}-{index:05d}-of-{many:05d}{dot}{suffix}'
 
 
 def write(record: dict, out, name) -> None:

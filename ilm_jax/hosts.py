@@ -28,6 +28,7 @@ WAIT = 60  # seconds for a file to be seen by all
 LOST = 134  # exit code of a process that goes down with another one, as the runtime's own abort has it
 SIGNS = (
   'closed by peer',
+  'remote process exited',
   'reset by peer',
   'heartbeat',
   'coordination service',
@@ -36,6 +37,12 @@ SIGNS = (
 FLAGS = ('coordinator', 'num_processes', 'process_id')
 HOSTS = ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES')
 COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')  # processes, where Slurm or Open MPI started them
+
+
+class Absent(UserError):
+  """Another host has not come, or is gone: to be tried again, with all of them."""
+
+  code = LOST
 
 
 def several(env=os.environ, devices=('/dev/accel0', '/dev/vfio/0')) -> bool:
@@ -93,7 +100,7 @@ def start(
     options['cluster_detection_method'] = 'deactivate'
   jax.config.update('jax_enable_preemption_service', saving)
   where = coordinator or 'the coordinator that the environment names'
-  nobody = UserError(
+  nobody = Absent(
     f'no run came about at {where} within {start_seconds} s: is every process started, and can each reach that address?'
   )
   # The runtime aborts the process when the others do not come; this says so first.
@@ -110,9 +117,14 @@ def start(
   except ValueError:
     if given:
       raise
+    if counts := [f'{name}={os.environ[name]}' for name in COUNTS if os.environ.get(name, '1') not in ('', '1')]:
+      raise UserError(
+        f'{counts[0]}: this is one of several processes, but JAX does not recognise where they meet (Open MPI 5 does '
+        'not say so): give --coordinator=HOST:PORT, --num_processes and --process_id'
+      ) from None
     return  # what looked like one of several was not
   except Exception as error:  # of the runtime's own types
-    raise UserError(f'{nobody} ({" ".join(str(error).split())[:200]})') from error
+    raise Absent(f'{nobody} ({" ".join(str(error).split())[:200]})') from error
   finally:
     alarm.cancel()
   if jax.process_index():
@@ -130,7 +142,7 @@ def await_port(address: str, seconds: float) -> None:
       return
     except OSError as error:
       if time.monotonic() > end:
-        raise UserError(
+        raise Absent(
           f'--coordinator={address} cannot be reached ({error.strerror or error}; tried for {seconds} s): is process 0 '
           'started there, and is the port open?'
         ) from None
@@ -188,19 +200,19 @@ def together():
       raise everywhere(UserError(f'host {host}: {text}'))
 
 
-def agree(what: dict) -> None:
+def agree(what: dict, error=UserError, advice: str = 'start all with the same command and code') -> None:
   """Refuse to go on where hosts were started with other settings or other code than the first.
 
   Args:
     what: flat, of things that JSON can hold.
+    error: to raise where they differ.
+    advice: what to do then.
   """
   said = [json.loads(text) for text in gather(json.dumps(what))]
   for host, other in enumerate(said):
     for name in sorted(said[0].keys() | other.keys()):
       if (ours := said[0].get(name)) != (theirs := other.get(name)):
-        raise everywhere(
-          UserError(f'host {host} has {name}={theirs}, host 0 has {ours}: start all with the same command and code')
-        )
+        raise everywhere(error(f'host {host} has {name}={theirs}, host 0 has {ours}: {advice}'))
 
 
 def share(folder) -> None:
@@ -275,7 +287,7 @@ def end_together(call) -> int:
   except Exception as error:
     if getattr(error, 'everywhere', False):
       raise
-    code = LOST if lost(error) else 1
+    code = LOST if lost(error) else getattr(error, 'code', 1)
     if not isinstance(error, UserError):
       traceback.print_exc()
     if code == LOST:

@@ -29,9 +29,9 @@ FINISHED, FAILED, PREEMPTED, INTERRUPTED = 0, 1, 75, 130  # exit codes
 class Signals:
   """Remembers SIGTERM and Ctrl-C until the loop asks; a second Ctrl-C interrupts at once.
 
-  Before the loop has begun (`begun`), while data is prepared, a signal ends the process at once: nothing of it is lost.
-  On several hosts SIGTERM is left to the runtime, which tells all of them, and Ctrl-C becomes one: they stop at the
-  same step, after an evaluation that is under way.
+  Before the loop has begun (`begun`), while data is prepared, a signal ends the process at once: there is nothing new
+  to save. On several hosts SIGTERM is left to the runtime, which tells all of them at a step, and Ctrl-C becomes one:
+  they stop at the same step, after an evaluation that is under way.
 
   Args:
     saving: is there a state to save? Without one, on several hosts, signals do what they always do.
@@ -59,7 +59,7 @@ class Signals:
       raise KeyboardInterrupt
     if not self.begun:
       self.code = self._mine
-      logging.info('SIGTERM before the first step: leaving; the same command begins again')
+      logging.info('SIGTERM before a new step: leaving; the same command starts again')
       raise SystemExit(PREEMPTED)
     logging.info('%s: saving, then leaving', signal.Signals(number).name)
     if jax.process_count() == 1:
@@ -93,7 +93,7 @@ def train(cfg, workdir) -> int:
     the exit code.
   """
   with Signals() as signals:
-    exp = agreed(cfg, workdir)
+    exp = agreed(cfg, workdir, 'train')
     if cfg.init_from and not any(epath.Path(workdir).glob('checkpoints/*')):
       with hosts.together():
         same_tokenizer(cfg.init_from, cfg)
@@ -106,11 +106,11 @@ def train(cfg, workdir) -> int:
       return _train(exp, workdir, signals, evaluator)
 
 
-def agreed(cfg, workdir) -> Experiment:
+def agreed(cfg, workdir, mode: str) -> Experiment:
   """Build what the config names; on several hosts, only where all were told the same and see the same workdir."""
   with hosts.together():
     exp = build(cfg, workdir)
-  hosts.agree({**dashboards.code(), 'workdir': str(workdir), **flatten(as_json(cfg))})
+  hosts.agree({**dashboards.code(), 'mode': mode, 'workdir': str(workdir), **flatten(as_json(cfg))})
   hosts.share(workdir)
   return exp
 
@@ -130,6 +130,8 @@ def _train(exp: Experiment, workdir, signals, evaluator) -> int:
     logging.warning('sampling.max_length=%d: the longest example, %d tokens, cannot be answered',
                     cfg.sampling.max_length, longest)  # fmt: skip
   saved = checkpoint.Checkpoints(workdir, keep=cfg.keep, metric=cfg.eval.metric, mode=cfg.eval.mode)
+  seen = {str(step): saved.metrics(step) is not None for step in saved.steps()}
+  hosts.agree({'checkpoints': seen}, hosts.Absent, 'the workdir is not the same on all yet: start all again')
   restored = saved.restore_latest(abstract)
   if restored is not None:
     state = restored._replace(step=jax.device_put(restored.step, abstract.step.sharding))
@@ -283,11 +285,11 @@ class Loop:
     loss = pairs['loss'][0] / max(pairs['loss'][1], 1e-9)
     norms = pairs['gradient_norm'][0], pairs['update_norm'][0]
     if not np.isfinite([loss, *norms]).all():
-      raise UserError(
+      raise hosts.everywhere(UserError(
         f'step {step}: the loss is {loss}, the norm of the gradient {norms[0]}, of the update {norms[1]}: '
         f'{self.saved.last_complete()} (in {self.saved.folder}); lower optimizer.learning_rate or optimizer.clip and '
         'start from there'
-      )
+      ))  # fmt: skip
 
   def log(self, step: int) -> None:
     """Write the means since the last time, and the rates."""
@@ -318,7 +320,8 @@ class Loop:
     values = metrics_lib.means({**self.evaluator.validation_loss(params), **scores.pairs})
     goal = self.cfg.eval.metric
     if goal not in values:
-      raise UserError(f'eval.metric={goal!r} is not measured: expected one of {", ".join(sorted(values))}')
+      said = f'eval.metric={goal!r} is not measured: expected one of {", ".join(sorted(values))}'
+      raise hosts.everywhere(UserError(said))
     self.writer.write_scalars(step, {f'validation/{name}': value for name, value in values.items()})
     logging.info('step %d  validation loss %.4f%s', step, values['loss'],
                  '' if goal == 'loss' else f'  {goal} {values[goal]:.4f}')  # fmt: skip
@@ -429,10 +432,11 @@ def reached(cfg, metrics: dict | None) -> bool:
 
 def evaluate_run(cfg, workdir) -> int:
   """Evaluate a finished or running run on the test split (`--mode=eval`)."""
-  exp = agreed(cfg, workdir)
+  exp = agreed(cfg, workdir, 'eval')
   with hosts.together():
     same_run(workdir, cfg)
-    saved = checkpoint.Checkpoints(workdir, metric=cfg.eval.metric, mode=cfg.eval.mode, read_only=True)
+  saved = checkpoint.Checkpoints(workdir, metric=cfg.eval.metric, mode=cfg.eval.mode, read_only=True)
+  with hosts.together():
     saved.find(cfg.eval.checkpoint)
   tx, _ = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
   abstract = abstract_state(exp, tx)

@@ -29,10 +29,13 @@ Metrics = dict[str, tuple[Array, Array]]  # name -> (total, weight)
 
 
 class UserError(Exception):
-  """A mistake of the user: the commands print it as one line and exit with 1.
+  """A mistake of the user: the commands print it as one line and exit with its code.
 
-  Says what was expected, what came, and what to do.
+  Says what was expected, what came, and what to do. `code` is the exit code, `everywhere` that all hosts raise it.
   """
+
+  code = 1
+  everywhere = False
 
 
 class Outputs(NamedTuple):

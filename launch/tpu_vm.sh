@@ -137,9 +137,10 @@ pid='$(cat ilm_jax.pid 2> /dev/null)'
 alive="[ ! -e ilm_jax.exit ] && kill -0 $pid 2> /dev/null"
 start() {
   local command steps
+  # With the platforms named, JAX refuses to start without a TPU; else it would train on the CPU.
   # The pause: a host comes back after the others have noticed that it was gone, which takes them a minute at most.
   command=$(quoted launch/resume.sh --max_restarts="$max_restarts" --pause=60 --result=../ilm_jax.exit \
-    -- .venv/bin/python -m ilm_jax.main "${flags[@]}")
+    -- env JAX_PLATFORMS=tpu,cpu .venv/bin/python -m ilm_jax.main "${flags[@]}")
   steps="if $alive; then echo 'a run is going on: stop it first' >&2; exit 1; fi"
   steps+="; rm -f ilm_jax.exit && cd ilm_jax && { setsid $command >> ../ilm_jax.log 2>&1 < /dev/null & }"
   steps+=' && echo $! > ../ilm_jax.pid'

@@ -444,7 +444,7 @@ def test_the_flags_of_a_run_reach_the_hosts_as_they_are():
   at = inner.index('launch/resume.sh')
   assert inner[at - 1] == 'setsid', 'else it would end with the connection'
   flags = ['--max_restarts=3', '--pause=60', '--result=../ilm_jax.exit', '--']
-  command = [*flags, '.venv/bin/python', '-m', 'ilm_jax.main', *RUN]
+  command = [*flags, 'env', 'JAX_PLATFORMS=tpu,cpu', '.venv/bin/python', '-m', 'ilm_jax.main', *RUN]
   assert inner[at + 1 : at + 1 + len(command)] == command
 
 
@@ -459,7 +459,7 @@ def test_the_hosts_get_the_code_and_its_packages():
   extras = re.search(r"-e '\.\[(.*)\]'", remote(setup))[1].split(',')
   assert 'tpu' in extras and set(extras) <= set(project['optional-dependencies'])
   python = re.search(r'--python=3\.(\d+) ', remote(setup))[1]
-  assert project['requires-python'] == '>=3.11' and int(python) >= 11
+  assert re.fullmatch(r'>=3\.11(\.\d)?', project['requires-python']) and int(python) >= 11
 
 
 def test_logs_stop_and_delete():
@@ -700,6 +700,7 @@ def test_the_tpu_jobset_has_as_many_hosts_as_its_slice():
   chips = math.prod(map(int, selector['cloud.google.com/gke-tpu-topology'].split('x')))
   assert selector['cloud.google.com/gke-tpu-accelerator'] == 'tpu-v5-lite-podslice'
   assert chips == spec['parallelism'] * container['resources']['limits']['google.com/tpu'] == 8
+  assert container['env'] == [{'name': 'JAX_PLATFORMS', 'value': 'tpu,cpu'}]
 
 
 def test_the_hosts_of_the_gpu_jobset_find_each_other():
@@ -711,6 +712,8 @@ def test_the_hosts_of_the_gpu_jobset_find_each_other():
   assert int(flags['num_processes']) == spec['completions'] * group['replicas'] > 1
   assert flags['process_id'] == '$(JOB_COMPLETION_INDEX)'
   assert container['resources']['limits'] == {'nvidia.com/gpu': 8}
+  env = {one['name']: one['value'] for one in container['env']}
+  assert env == {'JAX_PLATFORMS': 'cuda,cpu', 'LD_LIBRARY_PATH': '/usr/local/nvidia/lib64'}
 
 
 def test_the_image_runs_main_with_extras_that_exist():

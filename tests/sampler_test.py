@@ -23,7 +23,8 @@ CLOSED = (0, 1, 2)
 # --- the table: logits that are a hash of the whole row ---------------------------------------------------------------
 
 
-def forward(tokens_BxL, length_B, **settings):
+def forward(tokens_BxL, length_B, open_BxL=None, **settings):
+  del open_BxL  # it is not told
   logits_BxLxV, stop_BxSx2 = table(tokens_BxL, length_B, jnp, **settings)
   return Outputs(logits_BxLxV, jnp.eye(logits_BxLxV.shape[2]), stop_BxSx2)
 

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import small
 from absl import flags, logging
+from array_record.python import array_record_module
 from etils import epath
 from ml_collections import config_flags
 
@@ -630,6 +631,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     if start >= len(content):
       self.send_response(416)
       self.send_header('Content-Range', f'bytes */{len(content)}')
+      self.send_header('Last-Modified', 'Fri, 12 May 2023 18:31:07 GMT')
       self.send_header('Content-Length', '0')
       return self.end_headers()
     self.send_response(206 if asked else 200)
@@ -693,6 +695,7 @@ def test_a_download_that_was_whole_is_not_fetched_again_and_has_the_date_of_the_
   (tmp_path / 'a.part').write_bytes(b'all of it')
   storage.download(url, tmp_path / 'a')
   assert (tmp_path / 'a').read_bytes() == b'all of it' and served.ranges == ['bytes=9-']
+  assert (tmp_path / 'a').stat().st_mtime == 1_683_916_267
   (tmp_path / 'b.part').write_bytes(b'something else, and longer')
   storage.download(url, tmp_path / 'b')
   assert (tmp_path / 'b').read_bytes() == b'all of it' and served.ranges[1:] == ['bytes=26-', None]
@@ -792,13 +795,20 @@ def test_a_disk_that_is_full_while_data_is_prepared_is_said_in_one_line(corpus, 
   text.tokenizer(cfg)
 
   def full(*_):
-    yield 'one', [7]
-    raise RuntimeError('Failed to write: No space left on device')  # as the writer of array_record says it
+    raise RuntimeError('Failed to write: No space left on device')
 
-  monkeypatch.setattr(text, 'prepare', full)
-  with pytest.raises(UserError) as error:
+  with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+    patch.setattr(array_record_module.ArrayRecordWriter, 'write', full)
     text.source(cfg, 'train')
   one_line(error, 'task.cache', 'No space left on device', 'make room')
+
+  def odd(*_):
+    yield 'one', [7]
+    raise RecursionError('of what is written, not of the writer')
+
+  monkeypatch.setattr(text, 'prepare', odd)
+  with pytest.raises(RecursionError):
+    text.source(cfg, 'train')
 
 
 # --- the tokenizer of a run -------------------------------------------------------------------------------------------

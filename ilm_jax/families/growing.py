@@ -43,11 +43,6 @@ def most_steps(cfg) -> int:
   return min(cfg.max_length if cfg.max_steps is None else cfg.max_steps, cfg.max_length)
 
 
-def told(forward, open_BxL) -> dict:
-  """What else a forward pass is given: the open gaps, if its model is told of them."""
-  return {'open_BxL': open_BxL} if getattr(getattr(forward, 'cfg', None), 'tell_open', False) else {}
-
-
 def request_keys(rng, prompt: Prompt):
   """A key for each row, from its request alone."""
   return jax.vmap(functools.partial(jax.random.fold_in, rng))(prompt.request_B)

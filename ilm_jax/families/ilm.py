@@ -175,7 +175,7 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   rng_B = jax.vmap(jax.random.fold_in)(rows.rng_B, rows.steps_B)
   gap_rng_B, token_rng_B, stop_rng_B = jax.vmap(functools.partial(jax.random.split, num=3), out_axes=1)(rng_B)
   open_BxL = (rows.room_BxL > 0) & (jnp.arange(rows.tokens_BxL.shape[1])[None] < rows.length_B[:, None])
-  outputs = forward(rows.tokens_BxL, rows.length_B, **growing.told(forward, open_BxL))
+  outputs = forward(rows.tokens_BxL, rows.length_B, open_BxL=open_BxL)
 
   stop_prob_B = jax.nn.softmax(outputs.stop_BxSx2[:, 0] / cfg.stop_temperature, axis=-1)[:, 0]
   threshold = cfg.stop_threshold

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 
 from ilm_jax import ops
-from ilm_jax.families import growing
 from ilm_jax.types import Score, UserError
 
 MOST_EXACT = 12  # free tokens of a row whose subsets are enumerated
@@ -44,7 +43,7 @@ def _look(forward, tokens_BxL, fixed_BxL, length_B, keep_BxL, cfg) -> _Step:
   next_free_BxL = jnp.roll(~fixed_BxL & valid_BxL, -1, axis=1).at[:, -1].set(False)
   open_BxL = jnp.take_along_axis((~fixed_BxL | next_free_BxL).at[:, 0].set(False), order_BxL, axis=1)
   open_BxL &= index_BxL < count_B[:, None]
-  outputs = forward(jnp.where(index_BxL < count_B[:, None], kept_BxL, 0), count_B, **growing.told(forward, open_BxL))
+  outputs = forward(jnp.where(index_BxL < count_B[:, None], kept_BxL, 0), count_B, open_BxL=open_BxL)
   bias_V = ops.closed_bias(outputs.unembed_VxD.shape[0], cfg.closed_tokens)
   lse_BxL = ops.vocab_logsumexp(
     outputs.hidden_BxLxD, outputs.unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute
@@ -75,7 +74,7 @@ def bound(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int = 2) 
   """The bound, from one random set of each size n = 0 .. L (L + 1 passes), averaged over `samples` of them.
 
   Args:
-    forward: (tokens_BxL, length_B) -> Outputs.
+    forward: (tokens_BxL, length_B, open_BxL=) -> Outputs.
     rng: key of the sets.
     tokens_BxL: whole rows, [CLS] first.
     fixed_BxL: given tokens.
@@ -131,7 +130,7 @@ def exact(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, most: int = MOST_E
   """The exact value by dynamic programming over the sets of free tokens that are there: 2^L passes.
 
   Args:
-    forward: (tokens_BxL, length_B) -> Outputs.
+    forward: (tokens_BxL, length_B, open_BxL=) -> Outputs.
     rng: not used.
     tokens_BxL: whole rows, [CLS] first.
     fixed_BxL: given tokens.

@@ -5,7 +5,6 @@ a killed one has left is removed by the next.
 """
 
 import contextlib
-import fcntl
 import functools
 import io
 import json
@@ -74,12 +73,27 @@ class Prepared:
     return Prepared, (self.folder, self.name)
 
 
-@contextlib.contextmanager
-def _writing():
-  """What the writer of array_record raises, when it cannot write, is an OSError."""
+def _written(builder) -> None:
+  """Prepare; what the writer of array_record raises when it cannot write (a RuntimeError) is an OSError.
+
+  TFDS announces itself on standard output, and wants a folder for downloads that there are none of.
+  """
+  wrong, make = [], builder.make
+
+  def watched():
+    try:
+      yield from make()
+    except Exception as error:  # of what is written, not of the writer
+      wrong.append(error)
+      raise
+
+  builder.make = watched
   try:
-    yield
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
+      builder.download_and_prepare(download_dir=downloads)
   except RuntimeError as error:
+    if wrong:
+      raise
     raise OSError(' '.join(str(error).split())) from error
 
 
@@ -104,14 +118,11 @@ def prepared(folder: str, name: str, make) -> Prepared:
   if not whole.exists():
     try:
       place.mkdir(parents=True, exist_ok=True)
-      with (place / 'lock').open('w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until closed, or the process ends
+      with storage.locked(place):
         if not whole.exists():
           for stale in place.glob('incomplete.*'):
             shutil.rmtree(stale)
-          # TFDS announces itself on standard output, and wants a folder for downloads that there are none of.
-          with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads, _writing():
-            _open(folder, name, make).download_and_prepare(download_dir=downloads)
+          _written(_open(folder, name, make))
     except OSError as error:
       raise UserError(
         f'task.cache={folder} could not be written ({error.strerror or error}): make room, or name another folder'
@@ -215,10 +226,7 @@ def documents(folder, name: str, make) -> Documents:
 
   def fill(place: pathlib.Path):
     counts = {}
-    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
-      builder = _documents()(make=lambda: make(counts), data_dir=str(place))
-      with _writing():
-        builder.download_and_prepare(download_dir=downloads)
+    _written(_documents()(make=lambda: make(counts), data_dir=str(place)))
     (place / COUNTS).write_text(json.dumps(counts) + '\n')
 
   return Documents(storage.once(folder, name, fill))

@@ -105,7 +105,7 @@ def once(folder, name: str, make) -> pathlib.Path:
   if place.is_dir():
     return place
   try:
-    with _locked(place) as alone:
+    with locked(place) as alone:
       if place.is_dir():
         return place
       if alone:
@@ -134,7 +134,7 @@ def once(folder, name: str, make) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _locked(place: pathlib.Path):
+def locked(place: pathlib.Path):
   """Hold a lock beside a place; yields whether the file system knows locks."""
   place.parent.mkdir(parents=True, exist_ok=True)
   with (place.parent / f'.{place.name}.lock').open('w') as lock:
@@ -179,8 +179,8 @@ def download(url: str, file: pathlib.Path) -> None:
     OSError: what the network or the server says.
   """
   file.parent.mkdir(parents=True, exist_ok=True)
-  part = file.parent / f'{file.name}.part'
-  with _locked(file):
+  with locked(file) as alone:
+    part = file.parent / (f'{file.name}.part' if alone else f'{file.name}.part-{os.getpid()}')
     if file.exists():
       return
     have = part.stat().st_size if part.exists() else 0
@@ -193,6 +193,7 @@ def download(url: str, file: pathlib.Path) -> None:
       if error.code != 416:  # "beyond the end"
         raise
       if error.headers.get('Content-Range', '').endswith(f'/{have}'):  # the last attempt has got all of it
+        _date(part, error.headers.get('Last-Modified'))
         part.rename(file)
         return
       part.unlink()
@@ -225,4 +226,5 @@ def _date(file: pathlib.Path, text: str | None) -> None:
     when = email.utils.parsedate_to_datetime(text or '').timestamp()
   except (TypeError, ValueError):
     when = 0  # as good, where the server says nothing
-  os.utime(file, (when, when))
+  with contextlib.suppress(OSError):  # some file systems do not let
+    os.utime(file, (when, when))
