@@ -196,8 +196,10 @@ def compiler_log() -> Path:
   return Path(made.name)
 
 
-def rematerialized() -> list[str]:
-  """What the TPU compiler warned that it gathers whole, because it knows no other way between two shardings."""
+def rematerialized() -> list[str] | None:
+  """What the TPU compiler warned that it gathers whole, knowing no other way between two shardings; None: no log."""
+  if not any(compiler_log().iterdir()):
+    return None
   text = ''.join(file.read_text(errors='replace') for file in compiler_log().glob('*.log.WARNING.*'))
   return re.findall(r'Involuntary full rematerialization\. (.*)', text)
 
@@ -212,6 +214,9 @@ def run(cfg, topology: str | None) -> int:
   if not topology:
     raise UserError('--topology is missing: expected a chip and the shape of a slice, such as --topology=v5e:2x4')
   quiet()
+  import jax
+
+  jax.config.update('jax_enable_compilation_cache', False)  # what is compiled cannot be loaded here
   from ilm_jax import sharding
   from ilm_jax.experiment import build
 
@@ -240,7 +245,7 @@ def tell(lowered, devices, chip: Chip | None, more=None) -> None:
   """Compile, and print what there is to say, also where the compiler refuses what does not fit."""
   import jax
 
-  began, before = time.monotonic(), len(rematerialized())
+  began, before = time.monotonic(), len(rematerialized() or ())
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
@@ -251,8 +256,10 @@ def tell(lowered, devices, chip: Chip | None, more=None) -> None:
     return
   lines = describe(compiled, len(devices), chip, time.monotonic() - began)
   if chip:
-    found = rematerialized()[before:]
-    lines.append(f'  involuntary full rematerializations: {len(found)}{"".join(f"; {one[:160]}" for one in found[:3])}')
+    found = rematerialized()
+    new = () if found is None else found[before:]
+    count = 'unknown, the compiler left no log' if found is None else len(new)
+    lines.append(f'  involuntary full rematerializations: {count}{"".join(f"; {one[:160]}" for one in new[:3])}')
   print('\n'.join(lines + (more(compiled) if more and chip else [])), flush=True)
 
 

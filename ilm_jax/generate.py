@@ -194,7 +194,10 @@ def serve(values, requests: list[Request], wrong: list[UserError]) -> int:
   if drawn := {name: values[name].value for name in RULE if values[name].value is not None}:
     cfg = checkpoint.read_config(values.workdir)
     at_once = cfg['family'] == 'ilm' and not cfg['sampling'].get('two_stage', cfg['sampling'].get('joint') is None)
-    settings['joint' if at_once else 'token'] = drawn
+    name = 'joint' if at_once else 'token'
+    settings[name] = drawn
+    if drawn.get('top_p', 1.0) < 1 and not {**cfg['sampling'].get(name, {}), **drawn}.get('temperature', 1.0):
+      raise UserError(f'--top_p={values.top_p} means nothing to the most probable token: give --temperature, too')
   mesh = values.mesh or ('data=-1' if many > 1 else None)
   lm = api.load(values.workdir, values.checkpoint, mesh=mesh, batch_size=values.batch_size, **settings)
   served = []  # (request, what the model is asked)

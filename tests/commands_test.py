@@ -289,6 +289,10 @@ def test_rules_of_drawing_can_be_given(command, trained, three):
 
   assert say('--temperature=0') == say('--temperature=5', '--top_p=1e-6')  # greedy, both
   assert say('--stop_threshold=0', '--stop_temperature=100', '--seed=1') != say('--stop_threshold=0', '--seed=1')
+  result = command(
+    'ilm_jax.generate', [f'--workdir={trained}', f'--prompt={PROMPTS[0]}', '--temperature=0', '--top_p=0.5']
+  )
+  assert_refused(result, r'--top_p=0.5 means nothing to the most probable token: give --temperature, too')
   lm = ilm_jax.load(trained, token={'temperature': 5.0, 'top_p': 0.5}, gap_threshold=0.5)
   found = say('--temperature=5', '--top_p=0.5', '--gap_threshold=0.5')
   assert [answer['tokens'] for answer in found] == [one.tokens for one in lm.generate(PROMPTS)]

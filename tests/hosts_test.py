@@ -184,14 +184,16 @@ def graphs_of(number: int) -> list[str]:
   return [tasks.get('star').decode(e['tokens'][e['fixed']], cfg).removesuffix('=') for e in examples]
 
 
-@pytest.mark.parametrize(
-  'who', [pytest.param(0, id='coordinator', marks=pytest.mark.long), pytest.param(1, id='worker')]
-)
+@pytest.mark.parametrize('who', [
+  pytest.param((0,), id='coordinator', marks=pytest.mark.long), pytest.param((1,), id='worker'),
+  pytest.param((0, 1), id='both', marks=pytest.mark.long),
+])  # fmt: skip
 def test_two_processes_take_the_steps_of_one_and_stop_at_the_same_one(tmp_path, cache, alone, who):
   workdir = tmp_path / 'run'
   with Pair(workdir, cache, changes={'steps': 1000}) as run:
     run.reach(8)
-    run.processes[who].send_signal(signal.SIGTERM)
+    for index in who:
+      run.processes[index].send_signal(signal.SIGTERM)
     assert run.wait() == [75, 75], run.said()
     assert "mesh {'data': 8" in run.said()
     assert 'step 8' not in run.said(1)  # the first speaks for all
@@ -249,9 +251,16 @@ def test_a_run_that_is_killed_ends_with_the_same_bits_on_the_same_mesh(tmp_path,
 @pytest.mark.long
 @pytest.mark.parametrize('axes', [{'mesh.fsdp': 8}, {'mesh.tensor': 2}])
 def test_a_mesh_over_processes_changes_no_loss(tmp_path, cache, alone, axes):
-  with Pair(tmp_path / 'run', cache, changes={'steps': 30, **axes}) as run:
+  workdir, changes = tmp_path / 'run', {'steps': 30, **axes}
+  with Pair(workdir, cache, changes=changes) as run:
     assert run.wait() == [0, 0], run.said()
-  assert_close(losses(tmp_path / 'run'), alone)
+  assert_close(losses(workdir), alone)
+  result = json.loads((workdir / 'eval.json').read_text())
+  (workdir / 'eval.json').unlink()
+  with Pair(workdir, cache, words=[*small.flags(workdir, {**RUN, **changes}), '--mode=eval']) as run:
+    assert run.wait() == [0, 0], run.said()
+  again = json.loads((workdir / 'eval.json').read_text())
+  assert (again['metrics'], again['step']) == (result['metrics'], result['step'])
 
 
 @pytest.mark.long
