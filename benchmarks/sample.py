@@ -9,7 +9,8 @@ one token into each row; a call has one pass more, which finds that all is done,
 Cost should follow the current length, not the longest possible one; and once a shape was seen nothing is compiled.
 
 A second table writes from left to right at --arm_lengths: with the cache of keys and values, and with the whole row
-through the model for each token.
+through the model for each token. Continuous against static batching is `benchmarks.batching`, several insertions a step
+on a trained model `benchmarks.parallel`.
 """
 
 import dataclasses
