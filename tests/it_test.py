@@ -83,7 +83,7 @@ FORWARD = tables.Forward(vocab=V, scale=256)
 class Ending:
   """The table, with [EOS] more probable the longer a row is."""
 
-  def __call__(self, tokens_BxL, length_B):
+  def __call__(self, tokens_BxL, length_B, open_BxL=None):
     outputs = FORWARD(tokens_BxL, length_B)
     up = jnp.where(jnp.arange(V)[None] == EOS, 0.25 * length_B[:, None].astype(jnp.float32), 0.0)
     return outputs._replace(hidden_BxLxD=outputs.hidden_BxLxD + up[:, None])

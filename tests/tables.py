@@ -34,7 +34,8 @@ class Forward:
   def __init__(self, **settings):
     self.settings = settings
 
-  def __call__(self, tokens_BxL, length_B):
+  def __call__(self, tokens_BxL, length_B, open_BxL=None):
+    del open_BxL  # it is not told
     logits_BxLxV, stop_BxSx2 = table(tokens_BxL, length_B, jnp, **self.settings)
     return Outputs(logits_BxLxV, jnp.eye(logits_BxLxV.shape[2]), stop_BxSx2)
 

@@ -541,7 +541,7 @@ def test_an_interrupted_preparation_leaves_nothing_half_made(tmp_path, error):
   with pytest.raises(error):
     builders.prepared(tmp_path, 'some', interrupted)
   assert closed
-  assert [file.name for file in tmp_path.rglob('*') if file.is_file()] == ['lock']
+  assert [file.name for file in tmp_path.rglob('*') if file.is_file()] == ['.token_sequences.lock']
   # ... and what a killed process could not tidy up is neither read nor kept
   killed = tmp_path / 'some' / builders.NAME / f'incomplete.ABCDEF_{builders.VERSION}'
   killed.mkdir()
