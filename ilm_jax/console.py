@@ -14,7 +14,7 @@ HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 def fail(message) -> int:
   """Print one line of what is wrong; returns the exit code, that of a UserError, or 1."""
   print('error: ' + ' '.join(str(message).split()), file=sys.stderr)
-  return getattr(message, 'code', 1)
+  return message.code if isinstance(message, UserError) else 1
 
 
 def wants_help(argv) -> bool:

@@ -95,8 +95,8 @@ def read_requests(values) -> tuple[list[Request], list[UserError]]:
   name = values.prompts or 'standard input'
   try:
     content = epath.Path(values.prompts).read_bytes() if values.prompts else sys.stdin.buffer.read()
-  except OSError as error:
-    raise UserError(f'--prompts={name}: {error.strerror or error}') from None
+  except (OSError, ImportError) as error:  # epath needs a package for each kind of bucket
+    raise UserError(f'--prompts={name}: {getattr(error, "strerror", None) or error}') from None
   lines, structured, start = content.split(b'\n'), name.endswith('.jsonl'), 0
   out, wrong, taken = [], [], {}
   for number, line in enumerate(lines):
@@ -196,7 +196,7 @@ def serve(values, requests: list[Request], wrong: list[UserError]) -> int:
     at_once = cfg['family'] == 'ilm' and not cfg['sampling'].get('two_stage', cfg['sampling'].get('joint') is None)
     name = 'joint' if at_once else 'token'
     settings[name] = drawn
-    if drawn.get('top_p', 1.0) < 1 and not {**cfg['sampling'].get(name, {}), **drawn}.get('temperature', 1.0):
+    if drawn.get('top_p', 1.0) < 1 and not {**(cfg['sampling'].get(name) or {}), **drawn}.get('temperature', 1.0):
       raise UserError(f'--top_p={values.top_p} means nothing to the most probable token: give --temperature, too')
   mesh = values.mesh or ('data=-1' if many > 1 else None)
   lm = api.load(values.workdir, values.checkpoint, mesh=mesh, batch_size=values.batch_size, **settings)
@@ -222,8 +222,8 @@ def serve(values, requests: list[Request], wrong: list[UserError]) -> int:
   with contextlib.ExitStack() as stack:
     try:
       out = stack.enter_context(epath.Path(name).open('w')) if name else sys.stdout
-    except OSError as error:
-      raise UserError(f'--out={name}: {error.strerror or error}') from None
+    except (OSError, ImportError) as error:
+      raise UserError(f'--out={name}: {getattr(error, "strerror", None) or error}') from None
     for job, answer in lm.stream([asked for _, asked, _ in jobs], seed=values.seed, ids=ids):
       if job % many != index:
         continue

@@ -287,7 +287,7 @@ def end_together(call) -> int:
   except Exception as error:
     if getattr(error, 'everywhere', False):
       raise
-    code = LOST if lost(error) else getattr(error, 'code', 1)
+    code = LOST if lost(error) else error.code if isinstance(error, UserError) else 1
     if not isinstance(error, UserError):
       traceback.print_exc()
     if code == LOST:

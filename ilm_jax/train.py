@@ -164,7 +164,7 @@ def _train(exp: Experiment, workdir, signals, evaluator) -> int:
       ) from error
     raise
   if code == FINISHED:
-    code = report(exp, workdir, saved, abstract, evaluator, signals)
+    code = report(exp, workdir, saved, saved.find(cfg.eval.checkpoint), abstract, evaluator, signals)
   saved.close()
   writer.close()
   return code
@@ -340,9 +340,8 @@ class Loop:
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-def report(exp: Experiment, workdir, saved, abstract: TrainState, evaluator, signals) -> int:
+def report(exp: Experiment, workdir, saved, step: int, abstract: TrainState, evaluator, signals) -> int:
   """Evaluate the chosen weights on the test split, print the result with a few answers, and write eval.json."""
-  step = saved.find(exp.cfg.eval.checkpoint)
   began = time.monotonic()
   params = saved.restore_weights(step, abstract.params)
   scores = evaluator.answers(params, 'test', progress=True, interrupted=signals.received)
@@ -437,9 +436,10 @@ def evaluate_run(cfg, workdir) -> int:
     same_run(workdir, cfg)
   saved = checkpoint.Checkpoints(workdir, metric=cfg.eval.metric, mode=cfg.eval.mode, read_only=True)
   with hosts.together():
-    saved.find(cfg.eval.checkpoint)
+    step = saved.find(cfg.eval.checkpoint)
+  hosts.agree({'checkpoint': step}, hosts.Absent, 'the workdir is not the same on all yet: start all again')
   tx, _ = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
   abstract = abstract_state(exp, tx)
   evaluator = evaluate.Evaluator(cfg, **{k: v for k, v in exp._asdict().items() if k != 'cfg'})
   with Signals(saving=False) as signals:
-    return report(exp, workdir, saved, abstract, evaluator, signals)
+    return report(exp, workdir, saved, step, abstract, evaluator, signals)

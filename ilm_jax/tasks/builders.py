@@ -118,15 +118,16 @@ def prepared(folder: str, name: str, make) -> Prepared:
   if not whole.exists():
     try:
       place.mkdir(parents=True, exist_ok=True)
-      with storage.locked(place):
+      with storage.locked(place) as alone:
         if not whole.exists():
-          for stale in place.glob('incomplete.*'):
+          for stale in place.glob('incomplete.*') if alone else ():
             shutil.rmtree(stale)
           _written(_open(folder, name, make))
     except OSError as error:
-      raise UserError(
-        f'task.cache={folder} could not be written ({error.strerror or error}): make room, or name another folder'
-      ) from error
+      if not whole.exists():  # without locks, another may have been first, with the same
+        raise UserError(
+          f'task.cache={folder} could not be written ({error.strerror or error}): make room, or name another folder'
+        ) from error
   return Prepared(folder, name)
 
 

@@ -180,7 +180,7 @@ def download(url: str, file: pathlib.Path) -> None:
   """
   file.parent.mkdir(parents=True, exist_ok=True)
   with locked(file) as alone:
-    part = file.parent / (f'{file.name}.part' if alone else f'{file.name}.part-{os.getpid()}')
+    part = file.parent / (f'{file.name}.part' if alone else f'{file.name}.part-{os.getpid()}-{time.time_ns()}')
     if file.exists():
       return
     have = part.stat().st_size if part.exists() else 0
