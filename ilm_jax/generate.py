@@ -28,12 +28,12 @@ from absl import flags
 from etils import epath
 
 from ilm_jax.console import command, define_hosts, fail, quiet
+from ilm_jax.tasks import corpora
 from ilm_jax.types import UserError
 
 RULE = ('temperature', 'top_p')  # flags of the rule by which a token is drawn
 SETTINGS = ('stop_threshold', 'stop_temperature', 'max_length', 'gaps', 'gap_threshold')  # of sampling, as the run's
 SAME = ('workdir', 'checkpoint', 'seed', 'n', 'marker', 'batch_size', 'mesh', *SETTINGS, *RULE)  # on all hosts
-MARK = b'\xef\xbb\xbf'  # which some editors write at the start of UTF-8
 KEYS = ('id', 'prompt', 'infill', 'least', 'most', 'truth', 'fillings')  # of a line of JSON
 
 
@@ -101,11 +101,11 @@ def read_requests(values) -> tuple[list[Request], list[UserError]]:
   out, wrong, taken = [], [], {}
   for number, line in enumerate(lines):
     at, start = start, start + len(line) + 1
-    if number == 0 and line.startswith(MARK):
-      at, line = len(MARK), line[len(MARK) :]
+    if number == 0 and line.startswith(corpora.MARK):
+      at, line = len(corpora.MARK), line[len(corpora.MARK) :]
     where = f'{name}, line {number + 1}'
     try:
-      if text := decode(line, where, at):
+      if text := corpora.decode(line, where, at).strip():
         request = read_line(text, number, where, limits, structured=structured)
         if request.id in taken:
           raise UserError(f'{request.where}: the id {request.id} is that of {taken[request.id]} already: give another')
@@ -116,14 +116,6 @@ def read_requests(values) -> tuple[list[Request], list[UserError]]:
   if not out and not wrong:
     raise UserError(f'{name} holds no prompt: expected one a line')
   return out, wrong
-
-
-def decode(line: bytes, where: str, start: int) -> str:
-  """A line that begins at this byte, as text."""
-  try:
-    return line.decode().strip()
-  except UnicodeDecodeError as error:
-    raise UserError(f'{where} is not UTF-8: byte {start + error.start} is {line[error.start]:#04x}') from None
 
 
 def read_line(text: str, number: int, where: str, limits: dict, *, structured: bool = False) -> Request:

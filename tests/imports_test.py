@@ -101,7 +101,7 @@ ALLOWED = {
     *['types', 'console', 'sharding', 'model', 'tasks', 'tasks.pipeline', 'optimizer', 'batching', 'families.growing'],
     *['experiment', 'update', 'main', 'hlo'],
   ],
-  'generate': ['types', 'console', 'hosts', 'dashboards', 'checkpoint', 'api'],
+  'generate': ['types', 'console', 'tasks.corpora', 'hosts', 'dashboards', 'checkpoint', 'api'],
   'stopping': ['types', 'console', 'api', 'batching', 'sampling'],
   'judge': ['types', 'console', 'tasks.corpora', 'judges', 'quality'],
   'infill_sets': ['types', 'console', 'tasks.corpora', 'tasks.text', 'checkpoint'],
