@@ -17,7 +17,7 @@ BENCHMARKS := $(filter-out _% parallel,$(patsubst benchmarks/%.py,%,$(wildcard b
 
 SMOKE := --config.model.num_layers=1 --config.model.d_model=32 --config.model.d_ff=64 --config.eval.every=10 \
   --config.log_every=10 --config.task.num_train=200 --config.task.num_validation=20 --config.task.num_test=20 \
-  --config.eval.batch_size=20 --config.eval.show=0
+  --config.eval.batch_size=20 --config.eval.print_samples=0
 
 # Huge pages save 10-25 % of a training step on CPU.
 GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1

@@ -10,11 +10,12 @@ import sys
 
 import jax
 
-from ilm_jax import dashboards, model
+from ilm_jax.models import transformer
+from ilm_jax.runs import run_file
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SIZES = {**model.PRESETS, 'toy': dict(num_layers=1, num_heads=2, d_model=16, d_ff=32)}
-COMPUTE = model.CHOICES['compute']
+SIZES = {**transformer.PRESETS, 'toy': dict(num_layers=1, num_heads=2, d_model=16, d_ff=32)}
+COMPUTE = transformer.CHOICES['compute']
 LM1B_VOCABULARY = 30_522
 
 
@@ -82,7 +83,7 @@ def machine() -> str:
   """Device, processor, versions and commit, in one line. Starts the backend."""
   device = jax.devices()[0]
   name = device.device_kind if device.platform != 'cpu' else processor()
-  return f'1 x {name} ({device.platform}), {os.cpu_count()} CPUs; jax {jax.__version__}; commit {dashboards.commit()}'
+  return f'1 x {name} ({device.platform}), {os.cpu_count()} CPUs; jax {jax.__version__}; commit {run_file.commit()}'
 
 
 def processor() -> str:

@@ -1,7 +1,7 @@
 """Sequences per second: continuous against static batching, and several insertions a step.
 
 Requests of LM1B-like lengths (lognormal, 29 tokens in the mean, a block of 128; each is to get exactly its number of
-tokens, by random weights) are served by `ilm_jax.batching` with --slots slots, and by static batches of as many rows,
+tokens, by random weights) are served by `ilm_jax.inference.continuous_batching` with --slots slots, and by static batches of as many rows,
 in turns, and must give the same tokens. The second table inserts in 1, 2, 4, ... of the best gaps at once (0: all):
 one is the sampler of the paper.
 """
@@ -16,11 +16,11 @@ import numpy as np
 
 from benchmarks import _report
 from benchmarks.train_step import lm1b_length
-from ilm_jax import model
-from ilm_jax.batching import ContinuousSampler
 from ilm_jax.families import ilm
-from ilm_jax.sampling import Sampler
-from ilm_jax.tokenizer import BOS, CLS, SPECIAL
+from ilm_jax.inference.continuous_batching import ContinuousSampler
+from ilm_jax.inference.static_batching import Sampler
+from ilm_jax.models import transformer
+from ilm_jax.special_tokens import BOS, CLS, SPECIAL
 from ilm_jax.types import GREEDY
 
 BLOCK = 128
@@ -114,8 +114,8 @@ def main(argv=None) -> int:
   """Measure; returns 1 if the two ways gave different tokens in float32."""
   args = parse(argv)
   size = args.size or ('xtiny2' if jax.default_backend() == 'cpu' else 'small')
-  args.model_cfg = model.ModelConfig.create(args.vocab, **_report.SIZES[size], compute=args.compute)
-  params = jax.jit(lambda: nn.unbox(model.init(args.model_cfg, jax.random.key(0))))()
+  args.model_cfg = transformer.ModelConfig.create(args.vocab, **_report.SIZES[size], compute=args.compute)
+  params = jax.jit(lambda: nn.unbox(transformer.init(args.model_cfg, jax.random.key(0))))()
   requests = requests_of(args.requests)
   both = compare(args, params, requests)
   rates = {name: [args.requests / s for s in values] for name, values in both['seconds'].items()}

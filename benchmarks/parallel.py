@@ -8,7 +8,8 @@ import sys
 import time
 
 from benchmarks import _report
-from ilm_jax import api, judges, quality
+from ilm_jax.evaluation import scoring_models, text_statistics
+from ilm_jax.inference import api
 from ilm_jax.types import UserError
 
 
@@ -21,7 +22,7 @@ def measure(args, judge, gaps: int) -> dict:
   made = [one for _, one in sorted(lm.stream(prompts, seed=0), key=lambda pair: pair[0])]
   seconds = time.perf_counter() - begun
   texts = [one.text for one in made]
-  found = quality.describe(texts, judge.nll(texts))
+  found = text_statistics.describe(texts, judge.nll(texts))
   lengths = [sum(order >= 0 for order in one.order) for one in made]
   return {
     'gaps': gaps,
@@ -29,7 +30,7 @@ def measure(args, judge, gaps: int) -> dict:
     'passes': sum(len(one.stop_probabilities) for one in made) / len(made),
     'length': sum(lengths) / len(made),
     'stopped': sum(one.stopped for one in made) / len(made),
-    'judged': quality.plain(found),
+    'judged': text_statistics.plain(found),
   }
 
 
@@ -72,7 +73,7 @@ def main(argv=None) -> int:
   """Measure each number of insertions."""
   args = parse(argv)
   try:
-    judge, rows = judges.get(args.judge), []
+    judge, rows = scoring_models.get(args.judge), []
     for gaps in args.gaps:
       _report.note(f'{gaps or "all"} insertions a step')
       rows.append({**measure(args, judge, gaps), 'count': args.count})

@@ -1,6 +1,6 @@
 """Microseconds per inserted token, by the number of rows and their current length.
 
-Rows of about the given length (prompts of random words, all gaps open) get --insert tokens by `ilm_jax.sampling`, in a
+Rows of about the given length (prompts of random words, all gaps open) get --insert tokens by `ilm_jax.inference.static_batching`, in a
 buffer that could grow to --max_length positions, with random weights and a stop head that never stops. A pass inserts
 one token into each row; a call has one pass more, which finds that all is done, and is divided by all of its passes:
 
@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _report
-from ilm_jax import model
 from ilm_jax.families import arm, ilm
 from ilm_jax.families.growing import buffers
-from ilm_jax.sampling import Sampler
-from ilm_jax.tokenizer import BOS, CLS, SPECIAL
+from ilm_jax.inference.static_batching import Sampler
+from ilm_jax.models import transformer
+from ilm_jax.special_tokens import BOS, CLS, SPECIAL
 from ilm_jax.types import GREEDY, Prompt, Rule
 
 LEAST, MOST = 2, 30  # timed calls
@@ -123,7 +123,7 @@ def measure_arm(args, params, *, rows: int, length: int) -> dict:
   cfg = arm.SampleConfig(
     max_length=length, max_steps=args.insert, closed_tokens=tuple(range(len(SPECIAL))), compute=args.compute
   )
-  forward = model.Forward(args.arm_cfg, params)
+  forward = transformer.Forward(args.arm_cfg, params)
   rng, start = np.random.default_rng(length), length - args.insert
   tokens_BxL = np.zeros((rows, length), np.int32)
   for row, prompt in enumerate(prompts_of(rng, rows, start, args.vocab)):
@@ -226,8 +226,8 @@ def main(argv=None) -> int:
   """Measure every (rows, length); returns 1 if something was compiled after its warm-up."""
   args = parse(argv)
   size = args.size or ('xtiny2' if jax.default_backend() == 'cpu' else 'small')
-  args.model_cfg = model.ModelConfig.create(args.vocab, **_report.SIZES[size], compute=args.compute)
-  params = jax.jit(lambda: nn.unbox(model.init(args.model_cfg, jax.random.key(0))))()
+  args.model_cfg = transformer.ModelConfig.create(args.vocab, **_report.SIZES[size], compute=args.compute)
+  params = jax.jit(lambda: nn.unbox(transformer.init(args.model_cfg, jax.random.key(0))))()
   compilations, samplers, measured, code = _report.Compilations(), {}, {}, 0
   todo = [(rows, length) for rows in sorted(args.batches) for length in sorted(args.lengths)]
   try:
@@ -257,7 +257,7 @@ def main(argv=None) -> int:
   written = []
   if code != 130:
     args.arm_cfg = dataclasses.replace(args.model_cfg, causal=True, stop_head=False)
-    params = jax.jit(lambda: nn.unbox(model.init(args.arm_cfg, jax.random.key(0))))()
+    params = jax.jit(lambda: nn.unbox(transformer.init(args.arm_cfg, jax.random.key(0))))()
     try:
       for rows in sorted(args.batches):
         for length in sorted(args.arm_lengths):

@@ -1,6 +1,6 @@
 """Whole training steps side by side: padded or packed rows, chunked target lists or dense targets.
 
-A step is forward, backward, AdamW and the moving average, as `ilm_jax.train` makes it, of one group of examples:
+A step is forward, backward, AdamW and the moving average, as `ilm_jax.training.loop` makes it, of one group of examples:
 
     padded         one example a row, as long as the block
     packed         the same examples in as few rows as 25,600 examples' worth of groups ever need
@@ -30,12 +30,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import _report
-from configs import default, star
-from ilm_jax import experiment, model, ops, optimizer, sharding, update
+from ilm_jax.configs import default, star
+from ilm_jax.data import pipeline
+from ilm_jax.distributed import sharding
 from ilm_jax.families import ilm
-from ilm_jax.tasks import pipeline
+from ilm_jax.models import numerics, transformer, vocabulary
+from ilm_jax.special_tokens import BOS, CLS, SPECIAL
 from ilm_jax.tasks import star as star_task
-from ilm_jax.tokenizer import BOS, CLS, SPECIAL
+from ilm_jax.training import experiment, optimizer, train_step
 
 VARIANTS = ('padded', 'packed', 'padded-dense', 'packed-dense')
 GOALS = {'lm1b': 5.0, 'full': 1.7}  # examples per second, packed over padded
@@ -124,14 +126,14 @@ def parts_of(rows: int, length: int, positions: int) -> tuple[int, int]:
 def dense_loss(outputs, batch, cfg):
   """The loss of `families.ilm` as it is defined, from logits_BxLxV and targets_BxLxV: what the chunked one replaces."""
   segments = batch['cls_BxS'].shape[1]
-  compute = ops.head_compute(cfg.compute)
-  logits_BxLxV = ops.einsum('bld,vd->blv', outputs.hidden_BxLxD, outputs.unembed_VxD, compute)
+  compute = vocabulary.head_compute(cfg.compute)
+  logits_BxLxV = numerics.einsum('bld,vd->blv', outputs.hidden_BxLxD, outputs.unembed_VxD, compute)
   lse_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
-  log_z_BxS = ops.segment_logsumexp(lse_BxL, batch['segment_BxL'], batch['open_BxL'], segments)
+  log_z_BxS = numerics.segment_logsumexp(lse_BxL, batch['segment_BxL'], batch['open_BxL'], segments)
   log_z_BxL = jnp.take_along_axis(log_z_BxS, jnp.maximum(batch['segment_BxL'] - 1, 0), axis=1)
 
   used_BxT = (batch['target_segment_BxT'] > 0).astype(jnp.float32)
-  dropped_BxS = ops.segment_sum(used_BxT, batch['target_segment_BxT'], segments)
+  dropped_BxS = numerics.segment_sum(used_BxT, batch['target_segment_BxT'], segments)
   share_BxS = batch['segment_weight_BxS'] / jnp.maximum(dropped_BxS, 1)
   share_BxT = used_BxT * jnp.take_along_axis(share_BxS, jnp.maximum(batch['target_segment_BxT'] - 1, 0), axis=1)
   row_Bx1 = jnp.arange(share_BxT.shape[0])[:, None]
@@ -158,24 +160,24 @@ def measure(args, name: str, variant: str) -> dict:
   parts, part_rows = parts_of(shape.rows, shape.length, args.positions)
   shape = dataclasses.replace(shape, rows=parts * part_rows)
   cfg.data.batch_size = examples
-  cfg.optimizer.accumulate = parts
+  cfg.optimizer.accumulation_steps = parts
 
   exp = experiment.Experiment(
     cfg=cfg,
     family=types.SimpleNamespace(loss=dense_loss) if dense else ilm,
     task=None,
-    model_cfg=model.ModelConfig.create(mix.vocab_size, **_report.SIZES[args.size], compute=args.compute),
+    model_cfg=transformer.ModelConfig.create(mix.vocab_size, **_report.SIZES[args.size], compute=args.compute),
     sample_cfg=None,
     loss_cfg=ConfigDict({**cfg.loss.to_dict(), 'compute': args.compute}),
     mesh=sharding.make_mesh(cfg.mesh, jax.devices()[:1]),
   )
   tx, schedule = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
-  state, abstract = update.init_state(exp, tx)
+  state, abstract = train_step.init_state(exp, tx)
   packs = [pipeline.pack(group, list(range(len(group))), shape) for group in groups[:KEPT]]
   batches = itertools.cycle([sharding.put_batch(batch, exp.mesh) for batch in packs])
 
   start = time.perf_counter()
-  step = update.compile_step(exp, tx, schedule, abstract).lower(state, next(batches)).compile()
+  step = train_step.compile_step(exp, tx, schedule, abstract).lower(state, next(batches)).compile()
   compile_seconds = time.perf_counter() - start
   memory = step.memory_analysis()
 

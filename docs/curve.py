@@ -4,7 +4,7 @@ import sys
 from html import escape
 from pathlib import Path
 
-from ilm_jax import dashboards
+from ilm_jax.runs import logs
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 300, 52, 52, 20, 44
 COLOURS = ('#14609f', '#d1495b', '#3a7d44', '#8a5a9e', '#c77f1a')
@@ -19,7 +19,7 @@ def path(points, top_x, top_y) -> str:
 
 def draw(runs: list[str]) -> str:
   """Accuracy (thick, left axis, %) and loss (thin, right axis) against steps, a colour for each run."""
-  scalars = [dashboards.read_scalars(run) for run in runs]
+  scalars = [logs.read_scalars(run) for run in runs]
   top_x = max(step for values in scalars for step, _ in values['train/loss'])
   top_loss = max(loss for values in scalars for _, loss in values['train/loss'])
   out = [

@@ -7,7 +7,7 @@ lm.generate(['1,2|2,3/1,3'])
 
 from importlib import import_module
 
-_PUBLIC = {'load': 'ilm_jax.api', 'LanguageModel': 'ilm_jax.api', 'UserError': 'ilm_jax.types'}
+_PUBLIC = {'load': 'ilm_jax.inference.api', 'LanguageModel': 'ilm_jax.inference.api', 'UserError': 'ilm_jax.types'}
 __all__ = ['LanguageModel', 'UserError', 'load']
 
 

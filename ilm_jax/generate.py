@@ -28,7 +28,8 @@ from absl import flags
 from etils import epath
 
 from ilm_jax.console import command, define_hosts, fail, quiet
-from ilm_jax.tasks import corpora
+from ilm_jax.runs import run_file
+from ilm_jax.tasks.text import corpora
 from ilm_jax.types import UserError
 
 RULE = ('temperature', 'top_p')  # flags of the rule by which a token is drawn
@@ -165,26 +166,27 @@ def run(values) -> int:
   check_files(values)
   requests, wrong = read_requests(values)
   quiet()
-  from ilm_jax import hosts
+  from ilm_jax.distributed import processes
 
-  hosts.start(values.coordinator, values.num_processes, values.process_id, saving=False)
-  return hosts.end_together(lambda: serve(values, requests, wrong))
+  processes.start(values.coordinator, values.num_processes, values.process_id, saving=False)
+  return processes.end_together(lambda: serve(values, requests, wrong))
 
 
 def serve(values, requests: list[Request], wrong: list[UserError]) -> int:
   """Load, answer, write."""
-  from ilm_jax import api, checkpoint, dashboards, hosts
+  from ilm_jax.distributed import processes
+  from ilm_jax.inference import api
 
-  index, many = hosts.which()
+  index, many = processes.which()
   if many > 1:
     if values.trace or not values.out:
       raise UserError(f'{many} hosts write a file each: expected --out, and no --trace')
     check_files(values, shard(values.out, index, many))
-    hosts.agree({**dashboards.code(), 'requests': hosts.digest(requests), **settled(values)})
+    processes.agree({**run_file.code(), 'requests': processes.digest(requests), **settled(values)})
   given = {name: values[name].value for name in SETTINGS}
   settings = {name: value for name, value in given.items() if value is not None}
   if drawn := {name: values[name].value for name in RULE if values[name].value is not None}:
-    cfg = checkpoint.read_config(values.workdir)
+    cfg = run_file.read_config(values.workdir)
     at_once = cfg['family'] == 'ilm' and not cfg['sampling'].get('two_stage', cfg['sampling'].get('joint') is None)
     name = 'joint' if at_once else 'token'
     settings[name] = drawn

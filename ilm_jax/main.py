@@ -59,14 +59,15 @@ def default_workdir() -> str:
 def run() -> int:
   """Train or evaluate; returns the exit code."""
   quiet()
-  from ilm_jax import hosts, train
+  from ilm_jax.distributed import processes
+  from ilm_jax.training import loop
 
   cfg = _CONFIG.value
-  given = (flags.FLAGS[name].value for name in hosts.FLAGS)
-  hosts.start(*given, saving=_MODE.value == 'train', **cfg.get('hosts', {}))
+  given = (flags.FLAGS[name].value for name in processes.FLAGS)
+  processes.start(*given, saving=_MODE.value == 'train', **cfg.get('distributed', {}))
   workdir = _WORKDIR.value or default_workdir()
-  call = {'train': train.train, 'eval': train.evaluate_run}[_MODE.value]
-  return hosts.end_together(lambda: call(cfg, workdir))
+  call = {'train': loop.train, 'eval': loop.evaluate_run}[_MODE.value]
+  return processes.end_together(lambda: call(cfg, workdir))
 
 
 def command(doc: str, names, call, argv=None) -> int:

@@ -29,7 +29,7 @@ fits() { # SLICE CHIPS PRESET ROWS REMAT MESH...
   [ -z "$topology" ] || [ "$topology" = "$slice" ] || return 0
   found=1
   # Rows of 1,024 positions, four stories each; a host has four chips, and packs a group.
-  local command=("${PYTHON:-python}" -m ilm_jax.compile_only --config=configs/tinystories.py --topology="$slice"
+  local command=("${PYTHON:-python}" -m ilm_jax.cli compile --config=configs/tinystories.py --topology="$slice"
     --config.model.preset="$preset" --config.model.compute=bfloat16 --config.model.scan_layers=True
     --config.model.remat="$remat" --config.data.rows="$rows" --config.data.batch_size=$((4 * rows))
     --config.data.groups=$((chips / 4)) --config.eval.batch_size=256 --config.task.tokenizer.size=10240

@@ -60,8 +60,8 @@ for config in "$@"; do
   done
 done
 if [ -n "${TABLE:-}" ] && [ -z "$DRY_RUN" ]; then
-  "$PYTHON" -m ilm_jax.report "${folders[@]}" > "$TABLE.part"
+  "$PYTHON" -m ilm_jax.cli report "${folders[@]}" > "$TABLE.part"
   mv "$TABLE.part" "$TABLE"
 else
-  run "$PYTHON" -m ilm_jax.report "${folders[@]}"
+  run "$PYTHON" -m ilm_jax.cli report "${folders[@]}"
 fi

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from benchmarks import _report, batching, sample, train_step
-from configs import default
+from ilm_jax.configs import default
+from ilm_jax.data import pipeline
 from ilm_jax.families import ilm
-from ilm_jax.tasks import pipeline
 from ilm_jax.types import Outputs
 
 

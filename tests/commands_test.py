@@ -13,7 +13,7 @@ import pytest
 import small
 
 import ilm_jax
-from ilm_jax import model
+from ilm_jax.models import transformer
 
 PROMPTS = ['1,2|2,3|3,4|1,5|5,6|6,7/1,4', '5,6|1,5|3,4|6,7|2,3|1,2/1,7', '0,9|9,8|8,7|0,1|1,2|2,3/0,3']
 RANDOM = {
@@ -92,8 +92,8 @@ TINY = '--config=configs/star.py:tiny'
     ([TINY, '--config.mesh.fsdp=3'], r'mesh.fsdp=3, .*does not fit 1 device\(s\): .*each size one of 1, or -1'),
     ([TINY, '--config.data.groups=7'], r'data.batch_size=\d+ is not a multiple of data.groups=7: use data.batch_size='),
     (
-      [TINY, '--config.optimizer.accumulate=7'],
-      r'data.rows=\d+ does not divide into optimizer.accumulate=7 parts: use',
+      [TINY, '--config.optimizer.accumulation_steps=7'],
+      r'data.rows=\d+ does not divide into optimizer.accumulation_steps=7 parts: use',
     ),
     ([TINY, '--config.optimizer.schedule=up'], r"optimizer.schedule='up': expected one of constant, cosine, linear"),
     ([TINY, '--config.sampling.stop_threshold=7'], r'sampling.stop_threshold=7.0: expected a probability'),
@@ -188,7 +188,7 @@ def test_likelihoods_are_in_the_evaluation(command, copy):
   lm = ilm_jax.load(copy, 'latest')
   source = lm.task.source(lm.cfg.task, 'test')
   examples = [source[i] for i in range(len(source))]
-  forward, lengths = model.Forward(lm.model_cfg, lm.params), np.full(len(examples), 22)
+  forward, lengths = transformer.Forward(lm.model_cfg, lm.params), np.full(len(examples), 22)
   tokens, fixed = (np.stack([example[name] for example in examples]) for name in ('tokens', 'fixed'))
   score = jax.jit(lambda *args: lm.family.score(forward, None, *args, lm.sampler.cfg, kind='exact', longest=6).nll_B)
   total = float(score(tokens, fixed, lengths).sum())
@@ -441,7 +441,7 @@ def test_probabilities_are_those_of_the_model_insertion_by_insertion(trained, th
     order, bos = np.array(answer['order']), answer['tokens'].index('[BOS]')
     for step, expected in enumerate(answer['probabilities']):
       row = ids[order < step]  # what was there before
-      out = model.apply_rows(lm.model_cfg, lm.params, jnp.array(row[None]), jnp.array([len(row)]))
+      out = transformer.apply_rows(lm.model_cfg, lm.params, jnp.array(row[None]), jnp.array([len(row)]))
       logits = np.array(out.hidden_BxLxD[0], np.float64) @ np.array(out.unembed_VxD, np.float64).T
       weights = {
         (gap, token): np.exp(logits[gap, token]) for gap in range(bos, len(row)) for token in range(7, len(logits[0]))
@@ -495,17 +495,17 @@ def test_the_commands_of_the_readme_run(command, tmp_path, monkeypatch):
   )
   for module, arguments in [default, *commands]:
     given = shortened(arguments) if module == 'ilm_jax.main' else arguments
-    if module == 'ilm_jax.report':
+    if module == 'ilm_jax.evaluation.report':
       given = [*arguments, '--mixed_commits']  # a checkout without git has none
     code, out, err = command(module, given, cwd=tmp_path)
     assert code == 0, (module, arguments, err)
     if module == 'ilm_jax.main':
       assert ('test loss' if 'text.py' in arguments[0] else 'test exact match') in out
-    elif module == 'ilm_jax.stopping':
+    elif module == 'ilm_jax.inference.stopping':
       assert out.count('(fitted)') == 2
     elif '--out=answers.jsonl' in arguments:
       assert json.loads((tmp_path / 'answers.jsonl').read_text())['text'].startswith('Once upon a time')
-    elif module == 'ilm_jax.report':
+    elif module == 'ilm_jax.evaluation.report':
       assert (
         len(re.findall(r'^\| star tiny \| (?:arm|ilm) \|', out, re.M)) == 7
       )  # two rows in three tables, one with likelihoods

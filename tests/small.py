@@ -11,11 +11,12 @@ from unittest import mock
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from configs import star
-from ilm_jax import optimizer, sharding, update
-from ilm_jax.experiment import build
-from ilm_jax.sharding import make_mesh
-from ilm_jax.tasks import pipeline
+from ilm_jax.configs import star
+from ilm_jax.data import pipeline
+from ilm_jax.distributed import sharding
+from ilm_jax.distributed.sharding import make_mesh
+from ilm_jax.training import optimizer, train_step
+from ilm_jax.training.experiment import build
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -41,7 +42,7 @@ SETTINGS = {
   'data.row_length': 44,
   'data.targets': 0,
   'data.segments': 3,
-  'data.workers': 0,
+  'data.num_workers': 0,
   'data.prefetch': 2,
   'optimizer.learning_rate': 1e-2,
   'optimizer.schedule': 'constant',
@@ -53,7 +54,7 @@ SETTINGS = {
   'optimizer.weight_decay': 0.1,
   'optimizer.clip': 1.0,
   'optimizer.ema_decay': 0.99,
-  'optimizer.accumulate': 1,
+  'optimizer.accumulation_steps': 1,
   'sampling.max_length': 22,
   'sampling.max_steps': 6,
   'sampling.stop_threshold': 0.9,
@@ -65,7 +66,7 @@ SETTINGS = {
   'eval.metric': 'exact_match',
   'eval.mode': 'max',
   'eval.checkpoint': 'best',
-  'eval.show': 2,
+  'eval.print_samples': 2,
   'log_every': 5,
   'checkpoint_every': 5,
   'keep': 2,
@@ -101,7 +102,7 @@ def experiment(changes=(), **axes):
   with mock.patch.object(sharding, 'make_mesh', lambda *_: mesh(**axes)):
     exp = build(cfg)
   tx, schedule = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
-  return exp, tx, schedule, *update.init_state(exp, tx)
+  return exp, tx, schedule, *train_step.init_state(exp, tx)
 
 
 def batches(exp, steps: int):
@@ -139,7 +140,7 @@ def run(arguments, cache, *, text: str | None = None, **options) -> tuple[int, s
 
 SERVER = """
 import importlib, json, os, sys, traceback
-import ilm_jax.api, ilm_jax.generate, ilm_jax.main, ilm_jax.train
+import ilm_jax.inference.api, ilm_jax.generate, ilm_jax.main, ilm_jax.training.loop
 
 for line in sys.stdin:
   job = json.loads(line)

@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 import ilm_jax.main
-from ilm_jax.tasks import pipeline
+from ilm_jax.data import pipeline
 
 read = pipeline.train_batches
 

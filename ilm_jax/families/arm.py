@@ -5,7 +5,7 @@ a time with a cache of keys and values. The model gives every string an exact pr
 
     log p(x | prompt) = sum_t log p(x_t | prompt, x_<t) + log p([EOS] | prompt, x)
 
-With corrupt.fim, it also fills one gap: `prefix [MASK] suffix [MASK]` is the prompt then, and the middle the answer
+With corrupt.fim_rate, it also fills one gap: `prefix [MASK] suffix [MASK]` is the prompt then, and the middle the answer
 (prefix, suffix, middle; Bavarian et al. 2022, arXiv 2207.14255).
 """
 
@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ilm_jax import ops
-from ilm_jax.families import corrupt as _corrupt
-from ilm_jax.families import growing
+from ilm_jax.families import corruption as _corrupt
+from ilm_jax.families import drawing, growing
 from ilm_jax.families.growing import Rows, note
 from ilm_jax.families.settings import sample_config
-from ilm_jax.tokenizer import EOS, MASK
+from ilm_jax.models import numerics, vocabulary
+from ilm_jax.special_tokens import EOS, MASK
 from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, Score, UserError
 
 corrupt = _corrupt.arm
@@ -34,14 +34,14 @@ def model_settings(cfg) -> dict:
 
 def sample_settings(cfg) -> dict:
   """The fields of SampleConfig that the corruption decides."""
-  return {'fim': cfg.corrupt.get('fim', 0.0) > 0}
+  return {'fim': cfg.corrupt.get('fim_rate', 0.0) > 0}
 
 
 def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
   """(tokens, targets) of the longest example, with the two [MASK]s of a rearranged one; the end is a target too."""
-  if not 0 <= cfg.corrupt.fim <= 1:
-    raise UserError(f'corrupt.fim={cfg.corrupt.fim}: expected a share from 0 to 1')
-  return longest + 2 * (cfg.corrupt.fim > 0), answer + 1
+  if not 0 <= cfg.corrupt.fim_rate <= 1:
+    raise UserError(f'corrupt.fim_rate={cfg.corrupt.fim_rate}: expected a share from 0 to 1')
+  return longest + 2 * (cfg.corrupt.fim_rate > 0), answer + 1
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -49,9 +49,9 @@ def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
 
 def target_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', chunk: int = 2048):
   """The cross-entropy of each listed target, predicted at its gap: BxT."""
-  lse_BxL = ops.vocab_logsumexp(outputs.hidden_BxLxD, outputs.unembed_VxD, chunk=chunk, compute=compute)
+  lse_BxL = vocabulary.vocab_logsumexp(outputs.hidden_BxLxD, outputs.unembed_VxD, chunk=chunk, compute=compute)
   gap_BxT, token_BxT = batch['target_gap_BxT'], batch['target_token_BxT']
-  z_BxT = ops.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, gap_BxT, token_BxT, compute=compute)
+  z_BxT = vocabulary.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, gap_BxT, token_BxT, compute=compute)
   return jnp.take_along_axis(lse_BxL, gap_BxT, axis=1) - z_BxT
 
 
@@ -104,7 +104,7 @@ def check_prompt(given: dict, cfg: SampleConfig) -> None:
     raise UserError(f'family=arm fills one gap of a text, got {len(gaps)}: use a model of family=ilm or mdm')
   if gaps and gaps[0] < len(given['tokens']) - 1 and not cfg.fim:
     raise UserError(
-      'family=arm continues a text, and this one has a gap before its end: use a model trained with corrupt.fim, or '
+      'family=arm continues a text, and this one has a gap before its end: use a model trained with corrupt.fim_rate, or '
       'one of family=ilm or mdm'
     )
 
@@ -212,8 +212,8 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   logits_BxV = logits(outputs.hidden_BxLxD[:, 0], outputs.unembed_VxD, cfg)
   log_prob_BxV = jax.nn.log_softmax(logits_BxV, axis=-1)
   least_B = jnp.maximum(rows.lack_BxL.max(axis=1), int(cfg.force_first))
-  logits_BxV = logits_BxV.at[:, EOS].set(jnp.where(rows.steps_B < least_B, ops.NEG_INF, logits_BxV[:, EOS]))
-  token_B = ops.choose(rng_B, logits_BxV, cfg.token)
+  logits_BxV = logits_BxV.at[:, EOS].set(jnp.where(rows.steps_B < least_B, numerics.NEG_INF, logits_BxV[:, EOS]))
+  token_B = drawing.choose(rng_B, logits_BxV, cfg.token)
 
   most_B = cfg.max_length + (rows.memo.marks_B if cfg.fim else 0)
   room_B = (rows.length_B < most_B) & (rows.steps_B < growing.most_steps(cfg))
@@ -244,8 +244,8 @@ GROWTH = growing.Growth(begin, step, finish=finish)
 
 def logits(hidden, unembed_VxD, cfg: SampleConfig):
   """Logits with the closed tokens at NEG_INF."""
-  bias_V = ops.closed_bias(unembed_VxD.shape[0], cfg.closed_tokens)
-  return ops.vocab_logits(hidden, unembed_VxD, bias_V, compute=cfg.compute)
+  bias_V = vocabulary.closed_bias(unembed_VxD.shape[0], cfg.closed_tokens)
+  return vocabulary.vocab_logits(hidden, unembed_VxD, bias_V, compute=cfg.compute)
 
 
 # --- likelihood -------------------------------------------------------------------------------------------------------
@@ -299,11 +299,11 @@ def next_losses(forward, tokens_BxL, length_B, cfg: SampleConfig):
     cfg: `closed_tokens`, `compute` and `vocab_chunk` are read.
   """
   outputs = forward(tokens_BxL, length_B)
-  bias_V = ops.closed_bias(outputs.unembed_VxD.shape[0], cfg.closed_tokens)
-  lse_BxL = ops.vocab_logsumexp(
+  bias_V = vocabulary.closed_bias(outputs.unembed_VxD.shape[0], cfg.closed_tokens)
+  lse_BxL = vocabulary.vocab_logsumexp(
     outputs.hidden_BxLxD, outputs.unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute
   )
   index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
   next_BxL = jnp.where(index_BxL == length_B[:, None] - 1, EOS, jnp.roll(tokens_BxL, -1, axis=1))
-  z_BxL = ops.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, index_BxL, next_BxL, compute=cfg.compute)
+  z_BxL = vocabulary.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, index_BxL, next_BxL, compute=cfg.compute)
   return jnp.where(bias_V[next_BxL] < 0, jnp.inf, lse_BxL - z_BxL)

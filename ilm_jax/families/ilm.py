@@ -15,11 +15,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ilm_jax import ops
-from ilm_jax.families import corrupt as _corrupt
-from ilm_jax.families import growing, likelihood
+from ilm_jax.families import corruption as _corrupt
+from ilm_jax.families import drawing, growing, likelihood
 from ilm_jax.families.growing import Rows, note
 from ilm_jax.families.settings import sample_config
+from ilm_jax.models import numerics, vocabulary
 from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, UserError
 
 corrupt = _corrupt.ilm
@@ -34,8 +34,8 @@ def model_settings(cfg) -> dict:
 
 def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
   """(tokens, targets) of the longest example: nothing may be dropped, or all that is free."""
-  if not 0 <= cfg.corrupt.infill <= 1:
-    raise UserError(f'corrupt.infill={cfg.corrupt.infill}: expected a share from 0 to 1')
+  if not 0 <= cfg.corrupt.infill_rate <= 1:
+    raise UserError(f'corrupt.infill_rate={cfg.corrupt.infill_rate}: expected a share from 0 to 1')
   return longest, answer
 
 
@@ -50,14 +50,14 @@ def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', 
     the stop head, number of dropped tokens.
   """
   segments = batch['cls_BxS'].shape[1]
-  lse_BxL = ops.vocab_logsumexp(outputs.hidden_BxLxD, outputs.unembed_VxD, chunk=chunk, compute=compute)
-  log_z_BxS = ops.segment_logsumexp(lse_BxL, batch['segment_BxL'], batch['open_BxL'], segments)
+  lse_BxL = vocabulary.vocab_logsumexp(outputs.hidden_BxLxD, outputs.unembed_VxD, chunk=chunk, compute=compute)
+  log_z_BxS = numerics.segment_logsumexp(lse_BxL, batch['segment_BxL'], batch['open_BxL'], segments)
 
   gap_BxT, token_BxT = batch['target_gap_BxT'], batch['target_token_BxT']
-  z_BxT = ops.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, gap_BxT, token_BxT, compute=compute)
+  z_BxT = vocabulary.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, gap_BxT, token_BxT, compute=compute)
   used_BxT = (batch['target_segment_BxT'] > 0).astype(jnp.float32)
-  dropped_BxS = ops.segment_sum(used_BxT, batch['target_segment_BxT'], segments)
-  z_BxS = ops.segment_sum(z_BxT * used_BxT, batch['target_segment_BxT'], segments)
+  dropped_BxS = numerics.segment_sum(used_BxT, batch['target_segment_BxT'], segments)
+  z_BxS = numerics.segment_sum(z_BxT * used_BxT, batch['target_segment_BxT'], segments)
   some_BxS = dropped_BxS > 0
   token_BxS = jnp.where(some_BxS, log_z_BxS - z_BxS / jnp.maximum(dropped_BxS, 1), 0.0)
 
@@ -211,10 +211,10 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
 
   def insert(array_BxL, value_BxG):
     if cfg.gaps == 1:
-      return ops.insert(array_BxL, gap_BxG[:, 0], value_BxG[:, 0], go_BxG[:, 0])
+      return drawing.insert(array_BxL, gap_BxG[:, 0], value_BxG[:, 0], go_BxG[:, 0])
     row_Bx1 = jnp.arange(len(go_B))[:, None]
     value_BxL = jnp.zeros_like(array_BxL).at[row_Bx1, gap_BxG].set(value_BxG.astype(array_BxL.dtype))
-    return ops.insert_all(array_BxL, value_BxL, jnp.zeros_like(open_BxL).at[row_Bx1, gap_BxG].set(go_BxG))
+    return drawing.insert_all(array_BxL, value_BxL, jnp.zeros_like(open_BxL).at[row_Bx1, gap_BxG].set(go_BxG))
 
   def spread(array_BxL):
     """What is said of a gap, also of its new tokens."""
@@ -259,21 +259,21 @@ def choose_pairs(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token
     below the threshold; log-probabilities are those of the pairs under the model, before the rules.
   """
   hidden_BxLxD, unembed_VxD = outputs.hidden_BxLxD, outputs.unembed_VxD
-  bias_V = ops.closed_bias(unembed_VxD.shape[0], cfg.closed_tokens)
-  lse_BxL = ops.vocab_logsumexp(hidden_BxLxD, unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute)
-  lse_BxL = jnp.where(open_BxL, lse_BxL, ops.NEG_INF)
+  bias_V = vocabulary.closed_bias(unembed_VxD.shape[0], cfg.closed_tokens)
+  lse_BxL = vocabulary.vocab_logsumexp(hidden_BxLxD, unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute)
+  lse_BxL = jnp.where(open_BxL, lse_BxL, numerics.NEG_INF)
   count = min(cfg.gaps or open_BxL.shape[1], open_BxL.shape[1])
   some_BxL = lse_BxL
   if cfg.gap_threshold:
     least_Bx1 = lse_BxL.max(axis=1, keepdims=True) + math.log(cfg.gap_threshold)
-    some_BxL = jnp.where(lse_BxL >= least_Bx1, lse_BxL, ops.NEG_INF)
-  gap_BxG, ok_BxG = ops.choose_several(gap_rng_B, some_BxL, cfg.gap, count=count)
+    some_BxL = jnp.where(lse_BxL >= least_Bx1, lse_BxL, numerics.NEG_INF)
+  gap_BxG, ok_BxG = drawing.choose_several(gap_rng_B, some_BxL, cfg.gap, count=count)
 
   def draw(column):  # one gap of each row at a time: the logits of all would not fit
     rng_B, gap_B = column
     hidden_BxD = jnp.take_along_axis(hidden_BxLxD, gap_B[:, None, None], axis=1)[:, 0]
-    logits_BxV = ops.vocab_logits(hidden_BxD, unembed_VxD, bias_V, compute=cfg.compute)
-    token_B = ops.choose(rng_B, logits_BxV, cfg.token)
+    logits_BxV = vocabulary.vocab_logits(hidden_BxD, unembed_VxD, bias_V, compute=cfg.compute)
+    token_B = drawing.choose(rng_B, logits_BxV, cfg.token)
     return token_B, jnp.take_along_axis(logits_BxV, token_B[:, None], axis=1)[:, 0]
 
   more = jax.vmap(lambda number: jax.vmap(jax.random.fold_in, (0, None))(token_rng_B, number))(jnp.arange(1, count))
@@ -290,21 +290,21 @@ def choose_pair(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_
   """
   hidden_BxLxD, unembed_VxD = outputs.hidden_BxLxD, outputs.unembed_VxD
   vocab = unembed_VxD.shape[0]
-  bias_V = ops.closed_bias(vocab, cfg.closed_tokens)
-  lse_BxL = ops.vocab_logsumexp(hidden_BxLxD, unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute)
-  lse_BxL = jnp.where(open_BxL, lse_BxL, ops.NEG_INF)
+  bias_V = vocabulary.closed_bias(vocab, cfg.closed_tokens)
+  lse_BxL = vocabulary.vocab_logsumexp(hidden_BxLxD, unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute)
+  lse_BxL = jnp.where(open_BxL, lse_BxL, numerics.NEG_INF)
 
   if cfg.joint is None:
-    gap_B = ops.choose(gap_rng_B, lse_BxL, cfg.gap)
+    gap_B = drawing.choose(gap_rng_B, lse_BxL, cfg.gap)
     hidden_BxD = jnp.take_along_axis(hidden_BxLxD, gap_B[:, None, None], axis=1)[:, 0]
-    logits_BxV = ops.vocab_logits(hidden_BxD, unembed_VxD, bias_V, compute=cfg.compute)
-    token_B = ops.choose(token_rng_B, logits_BxV, cfg.token)
+    logits_BxV = vocabulary.vocab_logits(hidden_BxD, unembed_VxD, bias_V, compute=cfg.compute)
+    token_B = drawing.choose(token_rng_B, logits_BxV, cfg.token)
     chosen_B = jnp.take_along_axis(logits_BxV, token_B[:, None], axis=1)[:, 0]
   else:
-    logits_BxLxV = ops.vocab_logits(hidden_BxLxD, unembed_VxD, bias_V, compute=cfg.compute)
-    logits_BxLxV = jnp.where(open_BxL[..., None], logits_BxLxV, ops.NEG_INF)
+    logits_BxLxV = vocabulary.vocab_logits(hidden_BxLxD, unembed_VxD, bias_V, compute=cfg.compute)
+    logits_BxLxV = jnp.where(open_BxL[..., None], logits_BxLxV, numerics.NEG_INF)
     flat_BxLV = logits_BxLxV.reshape(open_BxL.shape[0], -1)
-    pair_B = ops.choose(gap_rng_B, flat_BxLV, cfg.joint)
+    pair_B = drawing.choose(gap_rng_B, flat_BxLV, cfg.joint)
     gap_B, token_B = pair_B // vocab, pair_B % vocab
     chosen_B = jnp.take_along_axis(flat_BxLV, pair_B[:, None], axis=1)[:, 0]
   return gap_B, token_B, chosen_B - jax.nn.logsumexp(lse_BxL, axis=1)

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ilm_jax import ops
-from ilm_jax.families import arm, growing, settings
-from ilm_jax.families import corrupt as _corrupt
+from ilm_jax.families import arm, drawing, growing, settings
+from ilm_jax.families import corruption as _corrupt
 from ilm_jax.families.growing import Rows, note
-from ilm_jax.tokenizer import EOS
+from ilm_jax.models import numerics, vocabulary
+from ilm_jax.special_tokens import EOS
 from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, UserError
 
 corrupt = _corrupt.it
@@ -140,13 +140,13 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   lengths = {'chunk': cfg.vocab_chunk, 'compute': cfg.compute}
 
   # Which gaps are finished: by the softmax over all entries, [EOS] among them.
-  closed_V = ops.closed_bias(unembed_VxD.shape[0], cfg.closed_tokens)
-  total_BxL = ops.vocab_logsumexp(hidden_BxLxD, unembed_VxD, closed_V, **lengths)  # without [EOS]
+  closed_V = vocabulary.closed_bias(unembed_VxD.shape[0], cfg.closed_tokens)
+  total_BxL = vocabulary.vocab_logsumexp(hidden_BxLxD, unembed_VxD, closed_V, **lengths)  # without [EOS]
   index_BxL = jnp.broadcast_to(jnp.arange(size), rows.tokens_BxL.shape)
-  end_BxL = ops.einsum('bld,d->bl', hidden_BxLxD, unembed_VxD[EOS], ops.head_compute(cfg.compute))
+  end_BxL = numerics.einsum('bld,d->bl', hidden_BxLxD, unembed_VxD[EOS], vocabulary.head_compute(cfg.compute))
   end_prob_BxL = jax.nn.sigmoid(end_BxL - total_BxL)
   if cfg.end_threshold is None:
-    finished_BxL = end_BxL >= ops.vocab_max(hidden_BxLxD, unembed_VxD, closed_V, **lengths)
+    finished_BxL = end_BxL >= vocabulary.vocab_max(hidden_BxLxD, unembed_VxD, closed_V, **lengths)
   else:
     finished_BxL = end_prob_BxL > cfg.end_threshold
   if cfg.force_first:
@@ -163,19 +163,19 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
 
     def draw(row):  # one row at a time: the logits of all gaps of all rows would not fit
       rng, hidden_LxD = row
-      logits_LxV = ops.vocab_logits(hidden_LxD, unembed_VxD, closed_V, compute=cfg.compute)
-      token_L = ops.choose(
+      logits_LxV = vocabulary.vocab_logits(hidden_LxD, unembed_VxD, closed_V, compute=cfg.compute)
+      token_L = drawing.choose(
         jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(size)), logits_LxV, cfg.token
       )
       return token_L, jnp.take_along_axis(logits_LxV, token_L[:, None], axis=1)[:, 0]
 
     token_BxL, chosen_BxL = jax.lax.map(draw, (token_rng_B, hidden_BxLxD))
   else:
-    gap_B = ops.choose(gap_rng_B, jnp.where(unfinished_BxL, total_BxL, ops.NEG_INF), cfg.gap)
+    gap_B = drawing.choose(gap_rng_B, jnp.where(unfinished_BxL, total_BxL, numerics.NEG_INF), cfg.gap)
     go_BxL = (index_BxL == gap_B[:, None]) & go_B[:, None]
     hidden_BxD = jnp.take_along_axis(hidden_BxLxD, gap_B[:, None, None], axis=1)[:, 0]
-    logits_BxV = ops.vocab_logits(hidden_BxD, unembed_VxD, closed_V, compute=cfg.compute)
-    token_B = ops.choose(token_rng_B, logits_BxV, cfg.token)
+    logits_BxV = vocabulary.vocab_logits(hidden_BxD, unembed_VxD, closed_V, compute=cfg.compute)
+    token_B = drawing.choose(token_rng_B, logits_BxV, cfg.token)
     token_BxL = jnp.broadcast_to(token_B[:, None], index_BxL.shape)
     chosen_BxL = jnp.broadcast_to(logits_BxV[row_B, token_B][:, None], index_BxL.shape)
   log_prob_B = jnp.where(go_BxL, chosen_BxL - total_BxL, 0.0).sum(axis=1)
@@ -183,10 +183,10 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
 
   steps_BxL = jnp.broadcast_to(rows.steps_B[:, None], index_BxL.shape)
   return rows._replace(
-    tokens_BxL=ops.insert_all(rows.tokens_BxL, token_BxL, go_BxL),
-    room_BxL=ops.insert_all(rows.room_BxL, rows.room_BxL, go_BxL),
-    gap_BxL=ops.insert_all(rows.gap_BxL, rows.gap_BxL, go_BxL),
-    order_BxL=ops.insert_all(rows.order_BxL, steps_BxL, go_BxL),
+    tokens_BxL=drawing.insert_all(rows.tokens_BxL, token_BxL, go_BxL),
+    room_BxL=drawing.insert_all(rows.room_BxL, rows.room_BxL, go_BxL),
+    gap_BxL=drawing.insert_all(rows.gap_BxL, rows.gap_BxL, go_BxL),
+    order_BxL=drawing.insert_all(rows.order_BxL, steps_BxL, go_BxL),
     length_B=rows.length_B + go_BxL.sum(axis=1),
     active_B=go_B,
     steps_B=rows.steps_B + go_B,

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ilm_jax import ops
+from ilm_jax.models import numerics, vocabulary
 from ilm_jax.types import Score, UserError
 
 MOST_EXACT = 12  # free tokens of a row whose subsets are enumerated
@@ -44,13 +44,13 @@ def _look(forward, tokens_BxL, fixed_BxL, length_B, keep_BxL, cfg) -> _Step:
   open_BxL = jnp.take_along_axis((~fixed_BxL | next_free_BxL).at[:, 0].set(False), order_BxL, axis=1)
   open_BxL &= index_BxL < count_B[:, None]
   outputs = forward(jnp.where(index_BxL < count_B[:, None], kept_BxL, 0), count_B, open_BxL=open_BxL)
-  bias_V = ops.closed_bias(outputs.unembed_VxD.shape[0], cfg.closed_tokens)
-  lse_BxL = ops.vocab_logsumexp(
+  bias_V = vocabulary.closed_bias(outputs.unembed_VxD.shape[0], cfg.closed_tokens)
+  lse_BxL = vocabulary.vocab_logsumexp(
     outputs.hidden_BxLxD, outputs.unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute
   )
-  log_z_B = jax.nn.logsumexp(jnp.where(open_BxL, lse_BxL, ops.NEG_INF), axis=1)
+  log_z_B = jax.nn.logsumexp(jnp.where(open_BxL, lse_BxL, numerics.NEG_INF), axis=1)
   gap_BxL = jnp.cumsum(keep_BxL, axis=1) - 1
-  z_BxL = ops.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, gap_BxL, tokens_BxL, compute=cfg.compute)
+  z_BxL = vocabulary.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, gap_BxL, tokens_BxL, compute=cfg.compute)
   z_BxL += bias_V[tokens_BxL]  # what is never inserted has no probability
   log_BxSx2 = jax.nn.log_softmax(outputs.stop_BxSx2[:, 0], axis=-1)
   missing_BxL = valid_BxL & ~keep_BxL

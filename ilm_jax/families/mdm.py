@@ -22,11 +22,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ilm_jax import ops
-from ilm_jax.families import corrupt as _corrupt
+from ilm_jax.families import corruption as _corrupt
+from ilm_jax.families import drawing
 from ilm_jax.families.growing import fit
 from ilm_jax.families.settings import sample_config
-from ilm_jax.tokenizer import MASK, PAD
+from ilm_jax.models import numerics, vocabulary
+from ilm_jax.special_tokens import MASK, PAD
 from ilm_jax.types import Batch, Metrics, Outputs, Prompt, Rule, Sampled, Score, UserError
 
 corrupt = _corrupt.mdm
@@ -93,11 +94,11 @@ def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', 
   segments = batch['cls_BxS'].shape[1]
   hidden_BxLxD, unembed_VxD = outputs.hidden_BxLxD, outputs.unembed_VxD
   gap_BxT, segment_BxT = batch['target_gap_BxT'], batch['target_segment_BxT']
-  lse_BxL = ops.vocab_logsumexp(hidden_BxLxD, unembed_VxD, chunk=chunk, compute=compute)
-  z_BxT = ops.target_logits(hidden_BxLxD, unembed_VxD, gap_BxT, batch['target_token_BxT'], compute=compute)
+  lse_BxL = vocabulary.vocab_logsumexp(hidden_BxLxD, unembed_VxD, chunk=chunk, compute=compute)
+  z_BxT = vocabulary.target_logits(hidden_BxLxD, unembed_VxD, gap_BxT, batch['target_token_BxT'], compute=compute)
   loss_BxT = jnp.take_along_axis(lse_BxL, gap_BxT, axis=1) - z_BxT
-  sums = [ops.segment_sum(x, segment_BxT, segments) for x in (loss_BxT * batch['target_weight_BxT'], loss_BxT)]
-  return *sums, ops.segment_sum((segment_BxT > 0).astype(jnp.float32), segment_BxT, segments)
+  sums = [numerics.segment_sum(x, segment_BxT, segments) for x in (loss_BxT * batch['target_weight_BxT'], loss_BxT)]
+  return *sums, numerics.segment_sum((segment_BxT > 0).astype(jnp.float32), segment_BxT, segments)
 
 
 def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
@@ -281,14 +282,14 @@ def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B, given_BxL):
     difference of its two largest ('margin'), or minus its entropy.
   """
   unembed_VxD = outputs.unembed_VxD
-  bias_V = ops.closed_bias(unembed_VxD.shape[0], (*cfg.closed_tokens, MASK))
+  bias_V = vocabulary.closed_bias(unembed_VxD.shape[0], (*cfg.closed_tokens, MASK))
 
   def at(place):
     hidden_BxD, position, given_B = place
-    logits_BxV = ops.vocab_logits(hidden_BxD, unembed_VxD, bias_V, compute=cfg.compute)
-    logits_BxV = logits_BxV.at[:, PAD].add(jnp.where(given_B, ops.NEG_INF, 0.0))
+    logits_BxV = vocabulary.vocab_logits(hidden_BxD, unembed_VxD, bias_V, compute=cfg.compute)
+    logits_BxV = logits_BxV.at[:, PAD].add(jnp.where(given_B, numerics.NEG_INF, 0.0))
     log_prob_BxV = jax.nn.log_softmax(logits_BxV)
-    token_B = ops.choose(jax.vmap(jax.random.fold_in, (0, None))(rng_B, position), logits_BxV, cfg.token)
+    token_B = drawing.choose(jax.vmap(jax.random.fold_in, (0, None))(rng_B, position), logits_BxV, cfg.token)
     certainty_B = log_prob_BxV.max(axis=1)
     if cfg.order == 'margin':
       top_Bx2 = jnp.exp(jax.lax.top_k(log_prob_BxV, 2)[0])
@@ -372,9 +373,9 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
 
     noise_Bx1 = noise_level(time_B, cfg.noise_eps)[:, None]
     hidden_BxLxD, unembed_VxD, _ = forward(jnp.where(masked_BxL, MASK, tokens_BxL), total_B, noise_Bx1)
-    bias_V = ops.closed_bias(unembed_VxD.shape[0], (*cfg.closed_tokens, MASK))
-    lse_BxL = ops.vocab_logsumexp(hidden_BxLxD, unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute)
-    z_BxL = ops.target_logits(hidden_BxLxD, unembed_VxD, index_BxL, tokens_BxL, compute=cfg.compute)
+    bias_V = vocabulary.closed_bias(unembed_VxD.shape[0], (*cfg.closed_tokens, MASK))
+    lse_BxL = vocabulary.vocab_logsumexp(hidden_BxLxD, unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute)
+    z_BxL = vocabulary.target_logits(hidden_BxLxD, unembed_VxD, index_BxL, tokens_BxL, compute=cfg.compute)
     loss_BxL = jnp.where(bias_V[tokens_BxL] < 0, jnp.inf, lse_BxL - z_BxL)
     return jnp.where(masked_BxL, loss_BxL, 0.0).sum(axis=1) * free_B / jnp.maximum(masks_B, 1)
 

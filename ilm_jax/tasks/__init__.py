@@ -28,7 +28,7 @@ import importlib
 
 from ilm_jax.types import UserError
 
-TASKS = {name: f'ilm_jax.tasks.{name}' for name in ('star', 'zebra', 'text')}
+TASKS = {"star": "ilm_jax.tasks.star", "zebra": "ilm_jax.tasks.zebra.task", "text": "ilm_jax.tasks.text.task"}
 
 
 def get(name: str):

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ilm_jax.tokenizer import BOS, CLS, SPECIAL, WordTokenizer
+from ilm_jax.data.tokenizers import WordTokenizer
+from ilm_jax.special_tokens import BOS, CLS, SPECIAL
 from ilm_jax.types import UserError
 
 SPLITS = ('train', 'validation', 'test')

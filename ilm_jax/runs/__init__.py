@@ -1,0 +1,4 @@
+"""The folder of a run (its workdir): checkpoints, event files, run.json, and the lock that protects it.
+
+Imports `types`, `metrics` and `distributed`. Start with `run_file.py`, then `checkpoint.py`.
+"""

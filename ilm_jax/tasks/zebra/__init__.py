@@ -1,0 +1,1 @@
+"""Zebra puzzles: the task (`task.py`), the puzzles with their solver (`puzzles.py`), the released files (`released.py`)."""

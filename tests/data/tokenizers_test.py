@@ -1,0 +1,391 @@
+"""Tokenizers: what every one of them does; SentencePiece and WordPiece against dumber derivations; bad files."""
+
+import io
+import json
+import os
+import pathlib
+import pickle
+import sys
+
+import numpy as np
+import pytest
+
+from ilm_jax.data import tokenizers as lib
+from ilm_jax.data.tokenizers import SentencePiece, WordPiece, WordTokenizer
+from ilm_jax.special_tokens import BOS, CLS, MASK, SPECIAL, UNK
+from ilm_jax.types import UserError
+
+DATA = pathlib.Path(os.environ.get('ILM_JAX_DATA') or pathlib.Path(__file__).parents[3] / 'shared' / 'data')
+
+LINES = [
+  'The old boat lay on the sand, and nobody knew whose it was.',
+  'Mara asked the baker; the baker asked his sister: "Is it yours?"',
+  "It wasn't hers. She hadn't rowed since the year of the flood.",
+  'So the boat stayed where it was, and the sand came up to its seats.',
+  'In spring a heron stood in it. In summer, two children did.',
+  '“Naïve,” said the café owner (he was from Zürich) — “pay 5 € or go!”',
+]
+ODD = [
+  '',
+  ' ',
+  '  two  spaces, and one at the end ',
+  'tab\there\nline\n\n\nparagraph\r\nold line',
+  'zero \x00 and bell \x07',
+  '日本語 русский العربية ελληνικά',
+  'e\u0301 as two, é as one; ﬁ ligature, ½, Å Å',
+  '👩\u200d👩\u200d👧 🙂🏽 \U0001f1e9\U0001f1ea',
+  '\ufeffmark \u00a0hard\u2009thin \u200bno width',
+  'a' * 300,
+]
+NAMES = [
+  *SPECIAL,
+  *('<|endoftext|>', '<s>', '</s>', '<unk>', '<pad>', '<0x41>', '[unused0]', '##ing', '<mask>'),
+]
+
+
+def sentencepiece_model(**settings) -> bytes:
+  """A model as others train them."""
+  import sentencepiece
+
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(LINES * 3), model_writer=model, hard_vocab_limit=False, minloglevel=2, **settings
+  )
+  return model.getvalue()
+
+
+def given_model() -> bytes:
+  return sentencepiece_model(vocab_size=90, control_symbols=['<ctl>'], user_defined_symbols=['<mask>'])
+
+
+def vocabulary() -> bytes:
+  """A small vocabulary in the form of BERT's: special entries first and in between, letters, a few longer pieces."""
+  letters = 'abcdefghijklmnopqrstuvwxyz0123456789'
+  words = ['[PAD]', '[unused0]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *'.,;:!?\'"()-—“”€', *letters]
+  words += [f'##{letter}' for letter in letters]
+  words += ['the', 'boat', 'sand', 'it', 'was', '##ed', '##er', 'ask', 'bak', 'in', 'naive', 'cafe', '##ing']
+  return ('\n'.join(words) + '\n').encode()
+
+
+@pytest.fixture(scope='module')
+def ours():
+  return lib.train_sentencepiece(LINES * 3, size=380)
+
+
+@pytest.fixture(scope='module')
+def tokenizers(ours):
+  return {
+    'trained': ours,
+    'folding': lib.train_sentencepiece(LINES * 3, size=380, normalization='nfkc_cf'),
+    'given': SentencePiece(given_model()),
+    'bpe': SentencePiece(sentencepiece_model(vocab_size=400, model_type='bpe', byte_fallback=True, pad_id=3)),
+    'wordpiece': WordPiece(vocabulary()),
+    'cased': WordPiece(vocabulary(), lowercase=False),
+  }  # fmt: skip
+
+
+@pytest.fixture(params=['trained', 'folding', 'given', 'bpe', 'wordpiece', 'cased'])
+def tokenizer(request, tokenizers):
+  return tokenizers[request.param]
+
+
+def random_texts(count: int):
+  """Texts of letters, spaces, punctuation, and characters from all over Unicode."""
+  rng = np.random.default_rng(5)
+  alphabet = list('abc ABC  .,!?\'"\n\t-éßﬁ½日🙂\u0301\u200d') + LINES[0].split()
+  for _ in range(count):
+    parts = [alphabet[i] for i in rng.integers(len(alphabet), size=rng.integers(30))]
+    codes = rng.integers(1, 0x110000, size=3)
+    yield ''.join(parts) + ''.join(chr(c) for c in codes if not 0xD800 <= c < 0xE000)
+
+
+def one_line(error, *parts):
+  assert '\n' not in str(error.value)
+  for part in parts:
+    assert part in str(error.value), f'{part!r} is not in {error.value}'
+
+
+# --- every tokenizer --------------------------------------------------------------------------------------------------
+
+
+def test_the_special_ids_are_the_first_seven_and_never_come_from_text(tokenizer):
+  assert tokenizer.special_ids == (0, 1, 2, 3, 4, 5, 6)
+  for text in [*LINES, *ODD, *NAMES, ' '.join(NAMES), f'a{"".join(NAMES)}b']:
+    ids = tokenizer.encode(text)
+    assert all(UNK <= i < tokenizer.vocab_size for i in ids), (text, ids)
+
+
+def test_ids_come_with_the_places_they_come_from(tokenizer):
+  for text in [*LINES, *ODD, *NAMES, *random_texts(200)]:
+    ids, spans = tokenizer.encode_with_offsets(text)
+    assert ids == tokenizer.encode(text)
+    assert len(ids) == len(spans)
+    bounds = [0, *(bound for span in spans for bound in span), len(text)]
+    assert bounds == sorted(bounds), (text, spans)
+
+
+def test_special_ids_are_no_text_and_shown_in_brackets(tokenizer):
+  ids = tokenizer.encode('the boat')
+  assert tokenizer.decode([CLS, BOS, *ids, 0, MASK]) == tokenizer.decode(ids)
+  assert tokenizer.decode([]) == tokenizer.decode([CLS, BOS]) == ''
+  assert tokenizer.pieces([*range(7)]) == list(SPECIAL)
+  assert len(tokenizer.pieces(np.array(ids))) == len(ids) and isinstance(tokenizer.decode(np.array(ids, np.int32)), str)
+
+
+def test_every_id_has_a_piece_of_its_own(tokenizer):
+  pieces = tokenizer.pieces(range(tokenizer.vocab_size))
+  assert len(set(pieces)) == len(pieces) == tokenizer.vocab_size
+
+
+def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
+  tokenizer.save(tmp_path / 'words')
+  written = {path.name: path.read_bytes() for path in (tmp_path / 'words').iterdir()}
+  for other in (lib.load(tmp_path / 'words'), lib.read(str(tmp_path / 'words')), pickle.loads(pickle.dumps(tokenizer))):
+    assert other.fingerprint == tokenizer.fingerprint and other.vocab_size == tokenizer.vocab_size
+    for text in LINES:
+      assert other.encode(text) == tokenizer.encode(text)
+      assert other.decode(other.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+  lib.load(tmp_path / 'words').save(tmp_path / 'again')
+  assert {path.name: path.read_bytes() for path in (tmp_path / 'again').iterdir()} == written
+
+
+def test_different_tokenizers_have_different_fingerprints(tokenizers):
+  found = [tokenizer.fingerprint for tokenizer in tokenizers.values()]
+  assert len(set(found)) == len(found)
+
+
+def test_half_of_a_surrogate_pair_is_refused(tokenizer):
+  for call in (tokenizer.encode, tokenizer.encode_with_offsets):
+    with pytest.raises(UserError) as error:
+      call('ab\ud83dc')
+    one_line(error, 'character 2', 'surrogate')
+
+
+def test_words_have_the_same_interface(tmp_path):
+  words = WordTokenizer(['7', 'left-of', '='])
+  assert words.encode(' 7  =\n7 ') == [7, 9, 7]
+  assert words.encode_with_offsets(' 7  =\n7 ') == ([7, 9, 7], [(1, 2), (4, 5), (6, 7)])
+  assert words.decode([CLS, 7, 8, BOS, 9]) == '7 left-of ='
+  assert words.pieces([CLS, 7, 8]) == ['[CLS]', '7', 'left-of']
+  words.save(tmp_path)
+  assert lib.load(tmp_path).words == words.words
+  with pytest.raises(UserError, match=r"unknown token '\[BOS\]'"):
+    words.encode('7 [BOS]')
+
+
+# --- SentencePiece ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('texts', [LINES, ODD, NAMES, list(random_texts(300))], ids=['lines', 'odd', 'names', 'random'])
+def test_a_trained_model_gives_back_every_character(ours, texts):
+  for text in texts:
+    text = text.replace('\u2581', '')
+    ids, spans = ours.encode_with_offsets(text)
+    assert ours.decode(ids) == text
+    assert ''.join(text[start:end] for start, end in spans) == text
+    assert UNK not in ids
+
+
+def test_each_span_holds_what_its_token_says(ours):
+  for text in [*LINES, *random_texts(100)]:
+    for i, (start, end) in zip(*ours.encode_with_offsets(text.replace('\u2581', '')), strict=True):
+      piece, surface = ours.pieces([i])[0], text.replace('\u2581', '')[start:end]
+      if not piece.startswith('<0x'):
+        assert piece.replace('\u2581', ' ') == surface
+      else:
+        assert len(surface) <= 1 and (not surface or surface.encode()[-1] == int(piece[3:5], 16))
+
+
+def test_the_stated_exception_of_a_trained_model(ours):
+  assert ours.decode(ours.encode('a\u2581b')) == 'a b'
+
+
+def test_a_normalisation_changes_what_it_says(tokenizers):
+  folding = tokenizers['folding']
+  assert folding.decode(folding.encode('The ﬁrst ½ of Å')) == 'the first 1⁄2 of å'
+
+
+def test_a_line_break_is_a_token_of_its_own(ours):
+  (line,) = ours.encode('\n')
+  ids = ours.encode('sand.\n\nThe boat\n')
+  assert ids.count(line) == 3 and ours.pieces([line]) == ['<0x0A>']
+  assert ours.decode([i for i in ids if i != line]) == 'sand.The boat'
+
+
+def test_the_same_lines_train_the_same_bytes(ours):
+  again = lib.train_sentencepiece(iter(LINES * 3), size=380)
+  assert again.files() == ours.files() and again.fingerprint == ours.fingerprint
+  assert lib.train_sentencepiece(LINES[1:] * 3, size=380).fingerprint != ours.fingerprint
+
+
+def test_the_size_counts_the_special_tokens_and_is_not_exceeded():
+  assert lib.train_sentencepiece(LINES * 3, size=340).vocab_size == 340
+  assert lib.train_sentencepiece(LINES * 3, size=5_000).vocab_size < 1_000
+
+
+@pytest.mark.parametrize('size', [7, 100, 270])
+def test_a_size_that_holds_not_even_the_bytes_is_refused(size):
+  with pytest.raises(UserError) as error:
+    lib.train_sentencepiece(LINES, size=size)
+  one_line(error, f'task.tokenizer.size={size}', '256 bytes')
+
+
+def test_an_unknown_normalisation_is_refused():
+  with pytest.raises(UserError) as error:
+    lib.train_sentencepiece(LINES, size=380, normalization='nfd')
+  one_line(error, "task.tokenizer.normalization='nfd'", 'identity, nfkc')
+
+
+def test_the_ids_of_a_given_model_are_its_own_but_for_the_special_ones():
+  import sentencepiece
+
+  model = given_model()
+  theirs = sentencepiece.SentencePieceProcessor(model_proto=model)
+  assert [theirs.id_to_piece(i) for i in range(5)] == ['<unk>', '<s>', '</s>', '<ctl>', '<mask>']
+  ours = SentencePiece(model)
+  assert ours.vocab_size == 7 + theirs.vocab_size() - 4
+  for text in LINES:
+    expected = [UNK if i == 0 else 7 + i - 4 for i in theirs.encode(text)]
+    assert ours.encode(text) == expected
+    assert ours.decode(expected) == theirs.decode(theirs.encode(text))
+  assert ours.encode('日')[-1] == UNK and ours.pieces([UNK]) == ['[UNK]']
+
+
+# --- WordPiece --------------------------------------------------------------------------------------------------------
+
+
+def twin(text: str, ids: dict[str, int]) -> list[int]:
+  """WordPiece of lower-case ASCII, letter by letter: split at spaces and punctuation, then the longest entries."""
+  words, word = [], ''
+  for letter in text + ' ':
+    if letter.isalnum():
+      word += letter
+      continue
+    words += [word] if word else []
+    words += [letter] if not letter.isspace() else []
+    word = ''
+  out = []
+  for word in words:
+    pieces, start = [], 0
+    while start < len(word):
+      ends = [end for end in range(start + 1, len(word) + 1) if ('##' if start else '') + word[start:end] in ids]
+      if not ends:
+        pieces = [UNK]
+        break
+      pieces.append(ids[('##' if start else '') + word[start : max(ends)]])
+      start = max(ends)
+    out += pieces
+  return out
+
+
+def test_wordpiece_takes_the_longest_entries_first(tokenizers):
+  wordpiece = tokenizers['wordpiece']
+  ids = {word: i for i, word in enumerate(wordpiece.pieces(range(wordpiece.vocab_size))) if i >= 7}
+  assert ids['[unused0]'] == 7 and ids['.'] == 8
+  rng = np.random.default_rng(2)
+  letters = list('abt ehs. it!-_') + ['the ', 'boat', 'ing', 'ed ', '(', '#']
+  texts = [''.join(letters[i] for i in rng.integers(len(letters), size=25)) for _ in range(200)]
+  for text in [*LINES[:5], *texts]:
+    text = text.lower()
+    assert wordpiece.encode(text) == twin(text, ids), text
+
+
+def test_wordpiece_folds_case_and_accents_where_it_should(tokenizers):
+  assert tokenizers['wordpiece'].pieces(tokenizers['wordpiece'].encode('Naïve CAFÉ')) == ['naive', 'cafe']
+  assert tokenizers['cased'].pieces(tokenizers['cased'].encode('naive Cafe')) == ['naive', '[UNK]']
+
+
+def test_wordpiece_reads_its_own_text_the_same(tokenizers):
+  wordpiece = tokenizers['wordpiece']
+  for text in LINES:
+    ids = wordpiece.encode(text)
+    assert UNK not in ids and wordpiece.encode(wordpiece.decode(ids)) == ids
+  assert wordpiece.decode(wordpiece.encode('It  wasn’t The Boat.')) == 'it wasn [UNK] t the boat.'
+  assert wordpiece.decode(wordpiece.encode('the boat, the sand.')) == 'the boat, the sand.'
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason='no ../shared/data, no ILM_JAX_DATA')
+def test_the_vocabulary_of_the_paper_has_its_size():
+  wordpiece = lib.read(DATA / 'bert-base-uncased' / 'vocab.txt')
+  lines = [line for line in (DATA / 'bert-base-uncased' / 'vocab.txt').read_text('utf-8').split('\n')[:-1]]
+  assert wordpiece.vocab_size == 30_524 == len(lines) + 2
+  words = [line for line in lines if line not in ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')]
+  ids = wordpiece.encode('The boat was unmanned, again.')
+  assert ids == [7 + words.index(word) for word in ('the', 'boat', 'was', 'unmanned', ',', 'again', '.')]
+  assert lib.read(DATA / 'bert-base-uncased').fingerprint == wordpiece.fingerprint
+
+
+# --- bad files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('content', 'parts'),
+  [
+    (b'', ['no WordPiece vocabulary']),
+    (b'a\nb\na\n', ['no WordPiece vocabulary', 'different word']),
+    (b'a\n\nb\n', ['no WordPiece vocabulary']),
+    (b'once upon a time\n', ['no WordPiece vocabulary']),
+    (b'[PAD]\n[UNK]\n', ['no WordPiece vocabulary']),
+    (b'a\nb\xff\n', ['not UTF-8', 'byte 3 is 0xff']),
+  ],
+)
+def test_a_file_that_is_no_vocabulary_is_said_in_one_line(tmp_path, content, parts):
+  (tmp_path / 'vocab.txt').write_bytes(content)
+  with pytest.raises(UserError) as error:
+    lib.read(tmp_path)
+  one_line(error, 'vocab.txt', *parts)
+
+
+@pytest.mark.parametrize('content', [b'', b'\n', b'no model at all', b'\x00' * 100])
+def test_a_file_that_is_no_model_is_said_in_one_line(tmp_path, content):
+  (tmp_path / 'my.model').write_bytes(content)
+  with pytest.raises(UserError) as error:
+    lib.read(tmp_path / 'my.model')
+  one_line(error, 'my.model', 'no SentencePiece model')
+
+
+def test_a_cut_model_is_said_in_one_line(ours, tmp_path):
+  model = ours.files()['sentencepiece.model']
+  (tmp_path / 'my.model').write_bytes(model[: len(model) // 2])
+  with pytest.raises(UserError) as error:
+    lib.read(tmp_path / 'my.model')
+  one_line(error, 'my.model', 'no SentencePiece model')
+
+
+def test_a_tokenizer_that_is_not_there_is_said_in_one_line(tmp_path):
+  for path in ('none.model', 'none.txt', 'none'):
+    with pytest.raises(UserError) as error:
+      lib.read(tmp_path / path)
+    one_line(error, path, 'not there', '*.model')
+  with pytest.raises(UserError) as error:
+    lib.read(tmp_path)
+  one_line(error, 'spiece.model, tokenizer.model, vocab.txt')
+  with pytest.raises(UserError) as error:
+    lib.load(tmp_path)
+  one_line(error, 'no saved tokenizer')
+
+
+def test_a_damaged_saved_tokenizer_is_said_in_one_line(ours, tmp_path):
+  ours.save(tmp_path)
+  model = tmp_path / 'sentencepiece.model'
+  content = model.read_bytes()
+  model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+  with pytest.raises(UserError) as error:
+    lib.load(tmp_path)
+  one_line(error, str(tmp_path), 'damaged')
+  model.unlink()
+  with pytest.raises(UserError) as error:
+    lib.load(tmp_path)
+  one_line(error, 'sentencepiece.model')
+  for info in ('', '[]', '{}', json.dumps({'kind': 'other', 'fingerprint': ''})):
+    (tmp_path / lib.INFO).write_text(info)
+    with pytest.raises(UserError) as error:
+      lib.load(tmp_path)
+    one_line(error, lib.INFO)
+
+
+def test_wordpiece_without_its_library_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'tokenizers', None)
+  with pytest.raises(UserError) as error:
+    WordPiece(vocabulary(), name='vocab.txt')
+  one_line(error, 'vocab.txt', 'ilm_jax[wordpiece]')

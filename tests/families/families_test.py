@@ -1,0 +1,191 @@
+"""What is asked of every family, whatever it does: a new one is one entry of FAMILIES and passes this file."""
+
+import functools
+import pickle
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from ilm_jax import families
+from ilm_jax.configs import default
+from ilm_jax.data import pipeline
+from ilm_jax.inference import static_batching
+from ilm_jax.models import transformer
+from ilm_jax.special_tokens import BOS, CLS, EOS, PAD, SPECIAL
+from ilm_jax.types import Score, UserError
+
+V, LENGTH = 17, 16
+SIZES = {'num_layers': 2, 'num_heads': 2, 'd_model': 16, 'd_ff': 32, 'dropout': 0.0, 'attention_dropout': 0.0}
+CORRUPTED = {'tokens', 'open', 'target_gap', 'target_token', 'length', 'free'}
+
+
+def make_config(name):
+  cfg = default.get_config()
+  cfg.family, _, told = name.partition(' ')
+  cfg.model.open_gap_embedding = bool(told)
+  cfg.corrupt.length = LENGTH
+  return cfg
+
+
+@pytest.fixture(scope='module', params=[*families.FAMILIES, 'ilm told'])
+def made(request):
+  """(the family, its config, a Forward with random weights)."""
+  cfg = make_config(request.param)
+  family = families.get(cfg.family)
+  settings = {
+    k: v for k, v in cfg.model.to_dict().items() if k in ('conditioning', 'residual', 'open_gap_embedding') and v
+  }
+  model_cfg = transformer.ModelConfig(V, **SIZES, **{**settings, **family.model_settings(cfg)})
+  params = transformer.unbox(jax.jit(transformer.init, static_argnums=0)(model_cfg, jax.random.key(0)))
+  params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+  return family, cfg, transformer.Forward(model_cfg, params)
+
+
+def example(rng, prompt=3, answer=5):
+  tokens = np.array([CLS, *rng.integers(7, V, prompt), BOS, *rng.integers(7, V, answer)], np.int32)
+  return {'tokens': tokens, 'fixed': np.arange(len(tokens)) < prompt + 2}
+
+
+def corrupted(family, cfg, number=6):
+  rng = np.random.default_rng(0)
+  examples = [example(rng, prompt=i % 3, answer=i) for i in range(number)]
+  return [
+    family.corrupt(np.random.default_rng(i), e, cfg.corrupt, u=(i + 0.5) / number) for i, e in enumerate(examples)
+  ]
+
+
+def loss_cfg(cfg):
+  return ConfigDict({**cfg.loss.to_dict(), 'compute': 'float32', 'vocab_chunk': 6, 'mean_weight': 1.0})
+
+
+def losses(made, batch, params=None):
+  family, cfg, forward = made
+  names = ['tokens_BxL', 'position_BxL', 'segment_BxL', 'cls_BxS']
+  extra = {name: batch[name] for name in ('noise_BxS', 'open_BxL')}
+  outputs = transformer.apply(
+    forward.cfg, forward.params if params is None else params, *(batch[n] for n in names), **extra
+  )
+  return family.loss(outputs, batch, loss_cfg(cfg))
+
+
+def test_the_corruption_is_a_function_of_its_generator_and_fits_the_packing(made):
+  family, cfg, _ = made
+  again = corrupted(family, cfg)
+  for first, second in zip(corrupted(family, cfg), again, strict=True):
+    assert first.keys() >= CORRUPTED
+    for name in first:
+      np.testing.assert_array_equal(first[name], second[name])
+    assert len(first['open']) == len(first['tokens'])
+    assert len(first['target_gap']) == len(first['target_token'])
+    assert all(0 <= gap < len(first['tokens']) for gap in first['target_gap'])
+  assert pickle.loads(pickle.dumps(functools.partial(family.corrupt, cfg=cfg.corrupt)))  # it goes to workers
+
+
+def test_packed_losses_equal_unpacked_ones(made):
+  examples = corrupted(*made[:2])
+  packed = pipeline.pack(examples, list(range(6)), pipeline.Shape(3, 2 * LENGTH, 4 * LENGTH, 3))
+  assert packed['segment_BxL'].max() > 1
+  one = pipeline.Shape(1, LENGTH, 2 * LENGTH, 1)
+  alone = pipeline.concatenate([pipeline.pack([e], [i], one) for i, e in enumerate(examples)])
+  run = jax.jit(functools.partial(losses, made))
+  together, apart = run(packed), run(alone)
+  assert {'loss'} <= together.keys() == apart.keys()
+  for name in together:
+    np.testing.assert_allclose(together[name], apart[name], rtol=2e-5, err_msg=name)
+    assert float(together[name][1]) > 0
+
+
+def test_the_gradient_reaches_every_parameter_that_the_outputs_depend_on(made):
+  batch = pipeline.pack(corrupted(*made[:2]), list(range(6)), pipeline.Shape(6, LENGTH, 2 * LENGTH, 1))
+  grads = jax.jit(jax.grad(lambda params: losses(made, batch, params)['loss'][0]))(made[2].params)
+  for path, grad in jax.tree_util.tree_flatten_with_path(grads)[0]:
+    assert np.isfinite(grad).all()
+    assert np.abs(grad).max() > 0, jax.tree_util.keystr(path)
+
+
+make_sampler = functools.cache(static_batching.Sampler)  # keeps what was compiled
+
+
+def sample(made, prompts, requests=None, batch_size=8, **settings):
+  family, cfg, forward = made
+  special = tuple(range(len(SPECIAL)))
+  settings = {**cfg.sampling.to_dict(), 'max_length': LENGTH, 'min_buffer': 4, 'token': {}, 'gap': {}, **settings}
+  sample_cfg = family.SampleConfig.create(settings, closed_tokens=special, compute='float32', vocab_chunk=6)
+  assert hash(sample_cfg) == hash(sample_cfg._replace())
+  sampler = make_sampler(forward.cfg, family, sample_cfg, batch_size)
+  return list(sampler(forward.params, jax.random.key(0), prompts, requests))
+
+
+def prompts_of(number):
+  rng = np.random.default_rng(1)
+  return [static_batching.prompt_of(example(rng, prompt=i % 4, answer=4)) for i in range(number)]
+
+
+def test_answers_keep_what_was_given_and_hold_no_special_tokens(made):
+  prompts = prompts_of(12)
+  some = False
+  for prompt, row in zip(prompts, sample(made, prompts), strict=True):
+    given = row['order'] < 0
+    assert row['tokens'][given].tolist() == prompt['tokens'].tolist()
+    assert (row['tokens'][~given] >= len(SPECIAL)).all()
+    assert len(row['tokens']) == len(row['order']) <= LENGTH
+    assert (row['log_prob'] <= 1e-5).all() and np.isfinite(row['log_prob']).all()
+    some |= bool((~given).any())
+  assert some
+
+
+def test_an_answer_depends_on_its_request_alone(made):
+  prompts = prompts_of(9)
+  together = sample(made, prompts)
+  alone = sample(made, prompts[5:6], requests=[5], batch_size=1, min_buffer=64)[0]
+  for name in ('tokens', 'order', 'stopped'):
+    np.testing.assert_array_equal(together[5][name], alone[name])
+  np.testing.assert_allclose(together[5]['log_prob'], alone['log_prob'], atol=2e-4)
+  again = sample(made, prompts[5:6] * 4, requests=[5, 6, 7, 5], batch_size=4)
+  np.testing.assert_array_equal(again[0]['tokens'], again[3]['tokens'])
+
+
+def test_the_score_says_what_it_is(made):
+  family, cfg, forward = made
+  special = tuple(range(len(SPECIAL)))
+  sampling_cfg = {**cfg.sampling.to_dict(), 'max_length': LENGTH}
+  sample_cfg = family.SampleConfig.create(sampling_cfg, closed_tokens=special, compute='float32', vocab_chunk=6)
+  rng = np.random.default_rng(0)
+  examples = [example(rng, prompt=1, answer=n) for n in (0, 3)]
+  tokens_BxL, fixed_BxL = np.full((2, LENGTH), PAD, np.int32), np.ones((2, LENGTH), bool)
+  for i, e in enumerate(examples):
+    tokens_BxL[i, : len(e['tokens'])], fixed_BxL[i, : len(e['tokens'])] = e['tokens'], e['fixed']
+  args = forward, jax.random.key(0), tokens_BxL, fixed_BxL, np.array([len(e['tokens']) for e in examples]), sample_cfg
+  if cfg.family == 'it':
+    with pytest.raises(UserError, match='no likelihood'):
+      family.score(*args)
+    return
+  scored = family.score(*args)
+  assert isinstance(scored, Score) and scored.kind in ('exact', 'bound', 'importance-weighted')
+  assert np.isfinite(scored.nll_B).all() and (np.asarray(scored.nll_B) > 0).all()
+  if cfg.family != 'mdm':  # which pays for the padding of the shorter one
+    assert scored.nll_B[1] > scored.nll_B[0]
+  assert np.asarray(scored.tokens_B).tolist() == [0, 3]
+  with pytest.raises(UserError, match="kind='guess'"):
+    family.score(*args, kind='guess')
+
+
+def test_unknown_families_and_settings_are_refused(made):
+  with pytest.raises(UserError, match=r"config.family='gpt': expected one of ilm, arm"):
+    families.get('gpt')
+  for odd, message in (
+    ({'temprature': 1}, "unknown sampling setting 'temprature'"),
+    ({'token': {'topk': 1}}, r'unknown setting sampling\.token\.topk'),
+    ({'token': {'temperature': -1.0}}, r'sampling\.token has temperature=-1\.0.*expected a temperature'),
+    ({'token': {'top_p': 0.0}}, r'sampling\.token has .*top_p=0\.0'),
+    ({'max_length': 1}, r'sampling\.max_length=1: expected at least 3'),
+    ({'compute': 'float32'}, r'sampling\.compute cannot be set'),
+  ):
+    with pytest.raises(UserError, match=message):
+      made[0].SampleConfig.create({'max_length': 9, **odd}, closed_tokens=(), compute='float32')
+
+
+def test_the_end_symbol_is_the_tokenizers():
+  assert SPECIAL[EOS] == '[EOS]' and SPECIAL[PAD] == '[PAD]'
