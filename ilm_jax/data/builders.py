@@ -1,7 +1,7 @@
-"""Token sequences and documents prepared on disk: TFDS builders that write ArrayRecord and need no TensorFlow.
+"""Prepared data on disk: TFDS builders that write token sequences and documents as ArrayRecord, without TensorFlow.
 
-A preparation is whole or absent: it is written beside its place and renamed when complete, one process at a time; what
-a killed one has left is removed by the next.
+A data set is built under a temporary name and renamed when it is complete, so it is never seen half-finished. Only one
+process at a time builds it, and the next one removes whatever a killed one left behind.
 """
 
 import contextlib
@@ -11,38 +11,50 @@ import json
 import pathlib
 import shutil
 import tempfile
+from typing import NamedTuple
 
 import numpy as np
 
 from ilm_jax.data import storage
 from ilm_jax.types import UserError
 
-VERSION = '1.0.0'
-NAME = 'token_sequences'  # the folder that TFDS derives from the name of the builder
+VERSION = '1.0.0'  # version of the TFDS data sets, part of their path
+NAME = 'token_sequences'  # folder name that TFDS derives from the class name TokenSequences
+COUNTS = 'counts.json'  # file with the statistics that were collected while documents were prepared
+
+
+# --- TFDS builders ----------------------------------------------------------------------------------------------------
+
+
+class _Builders(NamedTuple):
+  """The two TFDS builder classes."""
+
+  token_sequences: type
+  documents: type
 
 
 @functools.cache
-def _builder():
-  """The builder's class; TFDS takes a second to import."""
+def _builders() -> _Builders:
+  """Define the TFDS builder classes. They live in a function because importing TFDS takes a second."""
   import tensorflow_datasets as tfds
 
   tfds.disable_progress_bar()
 
-  class TokenSequences(tfds.core.GeneratorBasedBuilder):
-    """Sequences of small ids, in the order in which `make()` yields them."""
+  class LocalInfo(tfds.core.DatasetInfo):
+    """A DatasetInfo that does not ask TFDS's public bucket about a data set which has not been prepared yet."""
+
+    def initialize_from_bucket(self):
+      """Do nothing: TFDS would look for our data set online, and leave an empty folder in the temporary directory."""
+
+  class LocalBuilder:
+    """The parts that both builders share. `make` returns a generator of the examples."""
 
     VERSION = tfds.core.Version(VERSION)
-    code_path = None  # nothing beside the code belongs to it, and the search needs a package that TFDS does not install
+    code_path = None  # TFDS would search for metadata files next to the code, with a package that it does not install
 
     def __init__(self, *, make=None, **settings):
       self.make = make
       super().__init__(**settings, file_format='array_record')
-
-    def _info(self):
-      features = tfds.features.FeaturesDict({'tokens': tfds.features.Tensor(shape=(None,), dtype=np.uint8)})
-      return tfds.core.DatasetInfo(
-        builder=self, description='Token sequences.', features=features, disable_shuffling=True
-      )
 
     def _split_generators(self, dl_manager):
       del dl_manager
@@ -50,14 +62,64 @@ def _builder():
 
     def _generate_examples(self):
       with contextlib.closing(self.make()) as examples:
-        for index, tokens in enumerate(examples):
-          yield index, {'tokens': np.asarray(tokens, np.uint8)}
+        for index, example in enumerate(examples):
+          yield index, self._record(example)
 
-  return TokenSequences
+  class TokenSequences(LocalBuilder, tfds.core.GeneratorBasedBuilder):
+    """Sequences of token ids below 256, stored in the order in which `make()` yields them."""
+
+    def _info(self):
+      features = tfds.features.FeaturesDict({'tokens': tfds.features.Tensor(shape=(None,), dtype=np.uint8)})
+      return LocalInfo(builder=self, description='Token sequences.', features=features, disable_shuffling=True)
+
+    def _record(self, tokens):
+      return {'tokens': np.asarray(tokens, np.uint8)}
+
+  class Documents(LocalBuilder, tfds.core.GeneratorBasedBuilder):
+    """Texts with their token ids, shuffled by TFDS into an order that is the same on every machine."""
+
+    def _info(self):
+      features = tfds.features.FeaturesDict({'text': tfds.features.Text(), 'tokens': tfds.features.Text()})
+      return LocalInfo(builder=self, description='Documents.', features=features)
+
+    def _record(self, document):
+      text, tokens = document
+      return {'text': text, 'tokens': np.asarray(tokens, '<u4').tobytes()}
+
+  return _Builders(TokenSequences, Documents)
+
+
+def _write(builder) -> None:
+  """Run a TFDS builder.
+
+  Raises:
+    OSError: the files cannot be written (array_record raises RuntimeError). Errors of `builder.make` pass unchanged.
+  """
+  source_errors, make = [], builder.make
+
+  def watched():
+    try:
+      yield from make()
+    except Exception as error:
+      source_errors.append(error)
+      raise
+
+  builder.make = watched
+  try:
+    # TFDS prints to standard output, and insists on a download folder even if nothing is downloaded.
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
+      builder.download_and_prepare(download_dir=downloads)
+  except RuntimeError as error:
+    if source_errors:
+      raise
+    raise OSError(' '.join(str(error).split())) from error
+
+
+# --- token sequences --------------------------------------------------------------------------------------------------
 
 
 class Prepared:
-  """Random access to prepared sequences; workers open the files again."""
+  """Random access to prepared token sequences. A pickled copy opens the files again."""
 
   def __init__(self, folder: str, name: str):
     self.folder, self.name = folder, name
@@ -73,123 +135,69 @@ class Prepared:
     return Prepared, (self.folder, self.name)
 
 
-def _written(builder) -> None:
-  """Prepare; what the writer of array_record raises when it cannot write (a RuntimeError) is an OSError.
-
-  TFDS announces itself on standard output, and wants a folder for downloads that there are none of.
-  """
-  wrong, make = [], builder.make
-
-  def watched():
-    try:
-      yield from make()
-    except Exception as error:  # of what is written, not of the writer
-      wrong.append(error)
-      raise
-
-  builder.make = watched
-  try:
-    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
-      builder.download_and_prepare(download_dir=downloads)
-  except RuntimeError as error:
-    if wrong:
-      raise
-    raise OSError(' '.join(str(error).split())) from error
-
-
 def _open(folder: str, name: str, make=None):
-  return _builder()(make=make, data_dir=str(pathlib.Path(folder, name)))
+  return _builders().token_sequences(make=make, data_dir=str(pathlib.Path(folder, name)))
 
 
 def prepared(folder: str, name: str, make) -> Prepared:
-  """Open prepared sequences; make them first when they are not there.
+  """Open prepared token sequences, writing them first if they are missing.
 
   Args:
-    folder: holds all of them; made if need be.
-    name: everything that decides these, in letters that a file name may have.
-    make: a function without arguments that returns a generator of the sequences (arrays of ids below 256).
+    folder: the cache folder; created if missing.
+    name: name of the data set; must identify its content completely and be a valid file name.
+    make: function without arguments that returns a generator of the sequences (arrays of ids below 256).
 
   Raises:
-    UserError: the folder can't be written.
+    UserError: the folder cannot be written.
   """
   folder = str(pathlib.Path(folder).expanduser())
   place = pathlib.Path(folder, name, NAME)
-  whole = place / VERSION / 'dataset_info.json'
-  if not whole.exists():
+  info_file = place / VERSION / 'dataset_info.json'  # exists once the data set is complete
+  if not info_file.exists():
     try:
       place.mkdir(parents=True, exist_ok=True)
       with storage.locked(place) as alone:
-        if not whole.exists():
+        if not info_file.exists():
           for stale in place.glob('incomplete.*') if alone else ():
             shutil.rmtree(stale)
-          _written(_open(folder, name, make))
+          _write(_open(folder, name, make))
     except OSError as error:
-      if not whole.exists():  # without locks, another may have been first, with the same
+      if not info_file.exists():  # on a file system without locks, another process may have written the same data first
         raise UserError(
-          f'task.cache={folder} could not be written ({error.strerror or error}): make room, or name another folder'
+          f'task.cache={folder} could not be written ({error.strerror or error}): free some disk space or choose '
+          'another folder'
         ) from error
   return Prepared(folder, name)
 
 
 # --- documents --------------------------------------------------------------------------------------------------------
 
-COUNTS = 'counts.json'
-
-
-@functools.cache
-def _documents():
-  """The class of the builder of documents."""
-  import tensorflow_datasets as tfds
-
-  tfds.disable_progress_bar()
-
-  class Documents(tfds.core.GeneratorBasedBuilder):
-    """Documents with their tokens, in the order that TFDS gives them: the same one wherever they are prepared."""
-
-    VERSION = tfds.core.Version(VERSION)
-    code_path = None
-
-    def __init__(self, *, make=None, **settings):
-      self.make = make
-      super().__init__(**settings, file_format='array_record')
-
-    def _info(self):
-      features = tfds.features.FeaturesDict({'text': tfds.features.Text(), 'tokens': tfds.features.Text()})
-      return tfds.core.DatasetInfo(builder=self, description='Documents.', features=features)
-
-    def _split_generators(self, dl_manager):
-      del dl_manager
-      return {'examples': self._generate_examples()}
-
-    def _generate_examples(self):
-      with contextlib.closing(self.make()) as examples:
-        for index, (text, tokens) in enumerate(examples):
-          yield index, {'text': text, 'tokens': np.asarray(tokens, '<u4').tobytes()}
-
-  return Documents
-
 
 class Documents:
-  """Random access to prepared documents; workers open the files again. `counts` is what was counted on the way."""
+  """Random access to prepared documents. A pickled copy opens the files again.
+
+  Attributes:
+    counts: statistics that were collected while the documents were prepared.
+  """
 
   def __init__(self, place: pathlib.Path):
     self.place = place
     try:
       self.counts = json.loads((place / COUNTS).read_text())
-      self._data = _documents()(data_dir=str(place)).as_data_source('examples')
+      self._data = _builders().documents(data_dir=str(place)).as_data_source('examples')
       self._size = len(self._data)
-    except Exception as error:  # the libraries raise many types
+    except Exception as error:  # the libraries raise many types of errors for damaged files
       raise self._damaged(error) from error
 
   def __len__(self) -> int:
     return self._size
 
   def tokens(self, index: int) -> np.ndarray:
-    """The ids of a document, int32."""
+    """Return the token ids of a document, int32."""
     return np.frombuffer(self._read(index)['tokens'], '<u4').astype(np.int32)
 
   def text(self, index: int) -> str:
-    """A document as it was read."""
+    """Return the text of a document."""
     return self._read(index)['text'].decode()
 
   def _read(self, index: int) -> dict:
@@ -197,7 +205,7 @@ class Documents:
       raise IndexError(index)
     try:
       record = self._data[index]
-    except Exception as error:
+    except Exception as error:  # the libraries raise many types of errors for damaged files
       raise self._damaged(error) from error
     if record['text'] is None or record['tokens'] is None:
       raise self._damaged(ValueError(f'record {index} is empty'))
@@ -206,7 +214,7 @@ class Documents:
   def _damaged(self, error: Exception) -> UserError:
     return UserError(
       f'the prepared documents in {self.place} cannot be read ({" ".join(str(error).split())[:120]}): remove that '
-      'folder and start the same command again, which makes it anew'
+      'folder and run the same command again to rebuild it'
     )
 
   def __reduce__(self):
@@ -214,20 +222,20 @@ class Documents:
 
 
 def documents(folder, name: str, make) -> Documents:
-  """Open prepared documents; make them first when they are not there.
+  """Open prepared documents, writing them first if they are missing.
 
   Args:
-    folder: holds all of them, local or a bucket (see `storage`); made if need be.
-    name: everything that decides these, in letters that a file name may have.
-    make: called with a dict, which it may fill with counts; returns a generator of (text, ids).
+    folder: the cache folder, local or in a bucket (see `storage`); created if missing.
+    name: name of the data set; must identify its content completely and be a valid file name.
+    make: function of a dict that returns a generator of (text, token ids); it may store statistics in the dict.
 
   Raises:
-    UserError: the folder can't be written, or what is in it can't be read.
+    UserError: the cache cannot be written, or the prepared documents cannot be read.
   """
 
   def fill(place: pathlib.Path):
     counts = {}
-    _written(_documents()(make=lambda: make(counts), data_dir=str(place)))
+    _write(_builders().documents(make=lambda: make(counts), data_dir=str(place)))
     (place / COUNTS).write_text(json.dumps(counts) + '\n')
 
   return Documents(storage.once(folder, name, fill))

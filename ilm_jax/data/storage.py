@@ -1,8 +1,9 @@
-"""Folders that are made once and are whole or absent, files fetched once, and lines that say how far it is.
+"""Cache folders that are built once and appear atomically, resumable downloads, and progress logging.
 
-A folder is made beside its place and renamed when complete, by one process of all those that share it at a time; what a
-killed one has left is removed by the next. Of a bucket, each machine keeps a copy: a folder is made there, then copied
-to the bucket, or copied from it where another machine has been first.
+A cache folder is built under a temporary name and renamed when it is complete, so it is never seen half-finished. A
+file lock lets only one of the processes that share the cache build it, and the next builder removes whatever a killed
+one left behind. For a cache in a bucket (gs://...), each machine keeps a local copy: the first machine builds the
+folder and uploads it, the others download it.
 """
 
 import contextlib
@@ -22,45 +23,50 @@ from etils import epath
 
 from ilm_jax.types import UserError
 
-REPORT_SECONDS = 10
-WHOLE = '.whole'  # in a bucket: written last
-PART = 2**20  # bytes of a download at a time
-TIMEOUT = 60  # seconds without an answer
+REPORT_SECONDS = 10  # interval between two progress log lines
+WHOLE = '.whole'  # marker file that is uploaded last: a folder in a bucket is complete only if it holds this file
+CHUNK = 2**20  # bytes to copy or download at a time
+TIMEOUT = 60  # seconds to wait for a server before giving up
 
 
-# --- how far it is ----------------------------------------------------------------------------------------------------
+# --- progress ---------------------------------------------------------------------------------------------------------
 
 
 class Progress:
-  """Logs, from time to time, how much is done, at which rate, and how long the rest will take.
+  """Logs the progress of a long operation every REPORT_SECONDS: percentage done, rate and estimated remaining time.
 
   Args:
-    what: is being done.
-    total: of which `done` is a part; None where it is not known.
-    unit: of the rate.
+    what: name of the operation, for the log line.
+    total: amount of work in any unit (bytes, say); None if unknown.
+    unit: name of the items that are counted for the rate.
   """
 
   def __init__(self, what: str, total: int | None, unit: str):
     self.what, self.total, self.unit = what, total, unit
-    self.start = self.said = time.monotonic()
-    self.before = None
+    self.start = self.reported = time.monotonic()
+    self.initial = None  # amount already done at the first call: it does not count for the rate
 
   def __call__(self, done: int, count: int) -> None:
-    """Say so, when it is time: `done` of the total, `count` of the unit."""
+    """Log the progress if the last report is long enough ago.
+
+    Args:
+      done: amount of work done, in the unit of `total`.
+      count: number of items done.
+    """
     now = time.monotonic()
-    self.before = done if self.before is None else self.before
-    if now - self.said < REPORT_SECONDS:
+    self.initial = done if self.initial is None else self.initial
+    if now - self.reported < REPORT_SECONDS:
       return
-    self.said, seconds = now, now - self.start
-    fraction = f'{100 * done / self.total:.0f} %, ' if self.total else ''
-    new = done - self.before
-    left = f', {duration((self.total - done) * seconds / new)} left' if self.total and new > 0 else ''
-    logging.info('%s: %s%s %s, %s a second%s', self.what, fraction, f'{count:,}', self.unit,
-                 f'{count / seconds:,.0f}', left)  # fmt: skip
+    self.reported, seconds = now, now - self.start
+    percentage = f'{100 * done / self.total:.0f} %, ' if self.total else ''
+    new = done - self.initial
+    remaining = f', {duration((self.total - done) * seconds / new)} left' if self.total and new > 0 else ''
+    logging.info('%s: %s%s %s, %s a second%s', self.what, percentage, f'{count:,}', self.unit,
+                 f'{count / seconds:,.0f}', remaining)  # fmt: skip
 
 
 def duration(seconds: float) -> str:
-  """Seconds for people."""
+  """Format seconds as `M:SS min`, or `H h MM min` from one hour on."""
   minutes, seconds = divmod(round(seconds), 60)
   return f'{minutes // 60} h {minutes % 60:02d} min' if minutes >= 60 else f'{minutes}:{seconds:02d} min'
 
@@ -69,21 +75,21 @@ def duration(seconds: float) -> str:
 
 
 def is_remote(path) -> bool:
-  """Is it in a bucket?"""
+  """Return whether a path is a URL such as gs://bucket/folder."""
   return '://' in str(path)
 
 
 def size_and_time(path) -> tuple[int, int]:
-  """Bytes of a file, and when it was changed, in seconds; 0 where a bucket doesn't say."""
+  """Return a file's size in bytes and its modification time in seconds (0 if a bucket does not report it)."""
   if is_remote(path):
     stat = path.stat()
     return stat.length, int(stat.mtime or 0)
-  stat = os.stat(path)  # epath's also asks for the owner's name, and there may be none
+  stat = os.stat(path)  # not epath's stat(), which fails if the owner's user id has no name (in some containers)
   return stat.st_size, int(stat.st_mtime)
 
 
 def local(folder) -> pathlib.Path:
-  """Where this machine keeps the things of a cache folder."""
+  """Return the local path of a cache folder; for a bucket, this machine's own copy under XDG_CACHE_HOME."""
   if not is_remote(folder):
     return pathlib.Path(folder).expanduser()
   home = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
@@ -91,15 +97,15 @@ def local(folder) -> pathlib.Path:
 
 
 def once(folder, name: str, make) -> pathlib.Path:
-  """The folder `name` in a cache folder, made first where it is not there.
+  """Return the local path of the entry `name` of a cache, building the entry first if it is missing.
 
   Args:
-    folder: the cache, local (shared with other machines or not) or in a bucket.
-    name: everything that decides the content, in letters that a file name may have.
-    make: fills the empty folder that it is given.
+    folder: the cache folder: a local path (shared between machines or not) or a bucket.
+    name: name of the entry; must identify its content completely and be a valid file name.
+    make: function that fills the empty folder it is called with.
 
   Raises:
-    UserError: the cache can't be written.
+    UserError: the cache cannot be written.
   """
   place = local(folder) / name
   if place.is_dir():
@@ -115,39 +121,39 @@ def once(folder, name: str, make) -> pathlib.Path:
       part.mkdir()
       try:
         if is_remote(folder):
-          _share(epath.Path(folder) / name, part, make)
+          _download_or_make(epath.Path(folder) / name, part, make)
         else:
           make(part)
         try:
           part.rename(place)
         except OSError:
-          if not place.is_dir():  # without locks, another may have been first, with the same
+          if not place.is_dir():  # on a file system without locks, another process may have built the same entry first
             raise
       finally:
         shutil.rmtree(part, ignore_errors=True)
-  except (OSError, ImportError) as error:  # epath needs a package for each kind of bucket
+  except (OSError, ImportError) as error:  # ImportError: epath lacks the package for this kind of bucket
     reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
     raise UserError(
-      f'task.cache={folder} could not be written ({reason}): make room, or name another folder'
+      f'task.cache={folder} could not be written ({reason}): free some disk space or choose another folder'
     ) from error
   return place
 
 
 @contextlib.contextmanager
 def locked(place: pathlib.Path):
-  """Hold a lock beside a place; yields whether the file system knows locks."""
+  """Hold an exclusive lock file next to `place`; yields False if the file system does not support locks."""
   place.parent.mkdir(parents=True, exist_ok=True)
   with (place.parent / f'.{place.name}.lock').open('w') as lock:
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX)  # until closed, or the process ends
+      fcntl.flock(lock, fcntl.LOCK_EX)  # held until the file is closed or the process ends
       alone = True
     except OSError:
       alone = False
     yield alone
 
 
-def _share(remote, part: pathlib.Path, make) -> None:
-  """Fill a folder from a bucket; where the bucket lacks it, fill it and copy it there."""
+def _download_or_make(remote, part: pathlib.Path, make) -> None:
+  """Fill `part` from a complete folder in a bucket; if there is none, call `make` and upload the result."""
   if (remote / WHOLE).exists():
     logging.info('copying %s', remote)
     _copy(remote, part)
@@ -160,23 +166,27 @@ def _share(remote, part: pathlib.Path, make) -> None:
 
 
 def _copy(source, target) -> None:
+  """Copy a folder recursively, between local disk and bucket in either direction."""
   target.mkdir(parents=True, exist_ok=True)
   for path in sorted(source.iterdir()):
     if path.is_dir():
       _copy(path, target / path.name)
     else:
       with path.open('rb') as reader, (target / path.name).open('wb') as writer:
-        shutil.copyfileobj(reader, writer, PART)
+        shutil.copyfileobj(reader, writer, CHUNK)
 
 
-# --- files from the network -------------------------------------------------------------------------------------------
+# --- downloads --------------------------------------------------------------------------------------------------------
 
 
 def download(url: str, file: pathlib.Path) -> None:
-  """Fetch a file, from where an interrupted attempt ended; it has its name only when it is whole.
+  """Download a URL to a file, resuming an interrupted download.
+
+  The content is written to `NAME.part`, which is renamed to `file` when it is complete. The file gets the modification
+  time that the server reports.
 
   Raises:
-    OSError: what the network or the server says.
+    OSError: the download failed; the message says why.
   """
   file.parent.mkdir(parents=True, exist_ok=True)
   with locked(file) as alone:
@@ -188,18 +198,18 @@ def download(url: str, file: pathlib.Path) -> None:
     try:
       answer = urllib.request.urlopen(request, timeout=TIMEOUT)
     except http.client.HTTPException as error:
-      raise OSError(f'the server gave no answer that can be read ({type(error).__name__})') from error
+      raise OSError(f'the server sent an invalid HTTP response ({type(error).__name__})') from error
     except urllib.error.HTTPError as error:
-      if error.code != 416:  # "beyond the end"
+      if error.code != 416:  # 416: the requested range starts at or beyond the end of the file
         raise
-      if error.headers.get('Content-Range', '').endswith(f'/{have}'):  # the last attempt has got all of it
-        _date(part, error.headers.get('Last-Modified'))
+      if error.headers.get('Content-Range', '').endswith(f'/{have}'):  # the partial file was already complete
+        _set_time(part, error.headers.get('Last-Modified'))
         part.rename(file)
         return
       part.unlink()
       answer = urllib.request.urlopen(url, timeout=TIMEOUT)
     with answer:
-      if answer.status != 206:  # from the start, whatever was asked for
+      if answer.status != 206:  # the server ignored the requested range and sends the whole file
         have = 0
       length = answer.headers.get('Content-Length')
       total = have + int(length) if length else None
@@ -208,23 +218,23 @@ def download(url: str, file: pathlib.Path) -> None:
         done = have
         progress(done, 0)
         try:
-          while block := answer.read(PART):
+          while block := answer.read(CHUNK):
             out.write(block)
             done += len(block)
             progress(done, (done - have) >> 20)
         except http.client.HTTPException:
-          pass  # what is missing is said below
+          pass  # the connection broke: the size check below reports it
     if total is not None and done < total:
       raise OSError(f'the connection ended after {done:,} of {total:,} bytes')
-    _date(part, answer.headers.get('Last-Modified'))
+    _set_time(part, answer.headers.get('Last-Modified'))
     part.rename(file)
 
 
-def _date(file: pathlib.Path, text: str | None) -> None:
-  """Give a file the date that the server told, so that all who download it have the same."""
+def _set_time(file: pathlib.Path, last_modified: str | None) -> None:
+  """Set a file's modification time to a Last-Modified header, so that it is the same on every machine."""
   try:
-    when = email.utils.parsedate_to_datetime(text or '').timestamp()
+    seconds = email.utils.parsedate_to_datetime(last_modified or '').timestamp()
   except (TypeError, ValueError):
-    when = 0  # as good, where the server says nothing
-  with contextlib.suppress(OSError):  # some file systems do not let
-    os.utime(file, (when, when))
+    seconds = 0  # without a valid header, any constant gives every machine the same time
+  with contextlib.suppress(OSError):  # some file systems do not allow setting the time
+    os.utime(file, (seconds, seconds))

@@ -1,0 +1,131 @@
+"""Packing: lay corrupted examples of different lengths out in the fixed-size rows of a batch. Pure numpy."""
+
+import dataclasses
+
+import numpy as np
+
+from ilm_jax.types import Batch, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """The fixed size of one block of packed rows: how many rows there are, and what one row can hold."""
+
+  rows: int
+  length: int  # token positions per row
+  targets: int  # prediction targets per row
+  segments: int  # examples per row
+
+  def empty(self) -> Batch:
+    """Return a batch of this shape that holds only padding (see `ilm_jax.types` for the arrays)."""
+    positions, targets, segments = (self.rows, self.length), (self.rows, self.targets), (self.rows, self.segments)
+    return {
+      'tokens_BxL': np.zeros(positions, np.int32),
+      'segment_BxL': np.zeros(positions, np.int32),
+      'position_BxL': np.zeros(positions, np.int32),
+      'open_BxL': np.zeros(positions, bool),
+      'target_gap_BxT': np.zeros(targets, np.int32),
+      'target_token_BxT': np.zeros(targets, np.int32),
+      'target_segment_BxT': np.zeros(targets, np.int32),
+      'target_weight_BxT': np.zeros(targets, np.float32),
+      'cls_BxS': np.zeros(segments, np.int32),
+      'segment_weight_BxS': np.zeros(segments, np.float32),
+      'example_id_BxS': np.full(segments, -1, np.int32),
+      'length_BxS': np.zeros(segments, np.int32),
+      'free_BxS': np.zeros(segments, np.int32),
+      'noise_BxS': np.zeros(segments, np.float32),
+    }
+
+
+def place(sizes: list[tuple[int, int]], shape: Shape) -> list[int]:
+  """Assign examples to rows by first-fit decreasing bin packing.
+
+  Examples are placed from the largest to the smallest, where the size of an example is the fraction of a row's
+  positions plus the fraction of a row's targets that it needs. Each goes into the first row that has room for it.
+
+  Args:
+    sizes: (number of tokens, number of targets) of each example.
+    shape: the capacities.
+
+  Returns:
+    The row of each example, in the order of `sizes`; -1 if no row has room.
+  """
+  room = [(shape.length, shape.targets, shape.segments)] * shape.rows
+  rows = [-1] * len(sizes)
+  # tokens / length + targets / targets_per_row, multiplied by both capacities to stay in exact integers.
+  share = [tokens * shape.targets + targets * shape.length for tokens, targets in sizes]
+  for i in sorted(range(len(sizes)), key=lambda i: -share[i]):
+    tokens, targets = sizes[i]
+    for row, (tokens_left, targets_left, segments_left) in enumerate(room):
+      if tokens <= tokens_left and targets <= targets_left and segments_left:
+        room[row] = tokens_left - tokens, targets_left - targets, segments_left - 1
+        rows[i] = row
+        break
+  return rows
+
+
+def pack(examples: list[dict], ids: list[int], shape: Shape) -> Batch:
+  """Pack corrupted examples into rows.
+
+  Args:
+    examples: corrupted examples, as `families.corruption` makes them.
+    ids: an integer for each example, written to `example_id_BxS`.
+    shape: the capacities.
+
+  Returns:
+    A batch. An example for which no row has room is left out, so its id does not appear in `example_id_BxS`.
+  """
+  batch = shape.empty()
+  filled = [(0, 0, 0)] * shape.rows  # (positions, targets, segments) already used in each row
+  rows = place([(len(e['tokens']), len(e['target_token'])) for e in examples], shape)
+  for example, index, row in zip(examples, ids, rows, strict=True):
+    if row < 0:
+      continue
+    start, target, segment = filled[row]
+    end, target_end = start + len(example['tokens']), target + len(example['target_token'])
+    batch['tokens_BxL'][row, start:end] = example['tokens']
+    batch['segment_BxL'][row, start:end] = segment + 1
+    batch['position_BxL'][row, start:end] = np.arange(end - start)
+    batch['open_BxL'][row, start:end] = example['open']
+    batch['target_gap_BxT'][row, target:target_end] = example['target_gap'] + start
+    batch['target_token_BxT'][row, target:target_end] = example['target_token']
+    batch['target_segment_BxT'][row, target:target_end] = segment + 1
+    batch['target_weight_BxT'][row, target:target_end] = example.get('target_weight', 1.0)
+    batch['cls_BxS'][row, segment] = start
+    batch['segment_weight_BxS'][row, segment] = 1.0
+    batch['example_id_BxS'][row, segment] = index
+    batch['length_BxS'][row, segment] = example['length']
+    batch['free_BxS'][row, segment] = example.get('free', 0)
+    batch['noise_BxS'][row, segment] = example.get('noise', 0.0)
+    filled[row] = end, target_end, segment + 1
+  return batch
+
+
+def concatenate(batches: list[Batch]) -> Batch:
+  """Concatenate batches along their rows."""
+  return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def shape_of(data, groups: int | None = None) -> Shape:
+  """Return the packing shape of one group of a batch.
+
+  Args:
+    data: the `data` section of a config.
+    groups: number of groups per batch, if not the config's; 1 gives the shape of a whole batch.
+
+  Raises:
+    UserError: `batch_size` or `rows` is not a multiple of the number of groups.
+  """
+  groups = data.groups if groups is None else groups
+  for name, total in (('batch_size', data.batch_size), ('rows', data.rows)):
+    if total % groups:
+      multiples = nearest(total, groups)
+      raise UserError(f'data.{name}={total} is not a multiple of data.groups={groups}: use data.{name}={multiples}')
+  targets = data.targets or 2 * data.row_length
+  return Shape(data.rows // groups, data.row_length, targets, data.segments)
+
+
+def nearest(value: int, divisor: int) -> str:
+  """Return the multiples of `divisor` just below and above `value`, as text for an error message ("16 or 20")."""
+  below = value // divisor * divisor
+  return f'{below} or {below + divisor}' if below else str(divisor)
