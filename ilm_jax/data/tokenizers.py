@@ -1,24 +1,27 @@
-"""Tokenizers: text to ids and back. The ids 0 to 6 are the same special tokens in all, and never come from text.
+"""Tokenizers: text to token ids and back.
+
+In every tokenizer the ids 0 to 6 are the special tokens of `special_tokens.SPECIAL`; encoding a text never yields them.
 
 Every tokenizer has
 
-    vocab_size, special_ids     ids are below vocab_size; the special ones are never inserted by a sampler
-    encode(text)                ids; what looks like a special token in a text is ordinary characters
-    encode_with_offsets(text)   (ids, spans): spans[i] = (start, end) in the text, in order and not overlapping; empty
-                                for all but the last byte of a character that was spelled in bytes
-    decode(ids)                 text; special ids are left out
-    pieces(ids)                 one readable string a token, for displays
-    spell(pieces)               the characters that each of them stands for in a text
-    fingerprint                 of everything that decides the ids
-    save(folder)                `load(folder)` gives the same tokenizer
+    vocab_size, special_ids     all ids are below vocab_size; samplers never insert the special ones
+    encode(text)                token ids; names of special tokens in the text are treated as ordinary characters
+    encode_with_offsets(text)   (ids, spans): spans[i] = (start, end) are the character offsets of token i; spans are in
+                                order and do not overlap. If a character is spelled in several byte tokens, the span
+                                of the last one covers it and the other spans are empty
+    decode(ids)                 text; special ids are skipped
+    pieces(ids)                 one readable string per token, for displays
+    spell(pieces)               for each piece, the characters of the text that it stands for
+    fingerprint                 hash of everything that determines the ids
+    save(folder)                writes files from which `load(folder)` restores the same tokenizer
 
-decode(encode(text)) is text, with these exceptions:
+decode(encode(text)) == text, with these exceptions:
 
-- SentencePiece trained here: U+2581, which SentencePiece itself writes for a space, comes back as a space; and what a
-  normalisation other than `identity` changes. A given model may also lack characters, or drop spaces.
-- WordPiece: words come back with single spaces, punctuation where English has it, unknown words as [UNK]; lower case
-  and without accents where the vocabulary is lower case.
-- Words of the planning tasks: single spaces between them.
+- SentencePiece trained here: U+2581, SentencePiece's own sign for a space, is decoded as a space, and a normalization
+  other than `identity` changes the text. A model from elsewhere may also lack characters or drop spaces.
+- WordPiece: words are separated by single spaces, punctuation is spaced as in English, unknown words become [UNK].
+  Uncased vocabularies give lower-case text without accents.
+- Words of the planning tasks: words are separated by single spaces.
 """
 
 import functools
@@ -31,49 +34,49 @@ import re
 from ilm_jax.special_tokens import BOS, CLS, SPECIAL, UNK
 from ilm_jax.types import UserError
 
-BYTE = re.compile(r'<0x[0-9A-F]{2}>')  # of SentencePiece
-START = (SPECIAL[CLS], SPECIAL[BOS])  # stand before a text, and for no characters
-INFO = 'ilm_tokenizer.json'  # of a saved tokenizer; written last
-NORMALISATIONS = ('identity', 'nfkc', 'nmt_nfkc', 'nfkc_cf', 'nmt_nfkc_cf')
-THREADS = 8  # of the training of SentencePiece: another number gives another model
-FOLDERS = ('spiece.model', 'tokenizer.model', 'vocab.txt')  # what a folder of others may hold
+BYTE_PIECE = re.compile(r'<0x[0-9A-F]{2}>')  # a SentencePiece piece that stands for one byte
+START = (SPECIAL[CLS], SPECIAL[BOS])  # special tokens that precede a text and stand for no characters
+INFO_FILE = 'ilm_tokenizer.json'  # file with the kind and fingerprint of a saved tokenizer; it is written last
+NORMALIZATIONS = ('identity', 'nfkc', 'nmt_nfkc', 'nfkc_cf', 'nmt_nfkc_cf')  # normalization rules of SentencePiece
+THREADS = 8  # SentencePiece training threads; fixed, because the trained model depends on their number
+MODEL_FILES = ('spiece.model', 'tokenizer.model', 'vocab.txt')  # file names to look for in a folder of a released model
 
 
 class Tokenizer:
-  """What all tokenizers share. Two are the same if their kind and the files that they are saved as are the same."""
+  """The base class. Two tokenizers are the same if they have the same kind and would be saved as the same files."""
 
   kind: str
   vocab_size: int
   special_ids = tuple(range(len(SPECIAL)))
 
   def files(self) -> dict[str, bytes]:
-    """What `save` writes, and the class is made from again."""
+    """Return the files (name -> content) that `save` writes and from which the tokenizer can be rebuilt."""
     raise NotImplementedError
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """Sixteen hexadecimal digits."""
+    """A hash of everything that determines the ids, as 16 hexadecimal digits."""
     return fingerprint_of(self.kind, self.files())
 
   def save(self, folder) -> None:
-    """Write the tokenizer into a folder; one that is there already, whole and the same, is left alone."""
+    """Write the tokenizer into a folder. Does nothing if the same tokenizer is already saved there."""
     from etils import epath
 
     path, info = epath.Path(folder), {'kind': self.kind, 'fingerprint': self.fingerprint}
     text = json.dumps(info) + '\n'
-    if (path / INFO).exists() and (path / INFO).read_text() == text:
+    if (path / INFO_FILE).exists() and (path / INFO_FILE).read_text() == text:
       return
     path.mkdir(parents=True, exist_ok=True)
     for name, content in self.files().items():
       (path / name).write_bytes(content)
-    (path / INFO).write_text(text)
+    (path / INFO_FILE).write_text(text)
 
   def __reduce__(self):
     return _make, (self.kind, self.files())
 
 
 class WordTokenizer(Tokenizer):
-  """Ids of a closed list of words, after the special tokens."""
+  """A closed list of words; their ids follow those of the special tokens."""
 
   kind = 'words'
 
@@ -86,7 +89,11 @@ class WordTokenizer(Tokenizer):
     return {'words.json': json.dumps(self.words[len(SPECIAL) :]).encode()}
 
   def ids(self, words) -> list[int]:
-    """Look up a sequence of words."""
+    """Return the ids of a sequence of words.
+
+    Raises:
+      UserError: a word is not in the vocabulary.
+    """
     for word in words:
       if word not in self._ids:
         known = self.words[len(SPECIAL) :]
@@ -94,29 +101,39 @@ class WordTokenizer(Tokenizer):
     return [self._ids[word] for word in words]
 
   def encode(self, text: str) -> list[int]:
-    """The ids of words with spaces between them."""
+    """Return the ids of whitespace-separated words."""
     return self.ids(text.split())
 
   def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids, and where in the text each comes from."""
+    """Encode a text; return token ids and their (start, end) character offsets."""
     found = list(re.finditer(r'\S+', text))
     return self.ids([match[0] for match in found]), [match.span() for match in found]
 
   def decode(self, ids) -> str:
-    """The words, special ones left out."""
+    """Join the words of some ids with spaces; special tokens are skipped."""
     return ' '.join(self.words[int(i)] for i in ids if int(i) >= len(SPECIAL))
 
   def pieces(self, ids) -> list[str]:
-    """The words, special ones in brackets."""
+    """Return the word of each id; special tokens are in brackets."""
     return [self.words[int(i)] for i in ids]
 
   def spell(self, pieces: list[str]) -> list[str]:
-    """Words with a space before them."""
+    """Return the words, each with a space before it."""
     return [' ' + piece for piece in pieces]
 
 
 class SentencePiece(Tokenizer):
-  """A SentencePiece model; its pieces but for control symbols and <unk>, in their order, have the ids from 7 on."""
+  """A SentencePiece model.
+
+  Its pieces, without control symbols and <unk>, get the ids from 7 on in the model's order.
+
+  Args:
+    model: content of the model file.
+    name: what to call the model in error messages.
+
+  Raises:
+    UserError: the content is not a SentencePiece model.
+  """
 
   kind = 'sentencepiece'
 
@@ -128,47 +145,47 @@ class SentencePiece(Tokenizer):
       self._processor = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
       size = sp.vocab_size()
     except (RuntimeError, OSError, ValueError, TypeError) as error:
-      raise UserError(f'{name} is no SentencePiece model: {_line(error)}') from None
+      raise UserError(f'{name} is not a SentencePiece model: {_one_line(error)}') from None
     if not model or not size:
-      raise UserError(f'{name} is no SentencePiece model: it is empty')
+      raise UserError(f'{name} is not a SentencePiece model: it is empty')
     ordinary = [i for i in range(size) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i))]
-    self._theirs = [sp.unk_id()] * len(SPECIAL) + ordinary
-    self._ours = [UNK] * size
-    for ours, theirs in enumerate(ordinary, len(SPECIAL)):
-      self._ours[theirs] = ours
-    self.vocab_size = len(self._theirs)
+    self._to_model = [sp.unk_id()] * len(SPECIAL) + ordinary  # our id -> id in the SentencePiece model
+    self._from_model = [UNK] * size  # id in the SentencePiece model -> our id
+    for our_id, model_id in enumerate(ordinary, len(SPECIAL)):
+      self._from_model[model_id] = our_id
+    self.vocab_size = len(self._to_model)
 
   def files(self) -> dict[str, bytes]:
     return {'sentencepiece.model': self._model}
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a text."""
+    """Return the token ids of a text."""
     check_text(text)
-    return [self._ours[i] for i in self._processor.encode(text)]
+    return [self._from_model[i] for i in self._processor.encode(text)]
 
   def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids, and where in the text each comes from."""
+    """Encode a text; return token ids and their (start, end) character offsets."""
     from sentencepiece import sentencepiece_pb2
 
     check_text(text)
     serialized = self._processor.encode(text, out_type='serialized_proto')
     pieces = sentencepiece_pb2.SentencePieceText.FromString(serialized).pieces
-    at = _characters(text)
-    return [self._ours[p.id] for p in pieces], [(at[p.begin], at[p.end]) for p in pieces]
+    character = _character_at_byte(text)
+    return [self._from_model[p.id] for p in pieces], [(character[p.begin], character[p.end]) for p in pieces]
 
   def decode(self, ids) -> str:
-    """The text; bytes that make no character come out as U+FFFD."""
-    return self._processor.decode([self._theirs[int(i)] for i in ids if int(i) >= UNK])
+    """Return the text of some ids; byte tokens that are not valid UTF-8 become U+FFFD."""
+    return self._processor.decode([self._to_model[int(i)] for i in ids if int(i) >= UNK])
 
   def pieces(self, ids) -> list[str]:
-    """The pieces, with U+2581 for a space; special ones in brackets."""
+    """Return the piece of each id, with U+2581 for a space; special tokens are in brackets."""
     name = self._processor.id_to_piece
-    return [SPECIAL[int(i)] if int(i) < len(SPECIAL) else name(self._theirs[int(i)]) for i in ids]
+    return [SPECIAL[int(i)] if int(i) < len(SPECIAL) else name(self._to_model[int(i)]) for i in ids]
 
   def spell(self, pieces: list[str]) -> list[str]:
-    """Spaces for U+2581; the characters that bytes make stand at the first of them."""
+    """Return the text of each piece; the characters spelled by a run of byte tokens belong to the run's first token."""
     out = []
-    for is_byte, run in itertools.groupby(pieces, lambda piece: bool(BYTE.fullmatch(piece))):
+    for is_byte, run in itertools.groupby(pieces, lambda piece: bool(BYTE_PIECE.fullmatch(piece))):
       run = list(run)
       if is_byte:
         text = bytes.fromhex(''.join(piece[3:5] for piece in run)).decode('utf-8', 'replace')
@@ -179,7 +196,16 @@ class SentencePiece(Tokenizer):
 
 
 class WordPiece(Tokenizer):
-  """A WordPiece vocabulary, as of BERT; its entries but for special ones, in their order, have the ids from 7 on."""
+  """A WordPiece vocabulary, as BERT has. Its entries, without special tokens, get the ids from 7 on in file order.
+
+  Args:
+    vocab: content of the vocabulary file, one entry per line.
+    lowercase: whether the vocabulary is uncased: texts are then lower-cased and stripped of accents.
+    name: what to call the vocabulary in error messages.
+
+  Raises:
+    UserError: the content is not a vocabulary, or the package `tokenizers` is missing.
+  """
 
   kind = 'wordpiece'
 
@@ -188,8 +214,8 @@ class WordPiece(Tokenizer):
       import tokenizers
     except ImportError:
       raise UserError(
-        f'{name}: WordPiece needs the package tokenizers: pip install "ilm_jax[wordpiece]" (or make setup '
-        'EXTRAS=wordpiece)'
+        f'{name}: WordPiece needs the package tokenizers: install it with pip install "ilm_jax[wordpiece]" (or make '
+        'setup EXTRAS=wordpiece)'
       ) from None
     self._vocab, self._lowercase = vocab, bool(lowercase)
     try:
@@ -198,7 +224,7 @@ class WordPiece(Tokenizer):
       raise UserError(f'{name} is not UTF-8: byte {error.start} is {vocab[error.start]:#04x}') from None
     words = [word for word in lines if word not in SPECIAL]
     if not words or not all(words) or len(set(words)) < len(words) or any(' ' in word for word in words):
-      raise UserError(f'{name} is no WordPiece vocabulary: expected a different word on each line')
+      raise UserError(f'{name} is not a WordPiece vocabulary: expected one word per line, each only once')
     self._words = SPECIAL + tuple(words)
     self.vocab_size = len(self._words)
     ids = {word: i for i, word in enumerate(self._words) if i >= UNK}
@@ -211,26 +237,26 @@ class WordPiece(Tokenizer):
     return {'vocab.txt': self._vocab, 'settings.json': json.dumps({'lowercase': self._lowercase}).encode()}
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a text."""
+    """Return the token ids of a text."""
     check_text(text)
     return self._tokenizer.encode(text, add_special_tokens=False).ids
 
   def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids, and where in the text each comes from."""
+    """Encode a text; return token ids and their (start, end) character offsets."""
     check_text(text)
     encoded = self._tokenizer.encode(text, add_special_tokens=False)
     return encoded.ids, encoded.offsets
 
   def decode(self, ids) -> str:
-    """The text, spaced by the rules of BERT's own decoder."""
+    """Return the text of some ids, spaced by the rules of BERT's own decoder."""
     return self._tokenizer.decode([int(i) for i in ids if int(i) >= UNK])
 
   def pieces(self, ids) -> list[str]:
-    """The entries of the vocabulary, special ones in brackets."""
+    """Return the vocabulary entry of each id; special tokens are in brackets."""
     return [self._words[int(i)] for i in ids]
 
   def spell(self, pieces: list[str]) -> list[str]:
-    """A space before what does not go on with a word."""
+    """Return the text of each piece: continuations (##...) as they are, other pieces with a space before them."""
     return ['' if p in START else p[2:] if p.startswith('##') else ' ' + p for p in pieces]
 
 
@@ -238,26 +264,27 @@ class WordPiece(Tokenizer):
 
 
 def check_text(text: str) -> None:
-  """Refuse a text that has no UTF-8 form (JSON may spell half a surrogate pair)."""
+  """Raise UserError if a text holds an unpaired surrogate, as JSON escapes can; it has no UTF-8 encoding."""
   try:
     text.encode()
   except UnicodeEncodeError as error:
     raise UserError(
-      f'a text holds {text[error.start]!r} at character {error.start}, half of a surrogate pair, which is no character'
+      f'a text holds {text[error.start]!r} at character {error.start}, half of a surrogate pair: remove it'
     ) from None
 
 
-def _characters(text: str):
-  """The index of the character at each byte of the UTF-8 form, and of the end."""
+def _character_at_byte(text: str):
+  """Return a table from byte offsets in the UTF-8 encoding of a text (its end included) to character offsets."""
   if text.isascii():
     return range(len(text) + 1)
-  at = []
+  table = []
   for i, character in enumerate(text):
-    at += [i] * len(character.encode())
-  return [*at, len(text)]
+    table += [i] * len(character.encode())
+  return [*table, len(text)]
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
+  """Format an error as a single line of at most 200 characters."""
   return ' '.join(str(error).split())[:200] or type(error).__name__
 
 
@@ -265,23 +292,26 @@ def _line(error: Exception) -> str:
 
 
 def train_sentencepiece(lines, *, size: int, normalization: str = 'identity') -> SentencePiece:
-  """Train a unigram model with a fallback to bytes; the same lines give the same model, byte for byte.
+  """Train a unigram SentencePiece model with byte fallback. The same lines give the same model, byte for byte.
 
   Args:
-    lines: an iterator over lines of text (a line break is always a token of its own, a byte).
-    size: of its vocabulary, special tokens included; where the lines hold too little for it, it becomes smaller.
-    normalization: one of NORMALISATIONS.
+    lines: iterator over lines of text, without their line breaks (a line break is always encoded as a byte token).
+    size: vocabulary size, special tokens included; the vocabulary becomes smaller if the lines hold too little text.
+    normalization: one of NORMALIZATIONS.
+
+  Raises:
+    UserError: an unknown normalization, or a size that is too small for the lines.
   """
   import sentencepiece
 
-  if normalization not in NORMALISATIONS:
-    raise UserError(f'task.tokenizer.normalization={normalization!r}: expected one of {", ".join(NORMALISATIONS)}')
+  if normalization not in NORMALIZATIONS:
+    raise UserError(f'task.tokenizer.normalization={normalization!r}: expected one of {", ".join(NORMALIZATIONS)}')
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(lines),
       model_writer=model,
-      vocab_size=size - len(SPECIAL) + 1,  # its <unk> is one of ours
+      vocab_size=size - len(SPECIAL) + 1,  # SentencePiece counts its <unk>, which is one of SPECIAL
       hard_vocab_limit=False,
       byte_fallback=True,
       normalization_rule_name=normalization,
@@ -298,7 +328,7 @@ def train_sentencepiece(lines, *, size: int, normalization: str = 'identity') ->
   except (RuntimeError, OSError, ValueError) as error:
     raise UserError(
       f'task.tokenizer.size={size}: no SentencePiece model of this size could be trained on the corpus '
-      f'({_line(error)}): expected at least 256 bytes, the special tokens and each frequent character'
+      f'({_one_line(error)}): raise it; the vocabulary must hold 256 bytes, the special tokens and frequent characters'
     ) from None
   return SentencePiece(model.getvalue())
 
@@ -307,7 +337,7 @@ def train_sentencepiece(lines, *, size: int, normalization: str = 'identity') ->
 
 
 def fingerprint_of(kind: str, files: dict[str, bytes]) -> str:
-  """A hash of the files of a tokenizer."""
+  """Return the fingerprint of a tokenizer of some kind that is saved as these files."""
   digest = hashlib.blake2b(kind.encode(), digest_size=8)
   for name, content in sorted(files.items()):
     digest.update(f'{name} {len(content)} '.encode() + content)
@@ -315,6 +345,7 @@ def fingerprint_of(kind: str, files: dict[str, bytes]) -> str:
 
 
 def _make(kind: str, files: dict[str, bytes]) -> Tokenizer:
+  """Rebuild a tokenizer from its files."""
   if kind == WordTokenizer.kind:
     return WordTokenizer(json.loads(files['words.json']))
   if kind == SentencePiece.kind:
@@ -322,7 +353,7 @@ def _make(kind: str, files: dict[str, bytes]) -> Tokenizer:
   return WordPiece(files['vocab.txt'], **json.loads(files['settings.json']))
 
 
-KINDS = {
+KINDS = {  # kind of tokenizer -> names of the files that it is saved as
   WordTokenizer.kind: ('words.json',),
   SentencePiece.kind: ('sentencepiece.model',),
   WordPiece.kind: ('vocab.txt', 'settings.json'),
@@ -330,46 +361,59 @@ KINDS = {
 
 
 def load(folder) -> Tokenizer:
-  """Read a saved tokenizer; refuses one whose files are not those that were saved."""
+  """Load a saved tokenizer.
+
+  Raises:
+    UserError: there is none in the folder, or its files have changed since it was saved.
+  """
   from etils import epath
 
   path = epath.Path(folder)
   try:
-    info = json.loads((path / INFO).read_text())
+    info = json.loads((path / INFO_FILE).read_text())
     kind, fingerprint = info['kind'], info['fingerprint']
     files = {name: (path / name).read_bytes() for name in KINDS[kind]}
   except FileNotFoundError as error:
-    raise UserError(f'{folder} is no saved tokenizer: there is no {epath.Path(error.filename or INFO).name}') from None
+    raise UserError(
+      f'{folder} is not a saved tokenizer: {epath.Path(error.filename or INFO_FILE).name} is missing'
+    ) from None
   except (KeyError, TypeError, ValueError):
-    raise UserError(f'{path / INFO} is not what a tokenizer is saved with') from None
+    raise UserError(
+      f'{path / INFO_FILE} is damaged: expected JSON with the kind and fingerprint of a saved tokenizer'
+    ) from None
   if fingerprint_of(kind, files) != fingerprint:
-    raise UserError(f'the tokenizer in {folder} is damaged: its files are not those that were saved ({fingerprint})')
+    raise UserError(f'the tokenizer in {folder} is damaged: its files do not match the saved fingerprint {fingerprint}')
   return _make(kind, files)
 
 
 def read(path, *, lowercase: bool = True) -> Tokenizer:
-  """Read a tokenizer that a user gives.
+  """Read a tokenizer from a path that the user gave.
 
   Args:
-    path: a SentencePiece model (*.model), a WordPiece vocabulary (*.txt), a folder that holds one of FOLDERS, or one
-      that a tokenizer was saved to.
-    lowercase: is the WordPiece vocabulary one of lower case without accents?
+    path: a SentencePiece model (*.model), a WordPiece vocabulary (*.txt), a folder with one of MODEL_FILES, or a folder
+      that `Tokenizer.save` wrote.
+    lowercase: whether a WordPiece vocabulary is uncased (lower case, without accents).
+
+  Raises:
+    UserError: there is no tokenizer at the path, or it cannot be read.
   """
   from etils import epath
 
   given = file = epath.Path(path).expanduser()
   try:
-    saved = (given / INFO).exists()
-  except (OSError, ImportError) as error:  # epath needs a package for each kind of bucket
-    raise UserError(f'the tokenizer {path} could not be read: {_line(error)}') from None
+    saved = (given / INFO_FILE).exists()
+  except (OSError, ImportError) as error:  # ImportError: epath lacks the package for this kind of bucket
+    raise UserError(f'the tokenizer {path} could not be read: {_one_line(error)}') from None
   if saved:
     return load(given)
   if given.is_dir():
-    file = next((given / name for name in FOLDERS if (given / name).exists()), None)
+    file = next((given / name for name in MODEL_FILES if (given / name).exists()), None)
     if file is None:
-      raise UserError(f'the tokenizer {path}: expected one of {", ".join(FOLDERS)} in this folder')
+      raise UserError(f'the folder {path} holds no tokenizer: expected one of {", ".join(MODEL_FILES)}')
   if not file.exists():
-    raise UserError(f'the tokenizer {path} is not there: expected a *.model, a vocabulary *.txt, or a folder with one')
+    raise UserError(
+      f'the tokenizer {path} does not exist: expected a *.model, a vocabulary *.txt, or a folder with one'
+    )
   try:
     content = file.read_bytes()
   except OSError as error:

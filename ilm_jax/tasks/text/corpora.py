@@ -1,12 +1,15 @@
-"""Corpora: which files hold which split, and the documents in them.
+"""Text corpora: which files belong to which split, and which documents the files hold.
 
-A path is a file, or a folder of *.txt, *.tokens, *.jsonl and shards (`NAME-00001-of-00100`), in folders of its own
-perhaps. Names that hold train, valid, heldout, dev, eval or test say the split. Without a named test set, the held-out
-documents are shared between validation and test by a hash; without named files of both kinds (a single file, say), all
-documents are shared 95 / 2.5 / 2.5 by it. Equal documents are of one split then.
+A corpus is a file, or a folder (with subfolders) of *.txt, *.tokens, *.jsonl and shards `NAME-00001-of-00100`. A file
+belongs to a split if its name, or else its folder's name, contains train, valid, heldout, dev, eval or test. If there
+are held-out files but no separate test files (or no separate validation files), a hash of each document divides the
+held-out documents between validation and test. If training or held-out files are not named (or the corpus is a single
+file), the hash divides all documents into 95 % training, 2.5 % validation and 2.5 % test. Documents that occur twice
+get the same split from the hash.
 
-Documents: in JSONL, the field `text` of each line. In other files, a document ends with a line `<|endoftext|>` and with
-the file (`endoftext`), with an empty line (`paragraph`), or with its line (`line`). Text is UTF-8.
+Documents are UTF-8. In JSONL, a document is the field `text` of a line. In other files it ends at a line
+`<|endoftext|>` (mode `endoftext`), at an empty line (`paragraph`) or at the end of its line (`line`), and at the end of
+the file.
 """
 
 import functools
@@ -25,50 +28,54 @@ from ilm_jax.data import storage
 from ilm_jax.types import UserError
 
 SPLITS = ('train', 'validation', 'test')
-DOCUMENTS = ('endoftext', 'paragraph', 'line')
+DOCUMENTS = ('endoftext', 'paragraph', 'line')  # modes: what ends a document in a text file
 END = '<|endoftext|>'
-MARK = b'\xef\xbb\xbf'  # which some editors write at the start of UTF-8
-SHARES = 40  # one each of validation and test
+MARK = b'\xef\xbb\xbf'  # the UTF-8 byte order mark, which some editors write at the start of a file
+SHARES = 40  # when a hash decides, validation and test get one of so many equal shares each
 
-NAMES = {  # what says the split in the name of a file, or else of a folder
+NAMES = {  # split -> pattern that marks a file or folder name as belonging to it; earlier patterns win
   'test': re.compile(r'(?<![a-z])test(?![a-z])'),
   'validation': re.compile(r'valid|held[-_ ]?out|(?<![a-z])(val|dev|eval)(?![a-z])'),
   'train': re.compile(r'train'),
 }
-KINDS = re.compile(r'\.(txt|tokens|jsonl)$|-\d+-of-\d+$')
+CORPUS_FILE = re.compile(r'\.(txt|tokens|jsonl)$|-\d+-of-\d+$')
+CACHE_FILES = ('dataset_info.json', 'ilm_tokenizer.json')  # a folder with one of these is a cache, not a corpus
 
 
 class File(NamedTuple):
   """A file of a corpus."""
 
   path: Any
-  name: str  # below the corpus's path
-  size: int
-  changed: int  # when, in seconds
+  name: str  # path relative to the corpus folder
+  size: int  # bytes
+  changed: int  # modification time, in seconds
 
 
 class Corpus(NamedTuple):
-  """The files of each split; `shared` says among which splits a hash of the document decides, where it does."""
+  """The files of each split.
+
+  Attributes:
+    files: split -> its files.
+    shared: split -> the splits that share these files; a hash of each document decides between them. Splits with files
+      of their own have no entry.
+  """
 
   files: dict[str, list[File]]
   shared: dict[str, tuple[str, ...]]
 
   def identity(self, split: str) -> list:
-    """What decides the documents of a split, wherever the files are."""
+    """Return a JSON value that identifies the documents of a split, independent of where the corpus is stored."""
     return [[(file.name, file.size, file.changed) for file in self.files[split]], self.shared.get(split)]
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-OURS = ('dataset_info.json', 'ilm_tokenizer.json')  # of folders with what is prepared
+# --- files and their splits -------------------------------------------------------------------------------------------
 
 
 def find(path: str) -> Corpus:
-  """Look for the files of a corpus.
+  """Find the files of a corpus and assign them to splits.
 
   Raises:
-    UserError: nothing there, or no text in it.
+    UserError: the path does not exist, cannot be read, or holds no text files.
   """
   root = epath.Path(path).expanduser()
   try:
@@ -77,7 +84,7 @@ def find(path: str) -> Corpus:
     files = list(_walk(root)) if root.is_dir() else [_file(root, root.name)]
   except UserError:
     raise
-  except Exception as error:  # each kind of bucket has types of its own
+  except Exception as error:  # each storage service has its own types of errors
     if not isinstance(error, OSError | ImportError) and not storage.is_remote(path):
       raise
     raise UserError(f'data.path={path} cannot be read: {_reason(error)}') from None
@@ -90,12 +97,12 @@ def find(path: str) -> Corpus:
   named = {split: [file for file in files if split_named(file.name) == split] for split in SPLITS}
   if not named['train'] or not (named['validation'] or named['test']):
     if len(files) > 1 and any(named.values()):
-      some = ', '.join(file.name for file in files[:5]) + ', ...' * (len(files) > 5)
-      _warn(f'data.path={path}: the names of {some} do not say both what is for training and what is held out: the '
-            'documents of all are shared among the splits')  # fmt: skip
+      examples = ', '.join(file.name for file in files[:5]) + ', ...' * (len(files) > 5)
+      _warn_once(f'data.path={path}: the file names ({examples}) do not mark both training and held-out files, so the '
+                 'documents of all files are divided among the splits by a hash')  # fmt: skip
     return Corpus({split: files for split in SPLITS}, dict.fromkeys(SPLITS, SPLITS))
-  if odd := [file.name for file in files if split_named(file.name) is None]:
-    _warn(f'data.path={path}: passed over {", ".join(odd[:5])}, whose name says no split')
+  if unnamed := [file.name for file in files if split_named(file.name) is None]:
+    _warn_once(f'data.path={path}: ignored {", ".join(unnamed[:5])}: the name matches no split')
   held_out = ('validation', 'test')
   if named['validation'] and named['test']:
     return Corpus(named, {})
@@ -104,29 +111,30 @@ def find(path: str) -> Corpus:
 
 
 @functools.cache
-def _warn(line: str) -> None:
-  """Log a warning, once in a process."""
+def _warn_once(line: str) -> None:
+  """Log a warning, once per process."""
   logging.warning('%s', line)
 
 
 def split_named(name: str) -> str | None:
-  """The split that the name of a file says, or of the nearest folder that says one."""
+  """Return the split that a file name indicates, or else the innermost folder name that indicates one, or None."""
   for part in reversed(pathlib.PurePosixPath(name.lower()).parts):
-    for split, words in NAMES.items():
-      if words.search(part):
+    for split, pattern in NAMES.items():
+      if pattern.search(part):
         return split
   return None
 
 
 def _walk(folder, prefix: str = ''):
+  """Yield the corpus files below a folder, without hidden files and caches."""
   for path in folder.iterdir():
     if path.name.startswith('.'):
       continue
-    if path.is_dir() and any((path / name).exists() for name in OURS):
-      continue  # a cache that lies inside the corpus
+    if path.is_dir() and any((path / name).exists() for name in CACHE_FILES):
+      continue
     if path.is_dir():
       yield from _walk(path, f'{prefix}{path.name}/')
-    elif KINDS.search(path.name):
+    elif CORPUS_FILE.search(path.name):
       yield _file(path, prefix + path.name)
 
 
@@ -135,7 +143,8 @@ def _file(path, name: str) -> File:
 
 
 def _reason(error: Exception) -> str:
-  error = error.reason if isinstance(getattr(error, 'reason', None), OSError) else error  # urllib wraps what happened
+  """Return a one-line description of an error."""
+  error = error.reason if isinstance(getattr(error, 'reason', None), OSError) else error  # urllib wraps socket errors
   return getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__
 
 
@@ -143,7 +152,12 @@ def _reason(error: Exception) -> str:
 
 
 def split_of(text: str, splits: tuple[str, ...]) -> str:
-  """The split of a document among several: 1 / SHARES of all each of validation and test, halves without train."""
+  """Return the split of a document by a hash of its text.
+
+  Args:
+    text: the document.
+    splits: the candidates. With 'train', validation and test get 1 / SHARES of the documents each; without, half each.
+  """
   value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'big')
   if 'train' not in splits:
     return splits[value // SHARES % 2]
@@ -151,10 +165,16 @@ def split_of(text: str, splits: tuple[str, ...]) -> str:
 
 
 def documents(corpus: Corpus, split: str, mode: str, *, what: str = ''):
-  """Yield (place, text) of the documents of a split; `place` is for people. Logs how far it is, with `what`.
+  """Yield ((file path, document number), text) for the documents of a split.
+
+  Args:
+    corpus: as `find` returns it.
+    split: one of SPLITS.
+    mode: one of DOCUMENTS; JSONL files ignore it.
+    what: name of the operation, for progress log lines; '' logs none.
 
   Raises:
-    UserError: what is no UTF-8, a broken line of JSONL, a file that can't be read.
+    UserError: text that is not UTF-8, an invalid JSONL line, or a file that cannot be read.
   """
   files, splits = corpus.files[split], corpus.shared.get(split)
   total = sum(file.size for file in files)
@@ -171,7 +191,18 @@ def documents(corpus: Corpus, split: str, mode: str, *, what: str = ''):
 
 
 def read_split(path: str, split: str, mode: str, *, detokenised: bool = False, flag: str = '--path'):
-  """Yield the texts of a split of a corpus that a command was given by a flag, which messages name."""
+  """Yield the non-empty documents of one split of a corpus; for commands, whose flags the error messages name.
+
+  Args:
+    path: the corpus.
+    split: one of SPLITS.
+    mode: one of DOCUMENTS.
+    detokenised: whether to pass the documents through `detokenize`.
+    flag: the command's flag that holds the path.
+
+  Raises:
+    UserError: an unknown split or mode, or a corpus that cannot be read.
+  """
   if split not in SPLITS:
     raise UserError(f'--split={split}: expected one of {", ".join(SPLITS)}')
   if mode not in DOCUMENTS:
@@ -179,24 +210,24 @@ def read_split(path: str, split: str, mode: str, *, detokenised: bool = False, f
   try:
     for _, text in documents(find(path), split, mode, what=f'reading {path}'):
       if text:
-        yield detokenise(text) if detokenised else text
+        yield detokenize(text) if detokenised else text
   except UserError as error:
     raise UserError(str(error).replace('data.path=', f'{flag}=')) from None
 
 
 def draw(found, count: int, seed: int) -> list:
-  """At most `count` of what an iterable yields, drawn uniformly by a generator with this seed, in their order."""
+  """Draw at most `count` items of an iterable uniformly (reservoir sampling); returns them in their original order."""
   rng, kept = np.random.default_rng(seed), []
-  for index, one in enumerate(found):
+  for index, item in enumerate(found):
     if len(kept) < count:
-      kept.append((index, one))
-    elif (at := int(rng.integers(index + 1))) < count:
-      kept[at] = index, one
-  return [one for _, one in sorted(kept, key=lambda pair: pair[0])]
+      kept.append((index, item))
+    elif (slot := int(rng.integers(index + 1))) < count:
+      kept[slot] = index, item
+  return [item for _, item in sorted(kept, key=lambda pair: pair[0])]
 
 
 def read(file: File, mode: str):
-  """Yield (bytes read so far, text) of the documents of a file."""
+  """Yield (byte offset of the document's end, text) for the documents of a file."""
   try:
     with file.path.open('rb') as stream:
       if file.path.suffix == '.jsonl':
@@ -208,33 +239,35 @@ def read(file: File, mode: str):
 
 
 def _lines(stream):
-  """Yield (bytes before, line) with plain line ends, without a byte order mark."""
-  at = 0
+  """Yield (byte offset, line) of a binary stream, without line ends (LF or CRLF) and without a byte order mark."""
+  offset = 0
   for line in stream:
-    start, at = at, at + len(line)
+    start, offset = offset, offset + len(line)
     if start == 0 and line.startswith(MARK):
       start, line = len(MARK), line[len(MARK) :]
     yield start, line.removesuffix(b'\n').removesuffix(b'\r')
 
 
 def _texts(path, stream, mode: str):
-  held, end = [], 0
+  """Yield (byte offset of the end, text) for the documents of a text file."""
+  pending, end = [], 0  # lines of the current document; byte offset of its end
   for start, line in _lines(stream):
     end, text = start + len(line), decode(line, path, start)
     if mode == 'line':
       if text := text.strip():
         yield end, text
     elif (text.strip() == END) if mode == 'endoftext' else not text.strip():
-      if whole := '\n'.join(held).strip():
-        yield end, whole
-      held = []
+      if document := '\n'.join(pending).strip():
+        yield end, document
+      pending = []
     else:
-      held.append(text)
-  if whole := '\n'.join(held).strip():
-    yield end, whole
+      pending.append(text)
+  if document := '\n'.join(pending).strip():
+    yield end, document
 
 
 def _json_lines(path, stream):
+  """Yield (byte offset of the end, text) for the documents of a JSONL file."""
   for number, (start, line) in enumerate(_lines(stream), 1):
     if not line.strip():
       continue
@@ -245,65 +278,78 @@ def _json_lines(path, stream):
         raise TypeError
       found.encode()
     except UnicodeEncodeError:
-      raise UserError(f'{path}, line {number}: "text" holds half of a surrogate pair, which is no character') from None
+      raise UserError(f'{path}, line {number}: "text" holds half of a surrogate pair: remove it') from None
     except (KeyError, TypeError, ValueError, RecursionError):
       raise UserError(f'{path}, line {number}: expected JSON with "text", a string, got {text.strip()[:80]}') from None
     yield start + len(line), found.strip()
 
 
 def decode(content: bytes, path, start: int) -> str:
-  """Bytes that begin at `start` of a file as text."""
+  """Decode UTF-8 bytes; a UserError names the file and the byte offset of what is not UTF-8.
+
+  Args:
+    content: the bytes.
+    path: the file they come from.
+    start: their byte offset in the file.
+  """
   try:
     return content.decode()
   except UnicodeDecodeError as error:
-    at = start + error.start
-    raise UserError(f'{path} is not UTF-8: byte {at} is {content[error.start]:#04x}') from None
+    offset = start + error.start
+    raise UserError(f'{path} is not UTF-8: byte {offset} is {content[error.start]:#04x}') from None
 
 
-# --- one billion words ------------------------------------------------------------------------------------------------
+# --- the One Billion Word corpus --------------------------------------------------------------------------------------
 
 ARCHIVE = '1-billion-word-language-modeling-benchmark-r13output'
-_SPACED = [  # (pattern, what it becomes): undoes what the tokeniser of the corpus has put between characters
-  (r'(https?) : / / ', r'\1://'),
-  (r" '(s|m|d|t|re|ve|ll|S|M|D|T|RE|VE|LL)\b", r"'\1"),
-  (r" (n't|N'T)\b", r'\1'),
-  (r' (\.+|[,:;?!%])(?= |$)', r'\1'),
-  (r'([$£€#]) (?=\d)', r'\1'),
-  (r'([(\[]) ', r'\1'),
-  (r' ([)\]])', r'\1'),
-  (r' / ', '/'),
-  (r' @-@ ', '-'),
-  (r'" ([^"]*[^" ]) "', r'"\1"'),
-  (r'^" ', '"'),
-  (r"(?<!\S)' ([^']*[^' ]) '(?!\S)", r"'\1'"),
+DETOKENIZATION = [  # (pattern, replacement): removes the spaces that the corpus's tokenizer put between characters
+  (re.compile(pattern), replacement)
+  for pattern, replacement in [
+    (r'(https?) : / / ', r'\1://'),
+    (r" '(s|m|d|t|re|ve|ll|S|M|D|T|RE|VE|LL)\b", r"'\1"),
+    (r" (n't|N'T)\b", r'\1'),
+    (r' (\.+|[,:;?!%])(?= |$)', r'\1'),
+    (r'([$£€#]) (?=\d)', r'\1'),
+    (r'([(\[]) ', r'\1'),
+    (r' ([)\]])', r'\1'),
+    (r' / ', '/'),
+    (r' @-@ ', '-'),
+    (r'" ([^"]*[^" ]) "', r'"\1"'),
+    (r'^" ', '"'),
+    (r"(?<!\S)' ([^']*[^' ]) '(?!\S)", r"'\1'"),
+  ]
 ]
-SPACED = [(re.compile(pattern), plain) for pattern, plain in _SPACED]
 
 
-def detokenise(text: str) -> str:
-  """A sentence of the One Billion Word corpus as people write it: no spaces around punctuation and clitics."""
-  for pattern, plain in SPACED:
-    text = pattern.sub(plain, text)
+def detokenize(text: str) -> str:
+  """Remove the spaces around punctuation and clitics from a sentence of the One Billion Word corpus."""
+  for pattern, replacement in DETOKENIZATION:
+    text = pattern.sub(replacement, text)
   return text
 
 
-# --- from the network -------------------------------------------------------------------------------------------------
+# --- downloads --------------------------------------------------------------------------------------------------------
 
 STORIES = 'https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/'
-SOURCES = {  # name of a corpus -> its files' addresses
+SOURCES = {  # name of a corpus -> URLs of its files
   'tinystories': tuple(f'{STORIES}TinyStoriesV2-GPT4-{part}.txt' for part in ('train', 'valid')),
   'lm1b': (f'https://www.statmt.org/lm-benchmark/{ARCHIVE}.tar.gz',),
 }
 
 
 def fetch(name: str, cache: str) -> str:
-  """The folder of a known corpus, downloaded first where it is not there.
+  """Return the folder of a known corpus, downloading the corpus first if it is missing.
+
+  Args:
+    name: a key of SOURCES.
+    cache: the cache folder.
 
   Raises:
-    UserError: no network, or no such file there; says what to put where.
+    UserError: the download failed; the message says which files to put where instead.
   """
   if not cache:
-    raise UserError(f'data.path is empty, and task.cache too: give the path of {name}, or a folder to download it to')
+    raise UserError(f'data.path and task.cache are empty: set data.path to a copy of {name}, or task.cache to a folder '
+                    'to download it to')  # fmt: skip
   folder = storage.local(cache) / 'downloads' / name
   files = [folder / url.rpartition('/')[2] for url in SOURCES[name]]
   for url, file in zip(SOURCES[name], files, strict=True):
@@ -312,21 +358,21 @@ def fetch(name: str, cache: str) -> str:
         storage.download(url, file)
       except OSError as error:
         raise UserError(
-          f'{name} is not at hand: {url} could not be downloaded ({_reason(error)}); put '
+          f'the corpus {name} could not be downloaded from {url} ({_reason(error)}): put '
           f'{" and ".join(f.name for f in files)} into {folder}, or give --config.data.path=PATH'
         ) from None
   return unpack(str(files[0]), cache) if files[0].name.endswith('.tar.gz') else str(folder)
 
 
 def unpack(archive: str, cache: str) -> str:
-  """The folder that a *.tar.gz is unpacked to, below a cache folder."""
+  """Return the folder inside a cache into which a *.tar.gz is unpacked, unpacking it first if necessary."""
   path = epath.Path(archive).expanduser()
   try:
     size, _ = storage.size_and_time(path)
     path.open('rb').close()
   except (OSError, ImportError) as error:
     raise UserError(f'data.path={archive} cannot be read: {_reason(error)}') from None
-  what = hashlib.blake2b(repr((path.name, size)).encode(), digest_size=8).hexdigest()
+  name_hash = hashlib.blake2b(repr((path.name, size)).encode(), digest_size=8).hexdigest()
 
   def make(folder):
     logging.info('unpacking %s', path)
@@ -334,6 +380,6 @@ def unpack(archive: str, cache: str) -> str:
       with path.open('rb') as stream, tarfile.open(fileobj=stream, mode='r|gz') as tar:
         tar.extractall(folder, filter='data')
     except (tarfile.TarError, EOFError, ValueError) as error:
-      raise UserError(f'{path} is damaged ({_reason(error)}): remove it, and start again') from None
+      raise UserError(f'{path} is damaged ({_reason(error)}): remove it and run the same command again') from None
 
-  return str(storage.once(storage.local(cache), f'unpacked-{what}', make))
+  return str(storage.once(storage.local(cache), f'unpacked-{name_hash}', make))

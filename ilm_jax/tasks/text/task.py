@@ -1,11 +1,10 @@
-"""Text (arXiv 2505.05755): stories, sentences, or documents of one's own, as `[CLS] [BOS] text`, all of it free.
+"""The text task: language modelling on TinyStories, LM1B (arXiv 2505.05755) or any other corpus.
 
-A text has no right answer: there is no `score`, and what is measured is the loss. A document that is too long is cut
-where a sentence ends; its rest is left out, or becomes further documents.
+An example is `[CLS] [BOS] text`, where all tokens of the text are free. There is no correct answer, so the task has no
+`score`, and validation measures the loss. A document that is too long is cut after a sentence; the rest is dropped or
+becomes further examples.
 
-A run carries its tokenizer in its folder: one that was given, or SentencePiece trained on the corpus.
-
-As text (prompts and output): the text itself.
+The tokenizer is given by the user or is SentencePiece trained on the corpus. A run keeps a copy in its folder.
 """
 
 import functools
@@ -25,52 +24,54 @@ from ilm_jax.special_tokens import BOS, CLS
 from ilm_jax.tasks.text import corpora
 from ilm_jax.types import UserError
 
-GIVEN = 2  # [CLS] and [BOS]
-FOLDER = 'tokenizer'  # in the folder of a run
-WINDOW = 8  # characters a token of which a long text is looked at at a time, and more if they hold too few tokens
-SENTENCE = re.compile(r'[.!?…]["\'”’)\]]*(?=\s)|[。！？][」』”’]*|(?<=\S)(?=\n)')
-WORD = re.compile(r'(?<=\S)(?=\s)')
+PREFIX = 2  # fixed tokens before the text: [CLS] and [BOS]
+FOLDER = 'tokenizer'  # subfolder of a run that holds its tokenizer
+# Characters scanned per expected token when truncating a document; the window grows if it yields too few.
+WINDOW = 8
+SENTENCE = re.compile(r'[.!?…]["\'”’)\]]*(?=\s)|[。！？][」』”’]*|(?<=\S)(?=\n)')  # matches the end of a sentence
+WORD = re.compile(r'(?<=\S)(?=\s)')  # matches the end of a word
 
 
 def check(cfg) -> None:
-  """Refuse settings that mean no data."""
-  if cfg.length < GIVEN + 1:
-    raise UserError(f'task.length={cfg.length}: expected at least {GIVEN + 1}, [CLS], [BOS] and a token')
+  """Raise UserError if the settings are invalid."""
+  if cfg.length < PREFIX + 1:
+    raise UserError(f'task.length={cfg.length}: expected at least {PREFIX + 1} ([CLS], [BOS] and a token)')
   if cfg.documents not in corpora.DOCUMENTS:
     raise UserError(f'task.documents={cfg.documents!r}: expected one of {", ".join(corpora.DOCUMENTS)}')
   if cfg.source and cfg.source not in corpora.SOURCES:
-    raise UserError(f'task.source={cfg.source!r}: expected one of {", ".join(corpora.SOURCES)}, or nothing')
+    raise UserError(f'task.source={cfg.source!r}: expected one of {", ".join(corpora.SOURCES)}, or an empty string')
 
 
 def longest(cfg) -> int:
-  """Tokens of the longest example."""
+  """Return the number of tokens of the longest example."""
   return cfg.length
 
 
 def longest_answer(cfg) -> int:
-  """Tokens of the longest text."""
-  return cfg.length - GIVEN
+  """Return the number of free tokens of the longest example."""
+  return cfg.length - PREFIX
 
 
-# --- the corpus -------------------------------------------------------------------------------------------------------
+# --- documents --------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def _scratch() -> tempfile.TemporaryDirectory:
-  """A cache folder for this process alone, where the config names none."""
+  """Return a temporary cache folder for this process, used if `task.cache` is empty."""
   return tempfile.TemporaryDirectory(prefix='ilm_jax-')
 
 
 def _cache(cfg) -> str:
+  """Return the cache folder."""
   return cfg.cache or _scratch().name
 
 
 def corpus_of(cfg) -> corpora.Corpus:
-  """The files of the corpus, downloaded or unpacked where need be."""
+  """Return the files of the corpus, downloading or unpacking it first if necessary."""
   check(cfg)
   path = cfg.corpus
   if not path and not cfg.source:
-    raise UserError('data.path is empty: give --config.data.path=PATH, a file or a folder of *.txt or *.jsonl')
+    raise UserError('data.path is empty: set --config.data.path=PATH to a file, or to a folder of *.txt or *.jsonl')
   if not path:
     path = corpora.fetch(cfg.source, cfg.cache)
   elif str(path).endswith(('.tar.gz', '.tgz')):
@@ -79,19 +80,26 @@ def corpus_of(cfg) -> corpora.Corpus:
 
 
 def texts(cfg, split: str, *, what: str = ''):
-  """Yield (place, text) of the documents of a split, as the model is to see them."""
+  """Yield ((file path, document number), text) for the documents of a split, detokenized if the config says so.
+
+  `what` names the operation in progress log lines; '' logs none.
+  """
   for place, text in corpora.documents(corpus_of(cfg), split, cfg.documents, what=what):
-    yield place, corpora.detokenise(text) if cfg.detokenize else text
+    yield place, corpora.detokenize(text) if cfg.detokenize else text
 
 
 def pieces_of(text: str, tokenizer, limit: int):
-  """Yield (piece, ids) of a text: pieces of at most `limit` tokens that end with a sentence, or a word, if possible."""
+  """Cut a text into pieces of at most `limit` tokens, each ending after a sentence, or else after a word, if possible.
+
+  Yields:
+    (piece, its token ids). Whitespace between pieces is dropped.
+  """
   start, size = 0, WINDOW * limit
   while True:
     window = text[start : start + size]
-    whole = start + len(window) == len(text)
+    at_end = start + len(window) == len(text)
     ids = tokenizer.encode(window)
-    if len(ids) <= limit and not whole:
+    if len(ids) <= limit and not at_end:
       size *= 2
       continue
     if len(ids) <= limit:
@@ -100,10 +108,11 @@ def pieces_of(text: str, tokenizer, limit: int):
     _, spans = tokenizer.encode_with_offsets(window)
     piece = window[: cut_at(window, max(spans[limit - 1][1], 1))]
     ids, spans = tokenizer.encode_with_offsets(piece)
+    # Without the text that follows it, a piece may be encoded into more tokens than before: shorten it further.
     while len(ids) > limit and (end := max(spans[limit - 1][1], 1)) < len(piece):
-      piece = piece[:end]  # without what follows, the same characters have taken more tokens
+      piece = piece[:end]
       ids, spans = tokenizer.encode_with_offsets(piece)
-    yield piece, ids[:limit]  # one character may take more bytes than that
+    yield piece, ids[:limit]  # a single character can have more byte tokens than `limit`
     start += len(piece)
     while start < len(text) and text[start].isspace():
       start += 1
@@ -113,63 +122,89 @@ def pieces_of(text: str, tokenizer, limit: int):
 
 
 def cut_at(text: str, end: int) -> int:
-  """Where to cut a text of which `end` characters may stay: behind the last sentence, if half of them stay so."""
-  for ends in (SENTENCE, WORD):
-    where = [match.end() for match in ends.finditer(text, 0, end + 1) if end // 2 <= match.end() <= end]
-    if where:
-      return where[-1]
+  """Return where to cut a text to at most `end` characters.
+
+  This is after the last sentence, or else the last word, that ends in the second half of these characters; else `end`.
+  """
+  for pattern in (SENTENCE, WORD):
+    cuts = [match.end() for match in pattern.finditer(text, 0, end + 1) if end // 2 <= match.end() <= end]
+    if cuts:
+      return cuts[-1]
   return end
 
 
 def prepare(cfg, split: str, tokenizer, counts: dict):
-  """Yield (text, ids) of a split; count documents and tokens, and what was cut or passed over."""
+  """Tokenize the documents of a split, cutting long ones.
+
+  Args:
+    cfg: the task section of a config.
+    split: one of corpora.SPLITS.
+    tokenizer: the tokenizer.
+    counts: receives the numbers of `documents` and `tokens`, of documents that were `cut`, and of documents that were
+      skipped because they are `without_tokens`.
+
+  Yields:
+    (text, token ids) of each example, without [CLS] and [BOS].
+
+  Raises:
+    UserError: the split is empty.
+  """
   counts.update({'documents': 0, 'tokens': 0, 'cut': 0, 'without_tokens': 0})
-  limit, empty = cfg.length - GIVEN, None
+  limit, first_skipped = cfg.length - PREFIX, None
   for place, text in texts(cfg, split, what=f'preparing {cfg.label}, {split}'):
     pieces = pieces_of(text, tokenizer, limit)
     first, _ = head = next(pieces)
-    found = [(piece, ids) for piece, ids in itertools.chain([head], pieces if cfg.split_long_documents else ()) if ids]
-    if not found:
-      empty = empty or place
+    kept = itertools.chain([head], pieces) if cfg.split_long_documents else [head]
+    examples = [(piece, ids) for piece, ids in kept if ids]
+    if not examples:
+      first_skipped = first_skipped or place
       counts['without_tokens'] += 1
       continue
     counts['documents'] += 1
     counts['cut'] += len(first) < len(text)
-    counts['tokens'] += sum(len(ids) for _, ids in found)
-    yield from found
-  if empty:
-    file, number = empty
-    logging.warning('%s: passed over %d documents without a token, such as document %d of %s', cfg.label,
+    counts['tokens'] += sum(len(ids) for _, ids in examples)
+    yield from examples
+  if first_skipped:
+    file, number = first_skipped
+    logging.warning('%s: skipped %d documents that have no tokens, such as document %d of %s', cfg.label,
                     counts['without_tokens'], number, file)  # fmt: skip
   if not counts['tokens']:
     raise UserError(
-      f'data.path={cfg.corpus}: the {split} split has no document with a token: give more text, or files whose names '
-      'hold train and valid'
+      f'data.path={cfg.corpus}: the {split} split is empty, it has no document with a token: add text, or name the '
+      'files so that they contain train or valid'
     )
 
 
-def _name(cfg, *what) -> str:
+def _hash(cfg, *what) -> str:
+  """Return a hash of the document settings and any other JSON values, for the names of cache entries."""
   settings = cfg.documents, cfg.detokenize, *what
   return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
 
 
-class Source:
-  """Random access to the documents of one split, prepared on disk."""
+# --- source -----------------------------------------------------------------------------------------------------------
 
-  endless = False
+
+class Source:
+  """Random access to the examples of one split, which are prepared on disk when it is first opened.
+
+  Attributes:
+    counts: statistics of the preparation, see `prepare`.
+  """
+
+  endless = False  # an epoch ends after len() examples
 
   def __init__(self, cfg, split: str):
     check(cfg)
     words = tokenizer(cfg)
     identity = corpus_of(cfg).identity(split)
-    name = f'text-{split}-{_name(cfg, identity, words.fingerprint, cfg.length, cfg.split_long_documents)}'
+    name = f'text-{split}-{_hash(cfg, identity, words.fingerprint, cfg.length, cfg.split_long_documents)}'
     self._stored = builders.documents(_cache(cfg), name, lambda counts: prepare(cfg, split, words, counts))
     limit = {'train': cfg.num_train, 'validation': cfg.num_validation, 'test': cfg.num_test}[split]
     self._size = min(limit or len(self._stored), len(self._stored))
     self.counts = self._stored.counts
-    rest = 'goes on in further examples' if cfg.split_long_documents else 'is left out'
-    cut = f', {self.counts["cut"]:,} of them longer than {cfg.length - GIVEN} tokens (the rest {rest})'
-    _say(f'{cfg.label}, {split}: {self.counts["documents"]:,} documents, {self.counts["tokens"]:,} tokens'
+    rest = 'becomes further examples' if cfg.split_long_documents else 'is dropped'
+    cut = f', {self.counts["cut"]:,} of them cut after {cfg.length - PREFIX} tokens (the rest {rest})'
+    _log_once(f'{cfg.label}, {split}: {self.counts["documents"]:,} documents, {self.counts["tokens"]:,} tokens'
          + (cut if self.counts['cut'] else ''))  # fmt: skip
 
   def __len__(self) -> int:
@@ -177,10 +212,10 @@ class Source:
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     tokens = np.concatenate([np.array([CLS, BOS], np.int32), self._stored.tokens(index)])
-    return {'tokens': tokens, 'fixed': np.arange(len(tokens)) < GIVEN}
+    return {'tokens': tokens, 'fixed': np.arange(len(tokens)) < PREFIX}
 
   def text(self, index: int) -> str:
-    """An example as characters, before the tokenizer."""
+    """Return the text of an example, as it was before tokenization."""
     return self._stored.text(index)
 
 
@@ -188,39 +223,43 @@ source = Source
 
 
 @functools.cache
-def _say(line: str) -> None:
-  """Log a line, once in a process."""
+def _log_once(line: str) -> None:
+  """Log a line, once per process."""
   logging.info('%s', line)
 
 
-# --- the tokenizer ----------------------------------------------------------------------------------------------------
+# --- tokenizer --------------------------------------------------------------------------------------------------------
 
-_KNOWN = {}  # fingerprint -> tokenizer: of this process
+_TOKENIZERS = {}  # fingerprint -> tokenizer, for the tokenizers that this process has loaded
 
 
 def tokenizer(cfg) -> tokenizer_lib.Tokenizer:
-  """The tokenizer that the config names: by its fingerprint once it is settled, else given, else trained."""
-  want = cfg.tokenizer.fingerprint
-  if want not in _KNOWN:
+  """Return the tokenizer of a config: the one at `tokenizer.path`, or SentencePiece trained on the corpus.
+
+  Raises:
+    UserError: the config holds a fingerprint (see `settle`) and this tokenizer has a different one.
+  """
+  fingerprint = cfg.tokenizer.fingerprint
+  if fingerprint not in _TOKENIZERS:
     found = given(cfg) or trained(cfg)
-    if want and found.fingerprint != want:
+    if fingerprint and found.fingerprint != fingerprint:
       raise UserError(
-        f'the tokenizer of the config has fingerprint {found.fingerprint}, expected {want}, the one the model was '
-        'trained with: give that one as task.tokenizer.path'
+        f'the tokenizer of the config has fingerprint {found.fingerprint}, but the model was trained with '
+        f'{fingerprint}: set task.tokenizer.path to that tokenizer'
       )
-    want = found.fingerprint
-    _KNOWN[want] = found
-  return _KNOWN[want]
+    fingerprint = found.fingerprint
+    _TOKENIZERS[fingerprint] = found
+  return _TOKENIZERS[fingerprint]
 
 
 def given(cfg) -> tokenizer_lib.Tokenizer | None:
-  """The tokenizer at `tokenizer.path`, if there is such a setting."""
+  """Return the tokenizer at `tokenizer.path`, or None if the path is empty."""
   path = cfg.tokenizer.path
   return tokenizer_lib.read(path, lowercase=cfg.tokenizer.lowercase) if path else None
 
 
 def trained(cfg) -> tokenizer_lib.Tokenizer:
-  """SentencePiece, trained on documents drawn from the training split; kept in the cache."""
+  """Return SentencePiece trained on documents drawn from the training split, from the cache if it is there."""
   check(cfg)
   settings = cfg.tokenizer
   identity = corpus_of(cfg).identity('train')
@@ -229,29 +268,33 @@ def trained(cfg) -> tokenizer_lib.Tokenizer:
   def make(folder):
     sample = draw((text for _, text in texts(cfg, 'train', what='reading for the tokenizer')), settings)
     if not sample:
-      raise UserError(f'data.path={cfg.corpus}: the train split has no document, so no tokenizer can be trained')
+      raise UserError(f'data.path={cfg.corpus}: the train split is empty, so no tokenizer can be trained')
     logging.info('training SentencePiece on %s documents', f'{len(sample):,}')
     lines = (line for text in sample for line in text.split('\n') if line)
     words = tokenizer_lib.train_sentencepiece(lines, size=settings.size, normalization=settings.normalization)
     logging.info('SentencePiece: %s pieces', f'{words.vocab_size:,}')
     words.save(folder)
 
-  return tokenizer_lib.load(storage.once(_cache(cfg), f'sentencepiece-{_name(cfg, *what)}', make))
+  return tokenizer_lib.load(storage.once(_cache(cfg), f'sentencepiece-{_hash(cfg, *what)}', make))
 
 
 def draw(found, settings) -> list[str]:
-  """At most `documents` of the texts, drawn uniformly by a generator seeded with `seed`, in their order."""
+  """Draw at most `settings.documents` texts uniformly with seed `settings.seed`; returns them in their order."""
   return corpora.draw(found, settings.documents, settings.seed)
 
 
 def settle(cfg, folder) -> None:
-  """Find the tokenizer of the run in `folder` (its own, or the one the config names) and note which it is.
+  """Find the tokenizer of a run and write its fingerprint into the config.
+
+  Args:
+    cfg: the task section of a config; `tokenizer.fingerprint` is set.
+    folder: the run's folder; its own tokenizer takes precedence over the one of the config. None: use the config's.
 
   Raises:
-    UserError: the config names another one than the run has, or than its model was trained with.
+    UserError: the config names a different tokenizer than the run has, or than its checkpoints were trained with.
   """
   own = epath.Path(folder) / FOLDER if folder else None
-  if own is None or not (own / tokenizer_lib.INFO).exists():
+  if own is None or not (own / tokenizer_lib.INFO_FILE).exists():
     try:
       cfg.tokenizer.fingerprint = tokenizer(cfg).fingerprint
     except UserError as error:
@@ -262,20 +305,20 @@ def settle(cfg, folder) -> None:
   path = cfg.tokenizer.path
   if cfg.tokenizer.fingerprint not in ('', words.fingerprint):
     raise UserError(
-      f'the tokenizer in {own} has fingerprint {words.fingerprint}, but the checkpoints beside it were trained with '
-      f'{cfg.tokenizer.fingerprint}: put that one back'
+      f'the tokenizer in {own} has fingerprint {words.fingerprint}, but the checkpoints next to it were trained with '
+      f'{cfg.tokenizer.fingerprint}: restore that tokenizer'
     )
   if path and epath.Path(path).expanduser().exists() and (other := given(cfg).fingerprint) != words.fingerprint:
     raise UserError(
-      f'task.tokenizer.path={path} ({other}) is not the tokenizer that the checkpoints in {folder} were trained with '
-      f'({words.fingerprint}): leave it out, or give another --workdir'
+      f'task.tokenizer.path={path} has fingerprint {other}, but the checkpoints in {folder} were trained with a '
+      f'tokenizer with fingerprint {words.fingerprint}: omit task.tokenizer.path, or choose another --workdir'
     )
   cfg.tokenizer.fingerprint = words.fingerprint
-  _KNOWN[words.fingerprint] = words
+  _TOKENIZERS[words.fingerprint] = words
 
 
 def carry(cfg, folder) -> None:
-  """Write the tokenizer into the folder of a run."""
+  """Save the tokenizer in a run's folder."""
   tokenizer(cfg).save(epath.Path(folder) / FOLDER)
 
 
@@ -283,10 +326,10 @@ def carry(cfg, folder) -> None:
 
 
 def encode_prompt(text: str, cfg) -> list[int]:
-  """A text that is to be continued, as tokens; an empty one asks for a whole text."""
+  """Return the tokens of a prompt to continue: [CLS], [BOS] and the text. An empty prompt asks for a whole text."""
   return [CLS, BOS, *tokenizer(cfg).encode(text)]
 
 
 def decode(tokens, cfg) -> str:
-  """A row as text."""
+  """Return the text of a row of tokens; special tokens are skipped."""
   return tokenizer(cfg).decode(tokens)
