@@ -1,0 +1,213 @@
+"""Runs on text: validation, resuming, signals while data is prepared, every family, and the tokenizer of a run."""
+
+import functools
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import small
+from text_helpers import assert_one_line, stories, write_corpus
+
+import ilm_jax
+from ilm_jax.configs import text as text_config
+from ilm_jax.data import pipeline
+from ilm_jax.data import tokenizers as tokenizer_lib
+from ilm_jax.distributed import sharding
+from ilm_jax.evaluation import evaluate
+from ilm_jax.models import transformer
+from ilm_jax.runs import checkpoint, logs
+from ilm_jax.tasks.text import corpora
+from ilm_jax.tasks.text import task as text
+from ilm_jax.training import experiment, loop
+from ilm_jax.types import UserError
+
+
+def run_config(path, cache, **changes):
+  """Return the config of a run of four steps."""
+  cfg = text_config.get_config('small')
+  settings = {
+    **{'data.path': str(path), 'task.cache': str(cache), 'task.length': 64, 'task.tokenizer.size': 330},
+    **{'task.num_validation': 8, 'task.num_test': 8, 'steps': 4, 'log_every': 1, 'keep': 4},
+    **{'model.num_layers': 1, 'model.num_heads': 2, 'model.d_model': 16, 'model.d_ff': 32, 'model.compute': 'float32'},
+    **{'data.batch_size': 8, 'data.rows': 8, 'data.row_length': 64, 'data.segments': 3, 'data.prefetch': 1},
+    **{'eval.every': 2, 'eval.batch_size': 8, 'eval.samples': 2, 'eval.print_samples': 2, 'checkpoint_every': 1},
+    **{'optimizer.learning_rate': 1e-2, 'optimizer.warmup_steps': 0, 'sampling.max_steps': 6},
+    **changes,
+  }
+  for name, value in settings.items():
+    *parts, key = name.split('.')
+    functools.reduce(getattr, parts, cfg)[key] = value
+  return cfg
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_device_and_kept_programs(tmp_path_factory):
+  """Run on one device, and compile each program once."""
+  with small.kept_programs(tmp_path_factory.mktemp('programs')), pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, 'make_mesh', lambda *_: small.mesh())
+    yield
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+  return write_corpus(tmp_path_factory.mktemp('corpus'))
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture(scope='module')
+def trained(corpus, cache, tmp_path_factory):
+  """The workdir of a finished run."""
+  workdir = tmp_path_factory.mktemp('run') / 'work'
+  assert loop.train(run_config(corpus, cache), workdir) == loop.FINISHED
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def other_tokenizer(tmp_path_factory):
+  """The folder of a tokenizer that differs from the one of `trained`."""
+  lines = [line for story in stories(60, seed=7) for line in story.split('\n')]
+  folder = tmp_path_factory.mktemp('tokenizer') / 'other'
+  tokenizer_lib.train_sentencepiece(lines, size=330).save(folder)
+  return folder
+
+
+def copy_of(workdir, tmp_path) -> pathlib.Path:
+  return pathlib.Path(shutil.copytree(workdir, tmp_path / 'work', copy_function=shutil.copy2))
+
+
+def test_a_run_measures_the_loss_and_logs_sampled_texts(trained):
+  result = json.loads((trained / 'eval.json').read_text())
+  assert result['chance'] is None and result['finished'] and 'exact_match' not in result['metrics']
+  assert set(result['pairs']) >= {'stopped', 'length'} and result['pairs']['length'][1] == 2
+  assert [step for step, _ in logs.read_scalars(trained)['validation/loss']] == [2, 4]
+  events = [e for path in sorted(trained.glob('events*')) for e, _ in logs.read_records(path)]
+  shown = [v.tensor.string_val[0].decode() for e in events for v in e.summary.value if 'samples' in v.tag]
+  assert len(shown) == 2 and all(one.count(' tokens, ') == 2 and 'after 3 of 6 steps' in one for one in shown)
+
+
+@pytest.mark.parametrize('number, kind', [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_during_data_preparation_ends_a_run_at_once(corpus, tmp_path, monkeypatch, number, kind):
+  prepare, calls = text.prepare, []
+
+  def signalled(*args):
+    calls.append(args[1])
+    yield from itertools.islice(prepare(*args), 3)
+    os.kill(os.getpid(), number)
+    yield from prepare(*args)
+
+  monkeypatch.setattr(text, 'prepare', signalled)
+  with pytest.raises(kind) as error:
+    loop.train(run_config(corpus, tmp_path / 'cache'), tmp_path / 'work')
+  assert len(calls) == 1 and not list((tmp_path / 'cache').glob('text-*'))
+  assert kind is KeyboardInterrupt or error.value.code == loop.PREEMPTED
+
+
+def test_the_best_checkpoint_is_the_one_with_the_lowest_loss(corpus, cache, tmp_path, monkeypatch):
+  losses = iter([3.0, 1.0, 2.0, 9.0])  # the last is that of the test split
+  plan = lambda self, params, split='validation': {'loss': (next(losses), 1.0)}  # noqa: E731
+  monkeypatch.setattr(evaluate.Evaluator, 'validation_loss', plan)
+  monkeypatch.setattr(evaluate.Evaluator, 'answers', lambda *_, **__: evaluate.Scores({}, ['a text']))
+  loop.train(run_config(corpus, cache, **{'steps': 3, 'eval.every': 1, 'keep': 1}), tmp_path)
+  assert logs.read_scalars(tmp_path)['validation/loss'] == [(1, 3.0), (2, 1.0), (3, 2.0)]
+  assert json.loads((tmp_path / 'eval.json').read_text())['step'] == 2
+  saved = checkpoint.Checkpoints(tmp_path, metric='loss', mode='min', read_only=True)
+  assert saved.find('best') == 2 and saved.steps() == [2, 3]
+
+
+@pytest.mark.parametrize('family', ['arm', 'it', 'mdm'])
+def test_every_family_measures_a_loss_and_samples_text(corpus, cache, family):
+  cfg = run_config(corpus, cache, **{'family': family, 'data.rows': 16, 'eval.samples': 1})
+  exp = experiment.build(cfg)
+  evaluator = evaluate.Evaluator(cfg, **{k: v for k, v in exp._asdict().items() if k != 'cfg'})
+  params = transformer.unbox(transformer.init(exp.model_cfg, small.jax.random.key(0)))
+  total, weight = evaluator.validation_loss(params)['loss']
+  assert 0.5 < total / weight / np.log(330) < 3, 'an untrained model should be about as good as guessing'
+  scores = evaluator.answers(params, 'validation')
+  assert scores.pairs['length'][0] > 0 and ' tokens, ' in scores.texts[0]
+  (batch,) = pipeline.train_batches(exp.task.source(cfg.task, 'train'), exp.family.corrupt, cfg, start=0, stop=1)
+  assert (batch['example_id_BxS'] >= 0).sum() == 8, 'all examples should fit into the rows'
+
+
+def test_resuming_with_a_moved_corpus_and_an_empty_cache_is_bitwise_identical(corpus, trained, tmp_path, monkeypatch):
+  work = copy_of(trained, tmp_path)
+  for step in (3, 4):  # as if the run had been killed after step 2
+    shutil.rmtree(work / 'checkpoints' / str(step))
+  shutil.copytree(corpus, tmp_path / 'moved', copy_function=shutil.copy2)
+  monkeypatch.setattr(text, '_TOKENIZERS', {})
+  monkeypatch.setattr(tokenizer_lib, 'train_sentencepiece', None)  # the run has a tokenizer: none must be trained
+  cfg = run_config(tmp_path / 'moved', tmp_path / 'cache', **{'task.tokenizer.path': str(tmp_path / 'gone.model')})
+  assert loop.evaluate_run(cfg, work) == loop.FINISHED
+  assert json.loads((work / 'eval.json').read_text())['step'] == 2
+  assert loop.train(run_config(tmp_path / 'moved', tmp_path / 'cache'), work) == loop.FINISHED
+  whole, resumed = (ilm_jax.load(path, 4, batch_size=1).params for path in (trained, work))
+  small.jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+
+# --- the tokenizer of a run -------------------------------------------------------------------------------------------
+
+
+def test_a_run_carries_its_tokenizer_and_needs_no_corpus_to_generate(corpus, cache, trained, monkeypatch):
+  expected = text.tokenizer(run_config(corpus, cache).task)
+  run = json.loads((trained / 'run.json').read_text())
+  assert run['config']['task']['tokenizer']['fingerprint'] == expected.fingerprint
+  assert tokenizer_lib.load(trained / 'tokenizer').files() == expected.files()
+  monkeypatch.setattr(text, '_TOKENIZERS', {})
+  monkeypatch.setattr(text, 'corpus_of', None)
+  lm = ilm_jax.load(trained, batch_size=2)
+  assert lm.tokenizer.fingerprint == expected.fingerprint
+  story = stories(1)[0]
+  answers = lm.generate([story[:40], ''])
+  assert answers[0].text.startswith(story[:40]) and len(answers[1].tokens) > 2
+  with pytest.raises(UserError) as error:
+    lm.generate([story * 9])
+  assert_one_line(error, 'prompt 1 is too long', 'sampling.max_length=64')
+
+
+def test_a_run_refuses_a_different_tokenizer(corpus, trained, other_tokenizer, tmp_path, monkeypatch):
+  work = copy_of(trained, tmp_path)
+  own, other = (tokenizer_lib.load(path).fingerprint for path in (work / 'tokenizer', other_tokenizer))
+
+  def assert_refused(call, *parts):
+    with pytest.raises(UserError) as error:
+      call()
+    assert_one_line(error, *parts)
+
+  changed = run_config(corpus, tmp_path, **{'task.tokenizer.path': str(other_tokenizer)})
+  assert_refused(lambda: loop.train(changed, work), str(other_tokenizer), other, own, 'another --workdir')
+  changed = run_config(corpus, tmp_path, **{'task.tokenizer.size': 331})
+  assert_refused(lambda: loop.train(changed, work), 'task.tokenizer.size=330', 'nothing was overwritten')
+  # The run's own tokenizer was replaced.
+  shutil.rmtree(work / 'tokenizer')
+  shutil.copytree(other_tokenizer, work / 'tokenizer')
+  assert_refused(lambda: ilm_jax.load(work), str(work / 'tokenizer'), other, own)
+  assert_refused(lambda: loop.evaluate_run(run_config(corpus, tmp_path), work), 'task.tokenizer.fingerprint', own)
+  # It is missing, and the corpus as well.
+  shutil.rmtree(work / 'tokenizer')
+  monkeypatch.setattr(text, '_TOKENIZERS', {})
+  monkeypatch.setattr(text, 'corpus_of', lambda cfg: corpora.find(str(tmp_path / 'gone')))
+  assert_refused(lambda: ilm_jax.load(work), f'there is no tokenizer in {work / "tokenizer"}')
+
+
+def test_init_from_a_run_requires_its_tokenizer(corpus, trained, other_tokenizer, tmp_path):
+  changes = {'init_from': str(trained), 'task.tokenizer.path': str(other_tokenizer), 'steps': 1, 'eval.samples': 1}
+  with pytest.raises(UserError) as error:
+    loop.train(run_config(corpus, tmp_path, **changes), tmp_path / 'new')
+  fingerprint = tokenizer_lib.load(other_tokenizer).fingerprint
+  assert_one_line(error, fingerprint, f'--config.task.tokenizer.path={trained / "tokenizer"}')
+  changes['task.tokenizer.path'] = str(trained / 'tokenizer')
+  assert loop.train(run_config(corpus, tmp_path, **changes), tmp_path / 'new') == loop.FINISHED
+
+
+def test_exact_match_is_refused_as_the_metric_for_text(corpus, cache):
+  with pytest.raises(UserError) as error:
+    experiment.build(run_config(corpus, cache, **{'eval.metric': 'exact_match', 'eval.mode': 'max'}))
+  assert_one_line(error, 'no right answers', 'eval.metric=loss')
