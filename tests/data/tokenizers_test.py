@@ -1,21 +1,18 @@
-"""Tokenizers: what every one of them does; SentencePiece and WordPiece against dumber derivations; bad files."""
+"""Tokenizers: the common interface, SentencePiece, WordPiece against a simple reimplementation, and damaged files."""
 
 import io
 import json
-import os
-import pathlib
 import pickle
 import sys
 
 import numpy as np
 import pytest
+from text_helpers import DATA, assert_one_line, needs_real_text
 
 from ilm_jax.data import tokenizers as lib
 from ilm_jax.data.tokenizers import SentencePiece, WordPiece, WordTokenizer
 from ilm_jax.special_tokens import BOS, CLS, MASK, SPECIAL, UNK
 from ilm_jax.types import UserError
-
-DATA = pathlib.Path(os.environ.get('ILM_JAX_DATA') or pathlib.Path(__file__).parents[3] / 'shared' / 'data')
 
 LINES = [
   'The old boat lay on the sand, and nobody knew whose it was.',
@@ -25,7 +22,7 @@ LINES = [
   'In spring a heron stood in it. In summer, two children did.',
   '“Naïve,” said the café owner (he was from Zürich) — “pay 5 € or go!”',
 ]
-ODD = [
+UNUSUAL = [
   '',
   ' ',
   '  two  spaces, and one at the end ',
@@ -37,14 +34,14 @@ ODD = [
   '\ufeffmark \u00a0hard\u2009thin \u200bno width',
   'a' * 300,
 ]
-NAMES = [
+NAMES = [  # texts that look like special tokens
   *SPECIAL,
   *('<|endoftext|>', '<s>', '</s>', '<unk>', '<pad>', '<0x41>', '[unused0]', '##ing', '<mask>'),
 ]
 
 
 def sentencepiece_model(**settings) -> bytes:
-  """A model as others train them."""
+  """Return the content of a model trained with SentencePiece's own defaults, except for `settings`."""
   import sentencepiece
 
   model = io.BytesIO()
@@ -59,7 +56,7 @@ def given_model() -> bytes:
 
 
 def vocabulary() -> bytes:
-  """A small vocabulary in the form of BERT's: special entries first and in between, letters, a few longer pieces."""
+  """Return a small vocabulary file like BERT's: special tokens, unused entries, letters and a few longer pieces."""
   letters = 'abcdefghijklmnopqrstuvwxyz0123456789'
   words = ['[PAD]', '[unused0]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *'.,;:!?\'"()-—“”€', *letters]
   words += [f'##{letter}' for letter in letters]
@@ -90,7 +87,7 @@ def tokenizer(request, tokenizers):
 
 
 def random_texts(count: int):
-  """Texts of letters, spaces, punctuation, and characters from all over Unicode."""
+  """Yield texts of letters, spaces, punctuation, and random Unicode characters."""
   rng = np.random.default_rng(5)
   alphabet = list('abc ABC  .,!?\'"\n\t-éßﬁ½日🙂\u0301\u200d') + LINES[0].split()
   for _ in range(count):
@@ -99,24 +96,18 @@ def random_texts(count: int):
     yield ''.join(parts) + ''.join(chr(c) for c in codes if not 0xD800 <= c < 0xE000)
 
 
-def one_line(error, *parts):
-  assert '\n' not in str(error.value)
-  for part in parts:
-    assert part in str(error.value), f'{part!r} is not in {error.value}'
+# --- common interface -------------------------------------------------------------------------------------------------
 
 
-# --- every tokenizer --------------------------------------------------------------------------------------------------
-
-
-def test_the_special_ids_are_the_first_seven_and_never_come_from_text(tokenizer):
+def test_special_ids_are_0_to_6_and_never_come_from_text(tokenizer):
   assert tokenizer.special_ids == (0, 1, 2, 3, 4, 5, 6)
-  for text in [*LINES, *ODD, *NAMES, ' '.join(NAMES), f'a{"".join(NAMES)}b']:
+  for text in [*LINES, *UNUSUAL, *NAMES, ' '.join(NAMES), f'a{"".join(NAMES)}b']:
     ids = tokenizer.encode(text)
     assert all(UNK <= i < tokenizer.vocab_size for i in ids), (text, ids)
 
 
-def test_ids_come_with_the_places_they_come_from(tokenizer):
-  for text in [*LINES, *ODD, *NAMES, *random_texts(200)]:
+def test_offsets_are_in_order_and_do_not_overlap(tokenizer):
+  for text in [*LINES, *UNUSUAL, *NAMES, *random_texts(200)]:
     ids, spans = tokenizer.encode_with_offsets(text)
     assert ids == tokenizer.encode(text)
     assert len(ids) == len(spans)
@@ -124,7 +115,7 @@ def test_ids_come_with_the_places_they_come_from(tokenizer):
     assert bounds == sorted(bounds), (text, spans)
 
 
-def test_special_ids_are_no_text_and_shown_in_brackets(tokenizer):
+def test_decoding_skips_special_ids_and_pieces_show_them_in_brackets(tokenizer):
   ids = tokenizer.encode('the boat')
   assert tokenizer.decode([CLS, BOS, *ids, 0, MASK]) == tokenizer.decode(ids)
   assert tokenizer.decode([]) == tokenizer.decode([CLS, BOS]) == ''
@@ -132,12 +123,12 @@ def test_special_ids_are_no_text_and_shown_in_brackets(tokenizer):
   assert len(tokenizer.pieces(np.array(ids))) == len(ids) and isinstance(tokenizer.decode(np.array(ids, np.int32)), str)
 
 
-def test_every_id_has_a_piece_of_its_own(tokenizer):
+def test_every_id_has_a_different_piece(tokenizer):
   pieces = tokenizer.pieces(range(tokenizer.vocab_size))
   assert len(set(pieces)) == len(pieces) == tokenizer.vocab_size
 
 
-def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
+def test_saving_or_pickling_preserves_a_tokenizer(tokenizer, tmp_path):
   tokenizer.save(tmp_path / 'words')
   written = {path.name: path.read_bytes() for path in (tmp_path / 'words').iterdir()}
   for other in (lib.load(tmp_path / 'words'), lib.read(str(tmp_path / 'words')), pickle.loads(pickle.dumps(tokenizer))):
@@ -154,14 +145,14 @@ def test_different_tokenizers_have_different_fingerprints(tokenizers):
   assert len(set(found)) == len(found)
 
 
-def test_half_of_a_surrogate_pair_is_refused(tokenizer):
+def test_an_unpaired_surrogate_is_refused(tokenizer):
   for call in (tokenizer.encode, tokenizer.encode_with_offsets):
     with pytest.raises(UserError) as error:
       call('ab\ud83dc')
-    one_line(error, 'character 2', 'surrogate')
+    assert_one_line(error, 'character 2', 'surrogate')
 
 
-def test_words_have_the_same_interface(tmp_path):
+def test_word_tokenizers_have_the_same_interface(tmp_path):
   words = WordTokenizer(['7', 'left-of', '='])
   assert words.encode(' 7  =\n7 ') == [7, 9, 7]
   assert words.encode_with_offsets(' 7  =\n7 ') == ([7, 9, 7], [(1, 2), (4, 5), (6, 7)])
@@ -176,8 +167,10 @@ def test_words_have_the_same_interface(tmp_path):
 # --- SentencePiece ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('texts', [LINES, ODD, NAMES, list(random_texts(300))], ids=['lines', 'odd', 'names', 'random'])
-def test_a_trained_model_gives_back_every_character(ours, texts):
+@pytest.mark.parametrize(
+  'texts', [LINES, UNUSUAL, NAMES, list(random_texts(300))], ids=['lines', 'unusual', 'names', 'random']
+)
+def test_a_trained_model_preserves_every_character(ours, texts):
   for text in texts:
     text = text.replace('\u2581', '')
     ids, spans = ours.encode_with_offsets(text)
@@ -186,7 +179,7 @@ def test_a_trained_model_gives_back_every_character(ours, texts):
     assert UNK not in ids
 
 
-def test_each_span_holds_what_its_token_says(ours):
+def test_each_span_covers_the_characters_of_its_piece(ours):
   for text in [*LINES, *random_texts(100)]:
     for i, (start, end) in zip(*ours.encode_with_offsets(text.replace('\u2581', '')), strict=True):
       piece, surface = ours.pieces([i])[0], text.replace('\u2581', '')[start:end]
@@ -196,47 +189,47 @@ def test_each_span_holds_what_its_token_says(ours):
         assert len(surface) <= 1 and (not surface or surface.encode()[-1] == int(piece[3:5], 16))
 
 
-def test_the_stated_exception_of_a_trained_model(ours):
+def test_a_trained_model_decodes_the_space_sign_as_a_space(ours):
   assert ours.decode(ours.encode('a\u2581b')) == 'a b'
 
 
-def test_a_normalisation_changes_what_it_says(tokenizers):
+def test_normalization_folds_case_and_compatibility_characters(tokenizers):
   folding = tokenizers['folding']
   assert folding.decode(folding.encode('The ﬁrst ½ of Å')) == 'the first 1⁄2 of å'
 
 
-def test_a_line_break_is_a_token_of_its_own(ours):
+def test_a_line_break_is_a_separate_token(ours):
   (line,) = ours.encode('\n')
   ids = ours.encode('sand.\n\nThe boat\n')
   assert ids.count(line) == 3 and ours.pieces([line]) == ['<0x0A>']
   assert ours.decode([i for i in ids if i != line]) == 'sand.The boat'
 
 
-def test_the_same_lines_train_the_same_bytes(ours):
+def test_training_is_deterministic(ours):
   again = lib.train_sentencepiece(iter(LINES * 3), size=380)
   assert again.files() == ours.files() and again.fingerprint == ours.fingerprint
   assert lib.train_sentencepiece(LINES[1:] * 3, size=380).fingerprint != ours.fingerprint
 
 
-def test_the_size_counts_the_special_tokens_and_is_not_exceeded():
+def test_the_vocabulary_size_includes_special_tokens_and_is_a_maximum():
   assert lib.train_sentencepiece(LINES * 3, size=340).vocab_size == 340
   assert lib.train_sentencepiece(LINES * 3, size=5_000).vocab_size < 1_000
 
 
-@pytest.mark.parametrize('size', [7, 100, 270])
-def test_a_size_that_holds_not_even_the_bytes_is_refused(size):
+@pytest.mark.parametrize('size', [7, 270])
+def test_a_vocabulary_too_small_for_all_bytes_is_refused(size):
   with pytest.raises(UserError) as error:
     lib.train_sentencepiece(LINES, size=size)
-  one_line(error, f'task.tokenizer.size={size}', '256 bytes')
+  assert_one_line(error, f'task.tokenizer.size={size}', '256 bytes')
 
 
-def test_an_unknown_normalisation_is_refused():
+def test_an_unknown_normalization_is_refused():
   with pytest.raises(UserError) as error:
     lib.train_sentencepiece(LINES, size=380, normalization='nfd')
-  one_line(error, "task.tokenizer.normalization='nfd'", 'identity, nfkc')
+  assert_one_line(error, "task.tokenizer.normalization='nfd'", 'identity, nfkc')
 
 
-def test_the_ids_of_a_given_model_are_its_own_but_for_the_special_ones():
+def test_ids_of_a_given_model_keep_its_order_without_special_pieces():
   import sentencepiece
 
   model = given_model()
@@ -254,8 +247,8 @@ def test_the_ids_of_a_given_model_are_its_own_but_for_the_special_ones():
 # --- WordPiece --------------------------------------------------------------------------------------------------------
 
 
-def twin(text: str, ids: dict[str, int]) -> list[int]:
-  """WordPiece of lower-case ASCII, letter by letter: split at spaces and punctuation, then the longest entries."""
+def greedy_wordpiece(text: str, ids: dict[str, int]) -> list[int]:
+  """Tokenize lower-case ASCII: split at spaces and punctuation, then take the longest matching entry repeatedly."""
   words, word = [], ''
   for letter in text + ' ':
     if letter.isalnum():
@@ -278,7 +271,7 @@ def twin(text: str, ids: dict[str, int]) -> list[int]:
   return out
 
 
-def test_wordpiece_takes_the_longest_entries_first(tokenizers):
+def test_wordpiece_takes_the_longest_matching_entry(tokenizers):
   wordpiece = tokenizers['wordpiece']
   ids = {word: i for i, word in enumerate(wordpiece.pieces(range(wordpiece.vocab_size))) if i >= 7}
   assert ids['[unused0]'] == 7 and ids['.'] == 8
@@ -287,15 +280,15 @@ def test_wordpiece_takes_the_longest_entries_first(tokenizers):
   texts = [''.join(letters[i] for i in rng.integers(len(letters), size=25)) for _ in range(200)]
   for text in [*LINES[:5], *texts]:
     text = text.lower()
-    assert wordpiece.encode(text) == twin(text, ids), text
+    assert wordpiece.encode(text) == greedy_wordpiece(text, ids), text
 
 
-def test_wordpiece_folds_case_and_accents_where_it_should(tokenizers):
+def test_wordpiece_folds_case_and_accents_only_if_uncased(tokenizers):
   assert tokenizers['wordpiece'].pieces(tokenizers['wordpiece'].encode('Naïve CAFÉ')) == ['naive', 'cafe']
   assert tokenizers['cased'].pieces(tokenizers['cased'].encode('naive Cafe')) == ['naive', '[UNK]']
 
 
-def test_wordpiece_reads_its_own_text_the_same(tokenizers):
+def test_wordpiece_encodes_its_decoded_text_to_the_same_ids(tokenizers):
   wordpiece = tokenizers['wordpiece']
   for text in LINES:
     ids = wordpiece.encode(text)
@@ -304,10 +297,10 @@ def test_wordpiece_reads_its_own_text_the_same(tokenizers):
   assert wordpiece.decode(wordpiece.encode('the boat, the sand.')) == 'the boat, the sand.'
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason='no ../shared/data, no ILM_JAX_DATA')
-def test_the_vocabulary_of_the_paper_has_its_size():
+@needs_real_text
+def test_the_bert_vocabulary_of_the_paper_has_its_known_size():
   wordpiece = lib.read(DATA / 'bert-base-uncased' / 'vocab.txt')
-  lines = [line for line in (DATA / 'bert-base-uncased' / 'vocab.txt').read_text('utf-8').split('\n')[:-1]]
+  lines = (DATA / 'bert-base-uncased' / 'vocab.txt').read_text('utf-8').split('\n')[:-1]
   assert wordpiece.vocab_size == 30_524 == len(lines) + 2
   words = [line for line in lines if line not in ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')]
   ids = wordpiece.encode('The boat was unmanned, again.')
@@ -315,77 +308,70 @@ def test_the_vocabulary_of_the_paper_has_its_size():
   assert lib.read(DATA / 'bert-base-uncased').fingerprint == wordpiece.fingerprint
 
 
-# --- bad files --------------------------------------------------------------------------------------------------------
+# --- damaged and missing files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
   ('content', 'parts'),
   [
-    (b'', ['no WordPiece vocabulary']),
-    (b'a\nb\na\n', ['no WordPiece vocabulary', 'different word']),
-    (b'a\n\nb\n', ['no WordPiece vocabulary']),
-    (b'once upon a time\n', ['no WordPiece vocabulary']),
-    (b'[PAD]\n[UNK]\n', ['no WordPiece vocabulary']),
+    (b'', ['not a WordPiece vocabulary']),
+    (b'a\nb\na\n', ['not a WordPiece vocabulary', 'one word per line']),
+    (b'a\n\nb\n', ['not a WordPiece vocabulary']),
+    (b'once upon a time\n', ['not a WordPiece vocabulary']),
+    (b'[PAD]\n[UNK]\n', ['not a WordPiece vocabulary']),
     (b'a\nb\xff\n', ['not UTF-8', 'byte 3 is 0xff']),
   ],
 )
-def test_a_file_that_is_no_vocabulary_is_said_in_one_line(tmp_path, content, parts):
+def test_errors_for_invalid_vocabularies_name_the_file(tmp_path, content, parts):
   (tmp_path / 'vocab.txt').write_bytes(content)
   with pytest.raises(UserError) as error:
     lib.read(tmp_path)
-  one_line(error, 'vocab.txt', *parts)
+  assert_one_line(error, 'vocab.txt', *parts)
 
 
-@pytest.mark.parametrize('content', [b'', b'\n', b'no model at all', b'\x00' * 100])
-def test_a_file_that_is_no_model_is_said_in_one_line(tmp_path, content):
-  (tmp_path / 'my.model').write_bytes(content)
-  with pytest.raises(UserError) as error:
-    lib.read(tmp_path / 'my.model')
-  one_line(error, 'my.model', 'no SentencePiece model')
-
-
-def test_a_cut_model_is_said_in_one_line(ours, tmp_path):
+def test_errors_for_invalid_models_name_the_file(ours, tmp_path):
   model = ours.files()['sentencepiece.model']
-  (tmp_path / 'my.model').write_bytes(model[: len(model) // 2])
-  with pytest.raises(UserError) as error:
-    lib.read(tmp_path / 'my.model')
-  one_line(error, 'my.model', 'no SentencePiece model')
+  for content in (b'', b'\n', b'no model at all', b'\x00' * 100, model[: len(model) // 2]):
+    (tmp_path / 'my.model').write_bytes(content)
+    with pytest.raises(UserError) as error:
+      lib.read(tmp_path / 'my.model')
+    assert_one_line(error, 'my.model', 'not a SentencePiece model')
 
 
-def test_a_tokenizer_that_is_not_there_is_said_in_one_line(tmp_path):
+def test_errors_for_missing_tokenizers_say_what_is_expected(tmp_path):
   for path in ('none.model', 'none.txt', 'none'):
     with pytest.raises(UserError) as error:
       lib.read(tmp_path / path)
-    one_line(error, path, 'not there', '*.model')
+    assert_one_line(error, path, 'does not exist', '*.model')
   with pytest.raises(UserError) as error:
     lib.read(tmp_path)
-  one_line(error, 'spiece.model, tokenizer.model, vocab.txt')
+  assert_one_line(error, 'spiece.model, tokenizer.model, vocab.txt')
   with pytest.raises(UserError) as error:
     lib.load(tmp_path)
-  one_line(error, 'no saved tokenizer')
+  assert_one_line(error, 'not a saved tokenizer')
 
 
-def test_a_damaged_saved_tokenizer_is_said_in_one_line(ours, tmp_path):
+def test_errors_for_damaged_saved_tokenizers_name_the_file(ours, tmp_path):
   ours.save(tmp_path)
   model = tmp_path / 'sentencepiece.model'
   content = model.read_bytes()
   model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
   with pytest.raises(UserError) as error:
     lib.load(tmp_path)
-  one_line(error, str(tmp_path), 'damaged')
+  assert_one_line(error, str(tmp_path), 'damaged')
   model.unlink()
   with pytest.raises(UserError) as error:
     lib.load(tmp_path)
-  one_line(error, 'sentencepiece.model')
+  assert_one_line(error, 'sentencepiece.model')
   for info in ('', '[]', '{}', json.dumps({'kind': 'other', 'fingerprint': ''})):
-    (tmp_path / lib.INFO).write_text(info)
+    (tmp_path / lib.INFO_FILE).write_text(info)
     with pytest.raises(UserError) as error:
       lib.load(tmp_path)
-    one_line(error, lib.INFO)
+    assert_one_line(error, lib.INFO_FILE)
 
 
-def test_wordpiece_without_its_library_says_what_to_install(monkeypatch):
+def test_the_error_without_the_wordpiece_library_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, 'tokenizers', None)
   with pytest.raises(UserError) as error:
     WordPiece(vocabulary(), name='vocab.txt')
-  one_line(error, 'vocab.txt', 'ilm_jax[wordpiece]')
+  assert_one_line(error, 'vocab.txt', 'ilm_jax[wordpiece]')
