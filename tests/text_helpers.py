@@ -1,4 +1,4 @@
-"""Helpers for the tests of the text task: a generator of small stories, corpus files, configs and log capture."""
+"""Test helpers: small stories, corpus files and configs of the text task, captured logs, and error messages."""
 
 import contextlib
 import logging as std_logging

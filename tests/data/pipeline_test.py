@@ -171,7 +171,7 @@ def keep_all(rng, example, cfg, u=None):
 
 
 def test_every_epoch_is_a_different_permutation_of_the_source():
-  back = {}  # 72 examples: 4 epochs of 18
+  back = {}  # filled with 9 batches of 8 examples, which are 4 epochs of 18
   for batch in make_batches(0, 9, cfg=config(batch_size=8), source=Numbers(18), corrupt=keep_all):
     back |= unpack(batch)
   order = [int(back[i]['tokens'][2]) - 10 for i in range(72)]

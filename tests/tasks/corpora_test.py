@@ -54,7 +54,7 @@ def test_without_training_and_held_out_names_all_splits_share_all_files(tmp_path
     files, shared = find(tmp_path, *names)
   assert files == dict.fromkeys(corpora.SPLITS, sorted(names))
   assert shared == dict.fromkeys(corpora.SPLITS, corpora.SPLITS)
-  if 'train.txt' in names:  # one of the two kinds is missing: probably a mistake
+  if 'train.txt' in names:  # only training files are named, probably by mistake: expect a warning
     (line,) = lines
     assert '(later.txt, train.txt) do not mark both' in line
 

@@ -31,7 +31,7 @@ SPLITS = ('train', 'validation', 'test')
 DOCUMENTS = ('endoftext', 'paragraph', 'line')  # modes: what ends a document in a text file
 END = '<|endoftext|>'
 MARK = b'\xef\xbb\xbf'  # the UTF-8 byte order mark, which some editors write at the start of a file
-SHARES = 40  # when a hash decides, validation and test get one of so many equal shares each
+SHARES = 40  # hash buckets of documents: one is for validation, one for test, the others for training
 
 NAMES = {  # split -> pattern that marks a file or folder name as belonging to it; earlier patterns win
   'test': re.compile(r'(?<![a-z])test(?![a-z])'),
