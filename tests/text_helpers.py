@@ -1,15 +1,14 @@
-"""Test helpers: small stories, corpus files and configs of the text task, captured logs, and error messages."""
+"""Test helpers: small stories, corpus files and configs of the text task, and error messages."""
 
 import contextlib
-import logging as std_logging
 import os
 import pathlib
 
 import numpy as np
 import pytest
-from absl import logging
 
 from ilm_jax.configs import text as text_config
+from ilm_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = pathlib.Path(os.environ.get('ILM_JAX_DATA') or ROOT.parent / 'shared' / 'data')
@@ -55,23 +54,11 @@ def all_texts(source) -> list[str]:
   return [source.text(i) for i in range(len(source))]
 
 
-def assert_one_line(error, *parts):
-  """Assert that a caught error's message is a single line that contains all parts."""
+@contextlib.contextmanager
+def refused(*parts):
+  """Assert that the block raises a UserError whose message is a single line that contains all parts."""
+  with pytest.raises(UserError) as error:
+    yield
   assert '\n' not in str(error.value)
   for part in parts:
     assert part in str(error.value), f'{part!r} is not in {error.value}'
-
-
-@contextlib.contextmanager
-def captured_logs():
-  """Collect the log messages of level INFO and above."""
-  lines, handler = [], std_logging.Handler()
-  handler.emit = lambda record: lines.append(record.getMessage())
-  std_logging.getLogger('absl').addHandler(handler)
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.INFO)
-  try:
-    yield lines
-  finally:
-    std_logging.getLogger('absl').removeHandler(handler)
-    logging.set_verbosity(verbosity)

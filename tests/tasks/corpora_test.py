@@ -6,10 +6,9 @@ import json
 import pwd
 
 import pytest
-from text_helpers import DATA, assert_one_line, captured_logs, needs_real_text, stories, write
+from text_helpers import DATA, needs_real_text, refused, stories, write
 
 from ilm_jax.tasks.text import corpora
-from ilm_jax.types import UserError
 
 HELD_OUT = ('validation', 'test')
 
@@ -27,19 +26,25 @@ def find(tmp_path, *names):
   return {split: [file.name for file in files] for split, files in corpus.files.items()}, corpus.shared
 
 
-def test_official_file_names_of_tinystories_determine_the_splits(tmp_path):
-  files, shared = find(tmp_path, 'TinyStoriesV2-GPT4-train.txt', 'TinyStoriesV2-GPT4-valid.txt', 'README.md')
-  assert files['train'] == ['TinyStoriesV2-GPT4-train.txt']
-  assert files['validation'] == files['test'] == ['TinyStoriesV2-GPT4-valid.txt']
+LM1B_TRAIN, LM1B_HELD_OUT = (
+  [f'{corpora.ARCHIVE}/{folder}.tokenized.shuffled/news.en{suffix}-0000{i}-of-00{count}' for i in (1, 2)]
+  for folder, suffix, count in (('training-monolingual', '', 100), ('heldout-monolingual', '.heldout', '050'))
+)
+
+
+@pytest.mark.parametrize(
+  ('train', 'held_out'),
+  [
+    (['TinyStoriesV2-GPT4-train.txt'], ['TinyStoriesV2-GPT4-valid.txt']),
+    (LM1B_TRAIN, LM1B_HELD_OUT),
+    *((['train.txt'], [name]) for name in ('held_out.txt', 'held-out.txt', 'heldout.txt', 'eval.txt', 'my_val.txt')),
+    (['a.TRAIN.tokens', 'b-train.jsonl'], ['VALID.txt']),
+  ],
+)
+def test_file_or_folder_names_mark_training_and_held_out_text(tmp_path, train, held_out):
+  files, shared = find(tmp_path, *train, *held_out, 'README', 'notes.md', 'retrieval-notes.txt')
+  assert files == {'train': train, 'validation': held_out, 'test': held_out}
   assert shared == dict.fromkeys(HELD_OUT, HELD_OUT)
-
-
-def test_official_folder_names_of_lm1b_determine_the_splits(tmp_path):
-  root = corpora.ARCHIVE
-  shards = [f'{root}/training-monolingual.tokenized.shuffled/news.en-0000{i}-of-00100' for i in (1, 2)]
-  heldout = [f'{root}/heldout-monolingual.tokenized.shuffled/news.en.heldout-0000{i}-of-00050' for i in (0, 1)]
-  files, _ = find(tmp_path, *shards, *heldout, f'{root}/README')
-  assert files == {'train': shards, 'validation': heldout, 'test': heldout}
 
 
 def test_a_file_named_test_becomes_the_test_split(tmp_path):
@@ -48,21 +53,13 @@ def test_a_file_named_test_becomes_the_test_split(tmp_path):
   assert not shared
 
 
-@pytest.mark.parametrize('names', [['heldout_s10-11.dev.tokens'], ['a.txt', 'b.txt'], ['train.txt', 'later.txt']])
-def test_without_training_and_held_out_names_all_splits_share_all_files(tmp_path, names):
-  with captured_logs() as lines:
-    files, shared = find(tmp_path, *names)
-  assert files == dict.fromkeys(corpora.SPLITS, sorted(names))
+@pytest.mark.parametrize('names', [['heldout_s10-11.dev.tokens'], ['a.txt', 'b.txt'], ['later.txt', 'train.txt']])
+def test_without_training_and_held_out_names_all_splits_share_all_files(tmp_path, caplog, names):
+  files, shared = find(tmp_path, *names)
+  assert files == dict.fromkeys(corpora.SPLITS, names)
   assert shared == dict.fromkeys(corpora.SPLITS, corpora.SPLITS)
-  if 'train.txt' in names:  # only training files are named, probably by mistake: expect a warning
-    (line,) = lines
-    assert '(later.txt, train.txt) do not mark both' in line
-
-
-@pytest.mark.parametrize('name', ['held_out.txt', 'held-out.txt', 'heldout.txt', 'eval.txt', 'my_val.txt', 'VALID.txt'])
-def test_many_file_names_mark_held_out_text(tmp_path, name):
-  files, shared = find(tmp_path, 'train.txt', name, 'retrieval-notes.txt')
-  assert files == {'train': ['train.txt'], 'validation': [name], 'test': [name]} and len(shared) == 2
+  warned = '(later.txt, train.txt) do not mark both' in caplog.text
+  assert warned == ('train.txt' in names), 'a warning is expected if only training files are named'
 
 
 def test_a_cache_inside_the_corpus_folder_is_ignored(tmp_path):
@@ -150,17 +147,15 @@ def test_json_lines_hold_one_document_each(tmp_path):
   ['{"text": 3}', '{"txt": "a"}', '["text"]', 'text', '{"text": "a"', 'null', '{"text": "\\ud800"}', '[' * 9_999],
 )
 def test_the_error_for_an_invalid_json_line_names_the_line(tmp_path, line):
-  with pytest.raises(UserError) as error:
+  with refused('all.jsonl, line 3', '"text"'):
     read(tmp_path, f'{{"text": "fine"}}\n\n{line}\n', name='all.jsonl')
-  assert_one_line(error, 'all.jsonl, line 3', '"text"')
 
 
 @pytest.mark.parametrize(('name', 'end'), [('all.txt', '\n'), ('all.txt', '\r\n'), ('all.jsonl', '\r\n')])
 def test_the_error_for_invalid_utf8_names_the_byte(tmp_path, name, end):
   content = end.join(['{"text": "é"}', '{"text": "é"}', '{"text": "']).encode() + b'\xff'
-  with pytest.raises(UserError) as error:
+  with refused(name, f'not UTF-8: byte {len(content) - 1} is 0xff'):
     read(tmp_path, content, name=name)
-  assert_one_line(error, name, f'not UTF-8: byte {len(content) - 1} is 0xff')
 
 
 @pytest.mark.parametrize(
