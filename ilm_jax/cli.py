@@ -62,8 +62,8 @@ def main(argv=None) -> int:
   command = SUBCOMMANDS[name]
   if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())  # families and tasks of the user's own; last, so that nothing is shadowed
-  sys.argv = [f'ilm-jax {name}', *arguments[1:], *command.arguments]  # recorded in run.json
-  return importlib.import_module(command.module).main(sys.argv)
+  sys.argv = [f'ilm-jax {name}', *arguments[1:]]  # recorded in run.json
+  return importlib.import_module(command.module).main([sys.argv[0], *command.arguments, *arguments[1:]])
 
 
 if __name__ == '__main__':

@@ -60,7 +60,7 @@ def locate_config(argv) -> list[str]:
     if os.path.isfile(path):
       continue
     packaged = PACKAGED / f'{path}.py'
-    if not re.fullmatch(r'[a-z]\w*', path) or not packaged.is_file():
+    if not re.fullmatch(r'[a-z]\w*', path) or not packaged.is_file() or not is_config(packaged):
       names = ', '.join(sorted(file.stem for file in PACKAGED.glob('*.py') if is_config(file)))
       raise UserError(
         f'--config={value}: there is no file {path} in {os.getcwd()}, and no packaged config of this name: expected a '

@@ -80,11 +80,18 @@ def target_batch(numbers, selected, targets) -> dict:
   mask = numbers.get('attention_mask', np.ones((rows, length))).astype(np.int32)
   one = np.ones((rows, 1), np.float32)
   return {
-    'tokens_BxL': numbers['input_ids'], 'position_BxL': numbers.get('positions', np.tile(np.arange(length), (rows, 1))),
-    'segment_BxL': mask, 'open_BxL': mask > 0, 'cls_BxS': np.zeros((rows, 1), np.int32), 'segment_weight_BxS': one,
-    'noise_BxS': 0 * one, 'target_gap_BxT': gap, 'target_token_BxT': np.where(used, np.take_along_axis(targets, gap, 1),
-    0), 'target_segment_BxT': used.astype(np.int32), 'target_weight_BxT': used.astype(np.float32),
-  }  # fmt: skip
+    'tokens_BxL': numbers['input_ids'],
+    'position_BxL': numbers.get('positions', np.tile(np.arange(length), (rows, 1))),
+    'segment_BxL': mask,
+    'open_BxL': mask > 0,
+    'cls_BxS': np.zeros((rows, 1), np.int32),
+    'segment_weight_BxS': one,
+    'noise_BxS': 0 * one,
+    'target_gap_BxT': gap,
+    'target_token_BxT': np.where(used, np.take_along_axis(targets, gap, 1), 0),
+    'target_segment_BxT': used.astype(np.int32),
+    'target_weight_BxT': used.astype(np.float32),
+  }
 
 
 def arm_batch(numbers) -> dict:

@@ -20,6 +20,8 @@ class Source(Protocol):
   never dropped. Example i must depend on the config, the split and i only.
   """
 
+  endless: bool  # every index is a new example: the training loop then draws no epochs
+
   def __len__(self) -> int:
     """Return the number of examples of an epoch."""
     ...
@@ -45,8 +47,7 @@ class Task:
   Attributes:
     name: the value of `config.task.name`, and the name in error messages.
     tokenizer: cfg -> the tokenizer, see `data.tokenizers`.
-    source: (cfg, split) -> the examples of 'train', 'validation' or 'test'. A source with `endless = True` never
-      repeats an example.
+    source: (cfg, split) -> the examples of 'train', 'validation' or 'test'.
     longest: cfg -> number of tokens of the longest example.
     longest_answer: cfg -> number of free (not fixed) tokens of the longest answer.
     encode_prompt: (text, cfg) -> the token ids of a prompt, [CLS] first; raises UserError for a malformed prompt.
