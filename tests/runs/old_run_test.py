@@ -32,7 +32,7 @@ def test_settings_of_an_old_run_are_read_under_their_new_names(workdir):
 
 def test_an_old_run_gives_the_completions_that_it_gave_then(workdir):
   line = json.loads((GOLDEN / 'old_run_answers.jsonl').read_text().splitlines()[0])
-  lm = ilm_jax.load(workdir, gap={'temperature': 1.0}, token={'temperature': 1.0})
+  lm = ilm_jax.load(workdir, token={'temperature': 1.0})
   (completion,) = lm.generate([line['prompt']], seed=3)
   assert (completion.text, list(completion.order)) == (line['text'], line['order'])
   np.testing.assert_allclose(completion.probabilities, line['probabilities'], rtol=1e-4, atol=1e-6)
