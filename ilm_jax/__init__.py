@@ -12,6 +12,14 @@ __all__ = ['LanguageModel', 'UserError', 'load']
 
 
 def __getattr__(name):
+  """Import a public name on first use, so that `import ilm_jax` loads nothing heavy."""
+  if name == '__version__':
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+      return version('ilm_jax')
+    except PackageNotFoundError:
+      return 'unknown'
   if name not in _PUBLIC:
     raise AttributeError(f'module ilm_jax has no attribute {name!r}')
   return getattr(import_module(_PUBLIC[name]), name)

@@ -1,4 +1,4 @@
-"""What the commands share on a terminal: one-line errors, short log lines, a compilation cache that lasts."""
+"""What all commands share: flags, one-line errors, exit codes, log format and the compilation cache."""
 
 import os
 import sys
@@ -12,18 +12,18 @@ HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 def fail(message) -> int:
-  """Print one line of what is wrong; returns the exit code, that of a UserError, or 1."""
+  """Print an error as one line on standard error; returns the exit code: the `code` of a UserError, else 1."""
   print('error: ' + ' '.join(str(message).split()), file=sys.stderr)
   return message.code if isinstance(message, UserError) else 1
 
 
 def wants_help(argv) -> bool:
-  """Was --help asked for?"""
+  """Return whether the arguments ask for help."""
   return not {'-h', '-help', '--help', '--helpfull'}.isdisjoint(argv[1:])
 
 
 def usage(doc: str, values: flags.FlagValues, names) -> int:
-  """Print what a command does, and its flags."""
+  """Print the description of a command and its flags; returns exit code 0."""
   print(doc.strip() + '\n')
   for name in names:
     print(f'  --{name}: {values[name].help}')
@@ -31,14 +31,14 @@ def usage(doc: str, values: flags.FlagValues, names) -> int:
 
 
 def command(doc: str, define, run, argv=None, *, positional: bool = False) -> int:
-  """Run a command with flags of its own; a user's mistake is one line on standard error and exit code 1.
+  """Run a command that has its own flags; a user's mistake is one line on standard error and exit code 1.
 
   Args:
-    doc: what --help prints before the flags.
-    define: defines them, in the FlagValues it is given.
-    run: values -> exit code; raises UserError for a mistake.
-    argv: the arguments, sys.argv by default.
-    positional: there may be arguments that are no flags, and they are the second argument of `run`.
+    doc: printed by --help, before the flags.
+    define: called with a FlagValues, in which it defines the flags.
+    run: values -> exit code; raises UserError for a user's mistake.
+    argv: the arguments; sys.argv by default.
+    positional: accept arguments that are not flags, and pass them to `run` as its second argument.
   """
   values = flags.FlagValues()
   define(values)
@@ -51,7 +51,7 @@ def command(doc: str, define, run, argv=None, *, positional: bool = False) -> in
     except flags.Error as error:
       raise UserError(f'flags: {error}') from None
     if rest and not positional:
-      raise UserError(f'flags: did not understand {rest[0]!r}: every argument is a flag, --name=value')
+      raise UserError(f'flags: unexpected argument {rest[0]!r}: every argument must have the form --name=value')
     return run(values, rest) if positional else run(values)
   except UserError as error:
     return fail(error)
@@ -61,25 +61,26 @@ def command(doc: str, define, run, argv=None, *, positional: bool = False) -> in
     return 130
 
 
-def define_hosts(values: flags.FlagValues) -> None:
-  """Define the flags of a command that several hosts may share."""
-  flags.DEFINE_string('coordinator', None, 'HOST:PORT of the first of several hosts.', flag_values=values)
-  flags.DEFINE_integer('num_processes', None, 'With --coordinator: how many there are.', flag_values=values)
-  flags.DEFINE_integer('process_id', None, 'With --coordinator: which one this is, from 0.', flag_values=values)
+def define_processes(values: flags.FlagValues) -> None:
+  """Define the flags of a command that several processes can run together."""
+  flags.DEFINE_string('coordinator', None, 'With several processes: HOST:PORT of process 0.', flag_values=values)
+  flags.DEFINE_integer('num_processes', None, 'With --coordinator: the number of processes.', flag_values=values)
+  flags.DEFINE_integer('process_id', None, 'With --coordinator: index of this process, from 0.', flag_values=values)
 
 
 def quiet() -> None:
-  """Short log lines from this project alone, and a compilation cache that lasts."""
+  """Restrict logging to short lines of this project, and switch on the persistent compilation cache."""
   import jax
 
   if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # absl logs to standard error before that, and says so
+    flags.FLAGS.mark_as_parsed()  # absl prints a warning when it logs before the flags are parsed
   logging.set_verbosity(logging.INFO)
   logging.use_absl_handler()
-  logging.get_absl_handler().setFormatter(Plain())
-  logging.get_absl_handler().addFilter(ours_or_worse)
-  sys.unraisablehook = unraisable
-  warnings.filterwarnings('ignore', "coroutine '.*' was never awaited")  # parts of a write whose failure is raised
+  logging.get_absl_handler().setFormatter(ShortFormatter())
+  logging.get_absl_handler().addFilter(is_relevant)
+  sys.unraisablehook = print_unraisable
+  # Orbax leaves coroutines of a failed write behind; the failure itself is raised.
+  warnings.filterwarnings('ignore', "coroutine '.*' was never awaited")
   if (cache := os.environ.get('JAX_COMPILATION_CACHE_DIR')) is None:
     cache = os.path.join(os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache')), 'ilm_jax', 'xla')
   if cache:
@@ -87,25 +88,30 @@ def quiet() -> None:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
-def ours_or_worse(record) -> bool:
-  """Libraries may warn, but only this project and CLU's progress report inform; what Orbax raises, we say ourselves."""
+def is_relevant(record) -> bool:
+  """Return whether a log record is printed.
+
+  Records of this project and CLU's progress reports are; libraries may only warn. Errors that Orbax and asyncio log are
+  dropped, because they are also raised and then printed as one line.
+  """
   if record.pathname.startswith(HERE) or 'Setting work unit notes' in str(record.msg):
     return True
-  if record.name == 'asyncio':  # "exception was never retrieved", of a write that failed: its cause is raised
+  if record.name == 'asyncio':
     return False
   return record.levelno == 30 or (record.levelno > 30 and f'{os.sep}orbax{os.sep}' not in record.pathname)
 
 
-def unraisable(event) -> None:
-  """Print what could not be raised, but what TensorStore's threads say when a write fails: its cause is raised."""
+def print_unraisable(event) -> None:
+  """Print an exception that could not be raised, unless TensorStore's threads caused it after a failed write."""
   if str(event.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(event)
 
 
-class Plain(logging.PythonFormatter):
-  """Time and message; the level where it is a warning or worse."""
+class ShortFormatter(logging.PythonFormatter):
+  """Formats a record as time and message, with the level from warnings on."""
 
   def format(self, record):
+    """Return the line of a record."""
     stamp = self.formatTime(record, '%H:%M:%S')
     level = '' if record.levelno <= 20 else record.levelname.lower() + ': '
     return f'{stamp} {level}{record.getMessage().removeprefix("Setting work unit notes: ")}'

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from etils import epath
 
-from ilm_jax.console import command, define_hosts, fail, quiet
+from ilm_jax.console import command, define_processes, fail, quiet
 from ilm_jax.runs import run_file
 from ilm_jax.tasks.text import corpora
 from ilm_jax.types import UserError
@@ -69,7 +69,7 @@ def define(values: flags.FlagValues) -> None:
                      flag_values=values)  # fmt: skip
   flags.DEFINE_float('top_p', None, "Nucleus of tokens, 1: all; the run's own by default.", lower_bound=0.0,
                      upper_bound=1.0, flag_values=values)  # fmt: skip
-  define_hosts(values)
+  define_processes(values)
 
 
 class Request(NamedTuple):

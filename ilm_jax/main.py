@@ -1,4 +1,11 @@
-"""Train or evaluate: `python -m ilm_jax.main --config=configs/star.py:tiny [--workdir=...] [--mode=train|eval]`."""
+"""Train a model or evaluate a run.
+
+    python -m ilm_jax.main --config=configs/star.py:tiny [--workdir=FOLDER] [--mode=train|eval]
+
+`ilm-jax train` and `ilm-jax eval` are the same command. --config takes the path of a config file, or the name of a
+config that comes with the package (`ilm-jax configs` lists them); the part after the colon selects a variant. Any
+setting can be changed on the command line: --config.optimizer.learning_rate=5e-4.
+"""
 
 import os
 import re
@@ -8,41 +15,79 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from ilm_jax.console import define_hosts, fail, quiet, usage, wants_help
+from ilm_jax.console import define_processes, fail, quiet, usage, wants_help
 from ilm_jax.types import UserError
 
 MODES = ('train', 'eval')
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'The config, with its argument: configs/star.py:hard.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/NAME-ARGUMENT by default.')
-_MODE = flags.DEFINE_enum('mode', 'train', MODES, 'Train (or continue), or evaluate a run on the test split.')
-define_hosts(flags.FLAGS)
+PACKAGED = Path(__file__).parent / 'configs'
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'Config file or packaged config, with its variant: star:tiny.'
+)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/CONFIG-VARIANT.')
+_MODE = flags.DEFINE_enum('mode', 'train', MODES, 'Train (or resume), or evaluate a run on the test split.')
+define_processes(flags.FLAGS)
 
 
 def parse(argv) -> list[str]:
-  """Parse the flags; every mistake in them is one line."""
-  words = [word.removeprefix('-').removeprefix('-') for word in argv[1:]]
-  path = next((word.split('=', 1)[1] for word in words if word.startswith('config=')), None)
-  if path is None and 'config' in words[:-1]:
-    path = words[words.index('config') + 1]
-  if path is not None and not os.path.isfile(path.split(':')[0]):
-    raise UserError(f'--config={path}: there is no file {path.split(":")[0]} here ({os.getcwd()})')
+  """Parse the flags; raises UserError, in one line, for every mistake in them."""
+  argv = locate_config(argv)
   try:
     rest = flags.FLAGS(argv)
   except UserError:
     raise
   except (AttributeError, KeyError) as error:
-    raise UserError(f'flags: the config has no such setting: {plain(error)}') from error
+    raise UserError(unknown_setting(plain(error))) from error
   except Exception as error:  # a config file is code, and may raise anything
     raise UserError(f'flags: {plain(error)}') from error
   if _CONFIG.value is None:
-    raise UserError('--config is missing: expected a file, such as --config=configs/star.py:tiny')
+    raise UserError('--config is missing: expected a config, such as --config=star:tiny; `ilm-jax configs` lists them')
   if len(rest) > 1:
-    raise UserError(f'flags: did not understand {rest[1]!r}: every argument is a flag, --name=value')
+    raise UserError(f'flags: unexpected argument {rest[1]!r}: every argument must have the form --name=value')
   return rest
 
 
+def locate_config(argv) -> list[str]:
+  """Return the arguments with the path of the config file in place of the name of a packaged config."""
+  argv = list(argv)
+  for index, word in enumerate(argv[1:], 1):
+    name, equals, value = word.removeprefix('-').removeprefix('-').partition('=')
+    if not word.startswith('-') or name != 'config':
+      continue
+    if not equals:
+      index += 1
+      value = argv[index] if index < len(argv) else ''
+    path, colon, variant = value.partition(':')
+    if os.path.isfile(path):
+      continue
+    packaged = PACKAGED / f'{path}.py'
+    if not re.fullmatch(r'[a-z]\w*', path) or not packaged.is_file() or not is_config(packaged):
+      names = ', '.join(sorted(file.stem for file in PACKAGED.glob('*.py') if is_config(file)))
+      raise UserError(
+        f'--config={value}: there is no file {path} in {os.getcwd()}, and no packaged config of this name: expected a '
+        f'path, or one of {names}'
+      )
+    argv[index] = f'--config={packaged}{colon}{variant}' if equals else f'{packaged}{colon}{variant}'
+  return argv
+
+
+def is_config(file: Path) -> bool:
+  """Return whether a file of the configs folder is a config that a run can name."""
+  return file.stem not in ('__init__', 'default', 'list')
+
+
+def unknown_setting(text: str) -> str:
+  """Return the message for a setting that the config lacks; names its successor if it was renamed."""
+  from ilm_jax.runs.run_file import RENAMED
+
+  for argument in sys.argv[1:]:
+    name = argument.lstrip('-').partition('=')[0].removeprefix('config.')
+    if name in RENAMED:
+      return f'flags: config.{name} was renamed: use --config.{RENAMED[name]}'
+  return f'flags: the config has no such setting: {text}'
+
+
 def plain(error: Exception) -> str:
-  """What an error of the flags says, without the traceback or the quotes that a library has wrapped around it."""
+  """Return the message of an error of the flags, without the traceback and quotes that libraries wrap around it."""
   text = str(error.args[0]) if error.args else str(error)
   while len(text) > 1 and text[0] == text[-1] and text[0] in '\'"':
     text = text[1:-1].replace("\\'", "'").replace('\\n', ' ')
@@ -50,7 +95,7 @@ def plain(error: Exception) -> str:
 
 
 def default_workdir() -> str:
-  """`runs/star-tiny` for configs/star.py:tiny."""
+  """Return `runs/star-tiny` for --config=star:tiny and for --config=configs/star.py:tiny."""
   name, _, argument = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
   argument = argument or (flags.FLAGS['config'].config_filename.partition(':')[2])
   return str(Path('runs') / '-'.join(part for part in (Path(name).stem, argument) if part))
@@ -74,10 +119,10 @@ def command(doc: str, names, call, argv=None) -> int:
   """Run a command that takes a config; a user's mistake is one line on standard error and exit code 1.
 
   Args:
-    doc: what --help prints before the flags.
-    names: of the flags it prints.
-    call: () -> exit code, once the flags are parsed.
-    argv: the arguments, sys.argv by default.
+    doc: printed by --help, before the flags.
+    names: the flags that --help prints.
+    call: () -> exit code, called after the flags were parsed.
+    argv: the arguments; sys.argv by default.
   """
   argv = sys.argv if argv is None else argv
   if wants_help(argv):

@@ -1,123 +1,122 @@
-"""What the configs share: the settings every run has, with the defaults of arXiv 2505.05755."""
+"""The settings that every config shares, with the defaults of arXiv 2505.05755.
+
+Comments that begin with a family (ilm, arm, it, mdm) mark settings that only this family reads.
+"""
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Return a config that lacks a task and the shape of its data."""
+  """Return a config without a task; a config file adds the task and sizes the data for it."""
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.family = 'ilm'
   config.steps = 50_000
-  config.stop_at = 0.0  # end early when eval.metric reaches this on validation; 0: never
-  config.init_from = ''  # workdir of a run whose weights to start from
+  config.stop_at = 0.0  # stop early when eval.metric reaches this value on validation; 0: never
+  config.init_from = ''  # workdir of another run whose weights initialize this one
 
   config.model = ml_collections.ConfigDict()
   config.model.preset = placeholder(str)
-  config.model.preset = 'small'  # small, tiny, tiny2, xtiny2, 1b or 8b; what follows overrides it
+  config.model.preset = 'small'  # small, tiny, tiny2, xtiny2, 1b or 8b; the sizes below override it
   config.model.num_layers = placeholder(int)
   config.model.num_heads = placeholder(int)
   config.model.d_model = placeholder(int)
   config.model.d_ff = placeholder(int)
   config.model.activation = 'relu'
-  config.model.final_norm = True  # the reference has none in its ILM runs
+  config.model.final_norm = True  # a LayerNorm before the output; the reference has none in its ILM runs
   config.model.dropout = 0.1
   config.model.attention_dropout = 0.1
-  config.model.compute = 'mixed'  # bfloat16 products, everything else float32; or float32, or bfloat16
-  config.model.scan_layers = False  # compile one block and loop over the layers, for a copy of their parameters
-  config.model.remat = False  # compute each block again for the gradient instead of remembering it
-  config.model.init = 'normal'
-  config.model.open_gap_embedding = (
-    False  # ilm, it: the model is told which gaps are open (with corrupt.infill_rate, close_prompt)
-  )
-  config.model.conditioning = placeholder(str)  # mdm: none, or adaln (its default): the model is told the noise level
-  config.model.d_cond = placeholder(int)  # width of what the noise level becomes; 128 by default
-  config.model.residual = placeholder(str)  # of adaln: input, or modulated (the reference)
+  config.model.compute = 'mixed'  # mixed: matrix products in bfloat16, all else in float32; or float32, or bfloat16
+  config.model.scan_layers = False  # compile one block and scan over the layers; costs a copy of their parameters
+  config.model.remat = False  # rematerialization: recompute each block in the backward pass to save memory
+  config.model.init = 'normal'  # embeddings: normal N(0, 0.02), or reference N(0, 1)
+  config.model.open_gap_embedding = False  # ilm, it: an input embedding marks the open gaps; needs close_prompt
+  config.model.conditioning = placeholder(str)  # mdm: adaln (default) conditions the model on the noise level; or none
+  config.model.d_cond = placeholder(int)  # mdm: width of the noise level embedding; 128 by default
+  config.model.residual = placeholder(str)  # mdm: what adaln adds its output to: input, or modulated (the reference)
 
   config.corrupt = ml_collections.ConfigDict()
-  config.corrupt.close_prompt = False  # ilm; True: the training softmax leaves the prompt's gaps out
-  config.corrupt.infill_rate = 0.0  # ilm, it: share of the examples that are texts with one to three gaps
-  config.corrupt.fim_rate = (
-    0.0  # arm: share of the examples that are rearranged, so that it learns to fill in the middle
-  )
-  config.corrupt.eos_weight = 1.0  # it: of an empty gap's end symbol
-  config.corrupt.length = 0  # mdm: tokens to which [PAD]s fill an example, to be predicted; 0: the length is given
-  config.corrupt.noise_eps = 1e-3  # mdm: share of the tokens that the schedule leaves unmasked at its end
+  config.corrupt.close_prompt = False  # ilm, it: exclude the prompt's gaps from the training softmax
+  config.corrupt.infill_rate = 0.0  # ilm, it: fraction of examples trained as infilling: one to three gaps in a text
+  config.corrupt.fim_rate = 0.0  # arm: fraction of examples rearranged for fill-in-the-middle
+  config.corrupt.eos_weight = 1.0  # it: loss weight of [EOS], the target of an empty gap
+  config.corrupt.length = 0  # mdm: pad examples to this many tokens and predict the [PAD]s; 0: no padding
+  config.corrupt.noise_eps = 1e-3  # mdm: fraction of tokens that stay unmasked at the end of the noise schedule
 
   config.loss = ml_collections.ConfigDict()
-  config.loss.stop_weight = 1.0
-  config.loss.length_weight = 'none'  # ilm: or elbo, which minimises the bound of the likelihood itself
-  config.loss.mdm = 'mean_masked'  # a masked token's mean weighted loss (the reference); or nelbo, a string's bound
-  config.loss.vocab_chunk = 2048  # entries of the vocabulary whose logits are alive at a time
+  config.loss.stop_weight = 1.0  # ilm: weight of the stop head's loss
+  config.loss.length_weight = 'none'  # ilm: none (the paper), or elbo: minimize a bound on the negative log-likelihood
+  config.loss.mdm = 'mean_masked'  # mdm: mean_masked: weighted mean over masked tokens (the reference); or nelbo
+  config.loss.vocab_chunk = 2048  # vocabulary entries per chunk of the chunked softmax
 
   config.data = ml_collections.ConfigDict()
-  config.data.batch_size = 64  # examples of a step
-  config.data.groups = 1  # packed each by itself; hosts read whole groups
-  config.data.rows = 64
-  config.data.row_length = 128
-  config.data.targets = 0  # dropped tokens of a row; 0: twice row_length
-  config.data.segments = 8  # examples of a row
-  config.data.num_workers = 0  # processes that prepare batches; 0: a thread
-  config.data.prefetch = 8
+  config.data.batch_size = 64  # examples per training step
+  config.data.groups = 1  # parts of a batch that are packed separately; each process reads whole groups
+  config.data.rows = 64  # packed rows per training step
+  config.data.row_length = 128  # tokens per row
+  config.data.targets = 0  # target slots per row; 0: twice row_length
+  config.data.segments = 8  # most examples per row
+  config.data.num_workers = 0  # worker processes that prepare batches; 0: a thread of this process
+  config.data.prefetch = 8  # batches prepared in advance
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.learning_rate = 1e-4
-  config.optimizer.schedule = 'constant'  # or cosine, linear: down to final_fraction at the last step
+  config.optimizer.schedule = 'constant'  # or cosine or linear: decay to final_fraction of the peak at the last step
   config.optimizer.warmup_steps = 0
   config.optimizer.final_fraction = 0.0
   config.optimizer.b1 = 0.9
   config.optimizer.b2 = 0.999
   config.optimizer.eps = 1e-8
   config.optimizer.weight_decay = 0.01
-  config.optimizer.clip = 1.0
-  config.optimizer.ema_decay = 0.9999  # 0: none
-  config.optimizer.accumulation_steps = 1  # parts a batch is cut into, one after the other
+  config.optimizer.clip = 1.0  # largest global norm of the gradient; 0: no clipping
+  config.optimizer.ema_decay = 0.9999  # decay of the moving average of the weights; 0: no average
+  config.optimizer.accumulation_steps = 1  # gradient accumulation: microbatches per training step
 
   config.mesh = ml_collections.ConfigDict()
-  config.mesh.data = -1  # what is left
+  config.mesh.data = -1  # devices per mesh axis; -1: all devices that the other axes leave
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
 
-  config.distributed = ml_collections.ConfigDict()  # of several
-  config.distributed.initialization_timeout = 300  # how long they wait for each other
-  config.distributed.heartbeat_timeout = 30  # one that is silent for so long is taken for dead, and the run ends
+  config.distributed = ml_collections.ConfigDict()  # for runs of several processes
+  config.distributed.initialization_timeout = 300  # seconds to wait for all processes at the start
+  config.distributed.heartbeat_timeout = 30  # seconds without a heartbeat after which a process counts as lost
 
   config.sampling = ml_collections.ConfigDict()
-  config.sampling.max_length = 128
-  config.sampling.max_steps = placeholder(int)
-  config.sampling.stop_threshold = 0.9  # 0: stop with the probability that the stop head gives
-  config.sampling.stop_temperature = 1.0
-  config.sampling.end_threshold = 0.9  # it: a gap is finished when p([EOS]) is above it; 0: when [EOS] is the argmax
-  config.sampling.parallel = False  # it: insert in all unfinished gaps at once
-  config.sampling.gaps = 1  # ilm: gaps that a step inserts into, the most probable ones; 0: all
-  config.sampling.gap_threshold = 0.0  # ilm, of these: as probable as this share of the best one
-  config.sampling.force_first = False  # insert at least one token
-  config.sampling.gap = rule(temperature=0.0)
-  config.sampling.token = rule(temperature=0.0)
-  config.sampling.two_stage = True  # the gap, then the token; False: one draw among all pairs, by the rule `joint`
-  config.sampling.joint = rule()
-  config.sampling.order = 'ancestral'  # mdm: or top_probability, margin, entropy: the most confident tokens first
-  config.sampling.length = 'predicted'  # mdm: [PAD]s to max_length are sampled too; or given with each prompt
-  config.sampling.score_draws = 32  # forward passes from which a bound on a likelihood is estimated
+  config.sampling.max_length = 128  # tokens of prompt and completion together
+  config.sampling.max_steps = placeholder(int)  # most decoding steps; by default up to max_length
+  config.sampling.stop_threshold = 0.9  # ilm: stop when p(stop) exceeds this; 0: stop with probability p(stop)
+  config.sampling.stop_temperature = 1.0  # ilm: temperature of the stop head
+  config.sampling.end_threshold = 0.9  # it: close a gap when p([EOS]) exceeds this; 0: when [EOS] is the argmax
+  config.sampling.parallel = False  # it: insert into all open gaps in each decoding step
+  config.sampling.gaps = 1  # ilm: insertions per decoding step, into the most probable gaps; 0: all gaps
+  config.sampling.gap_threshold = 0.0  # ilm: with gaps != 1, skip gaps less probable than this fraction of the best
+  config.sampling.force_first = False  # ilm: insert at least one token before stopping
+  config.sampling.gap = rule(temperature=0.0)  # ilm: how the gap is drawn
+  config.sampling.token = rule(temperature=0.0)  # how the token is drawn
+  config.sampling.two_stage = True  # ilm: draw the gap, then the token; False: draw a (gap, token) pair by `joint`
+  config.sampling.joint = rule()  # ilm: how a (gap, token) pair is drawn if two_stage is False
+  config.sampling.order = 'ancestral'  # mdm: or most confident first, by top_probability, margin or entropy
+  config.sampling.length = 'predicted'  # mdm: predicted: sample [PAD]s up to max_length; or given with each prompt
+  config.sampling.score_draws = 32  # forward passes per example to estimate a likelihood bound
 
   config.eval = ml_collections.ConfigDict()
-  config.eval.every = 1_000
-  config.eval.batch_size = 100
-  config.eval.metric = 'exact_match'
-  config.eval.mode = 'max'
-  config.eval.checkpoint = 'best'  # which is tested: best (on validation), latest, or a step
-  config.eval.samples = 0  # prompts of a split that are answered, at most; 0: all
-  config.eval.print_samples = 3
-  config.eval.score = 'none'  # or -log p of the test answers: exact, bound, importance-weighted; '': the family's own
+  config.eval.every = 1_000  # training steps between validations
+  config.eval.batch_size = 100  # prompts per sampling batch
+  config.eval.metric = 'exact_match'  # selects the best checkpoint
+  config.eval.mode = 'max'  # whether the best metric is the largest (max) or the smallest (min)
+  config.eval.checkpoint = 'best'  # checkpoint to test: best (on validation), latest, or a step
+  config.eval.samples = 0  # most prompts of a split to complete; 0: all
+  config.eval.print_samples = 3  # completions to print at each evaluation
+  config.eval.score = 'none'  # or the likelihood of test answers: exact, bound, importance-weighted; '': family default
 
-  config.log_every = 100
-  config.report_seconds = 20.0
-  config.checkpoint_every = 1_000
-  config.keep = 2
+  config.log_every = 100  # training steps between records of metrics
+  config.report_seconds = 20.0  # seconds between progress lines on the console
+  config.checkpoint_every = 1_000  # training steps between checkpoints
+  config.keep = 2  # latest checkpoints to keep, besides the best
   return config
 
 
 def rule(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> ml_collections.ConfigDict:
-  """How an index is drawn: temperature 0 is greedy."""
+  """Return a sampling rule: temperature 0 is greedy; top_k 0 and top_p 1 keep all candidates."""
   return ml_collections.ConfigDict({'temperature': temperature, 'top_k': top_k, 'top_p': top_p})

@@ -1,47 +1,51 @@
-"""Zebra puzzles: `--config=configs/zebra.py:small|full`.
+"""Zebra puzzles: deduce a table from clues. Variants: small, full.
 
 small   `python -m ilm_jax.main --config=configs/zebra.py:small`: 3 to 4 houses and attributes, 2.0M parameters, batch
-        64, for 2 CPU cores. Its 21,200 puzzles take about a minute to generate, once (data/). Not run yet.
+        64, for two CPU cores. Generates 21,200 puzzles once, in about a minute, and stores them in data/. Not yet
+        trained.
 full    `python -m ilm_jax.main --config=configs/zebra.py:full --workdir=runs/zebra`: the paper's task, model (tiny2,
-        43M in the blocks), learning rate, batch and loss: 3 to 6 houses and attributes, for a GPU or TPU. The paper's
-        300 epochs over 1.5M puzzles are 1.76M steps, `steps` is 200,000 here. Generating 1.5M puzzles takes about 4
-        hours on one core, less with `--config.task.num_workers`; `--config.task.path=FOLDER` reads the released ones
-        instead. Not run yet.
+        43M parameters in the blocks), learning rate, batch size and loss: 3 to 6 houses and attributes, for a GPU or
+        TPU. The paper trains for 300 epochs over 1.5M puzzles, 1.76M steps; `steps` is 200,000 here. Generating 1.5M
+        puzzles takes about 4 hours on one core, less with `--config.task.num_workers`; `--config.task.path=FOLDER`
+        reads the released puzzles instead. Not yet trained.
 
-`--config.task.order=sorted` sorts the cells of an answer instead of listing them in the order of solving.
+`--config.task.order=sorted` sorts the cells of an answer instead of listing them in the order of a solver.
 """
 
 import ml_collections
 
 from ilm_jax.configs import default
 
-NAMES = ('small', 'full')
+VARIANTS = {
+  'small': '3 to 4 houses and attributes, 2.0M parameters',
+  'full': "the paper's puzzles and model (43M parameters): 3 to 6 houses and attributes",
+}
 
 
 def get_config(name: str = 'small') -> ml_collections.ConfigDict:
-  """Return the config of one of NAMES."""
-  if name not in NAMES:
-    raise ValueError(f'configs/zebra.py:{name}: expected one of {", ".join(NAMES)} behind the colon')
+  """Return the config of one of VARIANTS."""
+  if name not in VARIANTS:
+    raise ValueError(f'configs/zebra.py:{name}: expected one of {", ".join(VARIANTS)} after the colon')
   full = name == 'full'
   config = default.get_config()
   task = config.task = ml_collections.ConfigDict({'name': 'zebra', 'label': 'zebra' if full else f'zebra {name}'})
   task.min_houses = task.min_attributes = 3
   task.max_houses = task.max_attributes = 6 if full else 4
-  task.order = 'solver'  # or sorted: the cells of an answer
-  task.num_train = 1_500_000 if full else 20_000  # 0: endless without a cache, all of the released ones with a path
+  task.order = 'solver'  # order of the answer's cells: solver (as deduced) or sorted
+  task.num_train = 1_500_000 if full else 20_000  # 0: all released puzzles with `path`, else never repeat one
   task.num_validation = 640 if full else 200
   task.num_test = 5_000 if full else 1_000
-  task.seed = 0  # of the puzzles
-  task.num_workers = 0  # processes that generate; 0: this one
-  task.cache = 'data'  # folder for the puzzles, once generated; '': generate when needed, and keep in memory
-  task.path = ''  # the released puzzles: a folder with both files, or one file
+  task.seed = 0  # seed of the generated puzzles
+  task.num_workers = 0  # worker processes that generate puzzles; 0: this process
+  task.cache = 'data'  # folder for generated puzzles; '': generate on demand, and keep in memory
+  task.path = ''  # released puzzles to read: the folder of both files, or one file
 
   config.loss.stop_weight = 0.001
-  config.model.update({'final_norm': False, 'init': 'reference'})  # as the reference
+  config.model.update({'final_norm': False, 'init': 'reference'})  # as in the reference
   config.optimizer.learning_rate = 1e-3
   config.optimizer.warmup_steps = 1_000
-  # Rows are sized so that everything fits: in 10,000 drawn steps nothing was left out.
-  config.corrupt.length = 460 if full else 240  # of the padded strings of mdm
+  # Rows are large enough for every batch: in 10,000 sampled steps, no example was left out of its batch.
+  config.corrupt.length = 460 if full else 240  # mdm: length to which examples are padded
   if full:
     config.steps = 200_000
     config.model.preset = 'tiny2'

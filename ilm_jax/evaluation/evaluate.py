@@ -144,15 +144,15 @@ class Evaluator:
     for done, (example, row) in enumerate(zip(examples, self.sampler(params, rng, prompts), strict=True), 1):
       free = row['tokens'][row['order'] >= 0]
       pairs = {}
-      if hasattr(self.task, 'score'):
+      if self.task.score is not None:
         pairs |= self.task.score(free, example['tokens'][~example['fixed']], self.cfg.task)
       pairs['stopped'] = (float(row['stopped']), 1.0)
       pairs['length'] = (float(len(free)), 1.0)
       pairs['reference_length'] = (float((~example['fixed']).sum()), 1.0)
       steps = row['order'][row['order'] >= 0].tolist()
-      landmark = self.task.landmark(row['tokens'], self.cfg.task) if hasattr(self.task, 'landmark') else None
+      landmark = self.task.landmark(row['tokens'], self.cfg.task)
       pairs |= metrics_lib.order_statistics(steps, landmark)
-      if hasattr(self.task, 'score'):  # of texts, it would be large and say little
+      if self.task.score is not None:  # of texts, it would be large and say little
         np.add.at(places_NxN, (steps, np.arange(len(steps))), 1)
       else:
         samples.append(self.task.decode(row['tokens'], self.cfg.task))
@@ -173,7 +173,7 @@ class Evaluator:
 def show(task, tokenizer, row, example, cfg) -> str:
   """An answer for people: whether it is right and its tokens as they came in, step by step; or a text as it grew."""
   tokens, order = row['tokens'], row['order']
-  if not hasattr(task, 'score'):
+  if task.score is None:
     return show_text(task, row, cfg)
   pairs = task.score(tokens[order >= 0], example['tokens'][~example['fixed']], cfg)
   right = pairs['exact_match'][0] == 1

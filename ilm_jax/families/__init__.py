@@ -1,45 +1,29 @@
-"""The families of sequence models, each a module of pure functions under one contract.
+"""The families of sequence models: one module of pure functions each, under the contract of `contract.Family`.
 
-    corrupt(rng, example, cfg, u=None) -> dict of numpy arrays   host side, in `families.corrupt` (numpy only)
-    model_settings(cfg)                -> fields of ModelConfig that the family decides (causal, stop head)
-    loss(outputs, batch, cfg)          -> {name: (total, weight)}, pure; 'loss' is what is minimised
-    SampleConfig.create(sampling, ...) -> the hashable settings of `sample`, from a config's `sampling` part
-    sample(forward, rng, prompt, cfg)  -> Sampled, in one jit
-    score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, kind=None, longest=...)
-                                       -> Score: its kind, and its error
-    check_score(kind, longest)         refuse what `score` would refuse
-    sizes(cfg, longest, answer)        -> (tokens, targets), at most, of a corrupted example, from the numbers of tokens
-                                          and of free tokens that an example may have; refuses a config that the family
-                                          can't mean
+A family imports `types`, `special_tokens`, `models` and the shared modules of this room; it knows nothing of tasks, and
+meets them only as arrays. Start with `contract.py`, then `ilm.py`.
 
-and, where a family has them:
-
-    sample_settings(cfg)               -> fields of SampleConfig that the whole config decides
-    FILLS                              what a gap may be told: 'limits' (if missing), least and most tokens; 'free',
-                                          nothing; 'masks', exactly how many
-    check_prompt(given, cfg)           refuse a prompt {'tokens', 'open', ...} that `sample` cannot serve
-
-A new family is one file and one entry of FAMILIES; modules are imported when asked for, so that the workers of the
-data pipeline, which need the corruption alone, stay light.
+A new family is a module that ends in `FAMILY = Family(...)`. It needs an entry in FAMILIES to be found by a short name;
+without one, `config.family` takes the import path of the module (docs/extending.md).
 """
 
-import importlib
-
-from ilm_jax.types import UserError
+from ilm_jax.families.contract import Family
+from ilm_jax.plugins import find
 
 FAMILIES = {name: f'ilm_jax.families.{name}' for name in ('ilm', 'arm', 'it', 'mdm')}
 
 
-def get(name: str):
-  """Return the module of a family."""
-  if name not in FAMILIES:
-    raise UserError(f'config.family={name!r}: expected one of {", ".join(FAMILIES)}')
-  return importlib.import_module(FAMILIES[name])
+def get(name: str) -> Family:
+  """Return a family by its name in FAMILIES, or by the import path of its module.
+
+  Modules are imported on demand, so that the data workers, which only corrupt, need not load JAX.
+  """
+  return find(name, table=FAMILIES, attribute='FAMILY', kind=Family, setting='config.family')
 
 
-def make_sample_config(family, cfg, sampling, *, closed_tokens, compute: str):
-  """A family's SampleConfig, from a whole config and settings in place of its `sampling` part."""
-  decided = family.sample_settings(cfg) if hasattr(family, 'sample_settings') else {}
+def make_sample_config(family: Family, cfg, sampling, *, closed_tokens, compute: str):
+  """Return a family's SampleConfig from a config, with `sampling` in place of the config's own `sampling` section."""
+  decided = family.sample_settings(cfg)
   return family.SampleConfig.create(
     sampling, closed_tokens=closed_tokens, compute=compute, vocab_chunk=cfg.loss.vocab_chunk, **decided
   )

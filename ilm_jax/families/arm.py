@@ -17,6 +17,7 @@ import numpy as np
 
 from ilm_jax.families import corruption as _corrupt
 from ilm_jax.families import drawing, growing
+from ilm_jax.families.contract import Family
 from ilm_jax.families.growing import Rows, note
 from ilm_jax.families.settings import sample_config
 from ilm_jax.models import numerics, vocabulary
@@ -307,3 +308,19 @@ def next_losses(forward, tokens_BxL, length_B, cfg: SampleConfig):
   next_BxL = jnp.where(index_BxL == length_B[:, None] - 1, EOS, jnp.roll(tokens_BxL, -1, axis=1))
   z_BxL = vocabulary.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, index_BxL, next_BxL, compute=cfg.compute)
   return jnp.where(bias_V[next_BxL] < 0, jnp.inf, lse_BxL - z_BxL)
+
+
+FAMILY = Family(
+  name='arm',
+  corrupt=corrupt,
+  loss=loss,
+  sample=sample,
+  SampleConfig=SampleConfig,
+  model_settings=model_settings,
+  sizes=sizes,
+  score=score,
+  check_score=check_score,
+  sample_settings=sample_settings,
+  check_prompt=check_prompt,
+  growth=GROWTH,
+)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from ilm_jax.families import corruption as _corrupt
 from ilm_jax.families import drawing, growing, likelihood
+from ilm_jax.families.contract import Family
 from ilm_jax.families.growing import Rows, note
 from ilm_jax.families.settings import sample_config
 from ilm_jax.models import numerics, vocabulary
@@ -308,3 +309,19 @@ def choose_pair(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_
     gap_B, token_B = pair_B // vocab, pair_B % vocab
     chosen_B = jnp.take_along_axis(flat_BxLV, pair_B[:, None], axis=1)[:, 0]
   return gap_B, token_B, chosen_B - jax.nn.logsumexp(lse_BxL, axis=1)
+
+
+FAMILY = Family(
+  name='ilm',
+  corrupt=corrupt,
+  loss=loss,
+  sample=sample,
+  SampleConfig=SampleConfig,
+  model_settings=model_settings,
+  sizes=sizes,
+  score=score,
+  check_score=check_score,
+  growth=GROWTH,
+  open_gap_embedding=True,
+  length_weights=('none', 'elbo'),
+)

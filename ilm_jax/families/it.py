@@ -19,13 +19,13 @@ import jax.numpy as jnp
 
 from ilm_jax.families import arm, drawing, growing, settings
 from ilm_jax.families import corruption as _corrupt
+from ilm_jax.families.contract import Family
 from ilm_jax.families.growing import Rows, note
 from ilm_jax.models import numerics, vocabulary
 from ilm_jax.special_tokens import EOS
 from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, UserError
 
 corrupt = _corrupt.it
-FILLS = 'free'  # a gap has no least and no most number of tokens
 
 
 def model_settings(cfg) -> dict:
@@ -204,6 +204,17 @@ def check_score(kind: str | None, longest: int) -> None:
   raise UserError('family=it has no likelihood: its softmaxes say which token comes into a gap, not which gap is next')
 
 
-def score(*_, kind: str | None = None, longest: int = 0):
-  """Refuse, as `check_score`."""
-  check_score(kind, longest)
+FAMILY = Family(
+  name='it',
+  corrupt=corrupt,
+  loss=loss,
+  sample=sample,
+  SampleConfig=SampleConfig,
+  model_settings=model_settings,
+  sizes=sizes,
+  check_score=check_score,
+  check_prompt=check_prompt,
+  fills='free',
+  growth=GROWTH,
+  open_gap_embedding=True,
+)

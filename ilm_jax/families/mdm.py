@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from ilm_jax.families import corruption as _corrupt
 from ilm_jax.families import drawing
+from ilm_jax.families.contract import Family
 from ilm_jax.families.growing import fit
 from ilm_jax.families.settings import sample_config
 from ilm_jax.models import numerics, vocabulary
@@ -33,7 +34,6 @@ from ilm_jax.types import Batch, Metrics, Outputs, Prompt, Rule, Sampled, Score,
 corrupt = _corrupt.mdm
 
 LOSSES = ('mean_masked', 'nelbo')
-FILLS = 'masks'  # a gap is filled by as many [MASK]s as tokens are asked for
 ORDERS = ('ancestral', 'top_probability', 'margin', 'entropy')
 LENGTHS = ('predicted', 'given')
 ALIVE = 2**24  # logits that the sampler holds at a time
@@ -388,3 +388,19 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
     error_B=jnp.where(jnp.isfinite(nll_B), error_B, 0.0),
     tokens_B=(free_BxL & string_BxL).sum(axis=1),
   )
+
+
+FAMILY = Family(
+  name='mdm',
+  corrupt=corrupt,
+  loss=loss,
+  sample=sample,
+  SampleConfig=SampleConfig,
+  model_settings=model_settings,
+  sizes=sizes,
+  score=score,
+  check_score=check_score,
+  sample_settings=sample_settings,
+  check_prompt=check_prompt,
+  fills='masks',
+)

@@ -109,8 +109,7 @@ class LanguageModel:
       mesh = sharding.make_mesh(sharding.read_mesh(mesh))
     cfg = ConfigDict(run_file.read_config(workdir))
     family, task = families.get(cfg.family), tasks.get(cfg.task.name)
-    if hasattr(task, 'settle'):
-      task.settle(cfg.task, workdir)
+    task.settle(cfg.task, workdir)
     model_settings = {**cfg.model.to_dict(), **family.model_settings(cfg)}
     model_cfg = transformer.ModelConfig.create(task.tokenizer(cfg.task).vocab_size, **model_settings)
     if mesh is not None and (said := sharding.check_model(model_cfg, mesh)):
@@ -190,7 +189,7 @@ class LanguageModel:
 
   def gaps(self, text, *, marker: str = infilling.MARKER, least=None, most=None, number: int = 0) -> infilling.Gaps:
     """A request of `stream`: a text with gaps, see `infill`."""
-    usual = 1 if getattr(self.family, 'FILLS', 'limits') == 'limits' else 0
+    usual = 1 if self.family.fills == 'limits' else 0
     try:
       return infilling.read(text, marker=marker, least=least, most=most, usual=usual)
     except UserError as error:
@@ -201,7 +200,7 @@ class LanguageModel:
     limit = self.sample_cfg.max_length
     if isinstance(request, infilling.Gaps):
       try:
-        masks = getattr(self.family, 'FILLS', 'limits') == 'masks'
+        masks = self.family.fills == 'masks'
         given = infilling.encode(request, self.tokenizer, limit=limit, masks=masks)
         if (
           self.sample_cfg.max_steps is not None
@@ -287,7 +286,7 @@ class LanguageModel:
     """
     if isinstance(texts, str):
       raise UserError('score: expected a list of texts, got one string')
-    if hasattr(self.task, 'score'):
+    if self.task.score is not None:
       raise UserError(f'score: the task {self.cfg.task.name} has prompts and answers: use --mode=eval with eval.score')
     limit = self.sample_cfg.max_length
     rows = [np.array(self.task.encode_prompt(text, self.cfg.task), np.int32) for text in texts]

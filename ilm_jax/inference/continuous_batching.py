@@ -55,7 +55,7 @@ class ContinuousSampler:
 
   def __init__(self, model_cfg, family, sample_cfg, slots: int, *, refill: int | None = None, mesh=None):
     self.family, self.cfg, self.mesh = family, sample_cfg, mesh
-    self.growth = getattr(family, 'GROWTH', None)
+    self.growth = family.growth
     if self.growth is None:
       self.batches = static_batching.Sampler(model_cfg, family, sample_cfg, slots, mesh)
       return

@@ -66,8 +66,7 @@ def check(given: dict, family, cfg) -> None:
       f'a prompt of {len(given["tokens"])} tokens is longer than sampling.max_length={cfg.max_length}: '
       'shorten it, or raise the limit'
     )
-  if hasattr(family, 'check_prompt'):
-    family.check_prompt(given, cfg)
+  family.check_prompt(given, cfg)
 
 
 def buffer_for(prompts: list[dict], cfg) -> int:

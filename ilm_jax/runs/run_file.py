@@ -15,7 +15,6 @@ import sys
 import time
 from importlib import metadata
 
-import jax
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
@@ -122,14 +121,22 @@ def version(name: str) -> str:
     return 'unknown'
 
 
+def command_line() -> list[str]:
+  """Return the command that started this process, as a user would type it."""
+  program = sys.argv[0].split() if sys.argv[0].startswith('ilm-jax') else ['python', '-m', 'ilm_jax.main']
+  return [*program, *sys.argv[1:]]
+
+
 def describe_start(step: int) -> dict:
   """What is worth knowing of one start of a run."""
+  import jax
+
   devices = jax.devices()
   return {
     'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
     'from_step': step,
     'commit': commit(),
-    'command': shlex.join(['python', '-m', 'ilm_jax.main', *sys.argv[1:]]),
+    'command': shlex.join(command_line()),
     'devices': f'{len(devices)} x {devices[0].device_kind} ({devices[0].platform})',
     'processes': jax.process_count(),
     'host': socket.gethostname(),

@@ -1,38 +1,18 @@
-"""The tasks, each a module of sources and scores under one contract.
+"""The tasks: star graphs, zebra puzzles and text, under the contract of `contract.Task`.
 
-    tokenizer(cfg)                         ids and words
-    source(cfg, split)                     random access to examples {'tokens': int32[n], 'fixed': bool[n]};
-                                           split is 'train', 'validation' or 'test'; len() is the size of an epoch,
-                                           and `endless` says that every index is a new example
-    longest(cfg), longest_answer(cfg)      tokens of the longest example, and free tokens of the longest answer
-    score(predicted, reference, cfg)       {name: (total, weight)} for one example, from its free tokens; missing where
-                                           there is no right answer: what is measured is then the loss, and
-                                           config.eval.metric must be one of its parts
-    chance(cfg)                            exact match of an answer that has the right form and a random choice in it;
-                                           goes with `score`
-    landmark(tokens, cfg)                  (may be missing) index in the answer of a token whose place in the order of
-                                           decoding is of interest, or None
-    encode_prompt(text, cfg)               the given tokens of a prompt, [CLS] first
-    decode(tokens, cfg)                    the text of a whole row
+A task imports `types`, `special_tokens`, `metrics` and `data`; it knows nothing of models and families, and meets them
+only as arrays. Start with `contract.py`, then `star.py`.
 
-and, where a run must carry something with it (a tokenizer):
-
-    settle(cfg, folder)                    find it, in the folder of the run (None: there is none) or by the config, and
-                                           note in the config which it is
-    carry(cfg, folder)                     write it into the folder of the run
-
-`cfg` is the `task` part of a config. A new task is one file and one entry of TASKS.
+A new task is a module that ends in `TASK = Task(...)`. It needs an entry in TASKS to be found by a short name; without
+one, `config.task.name` takes the import path of the module (docs/extending.md).
 """
 
-import importlib
+from ilm_jax.plugins import find
+from ilm_jax.tasks.contract import Task
 
-from ilm_jax.types import UserError
-
-TASKS = {"star": "ilm_jax.tasks.star", "zebra": "ilm_jax.tasks.zebra.task", "text": "ilm_jax.tasks.text.task"}
+TASKS = {'star': 'ilm_jax.tasks.star', 'zebra': 'ilm_jax.tasks.zebra.task', 'text': 'ilm_jax.tasks.text.task'}
 
 
-def get(name: str):
-  """Return the module of a task."""
-  if name not in TASKS:
-    raise UserError(f'config.task.name={name!r}: expected one of {", ".join(TASKS)}')
-  return importlib.import_module(TASKS[name])
+def get(name: str) -> Task:
+  """Return a task by its name in TASKS, or by the import path of its module, which is imported on demand."""
+  return find(name, table=TASKS, attribute='TASK', kind=Task, setting='config.task.name')

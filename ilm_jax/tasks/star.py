@@ -14,6 +14,7 @@ import numpy as np
 
 from ilm_jax.data.tokenizers import WordTokenizer
 from ilm_jax.special_tokens import BOS, CLS, SPECIAL
+from ilm_jax.tasks.contract import Task
 from ilm_jax.types import UserError
 
 SPLITS = ('train', 'validation', 'test')
@@ -198,3 +199,17 @@ def decode(tokens, cfg) -> str:
   else:
     path = '|'.join(','.join(answer[i : i + 2]) for i in range(0, len(answer), 2))
   return '|'.join(pairs[:-1]) + '/' + pairs[-1] + '=' + path
+
+
+TASK = Task(
+  name='star',
+  tokenizer=tokenizer,
+  source=Source,
+  longest=longest,
+  longest_answer=longest_answer,
+  encode_prompt=encode_prompt,
+  decode=decode,
+  score=score,
+  chance=chance,
+  landmark=landmark,
+)

@@ -64,7 +64,7 @@ def check_choices(cfg, family, task) -> None:
     raise UserError(f'loss.length_weight=elbo is the bound of family=ilm: leave it out with family={cfg.family}')
   if cfg.eval.mode not in ('max', 'min'):
     raise UserError(f'eval.mode={cfg.eval.mode!r}: expected max or min')
-  if cfg.eval.metric == 'exact_match' and not hasattr(task, 'score'):
+  if cfg.eval.metric == 'exact_match' and task.score is None:
     raise UserError(
       f'eval.metric=exact_match: the task {cfg.task.name} has no right answers: use eval.metric=loss and eval.mode=min'
     )
@@ -86,8 +86,7 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
   family, task = families.get(cfg.family), tasks.get(cfg.task.name)
   check_choices(cfg, family, task)
   if vocab_size is None:
-    if hasattr(task, 'settle'):
-      task.settle(cfg.task, workdir)
+    task.settle(cfg.task, workdir)
     tokenizer = task.tokenizer(cfg.task)
     vocab_size, special_ids = tokenizer.vocab_size, tokenizer.special_ids
     source = task.source(cfg.task, 'train') if cfg.loss.length_weight == 'elbo' else None
@@ -100,7 +99,7 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
       f'model.conditioning={cfg.model.conditioning!r}: the family {cfg.family} knows no noise level: leave it out'
     )
   if cfg.model.get('open_gap_embedding'):
-    if cfg.family not in ('ilm', 'it'):
+    if not family.open_gap_embedding:
       raise UserError(
         f'model.open_gap_embedding=True: the family {cfg.family} has no open and closed gaps: leave it out'
       )
@@ -109,7 +108,7 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
         'model.open_gap_embedding=True needs corrupt.close_prompt=True: a sampler closes the gaps of what is given, and so must '
         'the training'
       )
-    if not cfg.corrupt.infill_rate and not hasattr(task, 'score'):
+    if not cfg.corrupt.infill_rate and task.score is None:
       logging.warning('model.open_gap_embedding=True with corrupt.infill_rate=0: no gap of a whole text is closed, so nothing is '
                       'learned of it')  # fmt: skip
   settings = {**cfg.model.to_dict(), **decided}

@@ -151,8 +151,7 @@ def _train(exp: Experiment, workdir, signals, evaluator) -> int:
   starts = [*run['starts'], run_file.describe_start(start)]
   with processes.together(), writing(workdir):
     if processes.first():
-      if hasattr(exp.task, 'carry'):
-        exp.task.carry(cfg.task, workdir)
+      exp.task.carry(cfg.task, workdir)
       logs.forget_after(workdir, start, validated=start in saved.steps() and saved.metrics(start) is not None)
       run_file.write_json(epath.Path(workdir) / 'run.json', {'config': as_json(cfg), 'starts': starts})
     writer = logs.make_writer(workdir, silent=not processes.first())
@@ -373,7 +372,7 @@ def report(exp: Experiment, workdir, saved, step: int, abstract: TrainState, eva
     'config': as_json(exp.cfg),
     'sampler': settings.describe(exp.sample_cfg),
     'seed': exp.cfg.seed,
-    'chance': exp.task.chance(exp.cfg.task) if hasattr(exp.task, 'chance') else None,
+    'chance': exp.task.chance(exp.cfg.task) if exp.task.chance else None,
     'parameters': sum(x.size for x in jax.tree.leaves(abstract.params)),
     'metrics': values,
     'judge': text_statistics.plain(judged),

@@ -21,6 +21,7 @@ from etils import epath
 from ilm_jax.data import builders, storage
 from ilm_jax.data import tokenizers as tokenizer_lib
 from ilm_jax.special_tokens import BOS, CLS
+from ilm_jax.tasks.contract import Task
 from ilm_jax.tasks.text import corpora
 from ilm_jax.types import UserError
 
@@ -333,3 +334,16 @@ def encode_prompt(text: str, cfg) -> list[int]:
 def decode(tokens, cfg) -> str:
   """Return the text of a row of tokens; special tokens are skipped."""
   return tokenizer(cfg).decode(tokens)
+
+
+TASK = Task(
+  name='text',
+  tokenizer=tokenizer,
+  source=Source,
+  longest=longest,
+  longest_answer=longest_answer,
+  encode_prompt=encode_prompt,
+  decode=decode,
+  settle=settle,
+  carry=carry,
+)

@@ -25,6 +25,7 @@ from absl import logging
 from ilm_jax.data import builders
 from ilm_jax.data.tokenizers import WordTokenizer
 from ilm_jax.special_tokens import BOS, CLS
+from ilm_jax.tasks.contract import Task
 from ilm_jax.tasks.zebra import released
 from ilm_jax.tasks.zebra.puzzles import (
   LARGEST,
@@ -391,3 +392,16 @@ def decode(tokens, cfg) -> str:
   """A row as text."""
   del cfg
   return ' '.join('ANSWER' if word == '[BOS]' else word for word in TOKENIZER.pieces(tokens[1:]))
+
+
+TASK = Task(
+  name='zebra',
+  tokenizer=tokenizer,
+  source=Source,
+  longest=longest,
+  longest_answer=longest_answer,
+  encode_prompt=encode_prompt,
+  decode=decode,
+  score=score,
+  chance=chance,
+)

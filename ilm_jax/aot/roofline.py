@@ -1,0 +1,96 @@
+"""What a compiled program costs on a chip: memory, arithmetic, and the least time that published limits allow."""
+
+from typing import NamedTuple
+
+from ilm_jax.aot import collectives, hlo, memory_traffic
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+  """Published limits of a TPU chip (cloud.google.com/tpu/docs has a page for each version)."""
+
+  memory: float  # bytes; the compiler reserves a little of it
+  flops: float  # bfloat16 operations per second
+  hbm: float  # memory bandwidth, bytes per second
+  ici: float  # bytes per second out of a chip, over all its links
+
+
+CHIPS = {
+  'v4': Chip(32 * GIB, 275e12, 1228e9, 300e9),
+  'v5e': Chip(16 * GIB, 197e12, 819e9, 200e9),
+  'v5p': Chip(95 * GIB, 459e12, 2765e9, 600e9),
+  'v6e': Chip(32 * GIB, 918e12, 1640e9, 400e9),
+}
+
+
+def training_flops(cfg, rows: int, length: int, targets: int, *, again: bool = True) -> float:
+  """Return the floating-point operations of the matrix products of a training step.
+
+  Per position: 8 D^2 (queries, keys, values, output), 4 D F (MLP) and 4 L D (scores, weighted values) in each block,
+  and 2 V D in the head; per target 2 D. The backward pass takes twice as many.
+
+  Args:
+    cfg: the ModelConfig.
+    rows: number of rows.
+    length: positions per row.
+    targets: targets per row.
+    again: count recomputation as well: the head's logits, and with `cfg.remat` the blocks. Without it, the result is
+      the model FLOPs that MFU counts.
+  """
+  D, F = cfg.d_model, cfg.d_ff
+  blocks = cfg.num_layers * (8 * D * D + 4 * D * F + 4 * length * D)
+  head = 2 * cfg.vocab_size * D
+  once = rows * (length * (blocks + head) + 2 * D * targets)
+  return 3 * once + (rows * length * (head + cfg.remat * blocks) if again else 0)
+
+
+def memory_of(compiled) -> dict[str, int]:
+  """Return the bytes on each device: arguments, temporary arrays, program, and their peak."""
+  stats = compiled.memory_analysis()
+  arguments, results = stats.argument_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes
+  peak = arguments + results + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+  return {'arguments': arguments, 'temporary': stats.temp_size_in_bytes, 'program': stats.generated_code_size_in_bytes,
+          'peak': peak}  # fmt: skip
+
+
+def describe(compiled, devices: int, chip: Chip | None, seconds: float) -> list[str]:
+  """Return lines on a compiled program's memory and collectives; `seconds` is how long it took to compile."""
+  memory = memory_of(compiled)
+  fits = ''
+  if chip:
+    fits = f' of {chip.memory / GIB:.0f}: {"fits" if memory["peak"] <= chip.memory else "DOES NOT FIT"}'
+  parts = ', '.join(f'{name} {size / GIB:.2f}' for name, size in memory.items() if name != 'peak')
+  lines = [f'  compiled in {seconds:.0f} s', f'  memory per device, GiB: {memory["peak"] / GIB:.2f}{fits} ({parts})']
+  found = collectives.collectives(hlo.parse(compiled.as_text()), devices)
+  for kind in collectives.KINDS:
+    ones = [one for one in found if one.kind == kind]
+    if ones:
+      unsure = '' if all(one.certain for one in ones) else ' at least (some are in loops of unknown length)'
+      count, sent = sum(one.times for one in ones), sum(one.traffic() for one in ones)
+      largest = max(ones, key=lambda one: one.size)
+      lines.append(f'  {kind}: {count} per step, {sent / 1e6:,.1f} MB sent per device{unsure}; the largest: '
+                   f'{largest.size / 1e6:,.1f} MB, {largest.where[:100] or "?"}')  # fmt: skip
+  return lines
+
+
+def roofline(compiled, flops: float, useful: float, devices: int, chip: Chip) -> list[str]:
+  """Return a line with the least time of a step: that of its slowest part, if arithmetic, memory and links overlap.
+
+  Args:
+    compiled: the step.
+    flops: floating-point operations of the step, recomputation included.
+    useful: model FLOPs of the step, for the MFU.
+    devices: number of devices that share the step.
+    chip: limits of each device.
+  """
+  program = hlo.parse(compiled.as_text())
+  sent = sum(one.traffic() for one in collectives.collectives(program, devices))
+  moved = memory_traffic.bytes_moved(program)
+  times = {'arithmetic': flops / devices / chip.flops, 'HBM': moved / chip.hbm, 'ICI': sent / chip.ici}
+  limit = max(times, key=times.get)
+  parts = ', '.join(f'{name} {1e3 * seconds:.1f}' for name, seconds in times.items())
+  return [
+    f'  predicted from published limits, least ms per step: {parts}; limited by {limit}, MFU at most '
+    f'{100 * useful / devices / chip.flops / times[limit]:.0f} %'
+  ]

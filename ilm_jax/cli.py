@@ -1,0 +1,70 @@
+"""The `ilm-jax` command: one subcommand for everything that can be done from a terminal."""
+
+import importlib
+import os
+import sys
+from typing import NamedTuple
+
+from ilm_jax.console import fail, wants_help
+from ilm_jax.types import UserError
+
+
+class Subcommand(NamedTuple):
+  """A subcommand: the module whose `main(argv)` runs it, a line of help, and arguments that it always passes."""
+
+  module: str
+  help: str
+  arguments: tuple[str, ...] = ()
+
+
+SUBCOMMANDS = {
+  'train': Subcommand('ilm_jax.main', 'train a model, or resume a run', ('--mode=train',)),
+  'eval': Subcommand('ilm_jax.main', 'evaluate a run on the test split', ('--mode=eval',)),
+  'configs': Subcommand('ilm_jax.configs.list', 'list the configs that come with the package'),
+  'generate': Subcommand('ilm_jax.generate', 'complete prompts and fill gaps'),
+  'stopping': Subcommand('ilm_jax.inference.stopping', 'compare stopping rules by the lengths they produce'),
+  'infill-sets': Subcommand('ilm_jax.evaluation.infill_sets', 'make infill requests from a corpus'),
+  'perplexity': Subcommand('ilm_jax.evaluation.generative_perplexity', 'measure generative perplexity of samples'),
+  'report': Subcommand('ilm_jax.evaluation.report', 'tabulate runs, with confidence intervals'),
+  'compile': Subcommand('ilm_jax.aot.compile', 'compile a config ahead of time for a TPU slice'),
+  'convert': Subcommand('ilm_jax.evaluation.convert', 'convert weights of the reference code, or check its numbers'),
+}
+
+
+def table_of_contents() -> str:
+  """Return what `ilm-jax --help` prints."""
+  lines = [f'  {name:<12} {command.help}' for name, command in SUBCOMMANDS.items()]
+  return '\n'.join(
+    [
+      'Insertion language models in JAX.\n',
+      'usage: ilm-jax SUBCOMMAND [--flag=value ...]\n',
+      *lines,
+      '\n`ilm-jax SUBCOMMAND --help` lists the flags of a subcommand.',
+      'First steps: ilm-jax configs; ilm-jax train --config=star:tiny; ilm-jax generate --workdir=runs/star-tiny',
+    ]
+  )
+
+
+def main(argv=None) -> int:
+  """Run a subcommand; returns the exit code."""
+  _, *arguments = sys.argv if argv is None else argv
+  name = arguments[0] if arguments else '--help'
+  if name == '--version':
+    from ilm_jax import __version__
+
+    print(f'ilm_jax {__version__}')
+    return 0
+  if name == 'help' or (name.startswith('-') and wants_help(['ilm-jax', name])):
+    print(table_of_contents())
+    return 0
+  if name not in SUBCOMMANDS:
+    return fail(UserError(f'ilm-jax {name}: expected one of {", ".join(SUBCOMMANDS)}; see ilm-jax --help'))
+  command = SUBCOMMANDS[name]
+  if os.getcwd() not in sys.path:
+    sys.path.append(os.getcwd())  # families and tasks of the user's own; last, so that nothing is shadowed
+  sys.argv = [f'ilm-jax {name}', *arguments[1:]]  # recorded in run.json
+  return importlib.import_module(command.module).main([sys.argv[0], *command.arguments, *arguments[1:]])
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,38 @@
+"""List the configs that come with the package: `ilm-jax configs`."""
+
+import importlib
+import sys
+from pathlib import Path
+
+from ilm_jax.console import command
+
+FOLDER = Path(__file__).parent
+NAMES = ('star', 'zebra', 'tinystories', 'lm1b', 'text')
+
+
+def lines() -> list[str]:
+  """Return a line for each packaged config: its name for --config, and what it is."""
+  modules = {name: importlib.import_module(f'ilm_jax.configs.{name}') for name in NAMES}
+  rows = [
+    (f'{name}:{variant}', about) for name, module in modules.items() for variant, about in module.VARIANTS.items()
+  ]
+  width = max(len(name) for name, _ in rows)
+  return [f'{name:<{width}}  {about}' for name, about in rows]
+
+
+def run(values) -> int:
+  """Print the list."""
+  del values
+  print('\n'.join(lines()))
+  print(f'\nUse one by its name, --config=star:tiny. The files are in {FOLDER}; a changed copy is used by its path,')
+  print('--config=path/to/file.py:tiny.')
+  return 0
+
+
+def main(argv=None) -> int:
+  """Run the command."""
+  return command(__doc__, lambda values: None, run, argv)
+
+
+if __name__ == '__main__':
+  sys.exit(main())

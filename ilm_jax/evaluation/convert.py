@@ -1,0 +1,234 @@
+"""Exchange weights with the reference code (PyTorch), and check this code against its numbers.
+
+    ilm-jax convert --workdir=runs/hard --out=weights.safetensors    a run's best weights, under the reference's names
+    ilm-jax convert --check=tests/golden                             logits, losses and gradients against the
+    reference's
+
+A folder of reference numbers holds ilm.npz, arm.npz or mdm.npz, and perhaps config.json with "num_heads"; tests/golden
+has an example and says in its README what the arrays are. --check prints the largest error of each kind, relative to
+the largest reference value, and exits with code 1 if one is above 1e-5.
+"""
+
+import json
+import sys
+
+from absl import flags
+
+from ilm_jax.console import command, quiet
+from ilm_jax.types import UserError
+
+LIMIT = 1e-5  # largest accepted |difference| / max |reference|
+FAMILIES = ('ilm', 'arm', 'mdm')
+VOCAB_CHUNK = 2048
+
+
+def define(values: flags.FlagValues) -> None:
+  """Define the flags of this command."""
+  flags.DEFINE_string('check', None, 'Folder of reference numbers to compare with.', flag_values=values)
+  flags.DEFINE_string('workdir', None, 'Folder of the run whose weights to export.', flag_values=values)
+  flags.DEFINE_string('checkpoint', 'best', "Checkpoint to export: 'best', 'latest' or a step.", flag_values=values)
+  flags.DEFINE_string('out', None, 'File to write: *.npz or *.safetensors.', flag_values=values)
+
+
+# --- comparing with reference numbers ---------------------------------------------------------------------------------
+
+
+def relative_error(actual, expected) -> float:
+  """Return max |actual - expected| / max |expected|; infinite if the shapes differ or a value is not finite."""
+  import numpy as np
+
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  if actual.shape != expected.shape or not np.isfinite(actual).all():
+    return float('inf')
+  return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30))
+
+
+def ilm_batch(numbers) -> dict:
+  """Return the insertion model's reference inputs as a batch with one example in each row."""
+  import numpy as np
+
+  used = numbers['gap_index'] >= 0
+  mask = numbers['attention_mask'].astype(bool)
+  rows, length = mask.shape
+  one = np.ones((rows, 1), np.float32)
+  return {
+    'tokens_BxL': numbers['input_ids'], 'position_BxL': numbers['positions'], 'segment_BxL': mask.astype(np.int32),
+    'open_BxL': mask & (np.arange(length) > 0), 'cls_BxS': np.zeros((rows, 1), np.int32),
+    'target_gap_BxT': np.where(used, numbers['gap_index'], 0),
+    'target_token_BxT': np.where(used, numbers['gap_token'], 0), 'target_segment_BxT': used.astype(np.int32),
+    'segment_weight_BxS': one, 'free_BxS': one.astype(np.int32), 'noise_BxS': 0 * one,
+  }  # fmt: skip
+
+
+def listed(place_of_row, width: int):
+  """Return (mask of used entries, entries) of lists of different lengths, as arrays with `width` columns."""
+  import numpy as np
+
+  entries = np.zeros((len(place_of_row), width), np.int32)
+  used = np.zeros(entries.shape, bool)
+  for row, places in enumerate(place_of_row):
+    entries[row, : len(places)], used[row, : len(places)] = places, True
+  return used, entries
+
+
+def target_batch(numbers, selected, targets) -> dict:
+  """Return a batch with one example in each row, whose targets stand at the selected places."""
+  import numpy as np
+
+  rows, length = numbers['input_ids'].shape
+  used, gap = listed([np.flatnonzero(row) for row in selected], max(1, int(selected.sum(1).max())))
+  mask = numbers.get('attention_mask', np.ones((rows, length))).astype(np.int32)
+  one = np.ones((rows, 1), np.float32)
+  return {
+    'tokens_BxL': numbers['input_ids'],
+    'position_BxL': numbers.get('positions', np.tile(np.arange(length), (rows, 1))),
+    'segment_BxL': mask,
+    'open_BxL': mask > 0,
+    'cls_BxS': np.zeros((rows, 1), np.int32),
+    'segment_weight_BxS': one,
+    'noise_BxS': 0 * one,
+    'target_gap_BxT': gap,
+    'target_token_BxT': np.where(used, np.take_along_axis(targets, gap, 1), 0),
+    'target_segment_BxT': used.astype(np.int32),
+    'target_weight_BxT': used.astype(np.float32),
+  }
+
+
+def arm_batch(numbers) -> dict:
+  """Return the autoregressive model's reference inputs as a batch; `target_ids` are -100 where there is no target."""
+  return target_batch(numbers, numbers['target_ids'] != -100, numbers['target_ids'])
+
+
+def mdm_batch(numbers) -> dict:
+  """Return the masked diffusion model's reference inputs as a batch with noise levels and loss weights."""
+  import numpy as np
+
+  batch = target_batch(numbers, numbers['input_ids'] != numbers['clean_ids'], numbers['clean_ids'])
+  weight_B = numbers['noise_rate'] / np.expm1(numbers['total_noise'])
+  batch['target_weight_BxT'] = (batch['target_weight_BxT'] * weight_B[:, None]).astype(np.float32)
+  return batch | {'noise_BxS': numbers['total_noise'][:, None].astype(np.float32)}
+
+
+def compare(name: str, numbers, num_heads: int | None = None) -> dict[str, float]:
+  """Compare this code with a family's reference numbers.
+
+  Args:
+    name: 'ilm', 'arm' or 'mdm'.
+    numbers: the arrays of the family's file.
+    num_heads: of the model, if the weights do not determine it.
+
+  Returns:
+    The relative errors by quantity: logits, stop logits, loss, and each gradient as `grad/NAME`.
+  """
+  import jax
+  from ml_collections import ConfigDict
+
+  from ilm_jax import families
+  from ilm_jax.models import reference, transformer
+
+  state = {key.removeprefix('param/'): value for key, value in numbers.items() if key.startswith('param/')}
+  cfg, params = reference.from_reference(state, name, num_heads)
+  batch = {'ilm': ilm_batch, 'arm': arm_batch, 'mdm': mdm_batch}[name](numbers)
+  settings = {'compute': 'float32', 'vocab_chunk': VOCAB_CHUNK, 'stop_weight': 1.0, 'length_weight': 'none'}
+  settings = ConfigDict({**settings, 'mdm': 'mean_masked'})
+
+  def loss_of(params):
+    outputs = transformer.apply_batch(cfg, params, batch)
+    total, weight = families.get(name).loss(outputs, batch, settings)['loss']
+    return total / weight, (outputs.hidden_BxLxD @ outputs.unembed_VxD.T, outputs.stop_BxSx2)
+
+  with jax.default_matmul_precision('highest'):
+    (loss, (logits, stop)), grads = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
+  errors = {'logits': relative_error(logits, numbers['vocab_logits' if name == 'ilm' else 'logits'])}
+  if name == 'ilm':
+    errors['stop logits'] = relative_error(stop[:, 0], numbers['stop_logits'])
+  errors['loss'] = relative_error(loss, numbers['loss'])
+  ours = reference.to_reference(cfg, grads)
+  wanted = {key: value for key, value in numbers.items() if key.startswith('grad/')}
+  return errors | {key: relative_error(ours[key.removeprefix('grad/')], value) for key, value in wanted.items()}
+
+
+def check(folder) -> int:
+  """Compare with every family's numbers in a folder and print the errors; returns 1 if one is above LIMIT."""
+  import numpy as np
+  from etils import epath
+
+  path = epath.Path(folder)
+  found = [name for name in FAMILIES if (path / f'{name}.npz').exists()]
+  if not found:
+    raise UserError(f'--check={folder}: expected a folder with ilm.npz, arm.npz or mdm.npz')
+  config = json.loads((path / 'config.json').read_text()) if (path / 'config.json').exists() else {}
+  worst = 0.0
+  print(f'{"":8}{"quantity":<58}largest relative error')
+  for name in found:
+    try:
+      with (path / f'{name}.npz').open('rb') as file, np.load(file) as arrays:
+        numbers = dict(arrays)
+      errors = compare(name, numbers, config.get('num_heads'))
+    except (KeyError, ValueError) as error:
+      raise UserError(f'{path / name}.npz: not a file of reference numbers: {" ".join(str(error).split())}') from None
+    grads = {key: value for key, value in errors.items() if key.startswith('grad/')}
+    rows = {key: value for key, value in errors.items() if key not in grads}
+    if grads:
+      largest = max(grads, key=grads.get)
+      rows[f'{len(grads)} gradients, worst {largest[5:]}'] = grads[largest]
+    for label, value in rows.items():
+      print(f'{name:8}{label:<58}{value:.1e}{"" if value <= LIMIT else "  above the limit"}')
+    worst = max(worst, *errors.values())
+  print(f'largest of all: {worst:.1e}; the limit is {LIMIT:.0e}')
+  return int(worst > LIMIT)
+
+
+# --- exporting --------------------------------------------------------------------------------------------------------
+
+
+def export(workdir, checkpoint: str, out: str) -> int:
+  """Write the weights of a run under the reference's names."""
+  import pathlib
+
+  import numpy as np
+
+  from ilm_jax.inference import api
+  from ilm_jax.models import reference
+
+  path = pathlib.Path(out)
+  if path.suffix not in ('.npz', '.safetensors'):
+    raise UserError(f'--out={out}: expected a file that ends in .npz or .safetensors')
+  if path.exists():
+    raise UserError(f'--out={out} exists: name another file, or remove it first')
+  lm = api.load(workdir, checkpoint)
+  state = reference.to_reference(lm.model_cfg, lm.params)
+  try:
+    if path.suffix == '.npz':
+      np.savez(path, **state)
+    else:
+      try:
+        from safetensors.numpy import save_file
+      except ImportError:
+        raise UserError('writing *.safetensors needs safetensors: pip install "ilm_jax[convert]"') from None
+      save_file(state, path)
+  except OSError as error:
+    raise UserError(f'--out={out}: {error.strerror or error}') from None
+  print(f'{out}: {len(state)} arrays, {sum(array.size for array in state.values()):,} numbers, step {lm.step}')
+  return 0
+
+
+def run(values) -> int:
+  """Check or export, as the flags say."""
+  if bool(values.check) == bool(values.workdir):
+    raise UserError('expected --check=FOLDER, or --workdir=FOLDER with --out=FILE')
+  quiet()
+  if values.check:
+    return check(values.check)
+  if not values.out:
+    raise UserError('--out is missing: expected a file, such as --out=weights.safetensors')
+  return export(values.workdir, values.checkpoint, values.out)
+
+
+def main(argv=None) -> int:
+  """Run the command."""
+  return command(__doc__, define, run, argv)
+
+
+if __name__ == '__main__':
+  sys.exit(main())

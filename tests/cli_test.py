@@ -1,0 +1,112 @@
+"""The `ilm-jax` command: its table of contents, packaged configs, and mistakes."""
+
+import pathlib
+import re
+
+import pytest
+import small
+
+from ilm_jax import cli, main
+from ilm_jax.configs import list as packaged
+from ilm_jax.evaluation import convert
+from ilm_jax.runs import run_file
+
+GOLDEN = small.ROOT / 'tests' / 'golden'
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+  """Run `ilm-jax` in this process; returns (exit code, standard output, standard error)."""
+  code = cli.main(['ilm-jax', *arguments])
+  return code, *capsys.readouterr()
+
+
+def test_help_lists_every_subcommand_and_each_has_help(capsys):
+  code, out, _ = call(capsys, '--help')
+  assert code == 0 and all(re.search(rf'^  {name} +\w', out, re.M) for name in cli.SUBCOMMANDS)
+  assert call(capsys) == (0, out, '') == call(capsys, 'help')
+  for name in cli.SUBCOMMANDS:
+    code, out, err = call(capsys, name, '--help')
+    assert (code, err) == (0, '') and len(out) > 40, name
+
+
+def test_an_unknown_subcommand_is_one_line(capsys):
+  code, out, err = call(capsys, 'trian')
+  assert (code, out, err.count('\n')) == (1, '', 1) and 'ilm-jax trian: expected one of train, eval' in err
+
+
+def test_the_version_is_printed(capsys):
+  assert re.fullmatch(r'ilm_jax (\d+\.\d+\.\d+\S*|unknown)\n', call(capsys, '--version')[1])
+
+
+def test_every_packaged_config_is_listed_and_loads(capsys):
+  import importlib
+
+  out = call(capsys, 'configs')[1]
+  files = {path.stem for path in pathlib.Path(packaged.FOLDER).glob('*.py')} - {'__init__', 'default', 'list'}
+  assert set(packaged.NAMES) == files
+  for line in out.splitlines():
+    if match := re.match(r'(\w+):(\w+)  +\S', line):
+      assert importlib.import_module(f'ilm_jax.configs.{match[1]}').get_config(match[2]).steps > 0
+  assert len(re.findall(r'^\w+:\w+  ', out, re.M)) == 13
+
+
+def test_a_packaged_config_is_found_by_its_name(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  file = str(packaged.FOLDER / 'star.py')
+  assert main.locate_config(['x', '--config=star:tiny', '--config.steps=5']) == [
+    'x',
+    f'--config={file}:tiny',
+    '--config.steps=5',
+  ]
+  assert main.locate_config(['x', '-config', 'star'])[2] == file
+  (tmp_path / 'star').write_text('')  # a file of this name comes first
+  assert main.locate_config(['x', '--config=star:tiny'])[1] == '--config=star:tiny'
+
+
+@pytest.mark.parametrize('value', ['nosuch:tiny', 'configs/nosuch.py', 'default', '../configs/star'])
+def test_a_config_that_does_not_exist_is_one_line_with_the_names(value, capsys):
+  code, _, err = call(capsys, 'train', f'--config={value}')
+  assert code == 1 and err.count('\n') == 1
+  assert 'no packaged config of this name: expected a path, or one of lm1b, star, text, tinystories, zebra' in err
+
+
+def test_a_renamed_setting_names_its_successor(capsys):
+  code, _, err = call(capsys, 'train', '--config=star:tiny', '--config.data.workers=2')
+  assert code == 1 and 'config.data.workers was renamed: use --config.data.num_workers' in err
+
+
+def test_old_configs_are_read_under_the_new_names():
+  old = {'data': {'workers': 3, 'rows': 4}, 'hosts': {'start_seconds': 9}, 'eval': {'judge': 'hf:x'}, 'steps': 1}
+  new = {'data': {'num_workers': 3, 'rows': 4}, 'distributed': {'initialization_timeout': 9}, 'steps': 1}
+  assert run_file.migrate(old) == {**new, 'eval': {'perplexity_model': 'hf:x'}}
+  assert run_file.migrate(new) == new
+
+
+def test_the_reference_numbers_are_met(capsys):
+  code, out, _ = call(capsys, 'convert', f'--check={GOLDEN}')
+  assert code == 0 and all(len(re.findall(rf'^{name} ', out, re.M)) >= 3 for name in convert.FAMILIES)
+
+
+def test_a_wrong_reference_number_fails_the_check(tmp_path, capsys):
+  import numpy as np
+
+  with np.load(GOLDEN / 'arm.npz') as file:
+    numbers = dict(file)
+  numbers['grad/embed_tokens.weight'] = numbers['grad/embed_tokens.weight'] * (1 + 1e-4)
+  np.savez(tmp_path / 'arm.npz', **numbers)
+  code, out, _ = call(capsys, 'convert', f'--check={tmp_path}')
+  assert code == 1 and re.search(r'^arm .*worst embed_tokens.weight +1\.0e-04  above the limit', out, re.M)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ([], 'expected --check=FOLDER, or --workdir=FOLDER with --out=FILE'),
+    (['--check=/nowhere'], 'expected a folder with ilm.npz, arm.npz or mdm.npz'),
+    (['--workdir=runs/x'], '--out is missing'),
+    (['--workdir=runs/x', '--out=x.bin'], 'expected a file that ends in .npz or .safetensors'),
+  ],
+)
+def test_mistakes_in_convert_are_one_line(arguments, message, capsys):
+  code, _, err = call(capsys, 'convert', *arguments)
+  assert code == 1 and err.count('\n') == 1 and message in err
