@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from ilm_jax.types import UserError
 
-NUM_REFERENCES = {'=': 2, '!=': 2, 'nbr': 2, 'ends': 1, 'immediate-left': 2, 'left-of': 2, 'inbetween': 3}  # by kind
+# Number of references of each kind of clue.
+NUM_REFERENCES = {'=': 2, '!=': 2, 'nbr': 2, 'ends': 1, 'immediate-left': 2, 'left-of': 2, 'inbetween': 3}
 SYMMETRIC = ('=', '!=', 'nbr')  # kinds whose two references can be swapped
 MAX_SIZE = 6  # largest number of houses, and of attributes: the vocabulary has the digits 0 to 5
 

@@ -8,7 +8,7 @@ from ilm_jax.tasks.zebra.solver import Solver, solve
 # Relative frequency of each kind of clue; the order of the kinds decides which puzzle a seed gives.
 WEIGHTS = {'=': 4, '!=': 1, 'nbr': 2, 'ends': 2, 'immediate-left': 2, 'left-of': 2, 'inbetween': 1}
 CLUES_BEFORE_SOLVING = 5  # clues drawn before the solver is called for the first time
-SWAP_PROBABILITY = 0.25  # of exchanging the two references of a symmetric clue
+SWAP_PROBABILITY = 0.25  # probability that the references of a symmetric clue are exchanged
 MAX_RELABELLINGS = 300  # attempts to move a puzzle to the requested split by renaming its values
 
 

@@ -23,7 +23,7 @@ from ilm_jax.tasks.zebra.generator import make_puzzle
 from ilm_jax.types import UserError
 
 SPLITS = ('train', 'validation', 'test')
-ORDERS = ('solver', 'sorted')  # of the cells in an answer
+ORDERS = ('solver', 'sorted')  # orders of the cells in an answer
 MIN_SIZE = 3  # smallest number of houses, and of attributes
 SECONDS_BETWEEN_LOGS = 10
 

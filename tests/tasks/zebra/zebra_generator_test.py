@@ -43,7 +43,7 @@ def test_numbers_of_clues_match_an_independent_implementation():
   """Compares the mean numbers of clues and of tokens (with ANSWER) for two sizes, and the commonest and rarest kind."""
   kinds = collections.Counter()
   for size, num_clues, num_tokens in (((3, 3), 5.3, 80.5), ((4, 4), 11.1, 158.5)):
-    some = [make_puzzle(np.random.default_rng((5, i)), *size) for i in range(200)]
+    some = [make_puzzle(np.random.default_rng((5, i)), *size) for i in range(150)]
     assert abs(np.mean([len(p.clues) for p in some]) - num_clues) < 0.35
     assert abs(np.mean([len(to_words(p.clues)) + 1 + 3 * len(p.cells) for p in some]) - num_tokens) < 3
     kinds.update(clue.kind for puzzle in some for clue in puzzle.clues)

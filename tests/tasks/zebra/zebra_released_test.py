@@ -5,31 +5,21 @@ import pickle
 
 import numpy as np
 import pytest
-from zebra_samples import CLUES, TABLE, assert_one_line, puzzles
+from zebra_samples import CLUES, TABLE, assert_one_line, puzzles, to_record, write_records
 
 from ilm_jax.tasks.zebra import released
-from ilm_jax.tasks.zebra.clues import Puzzle, to_words
+from ilm_jax.tasks.zebra.clues import Puzzle
 from ilm_jax.types import UserError
-
-
-def record(puzzle):
-  words = [*to_words(puzzle.clues), 'ANSWER', *(str(number) for cell in puzzle.cells for number in cell)]
-  return [words, puzzle.table, np.array([cell[:2] for cell in puzzle.cells], np.int16)]
-
-
-def write(path, records, protocol=4):
-  path.write_bytes(pickle.dumps(records, protocol))
-  return path
 
 
 def test_puzzles_of_every_pickle_protocol_are_read(tmp_path):
   some = puzzles()[::8]
   for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-    assert list(released.read(write(tmp_path / 'some.pkl', [record(p) for p in some], protocol))) == some
+    assert list(released.read(write_records(tmp_path / 'some.pkl', [to_record(p) for p in some], protocol))) == some
 
 
 def test_arrays_of_numpy_before_version_2_are_read(tmp_path):
-  content = pickle.dumps([record(puzzles()[0])], 2).replace(b'numpy._core.', b'numpy.core.')
+  content = pickle.dumps([to_record(puzzles()[0])], 2).replace(b'numpy._core.', b'numpy.core.')
   (tmp_path / 'old.pkl').write_bytes(content)
   assert b'numpy.core.multiarray' in content
   assert list(released.read(tmp_path / 'old.pkl')) == puzzles()[:1]
@@ -50,8 +40,8 @@ def test_a_pickle_that_calls_a_function_is_refused_before_the_call(tmp_path, pro
   bait = tmp_path / 'bait'
   for call in ((os.mkdir, (str(bait),)), (eval, (f'__import__("os").mkdir({str(bait)!r})',)), (np.load, ('x',)),
                (getattr, ([], 'append'))):  # fmt: skip
-    words, table, _ = record(puzzles()[0])
-    file = write(tmp_path / 'bad.pkl', [record(puzzles()[0]), [words, table, Attack(call)]], protocol)
+    words, table, _ = to_record(puzzles()[0])
+    file = write_records(tmp_path / 'bad.pkl', [to_record(puzzles()[0]), [words, table, Attack(call)]], protocol)
     with pytest.raises(UserError) as error:
       list(released.read(file))
     assert_one_line(error, 'refused', call[0].__name__)
@@ -59,7 +49,7 @@ def test_a_pickle_that_calls_a_function_is_refused_before_the_call(tmp_path, pro
 
 
 def test_a_truncated_pickle_is_refused_in_one_line(tmp_path):
-  content = write(tmp_path / 'whole.pkl', [record(p) for p in puzzles()[:20]]).read_bytes()
+  content = write_records(tmp_path / 'whole.pkl', [to_record(p) for p in puzzles()[:20]]).read_bytes()
   for size in (0, 1, 5, 100, len(content) // 2, len(content) - 1):
     (tmp_path / 'cut.pkl').write_bytes(content[:size])
     with pytest.raises(UserError) as error:
@@ -69,7 +59,7 @@ def test_a_truncated_pickle_is_refused_in_one_line(tmp_path):
 
 def malformed_records(puzzle):
   """Return records that differ from the layout, by what is wrong with them."""
-  words, table, order = record(puzzle)
+  words, table, order = to_record(puzzle)
   answer_start = words.index('ANSWER') + 1
   return {
     'two members': [words, table],
@@ -93,7 +83,7 @@ def malformed_records(puzzle):
 
 @pytest.mark.parametrize('what', malformed_records(Puzzle(CLUES, TABLE, [(0, 0, 0)])))
 def test_a_malformed_record_is_refused_in_one_line(tmp_path, what):
-  file = write(tmp_path / 'odd.pkl', [record(puzzles()[1]), malformed_records(puzzles()[0])[what]])
+  file = write_records(tmp_path / 'odd.pkl', [to_record(puzzles()[1]), malformed_records(puzzles()[0])[what]])
   with pytest.raises(UserError) as error:
     list(released.read(file))
   assert_one_line(error, 'odd.pkl, record 1', 'expected')

@@ -2,11 +2,12 @@
 
 import functools
 import itertools
+import pickle
 
 import numpy as np
 
 from ilm_jax.configs import zebra as zebra_config
-from ilm_jax.tasks.zebra.clues import Clue
+from ilm_jax.tasks.zebra.clues import Clue, to_words
 from ilm_jax.tasks.zebra.generator import ClueGenerator, make_puzzle
 
 # An example of the released data set: its text, its clues and its table.
@@ -65,3 +66,15 @@ def assert_one_line(error, *parts):
   assert '\n' not in str(error.value)
   for part in parts:
     assert part in str(error.value), f'{part!r} is not in {error.value}'
+
+
+def to_record(puzzle):
+  """Return a puzzle in the layout of the released files."""
+  words = [*to_words(puzzle.clues), 'ANSWER', *(str(number) for cell in puzzle.cells for number in cell)]
+  return [words, puzzle.table, np.array([cell[:2] for cell in puzzle.cells], np.int16)]
+
+
+def write_records(path, records, protocol=4):
+  """Pickle records into a file and return its path."""
+  path.write_bytes(pickle.dumps(list(records), protocol))
+  return path

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from zebra_samples import CLUES, TABLE, TEXT, all_tables, drawn
 
-from ilm_jax.tasks.zebra.clues import NUM_REFERENCES, Clue, from_words, is_solution, is_true
+from ilm_jax.tasks.zebra.clues import NUM_REFERENCES, Clue, from_words, is_solution, is_true, is_true_of_houses
 from ilm_jax.tasks.zebra.solver import Contradiction, Solver, find_table, solve
 
 
@@ -34,60 +34,29 @@ def slow_solve(clues, houses, attributes):
           return ref, min(may[ref])
     return None
 
-  def beside(at):
-    return {h + d for h in at for d in (-1, 1)}
-
   def apply(clue, may):
     """Narrow `may`, the possible houses of each reference; return the cell that the clue determines or None."""
-    kind, (a, *rest) = clue
-    b = rest[0] if rest else None
-    known = a if a in where else b
-    other = b if a in where else a
-    one_known = bool(rest) and (a in where or b in where)
-    if kind == '=':
-      if one_known:
-        return other, where[known]
-      may[a] = may[b] = may[a] & may[b]
-    elif kind == '!=':
-      if one_known:
-        may[other] = may[other] - {where[known]}
-    elif kind == 'nbr':
-      if one_known:
-        fewer = may[other] & beside({where[known]})
-        if fewer != may[other] and len(fewer) == 1:
-          return other, min(fewer)
-        may[other] = fewer
-      else:
-        for _ in range(2):
-          may[a] = may[a] & beside(may[b])
-          may[b] = may[b] & beside(may[a])
-    elif kind == 'immediate-left':
-      if one_known:
-        return other, where[known] + (1 if known == a else -1)
-      for _ in range(2):
-        may[a] = {h for h in may[a] if h + 1 in may[b]}
-        may[b] = {h for h in may[b] if h - 1 in may[a]}
-    elif kind == 'left-of':
-      before = may[a], may[b]
-      order(may, a, b)
-      if one_known and before != (may[a], may[b]) and len(may[other]) == 1:
-        return other, min(may[other])
-    elif kind == 'inbetween':
-      for _ in range(2):
-        order(may, a, b)
-        order(may, b, rest[1])
-    else:
+    kind, refs = clue
+    if kind == 'ends':
       for end, opposite in ((0, houses - 1), (houses - 1, 0)):
-        if end in filled_houses(a[0]):
-          return a, opposite
-      may[a] = may[a] & {0, houses - 1}
+        if end in filled_houses(refs[0][0]):
+          return refs[0], opposite
+      may[refs[0]] = may[refs[0]] & {0, houses - 1}
+      return None
+    one_known = len(refs) == 2 and any(ref in where for ref in refs)
+    if kind == '!=' and not one_known:
+      return None
+    before = dict(may)
+    relation = 'left-of' if kind == 'inbetween' else kind
+    for _ in range(2):
+      for a, b in itertools.pairwise(refs):
+        may[a] = {x for x in may[a] if any(is_true_of_houses(relation, (x, y), houses) for y in may[b])}
+        may[b] = {y for y in may[b] if any(is_true_of_houses(relation, (x, y), houses) for x in may[a])}
+    if one_known and kind != '!=':
+      other = refs[1] if refs[0] in where else refs[0]
+      if kind in ('=', 'immediate-left') or (may[other] != before[other] and len(may[other]) == 1):
+        return other, min(may[other])
     return None
-
-  def order(may, a, b):
-    if a not in where:
-      may[a] = {h for h in may[a] if h < max(may[b])}
-    if b not in where:
-      may[b] = {h for h in may[b] if h > min(may[a])}
 
   def attempt(sequence):
     may = {ref: {where[ref]} for ref in where}
@@ -117,7 +86,7 @@ def slow_solve(clues, houses, attributes):
 
 @pytest.mark.parametrize('size', [(3, 3), (3, 4), (4, 4), (5, 3)])
 def test_the_solver_agrees_with_the_slow_one(size):
-  for _, clues, kept in drawn(10, *size):
+  for _, clues, kept in drawn(6, *size):
     # The last two sets of clues are often too few to fill the table.
     for given in (clues, kept[::-1], kept[:-1], clues[: len(clues) // 2]):
       solver = Solver(*size, given)
@@ -130,7 +99,7 @@ def test_the_solver_agrees_with_the_slow_one_on_order_and_distance_alone():
   houses, rng = 6, np.random.default_rng(11)
   kinds = ['nbr', 'ends', 'immediate-left', 'left-of', 'inbetween']
   num_filled = 0
-  for _ in range(60):
+  for _ in range(40):
     table = [list(range(houses)), *(rng.permutation(houses).tolist() for _ in range(2))]
     clues = []
     while len(clues) < 8:
@@ -143,7 +112,7 @@ def test_the_solver_agrees_with_the_slow_one_on_order_and_distance_alone():
     used = solver.solve()
     assert (solver.filled_cells, used) == slow_solve(clues, houses, 2)
     num_filled += len(solver.filled_cells)
-  assert num_filled > 60
+  assert num_filled > 40
 
 
 def test_clues_can_be_added_between_calls_of_solve():

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from zebra_samples import TEXT, assert_one_line, task
 
 from ilm_jax.configs import zebra as zebra_config
@@ -33,10 +32,13 @@ def test_configs_are_consistent_with_the_task():
     assert cfg.sampling.max_steps >= zebra.longest_answer(cfg.task)
     assert zebra.longest_answer(cfg.task) == 3 * cfg.task.max_houses * cfg.task.max_attributes
     check_config(cfg.task)
-    assert isinstance(cfg.task, ConfigDict)
   assert zebra.longest(zebra_config.get_config('full').task) == 460, 'the block size of the paper'
   with pytest.raises(ValueError, match='small, full'):
     zebra_config.get_config('medium')
+
+
+def test_chance_is_that_of_random_permutations():
+  assert zebra.chance(task(max_houses=3, max_attributes=4)) == pytest.approx((6**-3 + 6**-4) / 2)
 
 
 def test_a_prompt_survives_decoding_and_encoding():
