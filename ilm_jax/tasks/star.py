@@ -214,7 +214,7 @@ def decode(tokens, cfg) -> str:
   pairs = [','.join(prompt[i : i + 2]) for i in range(0, len(prompt), 2)]
   is_path = len(answer) % 2 == 0 and answer[1:-1:2] == answer[2::2]
   if is_path:
-    answer_text = ','.join(answer[:1] + answer[1::2])
+    path = ','.join(answer[:1] + answer[1::2])
   else:
-    answer_text = '|'.join(','.join(answer[i : i + 2]) for i in range(0, len(answer), 2))
-  return '|'.join(pairs[:-1]) + '/' + pairs[-1] + '=' + answer_text
+    path = '|'.join(','.join(answer[i : i + 2]) for i in range(0, len(answer), 2))
+  return '|'.join(pairs[:-1]) + '/' + pairs[-1] + '=' + path
