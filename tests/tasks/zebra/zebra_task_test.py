@@ -26,7 +26,7 @@ def test_words_have_the_ids_of_the_reference_implementation():
 
 
 def test_configs_are_consistent_with_the_task():
-  for name in zebra_config.NAMES:
+  for name in ('small', 'full'):
     cfg = zebra_config.get_config(name)
     assert cfg.data.row_length >= zebra.longest(cfg.task) == cfg.sampling.max_length
     assert cfg.sampling.max_steps >= zebra.longest_answer(cfg.task)
