@@ -1,4 +1,4 @@
-"""Metrics as (total, weight) pairs: accumulation, padded batches and many hosts are then exact."""
+"""Metrics as (total, weight) pairs, which stay exact under accumulation, padded batches and several hosts."""
 
 import math
 
@@ -6,7 +6,7 @@ from ilm_jax.types import Metrics
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:
-  """Add two sets of pairs name by name; a name may be missing from either."""
+  """Return the sum of two metrics dicts, name by name; a name that only one of them has keeps its pair."""
   out = dict(a)
   for name, (total, weight) in b.items():
     old_total, old_weight = out.get(name, (0.0, 0.0))
@@ -15,37 +15,39 @@ def add(a: Metrics, b: Metrics) -> Metrics:
 
 
 def means(pairs: Metrics) -> dict[str, float]:
-  """The weighted means; a name of weight 0 is left out."""
+  """Return total / weight by name, without the names whose weight is 0."""
   return {name: float(total) / float(weight) for name, (total, weight) in pairs.items() if float(weight)}
 
 
 def order_statistics(steps, landmark: int | None = None) -> Metrics:
-  """In which order an answer came: pairs of `order_tau`, `order_adjacent` and, with a landmark, `order_junction`.
+  """Describe the order in which the tokens of an answer were inserted.
 
   Args:
-    steps: the step at which each token of the answer came in, in reading order; equal where several came at once.
-    landmark: index of a token whose place in the order is asked for.
+    steps: decoding step of each token of the answer, in reading order; tokens of one forward pass share a step.
+    landmark: index of the token whose place in the insertion order is reported as `order_junction`.
 
   Returns:
-    Kendall's tau between step and place (1: left to right; ties count as neither); the share of tokens that come in
-    beside the one of the step before, among the tokens there are then; the landmark's step over the last step.
+    (total, weight) pairs; a statistic that is undefined for the answer is missing:
+    order_tau: Kendall's tau between step and position; 1 is left to right, pairs of equal steps count as 0.
+    order_adjacent: share of tokens inserted next to the token of the previous step, at the time of the insertion.
+    order_junction: step of the landmark divided by the last step.
   """
   n, pairs = len(steps), {}
   if n > 1:
     signs = [(b > a) - (b < a) for i, a in enumerate(steps) for b in steps[i + 1 :]]
     pairs['order_tau'] = (sum(signs) / len(signs), 1.0)
-    at = {step: i for i, step in enumerate(steps)}
-    moves = [(at[s], at[s - 1]) for s in steps if s - 1 in at]
-    near = sum(all(steps[k] > steps[i] for k in range(min(i, j) + 1, max(i, j))) for i, j in moves)
+    index_of_step = {step: i for i, step in enumerate(steps)}
+    moves = [(index_of_step[s], index_of_step[s - 1]) for s in steps if s - 1 in index_of_step]
+    num_adjacent = sum(all(steps[k] > steps[i] for k in range(min(i, j) + 1, max(i, j))) for i, j in moves)
     if moves:
-      pairs['order_adjacent'] = (float(near), float(len(moves)))
+      pairs['order_adjacent'] = (float(num_adjacent), float(len(moves)))
     if landmark is not None and max(steps):
       pairs['order_junction'] = (steps[landmark] / max(steps), 1.0)
   return pairs
 
 
 def wilson(successes: float, trials: float, z: float = 1.959964) -> tuple[float, float]:
-  """Wilson's 95 % interval of a proportion."""
+  """Return the Wilson interval (low, high) of a proportion; the default z gives 95 %."""
   if not trials:
     return 0.0, 1.0
   p = successes / trials
@@ -56,7 +58,7 @@ def wilson(successes: float, trials: float, z: float = 1.959964) -> tuple[float,
 
 
 def percent(total: float, weight: float) -> str:
-  """A proportion for people: `99.60 % (996 of 1000; 95 % interval 98.98 - 99.84)`."""
+  """Format a proportion as `99.60 % (996 of 1000; 95 % interval 98.98 - 99.84)`."""
   low, high = (100 * bound for bound in wilson(total, weight))
   share = 100 * total / max(weight, 1)
   return f'{share:.2f} % ({total:.0f} of {weight:.0f}; 95 % interval {low:.2f} - {high:.2f})'

@@ -1,21 +1,22 @@
-"""The released zebra puzzles (Shah et al. 2024): pickled lists of [tokens, table, order], read without trusting them.
+"""The zebra puzzles that Shah et al. (2024) released as pickle files, read without running any code from the files.
 
-`tokens` are words: the clues, `ANSWER`, then `attribute house value` for each cell in the order of solving; `table` has
-row 0 with the numbers of the houses and a row for each attribute; `order` is an array that says nothing new.
+A file is a pickled list of [words, table, order]. `words` are the clues, `ANSWER`, then `attribute house value` for
+each cell in the order in which the solver fills them; `table` has the house numbers in row 0 and one more row for each
+attribute; `order` is an array that repeats information from `words`.
 """
 
 import gc
 import pathlib
 import pickle
 
-from ilm_jax.tasks.zebra.puzzles import Puzzle, from_words
+from ilm_jax.tasks.zebra.clues import Puzzle, from_words, is_digit
 from ilm_jax.types import UserError
 
-LAYOUT = 'expected a pickled list of [tokens, table, order], as Shah et al. 2024 released it'
+LAYOUT = 'expected a pickled list of [words, table, order], as Shah et al. 2024 released it'
 
 
-class _Ignored:
-  """Stands in for all of NumPy in a pickle: the arrays there are not needed, so none of its code is run."""
+class _Placeholder:
+  """Replaces every NumPy object of a pickle: the arrays are not needed, so no NumPy code has to run."""
 
   __slots__ = ()
 
@@ -26,48 +27,49 @@ class _Ignored:
     pass
 
 
-_NUMPY = {
+# (module, name) of the functions and classes that a pickled NumPy array refers to, in old and new versions of NumPy.
+_NUMPY_GLOBALS = {
   *((f'numpy.{core}.multiarray', '_reconstruct') for core in ('core', '_core')),
   *((f'numpy.{core}.numeric', '_frombuffer') for core in ('core', '_core')),
   *(('numpy', name) for name in ('ndarray', 'dtype')),
-  ('_codecs', 'encode'),  # the bytes of arrays in old protocols
+  ('_codecs', 'encode'),  # encodes the bytes of an array in pickle protocols 0 to 2
 }
 
 
-class _Refused(Exception):
-  pass
+class _ForbiddenGlobal(Exception):
+  """The pickle refers to a function or class other than those of NumPy arrays."""
 
 
 class _Unpickler(pickle.Unpickler):
-  """Makes lists, numbers and strings; arrays become stand-ins, and anything else is refused."""
+  """Loads lists, numbers and strings; puts placeholders for arrays, and raises _ForbiddenGlobal for anything else."""
 
   def find_class(self, module, name):
-    if (module, name) not in _NUMPY:
-      raise _Refused(f'{module}.{name}')
-    return _Ignored
+    if (module, name) not in _NUMPY_GLOBALS:
+      raise _ForbiddenGlobal(f'{module}.{name}')
+    return _Placeholder
 
 
-def files(path: str) -> dict[str, pathlib.Path]:
-  """The files of a path: {'all': the file itself}, or {'train': ..., 'test': ...} of a folder."""
+def find_files(path: str) -> dict[str, pathlib.Path]:
+  """Return {'all': path} if the path is a file, or {'train': ..., 'test': ...} if it is a folder with both sets."""
   place = pathlib.Path(path).expanduser()
   if place.is_file():
     return {'all': place}
   if not place.is_dir():
-    raise UserError(f'task.path={path}: there is no such file or folder; name the released pickles, or task.path=""')
+    raise UserError(f'task.path={path}: no such file or folder; name the released pickle files, or set task.path=""')
   found = {}
   for split in ('train', 'test'):
-    fits = [file for file in sorted(place.iterdir()) if split in file.name and file.suffix in ('.pkl', '.pickle')]
-    if len(fits) != 1:
+    files = [file for file in sorted(place.iterdir()) if split in file.name and file.suffix in ('.pkl', '.pickle')]
+    if len(files) != 1:
       raise UserError(
-        f'task.path={path}: expected one .pkl file with {split!r} in its name, found {len(fits)}; '
-        'name a folder with the two released files, or one file'
+        f'task.path={path}: expected one .pkl file with {split!r} in its name, found {len(files)}; '
+        'name a folder with the two released files, or a single file'
       )
-    found[split] = fits[0]
+    found[split] = files[0]
   return found
 
 
 def read(file: pathlib.Path):
-  """Yield the puzzles of a file. The whole pickle is in memory first, and its records are freed one by one.
+  """Yield the puzzles of a file; the whole pickle is loaded first, then each record is freed after use.
 
   Raises:
     UserError: the file is truncated, has another layout, or holds anything but lists, strings, numbers and arrays.
@@ -77,56 +79,62 @@ def read(file: pathlib.Path):
     raise UserError(f'{file}: {LAYOUT}, got {type(records).__name__}')
   for index, record in enumerate(records):
     records[index] = None
-    yield _puzzle(record, f'{file}, record {index}')
+    yield _to_puzzle(record, f'{file}, record {index}')
 
 
 def _load(file: pathlib.Path):
-  collecting = gc.isenabled()
-  gc.disable()  # millions of new lists, none of them garbage
+  """Unpickle a file; raise UserError if it is refused, unreadable or damaged."""
+  gc_was_enabled = gc.isenabled()
+  gc.disable()  # all of the millions of new lists stay alive, so collecting garbage would only cost time
   try:
     with file.open('rb') as stream:
       return _Unpickler(stream).load()
-  except _Refused as error:
+  except _ForbiddenGlobal as error:
     raise UserError(
-      f'{file}: refused, it holds {error}; only lists, strings, numbers and arrays are read from a pickle'
+      f'{file}: refused because the pickle refers to {error}; expected only lists, strings, numbers and arrays'
     ) from None
   except OSError as error:
     raise UserError(f'{file} cannot be read ({error.strerror or error})') from None
   except MemoryError:
-    raise UserError(f'{file}: too large for the memory of this machine, or damaged') from None
-  except Exception as error:  # a damaged pickle may raise anything
+    raise UserError(f'{file}: the file is damaged, or too large for the memory of this machine') from None
+  except Exception as error:  # a damaged pickle can raise any exception
     if isinstance(error, EOFError) or 'truncated' in str(error):
       raise UserError(f'{file}: the pickle is truncated; copy it again') from None
-    raise UserError(f'{file}: no pickle that can be read ({type(error).__name__}); {LAYOUT}') from None
+    raise UserError(f'{file}: not a readable pickle ({type(error).__name__}); {LAYOUT}') from None
   finally:
-    if collecting:
+    if gc_was_enabled:
       gc.enable()
 
 
-def _puzzle(record, where: str) -> Puzzle:
-  """Check a record against its layout: words, sizes, and cells that are those of the table."""
+def _to_puzzle(record, where: str) -> Puzzle:
+  """Check a record and return it as a puzzle; `where` names the record in error messages."""
   if type(record) not in (list, tuple) or len(record) != 3:
     raise UserError(f'{where}: {LAYOUT}')
   words, table, _ = record
   if type(words) is not list or not all(type(word) is str for word in words) or words.count('ANSWER') != 1:
-    raise UserError(f'{where}: expected a list of words with one ANSWER among them')
+    raise UserError(f'{where}: expected a list of words with one ANSWER in it')
   if type(table) is not list or len(table) < 2 or not all(_is_row(row, len(table[0])) for row in table):
-    raise UserError(f'{where}: expected a table of lists, each with the numbers 0 ... n-1')
-  houses, attributes, at = len(table[0]), len(table) - 1, words.index('ANSWER')
+    raise UserError(f'{where}: expected a table: a list of rows, each with the numbers 0 ... n-1 in some order')
+  houses, attributes = len(table[0]), len(table) - 1
+  answer_start = words.index('ANSWER') + 1
   try:
-    clues = from_words(words[:at])
+    clues = from_words(words[: answer_start - 1])
   except UserError as error:
     raise UserError(f'{where}: {error}') from None
-  digits = words[at + 1 :]
-  cells = [(a, h, table[a + 1][h]) for a in range(attributes) for h in range(houses)]
-  fills = [tuple(int(d) for d in digits[i : i + 3] if len(d) == 1 and d in '012345') for i in range(0, len(digits), 3)]
-  if sorted(fills) != cells or table[0] != list(range(houses)):
-    raise UserError(f'{where}: expected `attribute house value` of each of the {len(cells)} cells of the table')
+  digits = words[answer_start:]
+  cells = [tuple(int(d) for d in digits[i : i + 3] if is_digit(d)) for i in range(0, len(digits), 3)]
+  table_cells = [(a, h, table[a + 1][h]) for a in range(attributes) for h in range(houses)]
+  if sorted(cells) != table_cells or table[0] != list(range(houses)):
+    raise UserError(
+      f'{where}: expected `attribute house value` for each of the {len(table_cells)} cells of the table, and the house '
+      'numbers in row 0'
+    )
   if any(value >= houses or row > attributes for clue in clues for row, value in clue.refs):
     raise UserError(
-      f'{where}: a clue names a house, a value or an attribute that is not in the table, expected 0 ... n-1'
+      f'{where}: a clue names a house, value or attribute that is not in the table: expected houses and values below '
+      f'{houses}, attributes below {attributes}'
     )
-  return Puzzle(clues, table, fills)
+  return Puzzle(clues, table, cells)
 
 
 def _is_row(row, houses: int) -> bool:

@@ -1,0 +1,170 @@
+"""A generator of random zebra puzzles: draws a table, then true clues until the solver can fill the table."""
+
+import numpy as np
+
+from ilm_jax.tasks.zebra.clues import SYMMETRIC, Clue, Puzzle, canonical, split_of
+from ilm_jax.tasks.zebra.solver import Solver, solve
+
+# Relative frequency of each kind of clue; the order of the kinds decides which puzzle a seed gives.
+WEIGHTS = {'=': 4, '!=': 1, 'nbr': 2, 'ends': 2, 'immediate-left': 2, 'left-of': 2, 'inbetween': 1}
+CLUES_BEFORE_SOLVING = 5  # clues drawn before the solver is called for the first time
+SWAP_PROBABILITY = 0.25  # probability that the references of a symmetric clue are exchanged
+MAX_RELABELLINGS = 300  # attempts to move a puzzle to the requested split by renaming its values
+
+
+class ClueGenerator:
+  """Draws a random table, and clues that are true of it.
+
+  Attributes:
+    table: the table; row 0 holds the house numbers.
+    clues: all clues drawn so far, including those the solver did not need.
+    solver: the solver, which has been given these clues.
+    row_counts: for each row of the table, how many references in the clues belong to it.
+    guided: whether the solver has been called; clues then aim at rows with few filled cells.
+  """
+
+  def __init__(self, rng: np.random.Generator, houses: int, attributes: int):
+    self.rng, self.houses, self.attributes = rng, houses, attributes
+    self.table = [list(range(houses)), *(rng.permutation(houses).tolist() for _ in range(attributes))]
+    self.solver = Solver(houses, attributes)
+    self.clues, self.guided = [], False
+    self.row_counts = [0] * (attributes + 1)
+    self._draw = {
+      '=': self._draw_equal,
+      '!=': self._draw_unequal,
+      'nbr': self._draw_neighbours,
+      'ends': self._draw_ends,
+      'immediate-left': self._draw_immediate_left,
+      'left-of': self._draw_left_of,
+      'inbetween': self._draw_in_between,
+    }
+
+  def run(self) -> list[Clue]:
+    """Draw clues until the solver fills the table.
+
+    Returns:
+      The clues that a solver uses when it gets all of them at once; some symmetric ones have their references swapped.
+    """
+    seen = set()
+    kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
+    while not self.solver.solved:
+      kind = kinds[self._weighted_index(weights)]
+      cells = self._draw[kind]()  # (row, house) of each reference
+      clue = Clue(kind, tuple((row, self.table[row][house]) for row, house in cells))
+      if canonical(clue) in seen or all(map(self.solver.is_known, clue.refs)):
+        continue
+      seen.add(canonical(clue))
+      self.clues.append(clue)
+      self.solver.add(clue)
+      for row, _ in clue.refs:
+        self.row_counts[row] += 1
+      if len(self.clues) >= CLUES_BEFORE_SOLVING:
+        self.guided = True
+        self.solver.solve()
+    used = Solver(self.houses, self.attributes, self.clues).solve()
+    return [self._maybe_swap(clue) for i, clue in enumerate(self.clues) if i in used]
+
+  def _maybe_swap(self, clue: Clue) -> Clue:
+    swap = clue.kind in SYMMETRIC and self.rng.random() < SWAP_PROBABILITY
+    return Clue(clue.kind, clue.refs[::-1]) if swap else clue
+
+  def _below(self, n: int) -> int:
+    """Draw a uniform integer from 0 to n-1."""
+    return int(self.rng.random() * n)
+
+  def _weighted_index(self, weights: list[float]) -> int:
+    """Draw an index with probability proportional to its weight."""
+    remaining = self.rng.random() * sum(weights)
+    for i, weight in enumerate(weights):
+      remaining -= weight
+      if remaining < 0:
+        return i
+    return len(weights) - 1
+
+  def _row(self) -> int:
+    """Draw a row; rows that occur often in the clues are less likely, and so is row 0 (the house numbers)."""
+    weights = [1 / (3 + count) for count in self.row_counts]
+    weights[0] /= 5
+    return self._weighted_index(weights)
+
+  def _row_unless(self, is_refused) -> int:
+    """Draw a row for which `is_refused(row)` is false."""
+    while is_refused(row := self._row()):
+      pass
+    return row
+
+  def _cell(self) -> tuple[int, int]:
+    """Draw a cell (row, house); once the solver has run, prefer rows with few filled cells, and filled cells there."""
+    if not self.guided:
+      return self._row(), self._below(self.houses)
+    row = self._weighted_index([self.houses - self.solver.num_filled(row) + 1 for row in range(self.attributes + 1)])
+    return row, self._weighted_index([5 if self.solver.is_filled(row, house) else 1 for house in range(self.houses)])
+
+  def _cell_before_last_house(self) -> tuple[int, int]:
+    """Draw a cell (row, house) outside the last house."""
+    while (cell := self._cell())[1] >= self.houses - 1:
+      pass
+    return cell
+
+  # One method for each kind of clue; it returns the cells (row, house) that the references of a true clue name.
+
+  def _draw_equal(self):
+    row, house = self._cell()
+    return (row, house), (self._row_unless(lambda other: other == row), house)
+
+  def _draw_unequal(self):
+    row, house = self._cell()
+    other = self._row_unless(lambda other: other == row)
+    return (row, house), (other, (house + 1 + self._below(self.houses - 1)) % self.houses)
+
+  def _draw_neighbours(self):
+    row, house = self._cell()
+    other = self._row_unless(lambda other: row == other == 0)
+    neighbours = [h for h in (house - 1, house + 1) if 0 <= h < self.houses]
+    return (row, house), (other, neighbours[self._below(len(neighbours))])
+
+  def _draw_immediate_left(self):
+    row, house = self._cell_before_last_house()
+    return (row, house), (self._row_unless(lambda other: row == other == 0), house + 1)
+
+  def _draw_left_of(self):
+    row, house = self._cell_before_last_house()
+    other = self._below(self.attributes + 1)
+    if row == other == 0:
+      other = self._row_unless(lambda other: other == 0)
+    return (row, house), (other, house + 1 + self._below(self.houses - 1 - house))
+
+  def _draw_in_between(self):
+    while True:
+      row, house = self._row(), self._below(self.houses)
+      if house <= self.houses - 3:
+        break
+    right = self._row_unless(lambda other: other == 0), house + 2 + self._below(self.houses - 2 - house)
+    middle = self._row_unless(lambda other: other == 0), house + 1 + self._below(right[1] - house - 1)
+    return (row, house), middle, right
+
+  def _draw_ends(self):
+    return ((self._row_unless(lambda row: row == 0), (0, self.houses - 1)[self._below(2)]),)
+
+
+def relabel(rng: np.random.Generator, clues: list[Clue], houses: int, attributes: int) -> list[Clue]:
+  """Rename the values of every attribute at random; the new puzzle is as likely as the old, with another identity."""
+  new_values = [list(range(houses)), *(rng.permutation(houses).tolist() for _ in range(attributes))]
+  return [Clue(kind, tuple((row, new_values[row][value]) for row, value in refs)) for kind, refs in clues]
+
+
+def make_puzzle(rng: np.random.Generator, houses: int, attributes: int, split: str | None = None) -> Puzzle | None:
+  """Draw a random puzzle, of the given split if any.
+
+  Returns:
+    The puzzle. None, rarely: the solver fails on the clues that were kept, or no relabelling belongs to the split.
+  """
+  clues = ClueGenerator(rng, houses, attributes).run()
+  for _ in range(MAX_RELABELLINGS):
+    if split in (None, split_of(clues, houses, attributes)):
+      break
+    clues = relabel(rng, clues, houses, attributes)
+  else:
+    return None
+  solver = solve(clues, houses, attributes)
+  return Puzzle(clues, solver.table(), solver.filled_cells) if solver.solved else None

@@ -1,0 +1,339 @@
+"""Solvers for zebra puzzles: `Solver` combines a few clues at a time, as people do; `find_table` uses backtracking."""
+
+import itertools
+
+from ilm_jax.tasks.zebra.clues import Clue, is_true_of_houses
+
+MAX_COMBINED_CLUES = 3  # clues that the solver combines to fill one cell
+
+
+class Contradiction(Exception):
+  """The clues leave a value without a possible house, or a house without a possible value."""
+
+
+class Solver:
+  """Fills a table cell by cell, by combining up to three clues and eliminating candidates.
+
+  It runs in polynomial time and fills a cell only if the clues imply its value, but it does not solve every puzzle that
+  has a unique solution. New clues can be added after a call of `solve`.
+
+  The candidates of a reference (row, value) are the houses in which the value may still be. A *state* holds the
+  candidates of all references in one integer: n bits for each reference, with reference r = row * n + value at bit r*n.
+
+  To fill a cell, the solver takes a sequence of clues, starts from the state in which every open value may be in every
+  open house of its row, and applies the clues one after the other. If this determines a cell, the cell is filled, the
+  narrowed candidates are discarded, and the search starts again from the new table. Sequences of one clue are tried
+  first, then those of two, then of three, each in lexicographic order. `_tried` records which clues were applied to
+  which state, so no sequence is tried twice on the same table: a clue added later costs only the sequences that contain
+  it, and clues that change nothing or lead to a known state cost nothing more.
+
+  Attributes:
+    houses, attributes: size of the puzzle.
+    filled_cells: the cells (attribute, house, value) in the order in which they were filled.
+  """
+
+  def __init__(self, houses: int, attributes: int, clues=()):
+    self.houses, self.attributes = houses, attributes
+    self.filled_cells = []
+    # The table, indexed by reference; the references of row 0, the house numbers, are known from the start.
+    self._known = [True] * houses + [False] * (houses * attributes)
+    self._house = list(range(houses)) + [-1] * (houses * attributes)  # house of each reference, -1 if unknown
+    self._all_houses = (1 << houses) - 1  # bit mask of houses
+    self._open_houses = [0] + [self._all_houses] * attributes  # bit mask of the empty cells of each row
+    self._clues = []  # (rule, references, rows) of every clue
+    self._open_clues = 0  # bit mask of the clues with a reference whose house is unknown
+    self._rules = {
+      '=': self._equal,
+      '!=': self._unequal,
+      'nbr': self._neighbours,
+      'ends': self._ends,
+      'immediate-left': self._immediate_left,
+      'left-of': self._left_of,
+      'inbetween': self._in_between,
+    }
+    self._reset_search()
+    for clue in clues:
+      self.add(clue)
+
+  @property
+  def solved(self) -> bool:
+    """Whether all cells are filled."""
+    return len(self.filled_cells) == self.houses * self.attributes
+
+  def is_known(self, ref: tuple[int, int]) -> bool:
+    """Return whether the house of a reference (row, value) is known."""
+    return self._known[ref[0] * self.houses + ref[1]]
+
+  def num_filled(self, row: int) -> int:
+    """Return the number of filled cells of a row."""
+    return self.houses - self._open_houses[row].bit_count()
+
+  def is_filled(self, row: int, house: int) -> bool:
+    """Return whether a cell is filled."""
+    return not self._open_houses[row] >> house & 1
+
+  def table(self) -> list[list[int]]:
+    """Return the table, with -1 in empty cells."""
+    out = [[-1] * self.houses for _ in range(self.attributes + 1)]
+    for ref, house in enumerate(self._house):
+      if house >= 0:
+        out[ref // self.houses][house] = ref % self.houses
+    return out
+
+  def add(self, clue: Clue) -> None:
+    """Add a clue, for the next call of `solve`."""
+    refs = tuple(row * self.houses + value for row, value in clue.refs)
+    if not all(self._known[ref] for ref in refs):
+      self._open_clues |= 1 << len(self._clues)
+    self._clues.append((self._rules[clue.kind], refs, tuple(sorted({row for row, _ in clue.refs}))))
+
+  def solve(self) -> set[int]:
+    """Fill cells until the rules determine no more; return the indices of the clues that were used.
+
+    Raises:
+      Contradiction: no table satisfies the clues.
+    """
+    used = set()
+    while not self.solved:
+      for length in range(1, MAX_COMBINED_CLUES + 1):
+        if success := self._search(self._start_state, (), length):
+          break
+      else:
+        break
+      used.update(success[0])
+      self._commit(*success[1])
+    return used
+
+  def _search(self, state: int, applied: tuple[int, ...], length: int):
+    """Apply `length` more clues to a state, in every possible way.
+
+    All shorter sequences have failed before, so a clue that does not change the state cannot begin a longer one.
+
+    Returns:
+      (clue indices, (reference, house)) of the first sequence that determines a cell, or None.
+    """
+    tried, children = self._tried.setdefault(state, [0, {}])
+    applied_mask = sum(1 << i for i in applied)
+    if length > 1:
+      for index, child in sorted(children.items()):
+        if not applied_mask >> index & 1 and (success := self._search(child, (*applied, index), length - 1)):
+          return success
+      return None
+    untried = self._open_clues & ~tried & ~applied_mask
+    while untried:
+      index = _lowest(untried)
+      untried &= untried - 1
+      child, cell = self._apply(state, index)
+      if cell is not None:
+        return (*applied, index), cell
+      self._tried[state][0] |= 1 << index
+      if child != state:
+        children[index] = child
+    return None
+
+  def _apply(self, state: int, index: int):
+    """Apply a clue, then eliminate; return the new state and the determined cell (reference, house) or None."""
+    rule, refs, rows = self._clues[index]
+    new, cell = rule(state, *refs)
+    if cell is None and new != state:
+      bits_per_row = self.houses * self.houses
+      for row in rows:
+        row_changed = (new ^ state) >> row * bits_per_row & (1 << bits_per_row) - 1
+        if row_changed and (cell := self._eliminate(new, row)):
+          break
+    if cell is not None and not (0 <= cell[1] < self.houses and self._candidates(new, cell[0]) >> cell[1] & 1):
+      raise Contradiction
+    return new, cell
+
+  def _eliminate(self, state: int, row: int):
+    """Return a determined cell (reference, house) of a row, or None.
+
+    This is the first house with one possible value, otherwise the first value with one possible house.
+    """
+    once = twice = 0  # bit masks of the houses that are candidates of at least one value, and of at least two
+    single_candidate = None
+    open_refs = [ref for ref in range(row * self.houses, (row + 1) * self.houses) if not self._known[ref]]
+    for ref in open_refs:
+      candidates = self._candidates(state, ref)
+      twice |= once & candidates
+      once |= candidates
+      if single_candidate is None and not candidates & (candidates - 1):
+        single_candidate = ref, candidates.bit_length() - 1
+    if once != self._open_houses[row]:
+      raise Contradiction
+    if exactly_once := once & ~twice:
+      house = _lowest(exactly_once)
+      return next(ref for ref in open_refs if self._candidates(state, ref) >> house & 1), house
+    return single_candidate
+
+  def _commit(self, ref: int, house: int) -> None:
+    """Fill a cell, and then every row with one empty cell; drop the clues whose references are all known."""
+    self._fill(ref, house)
+    for row in range(1, self.attributes + 1):
+      if self._open_houses[row].bit_count() == 1:
+        last = next(r for r in range(row * self.houses, (row + 1) * self.houses) if not self._known[r])
+        self._fill(last, self._open_houses[row].bit_length() - 1)
+    for index, (_, refs, _) in enumerate(self._clues):
+      if all(self._known[r] for r in refs):
+        self._open_clues &= ~(1 << index)
+    self._reset_search()
+
+  def _fill(self, ref: int, house: int) -> None:
+    row, value = divmod(ref, self.houses)
+    self._known[ref], self._house[ref] = True, house
+    self._open_houses[row] &= ~(1 << house)
+    self.filled_cells.append((row - 1, house, value))
+
+  def _reset_search(self) -> None:
+    """Compute the start state of the current table: every open value may be in every open house of its row."""
+    masks = [
+      1 << self._house[ref] if known else self._open_houses[ref // self.houses] for ref, known in enumerate(self._known)
+    ]
+    self._start_state = sum(mask << ref * self.houses for ref, mask in enumerate(masks))
+    # State -> [bit mask of the clues that were applied to it and determined no cell, {clue: new state, if different}].
+    self._tried = {}
+
+  def _candidates(self, state: int, ref: int) -> int:
+    """Return the bit mask of the houses in which a reference may be."""
+    return state >> ref * self.houses & self._all_houses
+
+  def _restrict(self, state: int, ref: int, allowed: int) -> int:
+    """Remove the candidates of an open reference outside the bit mask `allowed`; return the new state."""
+    candidates = self._candidates(state, ref)
+    if self._known[ref] or not candidates & ~allowed:
+      return state
+    if not candidates & allowed:
+      raise Contradiction
+    return state ^ (candidates & ~allowed) << ref * self.houses
+
+  def _beside(self, houses: int) -> int:
+    """Return the bit mask of the houses next to one of the given houses."""
+    return (houses << 1 | houses >> 1) & self._all_houses
+
+  # Rules, one for each kind of clue. A rule takes a state and the references of a clue, at least one of them open, and
+  # returns the new state and the cell (reference, house) that the clue determines, or None. For two open references,
+  # restricting a by b and then b by a is enough; a second pass would remove nothing. `inbetween` needs two passes.
+
+  def _equal(self, state, a, b):
+    if self._known[a] or self._known[b]:
+      return state, (b, self._house[a]) if self._known[a] else (a, self._house[b])
+    state = self._restrict(state, a, self._candidates(state, b))
+    return self._restrict(state, b, self._candidates(state, a)), None
+
+  def _unequal(self, state, a, b):
+    if self._known[a]:
+      state = self._restrict(state, b, ~(1 << self._house[a]))
+    elif self._known[b]:
+      state = self._restrict(state, a, ~(1 << self._house[b]))
+    return state, None
+
+  def _neighbours(self, state, a, b):
+    if self._known[a] or self._known[b]:
+      known, other = (a, b) if self._known[a] else (b, a)
+      new = self._restrict(state, other, self._beside(1 << self._house[known]))
+      candidates = self._candidates(new, other)
+      is_single = new != state and not candidates & (candidates - 1)
+      return new, (other, candidates.bit_length() - 1) if is_single else None
+    state = self._restrict(state, a, self._beside(self._candidates(state, b)))
+    return self._restrict(state, b, self._beside(self._candidates(state, a))), None
+
+  def _immediate_left(self, state, a, b):
+    if self._known[a] or self._known[b]:
+      return state, (b, self._house[a] + 1) if self._known[a] else (a, self._house[b] - 1)
+    state = self._restrict(state, a, self._candidates(state, b) >> 1)
+    return self._restrict(state, b, self._candidates(state, a) << 1), None
+
+  def _restrict_order(self, state, a, b):
+    """Restrict by a < b: a is left of the rightmost candidate of b, and b right of the leftmost candidate of a."""
+    state = self._restrict(state, a, (1 << self._candidates(state, b).bit_length() - 1) - 1)
+    return self._restrict(state, b, -2 << _lowest(self._candidates(state, a)))
+
+  def _left_of(self, state, a, b):
+    new = self._restrict_order(state, a, b)
+    if new != state and (self._known[a] or self._known[b]):
+      other = b if self._known[a] else a
+      candidates = self._candidates(new, other)
+      if not candidates & (candidates - 1):
+        return new, (other, candidates.bit_length() - 1)
+    return new, None
+
+  def _in_between(self, state, a, b, c):
+    for _ in range(2):
+      state = self._restrict_order(self._restrict_order(state, a, b), b, c)
+    return state, None
+
+  def _ends(self, state, a):
+    row, last = a // self.houses, self.houses - 1
+    if self.is_filled(row, 0) or self.is_filled(row, last):
+      return state, (a, last if self.is_filled(row, 0) else 0)
+    return self._restrict(state, a, 1 | 1 << last), None
+
+
+def _lowest(bits: int) -> int:
+  """Return the index of the lowest set bit."""
+  return (bits & -bits).bit_length() - 1
+
+
+def solve(clues: list[Clue], houses: int, attributes: int) -> Solver:
+  """Return a solver that has filled all cells it can; raise Contradiction if it finds that no table fits the clues."""
+  solver = Solver(houses, attributes, clues)
+  solver.solve()
+  return solver
+
+
+def find_table(clues: list[Clue], houses: int, attributes: int, max_nodes: int = 300) -> list[list[int]] | None:
+  """Search for a table that satisfies the clues, by backtracking with constraint propagation.
+
+  Returns:
+    A table, or None if there is none.
+
+  Raises:
+    TimeoutError: the search visited `max_nodes` nodes without an answer.
+  """
+  node_numbers = itertools.count(1)
+  refs = [(row, value) for row in range(1, attributes + 1) for value in range(houses)]
+
+  def propagate(candidates):
+    """Remove the houses that a clue or another value of the row excludes; return None on a contradiction."""
+    while True:
+      before = dict(candidates)
+      for kind, names in clues:
+        fits = [at for at in itertools.product(*map(candidates.get, names)) if consistent(names, at, kind)]
+        for i, ref in enumerate(names):
+          candidates[ref] = {at[i] for at in fits}
+      for row, value in refs:
+        if len(candidates[row, value]) == 1:
+          for other in range(houses):
+            if other != value:
+              candidates[row, other] = candidates[row, other] - candidates[row, value]
+      if not all(candidates.values()):
+        return None
+      if candidates == before:
+        return candidates
+
+  def consistent(names, at, kind):
+    pairs = itertools.combinations(zip(names, at, strict=True), 2)
+    distinct = all((r == s) == (x == y) for (r, x), (s, y) in pairs if r[0] == s[0])
+    return distinct and is_true_of_houses(kind, at, houses)
+
+  def search(candidates):
+    if next(node_numbers) > max_nodes:
+      raise TimeoutError
+    candidates = propagate(candidates)
+    if candidates is None:
+      return None
+    undecided = [ref for ref in refs if len(candidates[ref]) > 1]
+    if not undecided:
+      return candidates
+    ref = min(undecided, key=lambda r: len(candidates[r]))
+    results = (search({**candidates, ref: {house}}) for house in sorted(candidates[ref]))
+    return next((result for result in results if result is not None), None)
+
+  start = {(0, house): {house} for house in range(houses)} | {ref: set(range(houses)) for ref in refs}
+  solution = search(start)
+  if solution is None:
+    return None
+  table = [[-1] * houses for _ in range(attributes + 1)]
+  for (row, value), at in solution.items():
+    table[row][min(at)] = value
+  return table

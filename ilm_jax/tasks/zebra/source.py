@@ -1,0 +1,254 @@
+"""The examples of zebra puzzles: generated (in several processes, cached on disk) or read from the released files."""
+
+import array
+import concurrent.futures.process
+import contextlib
+import functools
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+
+from ilm_jax.data import builders
+from ilm_jax.tasks.zebra import released
+from ilm_jax.tasks.zebra.clues import MAX_SIZE, Puzzle, identity, split_of
+from ilm_jax.tasks.zebra.encoding import max_tokens, to_example, to_ids
+from ilm_jax.tasks.zebra.generator import make_puzzle
+from ilm_jax.types import UserError
+
+SPLITS = ('train', 'validation', 'test')
+ORDERS = ('solver', 'sorted')  # orders of the cells in an answer
+MIN_SIZE = 3  # smallest number of houses, and of attributes
+SECONDS_BETWEEN_LOGS = 10
+
+
+def check_config(cfg) -> None:
+  """Raise UserError if a setting is out of range, or if the settings contradict each other."""
+  for what in ('houses', 'attributes'):
+    low, high = cfg[f'min_{what}'], cfg[f'max_{what}']
+    if not MIN_SIZE <= low <= high <= MAX_SIZE:
+      raise UserError(
+        f'task.min_{what}={low}, task.max_{what}={high}: expected {MIN_SIZE} <= min_{what} <= max_{what} <= {MAX_SIZE}'
+      )
+  if cfg.order not in ORDERS:
+    raise UserError(f'task.order={cfg.order!r}: expected one of {", ".join(ORDERS)}')
+  if cfg.num_workers < 0:
+    raise UserError(f'task.num_workers={cfg.num_workers}: expected a number of processes, or 0 to start none')
+  if cfg.cache and not cfg.path and not cfg.num_train:
+    raise UserError(
+      'task.num_train=0 means endless training data, which cannot be cached: set task.num_train to a number of '
+      'puzzles, or task.cache=""'
+    )
+
+
+class Source:
+  """Random access to the examples of one split: released, cached on disk, or generated on demand.
+
+  Example i depends only on the config, the split and i. Generated examples of a finite split are kept in memory.
+  """
+
+  def __init__(self, cfg, split: str):
+    check_config(cfg)
+    self.cfg, self.split = cfg, split
+    self.size = cfg[f'num_{split}']
+    self.endless = split == 'train' and not cfg.num_train and not cfg.path
+    self._recipe = Recipe.from_config(cfg, split)
+    self._stored = None  # the token ids of all puzzles, if the split is released or cached
+    self._generated = {}  # the token ids of the puzzles generated so far, by index
+    if cfg.path:
+      read = functools.partial(released_puzzles, cfg, split)
+      self._stored = builders.prepared(cfg.cache, _released_name(cfg, split), read) if cfg.cache else IdArrays(read())
+    elif cfg.cache:
+      make = functools.partial(generate, self._recipe, self.size, cfg.num_workers)
+      self._stored = builders.prepared(cfg.cache, self._recipe.folder_name(self.size), make)
+    if self._stored is not None:
+      self.size = len(self._stored)
+
+  def __len__(self) -> int:
+    return 2**62 if self.endless else self.size
+
+  def puzzle(self, index: int) -> Puzzle:
+    """Return a generated puzzle, with its table; the index counts the puzzles of the split."""
+    return generate_one(self._recipe, index)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    if self._stored is not None:
+      ids = self._stored[index]
+    elif index in self._generated:
+      ids = self._generated[index]
+    else:
+      ids = _generate_ids(self._recipe, index)
+      if not self.endless:
+        self._generated[index] = ids
+    return to_example(ids, self.cfg.order)
+
+
+# --- generated puzzles ------------------------------------------------------------------------------------------------
+
+
+class Recipe(NamedTuple):
+  """The settings that determine the generated puzzles of a split; sizes are (smallest, largest)."""
+
+  seed: int
+  split: str
+  houses: tuple[int, int]
+  attributes: tuple[int, int]
+
+  @classmethod
+  def from_config(cls, cfg, split: str) -> 'Recipe':
+    return cls(cfg.seed, split, (cfg.min_houses, cfg.max_houses), (cfg.min_attributes, cfg.max_attributes))
+
+  def folder_name(self, count: int) -> str:
+    """Return the name of the folder that caches the first `count` puzzles."""
+    sizes = '-'.join(map(str, (*self.houses, *self.attributes)))
+    return f'zebra-{sizes}-seed{self.seed}-{self.split}-{count}'
+
+
+def generate_one(recipe: Recipe, index: int) -> Puzzle:
+  """Return puzzle `index` of a split, of uniformly random size; it depends on the recipe and the index only."""
+  rng = np.random.default_rng((recipe.seed, SPLITS.index(recipe.split), index))
+  while True:
+    houses, attributes = (int(rng.integers(*bounds, endpoint=True)) for bounds in (recipe.houses, recipe.attributes))
+    puzzle = make_puzzle(rng, houses, attributes, recipe.split)
+    if puzzle is not None and len(to_ids(puzzle)) <= max_tokens(houses, attributes):
+      return puzzle
+
+
+def _generate_ids(recipe: Recipe, index: int) -> np.ndarray:
+  return to_ids(generate_one(recipe, index))
+
+
+def generate(recipe: Recipe, count: int, num_workers: int):
+  """Yield the token ids of puzzles 0 to count-1 of a split, and log the progress.
+
+  Args:
+    recipe: settings of the puzzles.
+    count: number of puzzles.
+    num_workers: number of processes that generate puzzles; 0 generates them in this process. The puzzles are the same.
+  """
+  make = functools.partial(_generate_ids, recipe)
+  start = last_log = time.monotonic()
+  with contextlib.ExitStack() as stack:
+    puzzles = map(make, range(count))
+    if num_workers:
+      # 'spawn', because forking a process that runs accelerator threads can deadlock.
+      pool = concurrent.futures.ProcessPoolExecutor(num_workers, multiprocessing.get_context('spawn'), _start_worker)
+      chunk_size = max(1, min(64, count // (4 * num_workers)))
+      puzzles = stack.enter_context(pool).map(make, range(count), chunksize=chunk_size)
+      stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+    try:
+      for done, ids in enumerate(puzzles, 1):
+        yield ids
+        if time.monotonic() - last_log > SECONDS_BETWEEN_LOGS:
+          last_log = time.monotonic()
+          rate = done / (last_log - start)
+          logging.info('zebra %s: generated %d of %d puzzles, %.0f per second, %s left', recipe.split, done, count,
+                       rate, _duration((count - done) / rate))  # fmt: skip
+    except concurrent.futures.process.BrokenProcessPool:
+      raise UserError(
+        f'one of the {num_workers} processes that generate puzzles was killed, possibly for lack of memory: start '
+        'again with a smaller task.num_workers'
+      ) from None
+  if last_log > start:
+    logging.info('zebra %s: generated %d puzzles in %s', recipe.split, count, _duration(time.monotonic() - start))
+
+
+def _start_worker() -> None:
+  """Let only the parent process handle Ctrl-C, and exit when the parent ends, even if it was killed."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+  def exit_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  return f'{minutes // 60} h {minutes % 60:02d} min' if minutes >= 60 else f'{minutes}:{seconds:02d} min'
+
+
+# --- released puzzles -------------------------------------------------------------------------------------------------
+
+
+def released_puzzles(cfg, split: str):
+  """Yield the token ids of the released puzzles of a split whose sizes the config allows.
+
+  If `cfg.path` is a folder, it holds the published training and test sets: validation is the part of the training set
+  that `split_of` assigns to it, and puzzles that also occur in the test set are left out of training and validation. If
+  `cfg.path` is a file, `split_of` alone decides.
+
+  Raises:
+    UserError: the files cannot be read, or no puzzle remains.
+  """
+  files = released.find_files(cfg.path)
+  limit = cfg[f'num_{split}']  # 0: no limit
+  max_length = max_tokens(cfg.max_houses, cfg.max_attributes)
+  test_set = set()
+  if 'all' not in files and split != 'test':
+    logging.info('zebra: reading %s, to exclude its puzzles from training', files['test'])
+    test_set = {identity(puzzle.clues, *puzzle.size) for puzzle in released.read(files['test'])}
+  file = files.get('all') or files['test' if split == 'test' else 'train']
+  logging.info('zebra: reading %s', file)
+  num_yielded, num_skipped, last_log = 0, 0, time.monotonic()
+  for num_read, puzzle in enumerate(released.read(file)):
+    if time.monotonic() - last_log > SECONDS_BETWEEN_LOGS:
+      last_log = time.monotonic()
+      logging.info('zebra %s: read %d puzzles, selected %d', split, num_read, num_yielded)
+    houses, attributes = puzzle.size
+    if not (cfg.min_houses <= houses <= cfg.max_houses and cfg.min_attributes <= attributes <= cfg.max_attributes):
+      continue
+    puzzle_split = split_of(puzzle.clues, houses, attributes)
+    if 'all' in files:
+      selected = puzzle_split == split
+    else:
+      selected = split == 'test' or (split == 'validation') == (puzzle_split == 'validation')
+    if not selected:
+      continue
+    ids = to_ids(puzzle)
+    if identity(puzzle.clues, houses, attributes) in test_set or len(ids) > max_length:
+      num_skipped += 1
+      continue
+    yield ids
+    num_yielded += 1
+    if num_yielded == limit:
+      break
+  if num_skipped:
+    logging.info('zebra %s: left out %d puzzles that are too long or occur in the test set', split, num_skipped)
+  if not num_yielded:
+    raise UserError(
+      f'task.path={cfg.path}: no puzzle of the {split} split has the sizes that the config asks for: widen '
+      'task.min_houses ... task.max_attributes'
+    )
+
+
+def _released_name(cfg, split: str) -> str:
+  """Return the name of the cache folder of a split: it changes with the files and with the settings that select."""
+  files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+           for file in released.find_files(cfg.path).values()]  # fmt: skip
+  sizes = cfg.min_houses, cfg.max_houses, cfg.min_attributes, cfg.max_attributes
+  content = repr((files, sizes, cfg.num_train, cfg.num_validation, cfg.num_test)).encode()
+  return f'zebra-released-{split}-{hashlib.blake2b(content, digest_size=8).hexdigest()}'
+
+
+class IdArrays:
+  """A read-only list of uint8 arrays, stored in one buffer: far smaller than separate arrays."""
+
+  def __init__(self, arrays):
+    self._buffer, self._ends = bytearray(), array.array('q', [0])
+    for ids in arrays:
+      self._buffer += ids.tobytes()
+      self._ends.append(len(self._buffer))
+
+  def __len__(self) -> int:
+    return len(self._ends) - 1
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    return np.frombuffer(self._buffer, np.uint8, self._ends[index + 1] - self._ends[index], self._ends[index])

@@ -1,0 +1,206 @@
+"""Tests of the zebra examples: generated, cached on disk, or taken from the released files."""
+
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from zebra_samples import all_tokens, assert_one_line, puzzles, task, to_record, write_records
+
+from ilm_jax.data import builders
+from ilm_jax.tasks.zebra import source as source_lib
+from ilm_jax.tasks.zebra.clues import Clue, from_words, split_of
+from ilm_jax.tasks.zebra.encoding import TOKENIZER, max_tokens, to_ids
+from ilm_jax.tasks.zebra.source import SPLITS, Recipe, Source, generate
+from ilm_jax.types import UserError
+
+ROOT = pathlib.Path(__file__).parents[3]
+
+
+# --- generated puzzles ------------------------------------------------------------------------------------------------
+
+
+def test_access_is_random_and_repeatable():
+  first, second = (Source(task(), 'train') for _ in range(2))
+  forwards = all_tokens(first)
+  assert [second[i]['tokens'].tolist() for i in reversed(range(40))][::-1] == forwards == all_tokens(first)
+  assert len(set(map(tuple, forwards))) == 40
+  assert all_tokens(Source(task(num_train=5), 'train')) == forwards[:5], 'the number of puzzles does not matter'
+  assert Source(task(seed=1), 'train')[0]['tokens'].tolist() != forwards[0]
+  assert Source(task(), 'test')[0]['tokens'].tolist() != forwards[0]
+  sizes = {first.puzzle(i).size for i in range(40)}
+  assert sizes == {(3, 3), (3, 4), (4, 3), (4, 4)}
+
+
+def test_training_data_is_endless_if_num_train_is_zero():
+  endless = Source(task(num_train=0), 'train')
+  assert endless.endless and len(endless) > 10**12
+  assert endless[2**40]['tokens'].tolist() == endless[2**40]['tokens'].tolist() != endless[2**40 + 1]['tokens'].tolist()
+  assert not Source(task(), 'train').endless and len(Source(task(), 'test')) == 10
+
+
+def test_every_puzzle_belongs_to_its_split_in_any_order_of_clues_and_references():
+  for split in SPLITS:
+    source = Source(task(), split)
+    for puzzle in map(source.puzzle, range(10)):
+      reordered = [Clue(c.kind, c.refs[::-1]) if c.kind in ('=', '!=', 'nbr') else c for c in puzzle.clues[::-1]]
+      assert split_of(puzzle.clues, *puzzle.size) == split_of(reordered, *puzzle.size) == split
+
+
+@pytest.mark.parametrize('order', ['solver', 'sorted'])
+def test_an_example_is_clues_then_cells(order):
+  source = Source(task(order=order), 'train')
+  num_unsorted = 0
+  for index in range(20):
+    puzzle, example = source.puzzle(index), source[index]
+    tokens, fixed = example['tokens'], example['fixed']
+    assert tokens.dtype == np.int32 and fixed.dtype == bool and len(tokens) <= max_tokens(*puzzle.size)
+    words = TOKENIZER.pieces(tokens)
+    bos = words.index('[BOS]')
+    assert words[0] == '[CLS]' and fixed.tolist() == [True] * (bos + 1) + [False] * (len(tokens) - bos - 1)
+    assert from_words(words[1:bos]) == puzzle.clues
+    cells = [tuple(map(int, words[i : i + 3])) for i in range(bos + 1, len(words), 3)]
+    assert cells == (sorted(puzzle.cells) if order == 'sorted' else puzzle.cells)
+    num_unsorted += cells != sorted(cells)
+  assert (num_unsorted > 10) == (order == 'solver')
+
+
+@pytest.mark.parametrize(
+  'change',
+  [{'min_houses': 2}, {'max_houses': 7}, {'min_attributes': 5}, {'max_attributes': 2}, {'order': 'random'},
+   {'num_workers': -1}, {'num_train': 0, 'cache': 'somewhere'},
+   {'path': '/nowhere'}, {'cache': __file__}],
+)  # fmt: skip
+def test_unusable_settings_are_refused_in_one_line(change):
+  with pytest.raises(UserError) as error:
+    Source(task(**change), 'train')
+  assert_one_line(error, 'task.')
+
+
+# --- worker processes and the cache -----------------------------------------------------------------------------------
+
+
+def test_worker_processes_do_not_change_the_puzzles():
+  recipe = Recipe.from_config(task(), 'validation')
+  without, with_two = ([ids.tolist() for ids in generate(recipe, 9, num_workers)] for num_workers in (0, 2))
+  assert without == with_two and len(without) == 9
+
+
+def test_worker_processes_end_when_their_parent_is_killed():
+  code = (
+    'from ilm_jax.tasks.zebra.source import Recipe, generate\n'
+    'import multiprocessing\n'
+    'if __name__ == "__main__":\n'
+    '  puzzles = generate(Recipe(0, "train", (3, 4), (3, 4)), 10**5, 1)\n'
+    '  next(puzzles)\n'
+    '  print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n'
+    '  input()\n'
+  )
+  with subprocess.Popen(
+    [sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+  ) as process:
+    (child,) = map(int, process.stdout.readline().split())
+    os.kill(child, 0)
+    process.kill()
+  deadline = time.monotonic() + 60
+  with pytest.raises(ProcessLookupError):
+    while time.monotonic() < deadline:
+      os.kill(child, 0)
+      time.sleep(0.05)
+
+
+def test_cached_puzzles_equal_those_generated_on_demand(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  cfg = task(cache='data', num_test=25)
+  cached = Source(cfg, 'test')
+  expected = all_tokens(Source(task(num_test=25), 'test'))
+  assert all_tokens(cached) == expected and len(cached) == 25
+  assert all_tokens(pickle.loads(pickle.dumps(cached))) == expected
+  monkeypatch.setattr(source_lib, 'generate_one', None)  # an existing cache is read, not generated again
+  assert all_tokens(Source(cfg, 'test')) == expected
+  assert all_tokens(Source(task(cache='data', num_test=25, order='sorted'), 'test')) != expected
+
+
+def test_the_cache_folder_is_named_after_all_settings_that_matter():
+  cfg = task(seed=3)
+  assert Recipe.from_config(cfg, 'test').folder_name(25) == 'zebra-3-4-3-4-seed3-test-25'
+  changes = {'seed': 1}, {'min_houses': 4}, {'max_houses': 5}, {'min_attributes': 4}, {'max_attributes': 5}, {}
+  recipes = [Recipe.from_config(task(**change), split) for change in changes for split in SPLITS]
+  assert len({recipe.folder_name(count) for recipe in recipes for count in (10, 20)}) == 2 * len(recipes)
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError])
+def test_an_interrupted_preparation_leaves_no_half_written_cache(tmp_path, error):
+  rows = [np.arange(n, dtype=np.uint8) for n in range(1, 30)]
+  closed = []
+
+  def interrupted():
+    try:
+      yield from rows[:20]
+      raise error
+    finally:
+      closed.append(True)
+
+  with pytest.raises(error):
+    builders.prepared(tmp_path, 'some', interrupted)
+  assert closed
+  assert [file.name for file in tmp_path.rglob('*') if file.is_file()] == ['.token_sequences.lock']
+  # A killed process cannot clean up: the next preparation removes its folder.
+  killed = tmp_path / 'some' / builders.NAME / f'incomplete.ABCDEF_{builders.VERSION}'
+  killed.mkdir()
+  (killed / 'dataset_info.json').write_text('{')
+  made = builders.prepared(tmp_path, 'some', lambda: (row for row in rows))
+  assert [made[i].tolist() for i in range(len(made))] == [row.tolist() for row in rows]
+  assert not killed.exists()
+
+
+# --- released puzzles -------------------------------------------------------------------------------------------------
+
+
+def tokens_of(some):
+  return [to_ids(puzzle).tolist() for puzzle in some]
+
+
+@pytest.mark.parametrize('cache', [False, True])
+def test_a_folder_keeps_the_published_test_set(tmp_path, cache):
+  train_file, test_file = puzzles()[:120], puzzles()[120:] + puzzles()[:3]  # three puzzles occur in both
+  write_records(tmp_path / 'zebra-train.pkl', map(to_record, train_file))
+  write_records(tmp_path / 'zebra-test.pkl', map(to_record, test_file))
+  cfg = task(path=str(tmp_path), cache=str(tmp_path / 'cache') if cache else '', num_train=0, num_test=50)
+  train, validation, test = (all_tokens(Source(cfg, split)) for split in SPLITS)
+  assert test == tokens_of(test_file)
+  is_validation = [split_of(p.clues, *p.size) == 'validation' for p in train_file[3:]]
+  assert validation == tokens_of(p for p, yes in zip(train_file[3:], is_validation, strict=True) if yes) != []
+  assert train == tokens_of(p for p, yes in zip(train_file[3:], is_validation, strict=True) if not yes)
+  assert len(Source(task(path=str(tmp_path), num_train=7), 'train')) == 7
+  small = Source(task(path=str(tmp_path), num_train=0, max_houses=3, max_attributes=3), 'train')
+  assert all_tokens(small) == [tokens for tokens in train if tokens in tokens_of(train_file[:40])]  # forty are 3 x 3
+
+
+def test_a_single_file_is_split_by_identity(tmp_path):
+  file = write_records(tmp_path / 'some.pkl', map(to_record, puzzles()))
+  cfg = task(path=str(file), num_train=0, num_validation=99, num_test=99)
+  for split in SPLITS:
+    expected = tokens_of(p for p in puzzles() if split_of(p.clues, *p.size) == split)
+    assert all_tokens(Source(cfg, split)) == expected != []
+
+
+def test_a_folder_without_exactly_one_file_of_each_set_is_refused(tmp_path):
+  for names in ((), ('train.pkl',), ('train.pkl', 'test.pkl', 'test2.pkl')):
+    for name in names:
+      write_records(tmp_path / name, map(to_record, puzzles()[:1]))
+    with pytest.raises(UserError) as error:
+      Source(task(path=str(tmp_path)), 'test')
+    assert_one_line(error, 'task.path', 'expected one .pkl file')
+
+
+def test_a_released_split_without_puzzles_of_the_sizes_is_refused(tmp_path):
+  for name in ('train.pkl', 'test.pkl'):
+    write_records(tmp_path / name, map(to_record, puzzles()[:1]))  # a puzzle of 3 x 3
+  with pytest.raises(UserError) as error:
+    Source(task(path=str(tmp_path), min_houses=4), 'test')
+  assert_one_line(error, 'no puzzle of the test split')

@@ -1,0 +1,120 @@
+"""Tests of the zebra task: vocabulary, lengths, prompts, text and scores."""
+
+import numpy as np
+import pytest
+from zebra_samples import TEXT, assert_one_line, task
+
+from ilm_jax.configs import zebra as zebra_config
+from ilm_jax.tasks.zebra import task as zebra
+from ilm_jax.tasks.zebra.clues import Clue, to_words
+from ilm_jax.tasks.zebra.encoding import TOKENIZER
+from ilm_jax.tasks.zebra.solver import solve
+from ilm_jax.tasks.zebra.source import check_config
+from ilm_jax.types import UserError
+
+CLS, BOS = 1, 4
+CLUE_TEXT = TEXT.split(' ANSWER')[0]
+
+
+def test_words_have_the_ids_of_the_reference_implementation():
+  words = zebra.tokenizer(task()).words
+  assert len(words) == zebra.tokenizer(task()).vocab_size == 25
+  assert words[:7] == ('[PAD]', '[CLS]', '[MASK]', '[EOS]', '[BOS]', '[SEP]', '[UNK]')
+  assert words[7:13] == ('0', '1', '2', '3', '4', '5')
+  assert words[13:20] == ('nbr', 'left-of', 'inbetween', 'immediate-left', 'ends', '!=', '=')
+  assert words[20:] == ('c', 'n', 'CLUE_END', 'RHS', 'LHS')
+
+
+def test_configs_are_consistent_with_the_task():
+  for name in ('small', 'full'):
+    cfg = zebra_config.get_config(name)
+    assert cfg.data.row_length >= zebra.longest(cfg.task) == cfg.sampling.max_length
+    assert cfg.sampling.max_steps >= zebra.longest_answer(cfg.task)
+    assert zebra.longest_answer(cfg.task) == 3 * cfg.task.max_houses * cfg.task.max_attributes
+    check_config(cfg.task)
+  assert zebra.longest(zebra_config.get_config('full').task) == 460, 'the block size of the paper'
+  with pytest.raises(ValueError, match='small, full'):
+    zebra_config.get_config('medium')
+
+
+def test_chance_is_that_of_random_permutations():
+  assert zebra.chance(task(max_houses=3, max_attributes=4)) == pytest.approx((6**-3 + 6**-4) / 2)
+
+
+def test_a_prompt_survives_decoding_and_encoding():
+  source = zebra.Source(task(), 'train')
+  for index in range(20):
+    example = source[index]
+    text = zebra.decode(example['tokens'], source.cfg)
+    prompt = example['tokens'][example['fixed']].tolist()
+    for form in (text, text.split(' ANSWER')[0], '\n ' + text.replace(' ', '  ')):
+      assert zebra.encode_prompt(form, source.cfg) == prompt
+
+
+def test_the_released_example_has_the_expected_ids_and_text():
+  prompt = zebra.encode_prompt(TEXT, task())
+  assert prompt[:9] == [CLS, 17, 24, 20, 7, 8, 23, 22, 14] and prompt[-1] == BOS
+  answer = TOKENIZER.ids(TEXT.split('ANSWER ')[1].split())
+  assert zebra.decode([*prompt, *answer], task()) == TEXT
+  assert zebra.decode(prompt, task()) == CLUE_TEXT + ' ANSWER'
+
+
+@pytest.mark.parametrize('prompt, parts', [
+  ('', ['empty']),
+  ('ANSWER 0 0 0', ['empty']),
+  (CLUE_TEXT.replace('ends', 'end'), ["unknown token 'end'", '0 ... LHS']),
+  (CLUE_TEXT.replace('c 0 1', 'c 0 6'), ["unknown token '6'"]),
+  ('[BOS] ' + CLUE_TEXT, ["unknown token '[BOS]'"]),
+  (CLUE_TEXT.replace('n 0 0', 'n 1 0'), ['clue 3', 'n 0 HOUSE']),
+  (CLUE_TEXT.replace('n 0 0', '0 n 0'), ['clue 3']),
+  (CLUE_TEXT.replace('c 2 0 c 1 2', 'c 2 0'), ['clue 4', 'inbetween LHS REF RHS REF REF CLUE_END']),
+  (CLUE_TEXT.replace('RHS c 0 0', 'RHS c 0 0 c 0 1'), ['clue 3']),
+  (CLUE_TEXT.replace('LHS n', 'RHS n'), ['clue 3']),
+  (CLUE_TEXT.removesuffix(' CLUE_END'), ['clue 4']),
+  ('CLUE_END ' + CLUE_TEXT, ['clue 1', 'one of = != nbr']),
+  (CLUE_TEXT + ' 0 0', ['clue 5']),
+  ('= LHS n 0 1 RHS c 0 0 CLUE_END ' + CLUE_TEXT, ['contradict']),
+  (CLUE_TEXT + ' != LHS c 0 0 RHS n 0 0 CLUE_END', ['contradict']),
+  (CLUE_TEXT + ' = LHS n 0 0 RHS n 0 1 CLUE_END', ['contradict']),
+  (' '.join(f'ends LHS c {a} {v} RHS CLUE_END' for a in range(3) for v in range(4)), ['contradict']),
+  ('ends LHS c 0 1 RHS CLUE_END ends LHS c 2 1 RHS CLUE_END', ['cannot be solved', '0 of 9 cells']),
+  (CLUE_TEXT.removeprefix('ends LHS c 0 1 RHS CLUE_END '), ['cannot be solved', 'of 9 cells']),
+  (CLUE_TEXT.replace('c 0 0', 'c 0 4'), ['5 houses', '3 to 4']),
+  (CLUE_TEXT.replace('c 2', 'c 5'), ['6 attributes', '3 to 4']),
+  (CLUE_TEXT.replace('c 2', 'c 0'), ['2 attributes', '3 to 4']),
+])  # fmt: skip
+def test_a_bad_prompt_is_refused_in_one_line(prompt, parts):
+  with pytest.raises(UserError) as error:
+    zebra.encode_prompt(prompt, task())
+  assert_one_line(error, *parts)
+
+
+def test_clues_need_not_mention_the_last_value():
+  """These clues say nothing about value 3 of four houses, but determine the values 0 to 2 of every attribute."""
+  clues = [Clue('=', ((1, value), (2, value))) for value in range(3)]
+  clues += [Clue('immediate-left', ((1, value), (3, value))) for value in range(3)]
+  clues += [Clue('left-of', ((1, 0), (1, 1))), Clue('left-of', ((1, 1), (1, 2)))]
+  text = ' '.join(to_words(clues))
+  assert solve(clues, 4, 3).solved
+  assert zebra.encode_prompt(text, task())[0] == CLS
+  with pytest.raises(UserError) as error:
+    zebra.encode_prompt(text, task(max_houses=3))
+  assert_one_line(error, 'contradict')
+
+
+def test_the_score_compares_sets_of_cells():
+  reference = np.array([7, 7, 8, 7, 8, 9, 8, 7, 7], np.int32)
+
+  def score(*predicted):
+    pairs = zebra.score(np.array(predicted, np.int32), reference, task())
+    assert pairs['exact_match'][1] == pairs['iou'][1] == 1 and pairs['token_accuracy'][1] == 9
+    return tuple(pairs[name][0] for name in ('exact_match', 'iou', 'token_accuracy'))
+
+  assert score(*reference) == (1, 1, 9)
+  assert score(8, 7, 7, 7, 7, 8, 7, 8, 9) == (1, 1, 2), 'the order of the cells does not matter'
+  assert score(7, 7, 8, 7, 8, 9) == (0, 2 / 3, 6)
+  assert score(7, 7, 8, 7, 8, 9, 8, 7, 8) == (0, 2 / 4, 8)
+  assert score(*reference, 9, 9, 9) == (0, 3 / 4, 9)
+  assert score(*reference, 9) == (0, 3 / 4, 9), 'an incomplete cell is a wrong cell'
+  assert score(7, *reference[:-1])[:2] == (0, 0), 'cells begin at every third token'
+  assert score() == (0, 0, 0)
