@@ -81,12 +81,23 @@ class Likelihood(Protocol):
 
 
 class Growth(Protocol):
-  """The decoding step of a family whose rows grow token by token, see `families.growing`."""
+  """The decoding step of a family whose rows grow token by token: a `growing.Growth`."""
 
-  begin: Callable
-  step: Callable
-  needed: Callable
-  finish: Callable
+  @property
+  def begin(self) -> Callable:
+    """Return (forward, rng, prompt, SampleConfig, buffer size) -> rows that hold the prompts."""
+
+  @property
+  def step(self) -> Callable:
+    """Return (forward, SampleConfig, rows) -> rows after one decoding step."""
+
+  @property
+  def needed(self) -> Callable:
+    """Return (length_B, SampleConfig) -> an upper bound on the buffer positions after the next step."""
+
+  @property
+  def finish(self) -> Callable:
+    """Return (rows, SampleConfig) -> Sampled."""
 
 
 def no_likelihood(kind: str | None, longest: int) -> None:
