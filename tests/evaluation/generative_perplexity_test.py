@@ -51,15 +51,6 @@ def answered(tokenizer, tmp_path_factory):
   return folder
 
 
-def test_answers_carry_the_true_texts_of_their_requests(answered):
-  requests = {line['id']: line for line in read_lines(answered / 'requests.jsonl')}
-  answers = read_lines(answered / 'answers.jsonl')
-  assert len(answers) == 12
-  for answer in answers:
-    request = requests[answer['id']]
-    assert answer['truth'] == {'text': request['truth'], 'fillings': request['fillings']}
-
-
 def test_infilled_texts_are_compared_with_the_truth_and_the_input(
   answered, arm, expected_nll, tokenizer, score_with, tmp_path, capsys
 ):

@@ -37,14 +37,6 @@ def test_a_bootstrap_interval_equals_a_loop_over_resamples():
   assert text_statistics.bootstrap([2.0]) == (2.0, None, None) and text_statistics.bootstrap([]) == UNDEFINED
 
 
-def test_bootstrap_intervals_cover_the_mean_at_their_nominal_rate():
-  rng, covered = np.random.default_rng(0), 0
-  for i in range(200):
-    result = text_statistics.bootstrap(rng.normal(1.0, 3.0, 60), seed=i, resamples=200)
-    covered += result.low <= 1.0 <= result.high
-  assert 0.88 <= covered / 200 <= 0.98
-
-
 def test_statistics_of_texts_equal_loops_over_their_tokens(arm, tokenizer, expected_nll):
   result = text_statistics.describe(TEXTS, arm.nll(TEXTS), seed=4)
   rows = [tokenizer.encode(text) for text in TEXTS]
