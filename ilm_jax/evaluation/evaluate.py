@@ -20,7 +20,7 @@ from ilm_jax.types import Metrics
 class Scores(NamedTuple):
   """Metrics of sampled answers, and some of the answers as text."""
 
-  pairs: Metrics
+  pairs: Metrics  # (total, weight) of each metric
   texts: list[str]  # the first `eval.print_samples` answers, formatted for printing
   places_NxN: np.ndarray = np.zeros((0, 0), int)  # number of tokens by [decoding step, position in the final answer]
   samples: tuple[str, ...] = ()  # all answers as plain text; empty if the task scores answers as right or wrong
@@ -67,7 +67,7 @@ class Evaluator:
       return family.loss(transformer.apply_batch(model_cfg, params, batch), batch, loss_cfg)
 
     self._loss = loss
-    self._kind = None
+    self._kind = None  # kind of the likelihood; set when `score` is traced
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     @sharding.on(mesh)

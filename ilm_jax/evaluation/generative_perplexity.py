@@ -30,21 +30,14 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string('model', None, 'Scoring model: the workdir of an ARM run, or hf:NAME.', flag_values=values)
   flags.DEFINE_alias('judge', 'model', flag_values=values)  # the flag's name in earlier versions
   flags.DEFINE_string('samples', None, 'JSONL file of samples.', flag_values=values)
-  flags.DEFINE_string(
-    'requests', None, 'JSONL file of infill requests with "truth", if the samples have none.', flag_values=values
-  )
-  flags.DEFINE_string(
-    'reference',
-    None,
-    'True texts, scored for comparison: a *.jsonl file, or a corpus, from which as many documents are drawn as there '
-    'are samples.',
-    flag_values=values,
-  )
+  with_truth = 'JSONL file of infill requests with "truth", if the samples have none.'
+  flags.DEFINE_string('requests', None, with_truth, flag_values=values)
+  texts = 'True texts to score for comparison: a *.jsonl file, or a corpus (one document per sample is drawn).'
+  flags.DEFINE_string('reference', None, texts, flag_values=values)
   define_corpus_flags(values, 'test')
   flags.DEFINE_string('out', None, 'JSON file to write the results to.', flag_values=values)
-  flags.DEFINE_integer(
-    'seed', 0, 'Seed of the bootstrap and of the choice of reference documents.', lower_bound=0, flag_values=values
-  )
+  seeded = 'Seed of the bootstrap and of the choice of reference documents.'
+  flags.DEFINE_integer('seed', 0, seeded, lower_bound=0, flag_values=values)
 
 
 def infill_statistics(model, samples: list[Sample], *, seed: int = 0) -> dict | None:

@@ -44,16 +44,10 @@ class GappedText(NamedTuple):
 def define_corpus_flags(values: flags.FlagValues, split: str) -> None:
   """Define the flags that select documents of a corpus; `split` is the default split."""
   flags.DEFINE_string('split', split, 'Split of the corpus: train, validation or test.', flag_values=values)
-  flags.DEFINE_string(
-    'documents',
-    'endoftext',
-    'What separates documents in a *.txt file of the corpus: endoftext, line or paragraph.',
-    flag_values=values,
-  )
-  flags.DEFINE_bool(
-    'detokenize', False, 'Undo the tokenization of the One Billion Word corpus (spaces around punctuation).',
-    flag_values=values,
-  )  # fmt: skip
+  separators = 'What separates documents in a *.txt file of the corpus: endoftext, line or paragraph.'
+  flags.DEFINE_string('documents', 'endoftext', separators, flag_values=values)
+  spaces = 'Remove the spaces around punctuation of the One Billion Word corpus.'
+  flags.DEFINE_bool('detokenize', False, spaces, flag_values=values)
 
 
 def define(values: flags.FlagValues) -> None:
@@ -180,33 +174,23 @@ class RunTokenizer:
 
 
 def make_requests(
-  texts,
-  *,
-  kind: str,
-  unit: str,
-  share: float,
-  count: int,
-  seed: int,
-  run_tokenizer: RunTokenizer | None = None,
-  lengths: bool = False,
+  texts, *, count: int, seed: int, run_tokenizer: RunTokenizer | None = None, lengths: bool = False, **gaps
 ) -> list[dict]:
   """Make at most `count` infill requests, from texts drawn at random among those that are long enough.
 
   Args:
     texts: iterable of texts.
-    kind: see the flag --kind.
-    unit: see the flag --unit.
-    share: see the flag --share.
     count: maximum number of requests.
     seed: seed of the gaps and of the choice of texts.
     run_tokenizer: if given, texts that are too long for its run are skipped.
     lengths: add `least` and `most`, the number of tokens of each gap; needs `run_tokenizer`.
+    **gaps: `kind`, `unit` and `share`, see `make_gaps`.
   """
   from ilm_jax.tasks.text import corpora
 
   def candidates():
     for number, text in enumerate(texts):
-      gapped = make_gaps(text, np.random.default_rng((seed, number)), kind=kind, unit=unit, share=share)
+      gapped = make_gaps(text, np.random.default_rng((seed, number)), **gaps)
       gap_lengths = run_tokenizer.gap_lengths(gapped) if gapped and run_tokenizer else None
       if gapped and (gap_lengths or not run_tokenizer):
         yield gapped, gap_lengths
@@ -235,8 +219,8 @@ def run(values) -> int:
   run_tokenizer = RunTokenizer(values.tokenizer) if values.tokenizer else None
   texts = corpora.read_split(values.path, values.split, values.documents, detokenised=values.detokenize)
   requests = make_requests(
-    texts, kind=values.kind, unit=unit, share=values.share, count=values.count, seed=values.seed,
-    run_tokenizer=run_tokenizer, lengths=values.lengths,
+    texts, count=values.count, seed=values.seed, run_tokenizer=run_tokenizer, lengths=values.lengths,
+    kind=values.kind, unit=unit, share=values.share,
   )  # fmt: skip
   if not requests:
     raise UserError(
