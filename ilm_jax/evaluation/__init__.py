@@ -1,4 +1,5 @@
-"""Measures of a model and of its samples: accuracy, likelihood, generative perplexity, infilling, tables of runs.
+"""Evaluation of models and of generated text: accuracy, likelihood, generative perplexity, infilling, result tables.
 
-Imports every room but `training`. Start with `evaluate.py`, which the training loop calls.
+May import every package except `training`. Start with `evaluate.py`, which the training loop calls; `report.py`,
+`generative_perplexity.py` and `infill_sets.py` are commands of `ilm-jax`.
 """

@@ -1,4 +1,4 @@
-"""Evaluation: the loss on a fixed validation set, sampled answers, and the task's scores of them."""
+"""Evaluates parameters on a split: validation loss, likelihood, and sampled answers with the task's scores."""
 
 import functools
 import time
@@ -18,26 +18,27 @@ from ilm_jax.types import Metrics
 
 
 class Scores(NamedTuple):
-  """Pairs of each metric, and a few answers to look at."""
+  """Metrics of sampled answers, and some of the answers as text."""
 
-  pairs: Metrics
-  texts: list[str]
-  places_NxN: np.ndarray = np.zeros((0, 0), int)  # [step, place in the answer]: how many tokens came in there and then
-  samples: tuple[str, ...] = ()  # all the answers, of a task without right ones
+  pairs: Metrics  # (total, weight) of each metric
+  texts: list[str]  # the first `eval.print_samples` answers, formatted for printing
+  places_NxN: np.ndarray = np.zeros((0, 0), int)  # number of tokens by [decoding step, position in the final answer]
+  samples: tuple[str, ...] = ()  # all answers as plain text; empty if the task scores answers as right or wrong
 
 
 class Likelihood(NamedTuple):
-  """-log p of each string and its end, in nats, or an estimate of a bound of it."""
+  """Negative log-likelihood of each string with its end, in nats, or an estimate of an upper bound."""
 
   kind: str  # 'exact', 'bound' or 'importance-weighted'
   nll_N: np.ndarray
   error_N: np.ndarray  # standard error of each estimate
-  tokens_N: np.ndarray  # of each string, without the end
+  tokens_N: np.ndarray  # number of tokens of each string, without the end
 
   def pairs(self) -> Metrics:
-    """`nll` in nats a string, `nll_per_token` (the end is one too), `nll_variance`: the mean variance of an estimate.
+    """Return `nll` in nats per string, `nll_per_token` (the end counts as a token) and `nll_variance`.
 
-    The root of the variance over the root of the number of strings is the standard error of `nll` due to the estimate.
+    `nll_variance` is the mean squared standard error of a string's estimate: sqrt(nll_variance / number of strings) is
+    the standard error of `nll` due to sampling.
     """
     count = float(len(self.nll_N))
     return {
@@ -48,14 +49,15 @@ class Likelihood(NamedTuple):
 
 
 class Evaluator:
-  """Evaluates parameters on a split; what is compiled is kept between calls."""
+  """Evaluates parameters on the splits of a task; its functions are compiled once and serve a whole training run."""
 
   def __init__(self, cfg, *, model_cfg, family, task, sample_cfg, loss_cfg, mesh):
     self.cfg, self.family, self.task, self.mesh = cfg, family, task, mesh
     parts = sharding.row_parts(mesh)
-    asked = min(cfg.eval.batch_size, cfg.eval.samples or cfg.eval.batch_size)
-    self.rows, rows = (-(-count // parts) * parts for count in (cfg.eval.batch_size, asked))  # some may stay empty
-    self.sampler = static_batching.Sampler(model_cfg, family, sample_cfg, rows, mesh)
+    sample_batch = min(cfg.eval.batch_size, cfg.eval.samples or cfg.eval.batch_size)
+    # Batches are rounded up to a multiple of the mesh's batch shards; the rows added are padding.
+    self.rows, sampler_rows = (-(-count // parts) * parts for count in (cfg.eval.batch_size, sample_batch))
+    self.sampler = static_batching.Sampler(model_cfg, family, sample_cfg, sampler_rows, mesh)
     self.tokenizer = task.tokenizer(cfg.task)
     self.sources = {}
 
@@ -65,7 +67,7 @@ class Evaluator:
       return family.loss(transformer.apply_batch(model_cfg, params, batch), batch, loss_cfg)
 
     self._loss = loss
-    self._kind = None
+    self._kind = None  # kind of the likelihood; set when `score` is traced
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     @sharding.on(mesh)
@@ -79,29 +81,29 @@ class Evaluator:
     self._score = score
 
   def source(self, split: str):
-    """The examples of a split."""
+    """Return the examples of a split."""
     if split not in self.sources:
       self.sources[split] = self.task.source(self.cfg.task, split)
     return self.sources[split]
 
   def validation_loss(self, params, split: str = 'validation') -> Metrics:
-    """The loss and its parts on a fixed, stratified corruption of a split."""
+    """Compute the loss and its parts on a split, with a fixed, stratified corruption."""
     total = {}
     for batch in pipeline.validation_batches(self.source(split), self.family.corrupt, self.cfg):
       total = metrics_lib.add(total, jax.device_get(self._loss(params, sharding.put_batch(batch, self.mesh))))
     return total
 
   def likelihood(self, params, split: str, *, interrupted=lambda: False) -> Likelihood | None:
-    """-log p of a split's answers; None when `interrupted` says so between two batches."""
+    """Score the reference answers of a split; returns None as soon as `interrupted()` is true before a batch."""
     source, size, parts = self.source(split), self.cfg.eval.batch_size, []
-    start = said = time.monotonic()
+    start = last_log = time.monotonic()
     for first in range(0, len(source), size):
       if interrupted():
         return None
-      if first and time.monotonic() - said > 10:
-        said = time.monotonic()
-        left = (len(source) - first) * (said - start) / first
-        logging.info('%s: likelihood of %d of %d answers, %.0f s left', split, first, len(source), left)
+      if first and time.monotonic() - last_log > 10:
+        last_log = time.monotonic()
+        seconds_left = (len(source) - first) * (last_log - start) / first
+        logging.info('%s: likelihood of %d of %d answers, %.0f s left', split, first, len(source), seconds_left)
       examples = [source[i] for i in range(first, min(first + size, len(source)))]
       rows = self.rows_of(examples, self.rows)
       rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.cfg.seed), 0x4C4C), first)
@@ -110,7 +112,7 @@ class Evaluator:
     return Likelihood(self._kind, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
   def rows_of(self, examples, rows: int) -> dict:
-    """Whole examples as padded rows; rows that are left over hold [CLS] and [BOS] alone."""
+    """Pad whole examples to a batch of `rows` rows; unused rows hold only [CLS] and [BOS]."""
     length = max(self.sampler.cfg.max_length, max(len(example['tokens']) for example in examples))
     batch = {
       'tokens_BxL': np.zeros((rows, length), np.int32),
@@ -126,20 +128,20 @@ class Evaluator:
     return batch
 
   def answers(self, params, split: str, *, progress: bool = False, interrupted=lambda: False) -> Scores | None:
-    """Sample an answer to every prompt of a split, or to the first `eval.samples`; score it where the task can.
+    """Sample an answer to every prompt of a split, or to the first `eval.samples`, and score it if the task can.
 
     Args:
-      params: of the model.
-      split: whose prompts.
-      progress: log a rate and what is left from time to time.
-      interrupted: asked between examples; when it says so, the result is None.
+      params: parameters of the model.
+      split: the split whose prompts are answered.
+      progress: log the rate and the remaining time every ten seconds.
+      interrupted: called after each example; if it returns true, the evaluation stops and returns None.
     """
     source, total, texts, samples = self.source(split), {}, [], []
     places_NxN = np.zeros((max(self.sampler.cfg.max_length, self.sampler.cfg.max_steps or 0),) * 2, np.int64)
     count = min(len(source), self.cfg.eval.samples or len(source))
     examples = [source[i] for i in range(count)]
     rng = jax.random.fold_in(jax.random.key(self.cfg.seed), 0x53)
-    start = said = time.monotonic()
+    start = last_log = time.monotonic()
     prompts = [static_batching.prompt_of(example) for example in examples]
     for done, (example, row) in enumerate(zip(examples, self.sampler(params, rng, prompts), strict=True), 1):
       free = row['tokens'][row['order'] >= 0]
@@ -161,17 +163,24 @@ class Evaluator:
         texts.append(show(self.task, self.tokenizer, row, example, self.cfg.task))
       if interrupted():
         return None
-      if progress and time.monotonic() - said > 10:
-        said = time.monotonic()
-        rate = done / (said - start)
-        logging.info('%s: %d of %d answers, %.0f a second, %.0f s left', split, done, len(examples), rate,
-                     (len(examples) - done) / rate)  # fmt: skip
+      if progress and time.monotonic() - last_log > 10:
+        last_log = time.monotonic()
+        rate = done / (last_log - start)
+        seconds_left = (len(examples) - done) / rate
+        logging.info(
+          '%s: %d of %d answers, %.0f per second, %.0f s left', split, done, len(examples), rate, seconds_left
+        )
+    # Cut off the steps and positions that no answer reached.
     used = int(max(np.flatnonzero(places_NxN.sum(0) + places_NxN.sum(1)), default=-1)) + 1
     return Scores(total, texts, places_NxN[:used, :used], tuple(samples))
 
 
 def show(task, tokenizer, row, example, cfg) -> str:
-  """An answer for people: whether it is right and its tokens as they came in, step by step; or a text as it grew."""
+  """Format an answer for printing: right or wrong, then the tokens present after each decoding step.
+
+  New tokens are in brackets. Of more than 12 steps, only steps 1, 2, 4, 8, ... and the last one are shown. Answers that
+  are not right or wrong are formatted by `show_text`.
+  """
   tokens, order = row['tokens'], row['order']
   if task.score is None:
     return show_text(task, row, cfg)
@@ -191,10 +200,10 @@ def show(task, tokenizer, row, example, cfg) -> str:
 
 
 def show_text(task, row, cfg) -> str:
-  """A text and how it ended, and what was there after a quarter, a half and three quarters of the steps."""
+  """Format a text for printing: its length, whether the model stopped, the text, and three intermediate states."""
   tokens, order = row['tokens'], row['order']
   steps = int(order.max(initial=-1)) + 1
-  ended = 'it stopped' if row['stopped'] else 'a limit ended it'
+  ended = 'stopped by the model' if row['stopped'] else 'stopped by the length or step limit'
 
   def printable(ids):
     return ''.join(c if c.isprintable() or c == '\n' else '\ufffd' for c in task.decode(ids, cfg))

@@ -1,17 +1,17 @@
-"""Requests to fill gaps, made from a corpus: texts with one gap or several, and what was there.
+"""Makes infill requests from a corpus: texts with one or several gaps, together with the true text.
 
     ilm-jax infill-sets --path=CORPUS --kind=single --count=500 --out=requests.jsonl
-    python -m ilm_jax.generate --workdir=runs/stories --prompts=requests.jsonl > answers.jsonl
-    ilm-jax perplexity --judge=runs/arm --samples=answers.jsonl
+    ilm-jax generate --workdir=runs/stories --prompts=requests.jsonl > answers.jsonl
+    ilm-jax perplexity --model=runs/arm --samples=answers.jsonl
 
-Kinds: `single`, one gap: a sentence (--unit=sentence, of texts with several), or neighbouring words, `--share` of all
-(--unit=words; the default where a document is a line). `multi`: several gaps, two to five, that hold `--share` of the
-words together, at least a word between two of them. Texts that are too short for it are passed over.
+--kind=single removes one sentence from each text (--unit=sentence), or one run of consecutive words that is --share of
+the text (--unit=words, the default if every line is a document). --kind=multi removes two to five runs of words that
+are --share of the text together, with at least one word between two gaps. Texts that are too short are skipped.
 
-A line is {"id", "infill": the parts around the gaps, "truth": the text, "fillings": what was in the gaps}; parts and
-fillings together are the text, character for character. The lines are a function of the corpus, the settings and the
-seed. --tokenizer=RUN leaves out the texts that are too long for that run; --lengths adds the numbers of its tokens in
-each gap, as "least" and "most": a masked diffusion model needs them.
+Each line of the output is {"id", "infill": the parts around the gaps, "truth": the text, "fillings": the removed
+text}; parts and fillings join to the text exactly. The output depends only on the corpus, the flags and the seed.
+--tokenizer=RUN skips texts that are too long for that run. --lengths adds "least" and "most", the number of tokens
+removed at each gap, which masked diffusion models need.
 """
 
 import itertools
@@ -24,119 +24,127 @@ import numpy as np
 from absl import flags
 
 from ilm_jax.console import command, quiet
-from ilm_jax.runs import run_file
 from ilm_jax.types import UserError
 
-MOST_GAPS = 5
+MAX_GAPS = 5  # gaps in a text of --kind=multi
 
 
-class Gapped(NamedTuple):
-  """A text in alternation: parts[0], fillings[0], parts[1], ..."""
+class GappedText(NamedTuple):
+  """A text with gaps: parts[0], fillings[0], parts[1], ..., fillings[-1], parts[-1] join to the text."""
 
   parts: list[str]
   fillings: list[str]
 
   @property
   def text(self) -> str:
-    """The whole text."""
+    """Return the whole text."""
     return self.parts[0] + ''.join(a + b for a, b in zip(self.fillings, self.parts[1:], strict=True))
+
+
+def define_corpus_flags(values: flags.FlagValues, split: str) -> None:
+  """Define the flags that select documents of a corpus; `split` is the default split."""
+  flags.DEFINE_string('split', split, 'Split of the corpus: train, validation or test.', flag_values=values)
+  separators = 'What separates documents in a *.txt file of the corpus: endoftext, line or paragraph.'
+  flags.DEFINE_string('documents', 'endoftext', separators, flag_values=values)
+  spaces = 'Remove the spaces around punctuation of the One Billion Word corpus.'
+  flags.DEFINE_bool('detokenize', False, spaces, flag_values=values)
 
 
 def define(values: flags.FlagValues) -> None:
   """Define this command's flags."""
-  flags.DEFINE_string('path', None, 'Of the corpus: a file, or a folder of *.txt or *.jsonl.', flag_values=values)
-  flags.DEFINE_string('split', 'validation', 'Of the corpus.', flag_values=values)
-  flags.DEFINE_string('documents', 'endoftext', 'What ends one in a *.txt: endoftext, line or paragraph.',
-                      flag_values=values)  # fmt: skip
-  flags.DEFINE_bool('detokenize', False, 'Undo the spaces of the One Billion Word corpus.', flag_values=values)
+  flags.DEFINE_string('path', None, 'Corpus: a file, or a folder of *.txt or *.jsonl files.', flag_values=values)
+  define_corpus_flags(values, 'validation')
   flags.DEFINE_enum('kind', 'single', ['single', 'multi'], 'One gap in each text, or several.', flag_values=values)
-  flags.DEFINE_enum('unit', None, ['sentence', 'words'], 'What a single gap holds.', flag_values=values)
-  flags.DEFINE_float('share', 0.2, 'Of the words, in gaps.', flag_values=values)
-  flags.DEFINE_integer('count', 500, 'Lines, at most.', lower_bound=1, flag_values=values)
-  flags.DEFINE_integer('seed', 0, 'Of the choice of texts and gaps.', lower_bound=0, flag_values=values)
-  flags.DEFINE_string('tokenizer', None, 'Folder of a run that the texts are to fit.', flag_values=values)
-  flags.DEFINE_bool('lengths', False, "Add the number of the tokenizer's tokens of each gap.", flag_values=values)
-  flags.DEFINE_string('out', None, 'File to write; standard output by default.', flag_values=values)
+  flags.DEFINE_enum('unit', None, ['sentence', 'words'], 'What a single gap removes.', flag_values=values)
+  flags.DEFINE_float('share', 0.2, 'Share of the words that are removed.', flag_values=values)
+  flags.DEFINE_integer('count', 500, 'Maximum number of requests.', lower_bound=1, flag_values=values)
+  flags.DEFINE_integer('seed', 0, 'Seed of the choice of texts and gaps.', lower_bound=0, flag_values=values)
+  flags.DEFINE_string('tokenizer', None, 'Workdir of a run whose length limit the texts must fit.', flag_values=values)
+  flags.DEFINE_bool('lengths', False, 'Add the number of tokens of each gap; needs --tokenizer.', flag_values=values)
+  flags.DEFINE_string('out', None, 'JSONL file to write; standard output by default.', flag_values=values)
 
 
-# --- gaps -------------------------------------------------------------------------------------------------------------
+# --- removing text ----------------------------------------------------------------------------------------------------
 
 
-def cut_out(text: str, spans) -> Gapped:
-  """A text without some spans of characters, which are in order and apart."""
-  edges = [0, *(edge for span in spans for edge in span), len(text)]
-  pieces = [text[start:end] for start, end in itertools.pairwise(edges)]
-  return Gapped(pieces[::2], pieces[1::2])
+def remove_spans(text: str, spans) -> GappedText:
+  """Remove spans of characters, [start, end), which are sorted and do not touch."""
+  bounds = [0, *(bound for span in spans for bound in span), len(text)]
+  pieces = [text[start:end] for start, end in itertools.pairwise(bounds)]
+  return GappedText(pieces[::2], pieces[1::2])
 
 
-def sentences(text: str) -> list[tuple[int, int]]:
-  """Where the sentences of a text are, without the spaces around them."""
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+  """Return the (start, end) of each sentence in a text, without the white space around it."""
   from ilm_jax.tasks.text.task import SENTENCE
 
   spans, start = [], 0
   for end in [*(match.end() for match in SENTENCE.finditer(text)), len(text)]:
-    piece = text[start:end]
-    if any(map(str.isalnum, piece)):
-      left = start + len(piece) - len(piece.lstrip())
-      spans.append((left, left + len(piece.strip())))
+    sentence = text[start:end]
+    if any(map(str.isalnum, sentence)):
+      first = start + len(sentence) - len(sentence.lstrip())
+      spans.append((first, first + len(sentence.strip())))
     start = end
   return spans
 
 
-def one_sentence(text: str, rng: np.random.Generator) -> Gapped | None:
-  """A text without one of its sentences; None if it has but one."""
-  spans = sentences(text)
-  return cut_out(text, [spans[rng.integers(len(spans))]]) if len(spans) > 1 else None
-
-
-def words(text: str) -> list[tuple[int, int]]:
-  """Where the words of a text are: what stands between spaces."""
+def word_spans(text: str) -> list[tuple[int, int]]:
+  """Return the (start, end) of each word of a text; words are separated by white space."""
   return [match.span() for match in re.finditer(r'\S+', text)]
 
 
-def chunks(text: str, rng: np.random.Generator, share: float, gaps: int) -> Gapped | None:
-  """A text without some runs of words, with kept words between any two of them.
+def remove_sentence(text: str, rng: np.random.Generator) -> GappedText | None:
+  """Remove a random sentence; None if the text has fewer than two."""
+  spans = sentence_spans(text)
+  return remove_spans(text, [spans[rng.integers(len(spans))]]) if len(spans) > 1 else None
+
+
+def remove_word_runs(text: str, rng: np.random.Generator, share: float, gaps: int) -> GappedText | None:
+  """Remove random runs of consecutive words, with at least one word between two runs.
 
   Args:
-    text: any.
-    rng: of the sizes of the runs, and where they are: all ways to place runs of these sizes are equally likely.
-    share: of the words in the runs, rounded to whole words, at least one in each.
+    text: any text.
+    rng: draws the lengths of the runs, then their places: all placements of these runs are equally likely.
+    share: share of the words that are removed, rounded to whole words; at least one word per run.
     gaps: number of runs.
 
   Returns:
-    None where there are too few words.
+    The text with gaps; None if it has too few words.
   """
-  spans = words(text)
-  taken = max(gaps, round(share * len(spans)))
-  kept = len(spans) - taken
+  spans = word_spans(text)
+  removed = max(gaps, round(share * len(spans)))
+  kept = len(spans) - removed
   if kept < max(1, gaps - 1):
     return None
-  borders = [0, *sorted(1 + rng.choice(taken - 1, gaps - 1, replace=False)), taken]  # within what is taken
-  before = sorted(rng.choice(kept + 1, gaps, replace=False))  # kept words before each run
-  out = []
+  ends = [0, *sorted(1 + rng.choice(removed - 1, gaps - 1, replace=False)), removed]  # run i: removed words ends[i:i+2]
+  kept_before = sorted(rng.choice(kept + 1, gaps, replace=False))  # number of kept words before each run
+  runs = []
   for i in range(gaps):
-    first, last = before[i] + borders[i], before[i] + borders[i + 1] - 1
-    out.append((spans[first][0], spans[last][1]))
-  return cut_out(text, out)
+    first, last = kept_before[i] + ends[i], kept_before[i] + ends[i + 1] - 1  # word indices
+    runs.append((spans[first][0], spans[last][1]))
+  return remove_spans(text, runs)
 
 
-def make(text: str, rng: np.random.Generator, *, kind: str, unit: str, share: float) -> Gapped | None:
-  """A request of a kind from a text; None where it is too short."""
+def make_gaps(text: str, rng: np.random.Generator, *, kind: str, unit: str, share: float) -> GappedText | None:
+  """Remove text as the flags --kind, --unit and --share say; None if the text is too short."""
   if kind == 'single':
-    return one_sentence(text, rng) if unit == 'sentence' else chunks(text, rng, share, 1)
-  taken = round(share * len(words(text)))
-  return chunks(text, rng, share, int(rng.integers(2, min(MOST_GAPS, taken) + 1))) if taken > 1 else None
+    return remove_sentence(text, rng) if unit == 'sentence' else remove_word_runs(text, rng, share, 1)
+  removed = round(share * len(word_spans(text)))
+  if removed < 2:
+    return None
+  return remove_word_runs(text, rng, share, int(rng.integers(2, min(MAX_GAPS, removed) + 1)))
 
 
-# --- a run's tokens ---------------------------------------------------------------------------------------------------
+# --- token counts of a run --------------------------------------------------------------------------------------------
 
 
-class Fits:
-  """The tokenizer of a run of texts, and how long its rows may be."""
+class RunTokenizer:
+  """The tokenizer of a text run and its maximum length."""
 
   def __init__(self, workdir: str):
     from ml_collections import ConfigDict
 
+    from ilm_jax.runs import run_file
     from ilm_jax.tasks.text import task as text
 
     try:
@@ -144,71 +152,88 @@ class Fits:
     except UserError as error:
       raise UserError(f'--tokenizer={error}') from None
     if cfg.task.name != 'text':
-      raise UserError(f'--tokenizer={workdir} is a run of the task {cfg.task.name}: expected one of texts')
+      raise UserError(f'--tokenizer={workdir} is a run of task.name={cfg.task.name}: expected task.name=text')
     text.settle(cfg.task, workdir)
-    self.tokenizer, self.limit = text.tokenizer(cfg.task), cfg.sampling.max_length
+    self.tokenizer, self.max_length = text.tokenizer(cfg.task), cfg.sampling.max_length
 
-  def lengths(self, gapped: Gapped) -> list[int] | None:
-    """Tokens of each gap; None where the text is too long for the run, or the run sees nothing of a part or gap."""
-    counts, total = [], 2
+  def gap_lengths(self, gapped: GappedText) -> list[int] | None:
+    """Count the tokens of each gap; None if the text is too long for the run, or a part or gap has no tokens."""
+    lengths, total = [], 2  # [CLS] and [BOS]
     for part, filling in zip(gapped.parts, gapped.fillings, strict=False):
-      bare = part.rstrip(' ')  # the tokens of most begin with their space
-      given = len(self.tokenizer.encode(bare))
-      if counts and not given:
+      before_space = part.rstrip(' ')  # the space before a gap is encoded with the filling: most tokens start with it
+      given = len(self.tokenizer.encode(before_space))
+      if lengths and not given:
         return None
-      counts.append(len(self.tokenizer.encode(part[len(bare) :] + filling)))
-      total += given + counts[-1]
+      lengths.append(len(self.tokenizer.encode(part[len(before_space) :] + filling)))
+      total += given + lengths[-1]
     total += len(self.tokenizer.encode(gapped.parts[-1]))
-    return counts if total < self.limit and all(counts) else None
+    return lengths if total < self.max_length and all(lengths) else None
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def requests(texts, *, kind: str, unit: str, share: float, count: int, seed: int, fits: Fits | None = None,
-             lengths: bool = False) -> list[dict]:  # fmt: skip
-  """The lines of a set, drawn from the texts that allow them."""
+def make_requests(
+  texts, *, count: int, seed: int, run_tokenizer: RunTokenizer | None = None, lengths: bool = False, **gaps
+) -> list[dict]:
+  """Make at most `count` infill requests, from texts drawn at random among those that are long enough.
+
+  Args:
+    texts: iterable of texts.
+    count: maximum number of requests.
+    seed: seed of the gaps and of the choice of texts.
+    run_tokenizer: if given, texts that are too long for its run are skipped.
+    lengths: add `least` and `most`, the number of tokens of each gap; needs `run_tokenizer`.
+    **gaps: `kind`, `unit` and `share`, see `make_gaps`.
+  """
   from ilm_jax.tasks.text import corpora
 
-  def possible():
+  def candidates():
     for number, text in enumerate(texts):
-      gapped = make(text, np.random.default_rng((seed, number)), kind=kind, unit=unit, share=share)
-      tokens = fits.lengths(gapped) if gapped and fits else None
-      if gapped and (tokens or not fits):
-        yield gapped, tokens
+      gapped = make_gaps(text, np.random.default_rng((seed, number)), **gaps)
+      gap_lengths = run_tokenizer.gap_lengths(gapped) if gapped and run_tokenizer else None
+      if gapped and (gap_lengths or not run_tokenizer):
+        yield gapped, gap_lengths
 
-  out = []
-  for number, (gapped, tokens) in enumerate(corpora.draw(possible(), count, seed)):
-    record = {'id': number, 'infill': gapped.parts, 'truth': gapped.text, 'fillings': gapped.fillings}
-    out.append({**record, 'least': tokens, 'most': tokens} if lengths else record)
-  return out
+  requests = []
+  for number, (gapped, gap_lengths) in enumerate(corpora.draw(candidates(), count, seed)):
+    request = {'id': number, 'infill': gapped.parts, 'truth': gapped.text, 'fillings': gapped.fillings}
+    requests.append({**request, 'least': gap_lengths, 'most': gap_lengths} if lengths else request)
+  return requests
 
 
 def run(values) -> int:
-  """Read, draw, write."""
+  """Make the requests that the flags describe and write them to --out or standard output."""
   if not values.path:
-    raise UserError('--path is missing: expected a corpus, a file or a folder of *.txt or *.jsonl')
+    raise UserError('--path is missing: expected a corpus, which is a file or a folder of *.txt or *.jsonl files')
   if not 0 < values.share < 1:
     raise UserError(f'--share={values.share}: expected a number between 0 and 1')
   if values.lengths and not values.tokenizer:
-    raise UserError('--lengths counts the tokens of a run: name its folder, --tokenizer=runs/stories')
+    raise UserError('--lengths needs --tokenizer, the workdir of the run whose tokens it counts')
   if values.unit and values.kind == 'multi':
-    raise UserError('--unit is of --kind=single: the gaps of --kind=multi hold words')
+    raise UserError('--unit applies to --kind=single only: the gaps of --kind=multi always remove words')
   quiet()
   from ilm_jax.tasks.text import corpora
 
   unit = values.unit or ('words' if values.documents == 'line' else 'sentence')
-  fits = Fits(values.tokenizer) if values.tokenizer else None
+  run_tokenizer = RunTokenizer(values.tokenizer) if values.tokenizer else None
   texts = corpora.read_split(values.path, values.split, values.documents, detokenised=values.detokenize)
-  lines = requests(texts, kind=values.kind, unit=unit, share=values.share, count=values.count, seed=values.seed,
-                   fits=fits, lengths=values.lengths)  # fmt: skip
-  if not lines:
-    raise UserError(f'--path={values.path} has no text in its {values.split} split that is long enough for such gaps'
-                    + (f' and short enough for {values.tokenizer}' if fits else ''))  # fmt: skip
-  if len(lines) < values.count:
-    print(f'{values.path} gives {len(lines)} of the {values.count} lines: the other texts of its {values.split} split '
-          'are too short' + (' or too long' if fits else ''), file=sys.stderr)  # fmt: skip
-  content = ''.join(json.dumps(line) + '\n' for line in lines)
+  requests = make_requests(
+    texts, count=values.count, seed=values.seed, run_tokenizer=run_tokenizer, lengths=values.lengths,
+    kind=values.kind, unit=unit, share=values.share,
+  )  # fmt: skip
+  if not requests:
+    raise UserError(
+      f'--path={values.path} has no text in its {values.split} split that is long enough for these gaps'
+      + (f' and short enough for {values.tokenizer}' if run_tokenizer else '')
+    )
+  if len(requests) < values.count:
+    print(
+      f'{values.path}: made {len(requests)} requests of --count={values.count}; the other texts of the {values.split} '
+      'split are too short' + (' or too long' if run_tokenizer else ''),
+      file=sys.stderr,
+    )
+  content = ''.join(json.dumps(request) + '\n' for request in requests)
   if not values.out:
     print(content, end='')
     return 0
@@ -221,7 +246,7 @@ def run(values) -> int:
 
 
 def main(argv=None) -> int:
-  """Run the command."""
+  """Run the command `ilm-jax infill-sets`; returns the exit code."""
   return command(__doc__, define, run, argv)
 
 

@@ -1,11 +1,11 @@
-"""Judges: models that say how likely texts are, token by token.
+"""Scoring models: language models that give the negative log-likelihood (NLL) of texts, for generative perplexity.
 
-    judge = judges.get('runs/arm')                 one of our own ARM runs
-    judge = judges.get('hf:gpt2')                  a causal model of Hugging Face, by name or path; the extra [judge]
-    judge.nll(['The dog ran home.'])               [Judged(nll, tokens, ids, cut)]
+    model = scoring_models.get('runs/arm')   # an ARM run of this project, by its workdir
+    model = scoring_models.get('hf:gpt2')    # a causal model of Hugging Face, by name or path
+    model.nll(['The dog ran home.'])         # [TextNLL(nll=..., ids=[...], truncated=False)]
 
-A judge's likelihood is that of the tokens of a text given the token before the first one ([BOS]); the end is left out,
-as in arXiv 2505.05755. A text of more tokens than the judge was made for is cut to the first ones, and says so.
+The NLL of a text is the sum over its tokens, the first one predicted from a start token ([BOS]). As in
+arXiv 2505.05755, no end token is scored. Texts longer than the model's context are truncated to their first tokens.
 """
 
 import time
@@ -17,108 +17,113 @@ from absl import logging
 from ilm_jax.runs import run_file
 from ilm_jax.types import UserError
 
-HUB = 'hf:'
-SHORTEST = 32  # tokens of the shortest bucket; each is twice the one before
+HF_PREFIX = 'hf:'  # `hf:NAME` names a Hugging Face model; anything else is the workdir of a run
+MIN_PADDED_LENGTH = 32  # tokens; batches are padded to this length times a power of two
 
 
-class Judged(NamedTuple):
-  """What a judge says of a text."""
+class TextNLL(NamedTuple):
+  """The negative log-likelihood of a text under a scoring model."""
 
-  nll: float  # in nats, of all its tokens
-  tokens: int
-  ids: list[int]  # the tokens
-  cut: bool  # the text is longer: these are its first tokens
+  nll: float  # sum over the scored tokens, in nats
+  ids: list[int]  # the scored tokens, in the scoring model's vocabulary
+  truncated: bool  # True if the text has more tokens than the model can score
+
+  @property
+  def num_tokens(self) -> int:
+    """Return the number of scored tokens."""
+    return len(self.ids)
 
 
-class Judge:
-  """What all judges share: texts are sorted by length, cut, and judged in batches that are padded to few lengths."""
+class ScoringModel:
+  """Base class: sorts texts by length and scores them in padded batches."""
 
   name: str
-  limit: int  # tokens of a text
-  rows: int  # of a batch
+  max_tokens: int  # longest text that is scored in full
+  batch_size: int
 
   def encode(self, text: str) -> list[int]:
-    """The tokens of a text, without a start and an end."""
+    """Return the token ids of a text, without start and end tokens."""
     raise NotImplementedError
 
-  def losses(self, ids_BxL: np.ndarray, tokens_B: np.ndarray) -> np.ndarray:
-    """-log p of each token given those before it, anything behind a row's tokens: BxL."""
+  def token_nll(self, ids_BxL: np.ndarray, length_B: np.ndarray) -> np.ndarray:
+    """Return -log p of each token given the tokens before it, BxL; values beyond a row's length are arbitrary."""
     raise NotImplementedError
 
-  def nll(self, texts: list[str]) -> list[Judged]:
-    """Judge texts; what it says of one does not depend on the others."""
-    whole = [self.encode(text) for text in texts]
-    rows = [ids[: self.limit] for ids in whole]
-    out = [Judged(0.0, 0, [], False)] * len(texts)
-    order = sorted((i for i, ids in enumerate(rows) if ids), key=lambda i: len(rows[i]))
+  def nll(self, texts: list[str]) -> list[TextNLL]:
+    """Score texts, in their order; the result of a text does not depend on the other texts."""
+    encoded = [self.encode(text) for text in texts]
+    rows = [ids[: self.max_tokens] for ids in encoded]
+    out = [TextNLL(0.0, [], False)] * len(texts)
+    by_length = sorted((i for i, ids in enumerate(rows) if ids), key=lambda i: len(rows[i]))
     total, done = sum(map(len, rows)), 0
-    start = said = time.monotonic()
-    for first in range(0, len(order), self.rows):
-      batch = order[first : first + self.rows]
-      ids_BxL = np.zeros((self.rows, self.bucket(len(rows[batch[-1]]))), np.int32)
-      tokens_B = np.zeros(self.rows, np.int32)
+    start = last_log = time.monotonic()
+    for first in range(0, len(by_length), self.batch_size):
+      batch = by_length[first : first + self.batch_size]
+      ids_BxL = np.zeros((self.batch_size, self.padded_length(len(rows[batch[-1]]))), np.int32)
+      length_B = np.zeros(self.batch_size, np.int32)
       for row, i in enumerate(batch):
-        tokens_B[row] = len(rows[i])
-        ids_BxL[row, : tokens_B[row]] = rows[i]
-      losses_BxL = np.asarray(self.losses(ids_BxL, tokens_B), np.float64)
+        length_B[row] = len(rows[i])
+        ids_BxL[row, : length_B[row]] = rows[i]
+      nll_BxL = np.asarray(self.token_nll(ids_BxL, length_B), np.float64)
       for row, i in enumerate(batch):
         n = len(rows[i])
-        out[i] = Judged(float(losses_BxL[row, :n].sum()), n, rows[i], len(whole[i]) > n)
+        out[i] = TextNLL(float(nll_BxL[row, :n].sum()), rows[i], len(encoded[i]) > n)
         done += n
-      if time.monotonic() - said > 10:
-        said = time.monotonic()
-        logging.info('judged %s of %s tokens, %.0f s left', f'{done:,}', f'{total:,}',
-                     (total - done) * (said - start) / done)  # fmt: skip
+      if time.monotonic() - last_log > 10:
+        last_log = time.monotonic()
+        seconds_left = (total - done) * (last_log - start) / done
+        logging.info('scored %s of %s tokens, %.0f s left', f'{done:,}', f'{total:,}', seconds_left)
     return out
 
-  def bucket(self, tokens: int) -> int:
-    """To how many tokens a batch is padded."""
-    size = SHORTEST
+  def padded_length(self, tokens: int) -> int:
+    """Return the length to which a batch is padded whose longest text has this many tokens."""
+    size = MIN_PADDED_LENGTH
     while size < tokens:
       size *= 2
-    return min(size, self.limit)
+    return min(size, self.max_tokens)
 
 
-class Once:
-  """A judge that looks at every text once, however often it is asked about it."""
+class CachedScoringModel:
+  """Wraps a scoring model and keeps its results, so that a text that occurs several times is scored once."""
 
-  def __init__(self, judge: Judge):
-    self.judge, self.name, self.limit, self.said = judge, judge.name, judge.limit, {}
+  def __init__(self, model: ScoringModel):
+    self.model, self.name, self.max_tokens = model, model.name, model.max_tokens
+    self.cache: dict[str, TextNLL] = {}
 
-  def nll(self, texts: list[str]) -> list[Judged]:
-    """Judge texts."""
-    new = [text for text in dict.fromkeys(texts) if text not in self.said]
-    self.said |= zip(new, self.judge.nll(new), strict=True)
-    return [self.said[text] for text in texts]
-
-
-# --- our own ----------------------------------------------------------------------------------------------------------
+  def nll(self, texts: list[str]) -> list[TextNLL]:
+    """Score texts; same result as the wrapped model's `nll`."""
+    new = [text for text in dict.fromkeys(texts) if text not in self.cache]
+    self.cache |= zip(new, self.model.nll(new), strict=True)
+    return [self.cache[text] for text in texts]
 
 
-class ArmJudge(Judge):
-  """A LanguageModel of family=arm: its exact likelihood, its tokenizer. [UNK] is a token like others."""
+# --- ARM runs of this project -----------------------------------------------------------------------------------------
 
-  def __init__(self, lm, *, name: str = 'arm', rows: int = 16):
+
+class ArmScoringModel(ScoringModel):
+  """Scores with a LanguageModel of family=arm: exact likelihood, under its own tokenizer. [UNK] has a probability."""
+
+  def __init__(self, lm, *, name: str = 'arm', batch_size: int = 16):
     import jax
 
     from ilm_jax.families import arm
     from ilm_jax.models import transformer
     from ilm_jax.special_tokens import BOS, CLS, UNK
 
-    self.name, self.rows, self.lm = name, rows, lm
-    self.given = np.array([CLS, BOS], np.int32)
-    self.limit = lm.sample_cfg.max_length - len(self.given)
+    self.name, self.batch_size, self.lm = name, batch_size, lm
+    self.prefix = np.array([CLS, BOS], np.int32)
+    self.max_tokens = lm.sample_cfg.max_length - len(self.prefix)
     cfg = lm.sample_cfg._replace(closed_tokens=tuple(i for i in lm.sample_cfg.closed_tokens if i != UNK))
 
     @jax.jit
-    def run(params, tokens_BxL, length_B):
+    def next_losses(params, tokens_BxL, length_B):
       return arm.next_losses(transformer.Forward(lm.model_cfg, params), tokens_BxL, length_B, cfg)
 
-    self.run = run
+    self.next_losses = next_losses
 
   @classmethod
-  def load(cls, workdir) -> 'ArmJudge':
-    """The weights of a run that were best on validation."""
+  def load(cls, workdir) -> 'ArmScoringModel':
+    """Load a run's best weights on validation."""
     from ilm_jax.inference import api
 
     check(workdir)
@@ -127,100 +132,120 @@ class ArmJudge(Judge):
   def encode(self, text: str) -> list[int]:
     return list(map(int, self.lm.tokenizer.encode(text)))
 
-  def losses(self, ids_BxL, tokens_B):
-    given_BxL = np.broadcast_to(self.given, (len(ids_BxL), len(self.given)))
-    tokens_BxL = np.concatenate([given_BxL, ids_BxL], axis=1)
-    losses_BxL = self.run(self.lm.params, tokens_BxL, tokens_B + len(self.given))
-    return np.asarray(losses_BxL)[:, len(self.given) - 1 : -1]
+  def token_nll(self, ids_BxL, length_B):
+    prefix_BxL = np.broadcast_to(self.prefix, (len(ids_BxL), len(self.prefix)))
+    tokens_BxL = np.concatenate([prefix_BxL, ids_BxL], axis=1)
+    nll_BxL = self.next_losses(self.lm.params, tokens_BxL, length_B + len(self.prefix))
+    return np.asarray(nll_BxL)[:, len(self.prefix) - 1 : -1]
 
 
-# --- Hugging Face -----------------------------------------------------------------------------------------------------
+# --- Hugging Face models ----------------------------------------------------------------------------------------------
 
 
-class HuggingFaceJudge(Judge):
-  """A causal model of transformers: bfloat16 on a GPU, float32 on CPU. The start is its BOS, or its EOS."""
+class HuggingFaceScoringModel(ScoringModel):
+  """Scores with a causal model of transformers, in bfloat16 on a GPU and float32 on CPU.
 
-  def __init__(self, name: str, *, rows: int = 8):
-    torch, transformers = _hugging_face()
+  The start token is the tokenizer's BOS, or its EOS if it has no BOS (GPT-2).
+  """
+
+  def __init__(self, name: str, *, batch_size: int = 8):
+    torch, transformers = _import_hugging_face()
     try:
-      self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, split_special_tokens=True)  # they are text
+      # split_special_tokens: a text that contains '</s>' is scored as these four characters, not as an end token
+      self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, split_special_tokens=True)
       net = transformers.AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError) as error:
       reason = ' '.join(str(error).split()).split('. ')[0][:200]
       raise UserError(
-        f'the judge {HUB}{name} could not be loaded from Hugging Face or a folder '
-        f'({reason}): name another, or the folder of a run of family=arm'
+        f'the scoring model {HF_PREFIX}{name} could not be loaded from Hugging Face or a local folder ({reason}): '
+        'name another model, or the workdir of a run of family=arm'
       ) from None
-    starts = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-    self.start = next((start for start in starts if start is not None), None)
+    start_tokens = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+    self.start = next((token for token in start_tokens if token is not None), None)
     if self.start is None:
-      raise UserError(f'the judge {HUB}{name} has neither a BOS nor an EOS token to start from: use another model')
+      raise UserError(
+        f'the scoring model {HF_PREFIX}{name} has neither a BOS nor an EOS token to start from: use another model'
+      )
     on_gpu = torch.cuda.is_available()
     self.device = 'cuda' if on_gpu else 'cpu'
     self.net = net.to(device=self.device, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
-    lengths = self.tokenizer.model_max_length, getattr(net.config, 'max_position_embeddings', None)
-    self.limit = min(int(length) for length in lengths if length) - 1
-    self.name, self.rows, self.torch = HUB + name, rows, torch
+    limits = self.tokenizer.model_max_length, getattr(net.config, 'max_position_embeddings', None)
+    self.max_tokens = min(int(limit) for limit in limits if limit) - 1  # the start token takes one position
+    self.name, self.batch_size, self.torch = HF_PREFIX + name, batch_size, torch
 
   def encode(self, text: str) -> list[int]:
     return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
-  def losses(self, ids_BxL, tokens_B):
+  def token_nll(self, ids_BxL, length_B):
     torch = self.torch
-    mask_BxL = np.arange(ids_BxL.shape[1] + 1)[None] <= tokens_B[:, None]
+    mask_BxL = np.arange(ids_BxL.shape[1] + 1)[None] <= length_B[:, None]
     inputs_BxL = np.concatenate([np.full((len(ids_BxL), 1), self.start), ids_BxL], axis=1)
     inputs_BxL, mask_BxL, ids_BxL = (
       torch.tensor(array, device=self.device, dtype=torch.long) for array in (inputs_BxL, mask_BxL, ids_BxL)
     )
     with torch.inference_mode():
       logits_BxLxV = self.net(input_ids=inputs_BxL, attention_mask=mask_BxL).logits
-      losses = [  # a row at a time: the logits in float32 take more room than the model's
+      nll = [  # one row at a time: float32 logits of a whole batch can need more memory than the model
         torch.nn.functional.cross_entropy(logits_LxV[:-1].float(), ids_L, reduction='none')
         for logits_LxV, ids_L in zip(logits_BxLxV, ids_BxL, strict=True)
       ]
-      return torch.stack(losses).cpu().numpy()
+      return torch.stack(nll).cpu().numpy()
 
 
-def _hugging_face():
+def _import_hugging_face():
   try:
     import torch
     import transformers
   except ImportError:
-    raise UserError(f'a judge {HUB}NAME needs transformers and torch: pip install "ilm_jax[judge]"') from None
+    raise UserError(
+      f'a scoring model {HF_PREFIX}NAME needs torch and transformers: pip install "ilm_jax[perplexity]"'
+    ) from None
   return torch, transformers
 
 
-# --- by name ----------------------------------------------------------------------------------------------------------
+# --- lookup by name ---------------------------------------------------------------------------------------------------
 
 
 def check(name) -> None:
-  """Refuse a judge that there is not, before it is loaded.
+  """Check the name of a scoring model without loading the model.
 
   Raises:
-    UserError: no run there, a run of another family or task, a package that is missing.
+    UserError: no run in that folder, a run of another family or task, or torch or transformers is not installed.
   """
-  if str(name).startswith(HUB):
-    _hugging_face()
-    if not str(name).removeprefix(HUB):
-      raise UserError(f'the judge {name}: expected a name or path behind {HUB}, such as {HUB}gpt2')
+  if str(name).startswith(HF_PREFIX):
+    _import_hugging_face()
+    if not str(name).removeprefix(HF_PREFIX):
+      raise UserError(
+        f'the scoring model {name}: expected a model name or path after {HF_PREFIX}, such as {HF_PREFIX}gpt2'
+      )
     return
 
   try:
     cfg = run_file.read_config(name)
   except UserError as error:
-    raise UserError(f'the judge {error}; or {HUB}NAME, of Hugging Face') from None
+    raise UserError(f'the scoring model {error}; for a model of Hugging Face, write {HF_PREFIX}NAME') from None
   if cfg['family'] != 'arm':
     raise UserError(
-      f'the judge {name} is a run of family={cfg["family"]}: expected family=arm, which gives every text its exact '
-      f'likelihood, or {HUB}NAME'
+      f'the scoring model {name} is a run of family={cfg["family"]}: expected family=arm, which has exact likelihoods, '
+      f'or {HF_PREFIX}NAME'
     )
   if cfg['task']['name'] != 'text':
-    raise UserError(f'the judge {name} is a run of the task {cfg["task"]["name"]}: expected one of texts')
+    raise UserError(
+      f'the scoring model {name} is a run of task.name={cfg["task"]["name"]}: expected a run of task.name=text, '
+      f'or {HF_PREFIX}NAME'
+    )
 
 
-def get(name) -> Judge:
-  """A judge by the workdir of an ARM run, or `hf:` and the name or path of a model."""
+def get(name) -> ScoringModel:
+  """Load a scoring model.
+
+  Args:
+    name: the workdir of an ARM run, or `hf:` and the name or path of a Hugging Face model.
+
+  Raises:
+    UserError: see `check`; or the Hugging Face model cannot be loaded.
+  """
   check(name)
-  if str(name).startswith(HUB):
-    return HuggingFaceJudge(str(name).removeprefix(HUB))
-  return ArmJudge.load(name)
+  if str(name).startswith(HF_PREFIX):
+    return HuggingFaceScoringModel(str(name).removeprefix(HF_PREFIX))
+  return ArmScoringModel.load(name)

@@ -1,4 +1,4 @@
-"""launch/table.sh: the runs of every family, and the table from them, in miniature."""
+"""launch/table.sh: trains every family on small tasks and prints the report."""
 
 import os
 import re
@@ -14,18 +14,18 @@ SCRIPT = small.ROOT / 'launch' / 'table.sh'
 
 
 def smoke_flags() -> str:
-  """The flags of `make table-smoke`."""
+  """Return the flags that `make table-smoke` passes."""
   text = (small.ROOT / 'Makefile').read_text().replace('\\\n', ' ')
   return re.search(r'^SMOKE := (.*)$', text, re.M)[1]
 
 
-def call(*configs, **variables):
+def run_script(*configs, **variables):
   settings = {'PYTHON': sys.executable, **variables}
   return subprocess.run(['bash', SCRIPT, *configs], env={**os.environ, **settings}, capture_output=True, text=True)
 
 
-def test_the_plan_names_every_run_and_the_table():
-  done = call(
+def test_a_dry_run_prints_the_commands_of_all_runs_and_the_report():
+  done = run_script(
     'star.py:tiny', 'star.py:mini', DRY_RUN='1', SEEDS='0 1', FAMILIES='ilm oracle', RUNS='r', PYTHON='python'
   )
   assert done.returncode == 0, done.stderr
@@ -38,22 +38,22 @@ def test_the_plan_names_every_run_and_the_table():
   assert lines[8].startswith('python -m ilm_jax.cli report r/star-tiny-6000-ilm-0 ') and lines[8].count('r/star') == 8
 
 
-def test_without_a_config_it_says_what_it_expected():
-  done = call()
+def test_a_missing_config_is_refused():
+  done = run_script()
   assert done.returncode == 1 and done.stderr.startswith('expected configs') and not done.stdout
 
 
 @pytest.mark.long
-def test_the_whole_table_in_miniature(tmp_path):
+def test_all_families_are_trained_once_and_tabulated(tmp_path):
   settings = {'RUNS': str(tmp_path / 'runs'), 'STEPS': '20', 'FLAGS': smoke_flags()}
   table = tmp_path / 'table.md'
-  done = call('star.py:tiny', **settings, TABLE=str(table))
+  done = run_script('star.py:tiny', **settings, TABLE=str(table))
   assert done.returncode == 0, done.stderr
   text = table.read_text()
   for name in [*families.FAMILIES, 'arm, oracle order']:
     assert re.search(rf'^\| star tiny \| {name} \| .* \|$', text, re.M), name
   finished = {path: path.stat().st_mtime_ns for path in (tmp_path / 'runs').glob('*/eval.json')}
   assert len(finished) == 3 * (len(families.FAMILIES) + 1)
-  again = call('star.py:tiny', **settings)
+  again = run_script('star.py:tiny', **settings)
   assert again.returncode == 0 and '| star tiny | ilm |' in again.stdout
-  assert {path: path.stat().st_mtime_ns for path in finished} == finished, 'a finished run was made again'
+  assert {path: path.stat().st_mtime_ns for path in finished} == finished, 'a finished run was trained again'

@@ -1,0 +1,76 @@
+"""The plots that `ilm-jax report` writes into the folders of runs: learning curves and decoding order."""
+
+import json
+
+import numpy as np
+from etils import epath
+
+from ilm_jax.runs import logs
+from ilm_jax.types import UserError
+
+
+def plot(workdir: str) -> None:
+  """Plot validation metrics by training step (accuracy.png or loss.png) and the decoding order (order.png) of a run.
+
+  Raises:
+    UserError: matplotlib is not installed.
+  """
+  try:
+    import matplotlib
+  except ImportError:
+    raise UserError('the plots need matplotlib: pip install "ilm_jax[report]", or pass --noplots') from None
+  matplotlib.use('agg')
+
+  plot_learning_curve(workdir)
+  order_places = json.loads((epath.Path(workdir) / 'eval.json').read_text()).get('order_places')
+  if order_places:
+    plot_order(workdir, order_places)
+
+
+def plot_learning_curve(workdir: str) -> None:
+  """Plot validation accuracy if the task has right answers, else validation loss; and the training loss."""
+  from matplotlib import pyplot
+
+  scalars = logs.read_scalars(workdir)
+  losses = scalars.get('validation/loss', [])
+  figure, axis = pyplot.subplots(figsize=(6.4, 3.6), dpi=120)
+  if has_answers := 'validation/exact_match' in scalars:
+    for name, color in (('exact_match', '#14609f'), ('token_accuracy', '#3a7d44')):
+      if points := scalars.get(f'validation/{name}'):
+        steps, values = zip(*points, strict=True)
+        axis.plot(steps, [100 * value for value in values], color=color, label=name.replace('_', ' '), marker='.')
+    axis.set(ylabel='validation accuracy, %', ylim=(-2, 102))
+  elif losses:
+    axis.plot(*zip(*losses, strict=True), color='#14609f', label='validation loss', marker='.')
+    axis.set(ylabel='loss')
+  axis.set(xlabel='training steps')
+  if points := scalars.get('train/loss'):
+    loss_axis = axis.twinx() if has_answers else axis
+    loss_axis.plot(*zip(*points, strict=True), color='#999999', linewidth=0.8, label='training loss', zorder=0)
+    if has_answers:
+      loss_axis.set(ylabel='training loss (gray)', ylim=(0, None))
+  axis.legend(loc='center right' if has_answers else 'upper right', frameon=False)
+  axis.set_title(str(workdir), fontsize=9)
+  _save(figure, workdir, 'accuracy.png' if has_answers else 'loss.png')
+
+
+def plot_order(workdir: str, order_places) -> None:
+  """Plot the share of tokens by decoding step and position in the answer, from their counts [step, position]."""
+  from matplotlib import pyplot
+
+  share = np.array(order_places) / np.maximum(np.sum(order_places, axis=1, keepdims=True), 1)
+  figure, axis = pyplot.subplots(figsize=(4.4, 3.8), dpi=120)
+  image = axis.imshow(share, cmap='Blues', vmin=0, vmax=1, aspect='auto')
+  axis.set(xlabel='position in the answer', ylabel='decoding step')
+  axis.set_title(f'{workdir}: decoding order', fontsize=9)
+  figure.colorbar(image, label='share of the tokens of a step')
+  _save(figure, workdir, 'order.png')
+
+
+def _save(figure, workdir: str, name: str) -> None:
+  from matplotlib import pyplot
+
+  figure.tight_layout()
+  with (epath.Path(workdir) / name).open('wb') as file:
+    figure.savefig(file, format='png')
+  pyplot.close(figure)

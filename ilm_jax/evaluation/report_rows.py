@@ -1,0 +1,137 @@
+"""Reads finished runs for `ilm-jax report`, and groups the runs that differ only in their seed into table rows."""
+
+import itertools
+import json
+from typing import NamedTuple
+
+from etils import epath
+
+from ilm_jax.runs import logs, run_file
+from ilm_jax.types import UserError
+
+FREE_SETTINGS = (  # settings that do not change the results, or hardly: runs of one row may differ in them
+  *('seed', 'keep', 'log_every', 'report_seconds', 'checkpoint_every', 'eval.print_samples'),
+  *('data.num_workers', 'data.prefetch', 'model.remat', 'model.scan_layers', 'mesh.data', 'mesh.fsdp', 'mesh.tensor'),
+  *('distributed.initialization_timeout', 'distributed.heartbeat_timeout'),
+)
+
+
+class Run(NamedTuple):
+  """The results and settings of one finished run."""
+
+  workdir: str
+  label: str  # name of the task in the tables
+  family: str  # name of the model family in the tables, see `_family_name`
+  seed: int
+  steps: int  # training steps of the evaluated weights
+  budget: int  # training steps that the config allows
+  key: str  # all settings except FREE_SETTINGS, as JSON: equal for the runs of a row
+  correct: tuple[float, float] | None  # (correct answers, all answers); None if the task has no right answers
+  tokens: tuple[float, float] | None  # (correct tokens, all tokens); None if the task has no right answers
+  chance: float | None  # exact match of a random answer
+  kind: str | None  # kind of likelihood: 'exact', 'bound' or 'importance-weighted'
+  strings: dict | None  # lists 'nll' (nats), 'error' (its standard error) and 'tokens', one value per test string
+  parameters: int  # number of parameters of the model
+  seconds: float  # training time
+  hardware: str
+  commits: tuple[str, ...]  # commits of all starts of the run
+  sampler: str  # description of the sampler's settings
+  orders: dict  # decoding-order statistics: name -> (total, weight)
+
+
+def read(workdir: str) -> Run:
+  """Read a finished run from its run.json, eval.json and event files.
+
+  Raises:
+    UserError: the folder is not a run, or the run is not finished and evaluated.
+  """
+  path = epath.Path(workdir)
+  run = run_file.parse_run((path / 'run.json').read_bytes()) if (path / 'run.json').exists() else None
+  if run is None:
+    raise UserError(f'{workdir}: expected the workdir of a run, but it has no valid run.json')
+  if not (path / 'eval.json').exists():
+    raise UserError(f'{workdir} has no eval.json: finish the run, or evaluate it with --mode=eval')
+  try:
+    result = json.loads((path / 'eval.json').read_bytes())
+    config = run_file.migrate(result['config'])
+    has_answers = 'exact_match' in result['pairs']
+    if not has_answers and not result.get('strings'):
+      raise UserError(
+        f'{workdir}: the task {config["task"]["label"]} has no right answers, and no likelihoods were measured: '
+        'evaluate the run with --mode=eval --config.eval.score='
+      )
+    if not result['finished']:
+      raise UserError(f'{workdir} was evaluated before it was finished: finish the run, or lower --config.stop_at')
+    starts = [*run['starts'], result['start']]
+    settings = {name: value for name, value in run_file.flatten(config).items() if name not in FREE_SETTINGS}
+    return Run(
+      workdir=str(workdir),
+      label=config['task']['label'],
+      family=_family_name(config),
+      seed=result['seed'],
+      steps=result['step'],
+      budget=config['steps'],
+      key=json.dumps(settings, sort_keys=True),
+      correct=tuple(result['pairs']['exact_match']) if has_answers else None,
+      tokens=tuple(result['pairs']['token_accuracy']) if has_answers else None,
+      chance=result['chance'] + 0.0 if has_answers else None,
+      kind=result.get('likelihood'),
+      strings=result.get('strings'),
+      parameters=result['parameters'],
+      seconds=logs.wall_seconds(workdir),
+      hardware=' + '.join(sorted({f'{start["devices"]}, {start["cpus"]} cores' for start in starts})),
+      commits=tuple(sorted({start['commit'] for start in starts})),
+      sampler=result['sampler'],
+      orders={name: pair for name, pair in result['pairs'].items() if name.startswith('order_')},
+    )
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(
+      f'{workdir}: eval.json lacks {error}, which the tables need: evaluate the run again with --mode=eval'
+    ) from None
+
+
+def _family_name(config: dict) -> str:
+  """Return the family with the settings that make it another system in the tables."""
+  if config['family'] == 'arm' and config['task'].get('order') in ('oracle', 'solver'):
+    return 'arm, oracle order'
+  if config.get('loss', {}).get('length_weight', 'none') != 'none':
+    return f'{config["family"]}, length_weight={config["loss"]["length_weight"]}'
+  return config['family']
+
+
+def group(runs: list[Run], mixed_commits: bool) -> list[list[Run]]:
+  """Group runs into table rows: same task, family and settings, sorted by seed.
+
+  Args:
+    runs: runs in the order in which their rows appear.
+    mixed_commits: allow several or unknown commits within a row.
+
+  Raises:
+    UserError: two runs of a row have the same seed, or a row has several or unknown commits.
+  """
+  rows = {}
+  for run in runs:
+    rows.setdefault((run.label, run.family, run.key), []).append(run)
+  for row in rows.values():
+    row.sort(key=lambda run: run.seed)
+    for a, b in itertools.pairwise(row):
+      if a.seed == b.seed:
+        raise UserError(f'{a.workdir} and {b.workdir} are the same run twice (seed {a.seed}): leave one out')
+    commits = {commit: run.workdir for run in row for commit in run.commits}
+    if 'unknown' in commits and not mixed_commits:
+      raise UserError(
+        f'{commits["unknown"]} was run outside a git checkout, so its commit is unknown: run it in a checkout, or '
+        'accept it with --mixed_commits'
+      )
+    if len(commits) > 1 and not mixed_commits:
+      listed = ', '.join(f'{short_commit(commit)} ({workdir})' for commit, workdir in sorted(commits.items()))
+      raise UserError(
+        f'{row[0].label}, {row[0].family}: the runs of this row are from several commits, {listed}: run them again at '
+        'one commit, or accept them with --mixed_commits'
+      )
+  return list(rows.values())
+
+
+def short_commit(commit: str) -> str:
+  """Return the first nine digits of a commit hash, with `+changes` if the working tree had uncommitted changes."""
+  return commit[:9] + commit[40:]

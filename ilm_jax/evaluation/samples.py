@@ -1,0 +1,164 @@
+"""Readers for JSONL files of samples, infill requests and reference texts, as `ilm-jax perplexity` takes them."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from ilm_jax.evaluation.infill_sets import GappedText
+from ilm_jax.types import UserError
+
+
+class Sample(NamedTuple):
+  """A generated text. The fields from `parts` on are None unless it answers an infill request."""
+
+  text: str
+  id: int | str | None = None  # id of the request; several samples may answer one request
+  parts: list[str] | None = None  # given text around the gaps, one more than fillings
+  fillings: list[str] | None = None  # generated fillings
+  truth: str | None = None  # true text, with its gaps filled
+  true_fillings: list[str] | None = None
+
+
+def records(path: str, flag: str):
+  """Yield (location for error messages, JSON object) for each non-empty line of a JSONL file.
+
+  Args:
+    path: the file.
+    flag: the flag that named the file, for error messages.
+
+  Raises:
+    UserError: the file cannot be read, or a line is not a JSON object of valid UTF-8.
+  """
+  try:
+    lines = Path(path).read_text('utf-8').split('\n')
+  except OSError as error:
+    raise UserError(f'--{flag}={path}: {error.strerror or error}') from None
+  except UnicodeDecodeError as error:
+    raise UserError(f'--{flag}={path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}') from None
+  for number, line in enumerate(lines, 1):
+    if line.strip():
+      where = f'{path}, line {number}'
+      try:
+        record = json.loads(line)
+        if not isinstance(record, dict):
+          raise TypeError
+        json.dumps(record, ensure_ascii=False).encode()
+      except UnicodeEncodeError:
+        raise UserError(f'{where}: contains an unpaired surrogate, which is not a valid character') from None
+      except (ValueError, TypeError, RecursionError):
+        raise UserError(f'{where}: expected a JSON object, got {line.strip()[:80]}') from None
+      yield where, record
+
+
+def read_samples(path: str) -> list[Sample]:
+  """Read the samples that `ilm-jax generate` wrote.
+
+  Raises:
+    UserError: the file cannot be read, holds no samples, or has a malformed line.
+  """
+  samples, seen = [], {}
+  for where, record in records(path, 'samples'):
+    if not isinstance(record.get('text'), str):
+      raise UserError(f'{where}: expected the key "text" with a string, as `ilm-jax generate` writes it')
+    sample = Sample(record['text'], record.get('id'))
+    if 'infill' in record:
+      sample = _add_gaps(sample, record, where)
+      key = sample.id, json.dumps(record.get('sample'))
+      if key in seen:
+        raise UserError(f'{where} has the same "id" and "sample" as {seen[key]}: expected every answer once')
+      seen[key] = where
+    samples.append(sample)
+  if not samples:
+    raise UserError(f'--samples={path} contains no samples: expected one JSON object with "text" per line')
+  return samples
+
+
+def _add_gaps(sample: Sample, record: dict, where: str) -> Sample:
+  """Add the fields of an infilled text, as they are in its record, to a sample."""
+  spans, fillings = record.get('spans'), record.get('fillings')
+  try:
+    bounds = [0, *(bound for start, end in spans for bound in (start, end)), len(sample.text)]
+    if bounds != sorted(bounds) or [sample.text[start:end] for start, end in spans] != fillings:
+      raise ValueError
+  except (TypeError, ValueError):
+    raise UserError(
+      f'{where}: expected "fillings", a list of strings, and "spans", the [start, end] of each filling in "text"'
+    ) from None
+  if not isinstance(sample.id, int | str):
+    raise UserError(f'{where}: expected the key "id" with the id of the infill request')
+  parts = [sample.text[start:end] for start, end in zip(bounds[::2], bounds[1::2], strict=True)]
+  return _add_truth(sample._replace(parts=parts, fillings=fillings), record.get('truth'), where)
+
+
+def _add_truth(sample: Sample, truth, where: str) -> Sample:
+  """Add the true text to a sample: a string, or a dict of `text` and `fillings`."""
+  if truth is None:
+    return sample
+  fillings = truth.get('fillings') if isinstance(truth, dict) else None
+  text = truth.get('text') if isinstance(truth, dict) else truth
+  if not isinstance(text, str):
+    raise UserError(f'{where}: expected the key "truth" with the true text, a string')
+  if fillings is not None and not _is_filled_with(text, sample.parts, fillings):
+    raise UserError(
+      f'{where}: the given parts of the text and the true fillings do not join to the true text {text[:60]!r}'
+    )
+  return sample._replace(truth=text, true_fillings=fillings)
+
+
+def _is_filled_with(text: str, parts: list[str], fillings) -> bool:
+  """Return whether parts and fillings, alternating, are the text."""
+  if not isinstance(fillings, list) or len(fillings) != len(parts) - 1:
+    return False
+  return GappedText(parts, [str(filling) for filling in fillings]).text == text
+
+
+def add_requests(samples: list[Sample], path: str) -> list[Sample]:
+  """Add the true texts from a file of infill requests to the samples that answer them, matched by id."""
+  truths = {}
+  for where, record in records(path, 'requests'):
+    key = record.get('id')
+    if not isinstance(key, int | str):
+      raise UserError(f'{where}: expected the key "id", which the samples refer to')
+    if key in truths:
+      raise UserError(f'{where} has the same id {key!r} as {truths[key][0]}: expected every id once')
+    if not isinstance(record.get('truth'), str):
+      raise UserError(f'{where}: expected the key "truth" with the true text, a string')
+    truths[key] = where, {'text': record['truth'], 'fillings': record.get('fillings')}
+  out = []
+  for sample in samples:
+    if sample.parts is None:
+      out.append(sample)
+      continue
+    if sample.id not in truths:
+      raise UserError(f'--requests={path} has no request with id {sample.id!r}, which a sample answers')
+    where, truth = truths[sample.id]
+    out.append(_add_truth(sample, truth, where))
+  return out
+
+
+def read_references(values, count: int) -> list[str]:
+  """Read the reference texts: all texts of a *.jsonl file, or `count` documents drawn from a corpus.
+
+  Args:
+    values: the command's flags `reference`, `split`, `documents`, `detokenize` and `seed`.
+    count: number of documents to draw from a corpus.
+  """
+  from ilm_jax.tasks.text import corpora
+
+  path = values.reference
+  if path.endswith('.jsonl'):
+    texts = []
+    for where, record in records(path, 'reference'):
+      if not isinstance(record.get('text'), str):
+        raise UserError(f'{where}: expected the key "text" with a string')
+      texts.append(record['text'])
+    if not texts:
+      raise UserError(f'--reference={path} contains no texts')
+    return texts
+  documents = corpora.read_split(
+    path, values.split, values.documents, detokenised=values.detokenize, flag='--reference'
+  )  # fmt: skip
+  texts = corpora.draw(documents, count, values.seed)
+  if not texts:
+    raise UserError(f'--reference={path} contains no documents in its {values.split} split')
+  return texts
