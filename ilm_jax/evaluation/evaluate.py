@@ -154,7 +154,7 @@ class Evaluator:
       steps = row['order'][row['order'] >= 0].tolist()
       landmark = self.task.landmark(row['tokens'], self.cfg.task)
       pairs |= metrics_lib.order_statistics(steps, landmark)
-      if self.task.score is not None:  # of texts, it would be large and say little
+      if self.task.score is not None:  # for free texts this matrix would be large and uninformative
         np.add.at(places_NxN, (steps, np.arange(len(steps))), 1)
       else:
         samples.append(self.task.decode(row['tokens'], self.cfg.task))
