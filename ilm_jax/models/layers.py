@@ -19,7 +19,7 @@ def uniform_init(fan_in: int):
 class Linear(nn.Module):
   """Linear layer written as an einsum of the input and a kernel; the optional bias covers the last output axis."""
 
-  spec: str  # einsum specification 'input,kernel->output'
+  spec: str  # einsum specification: input,kernel->output
   shape: tuple[int, ...]  # shape of the kernel
   names: tuple[str | None, ...]  # logical axis names of the kernel
   fan_in: int  # number of input features, for the initialization

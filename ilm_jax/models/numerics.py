@@ -23,7 +23,7 @@ def einsum(spec: str, x, y, compute: str, names=None):
   """Contract two operands in the given compute type.
 
   Args:
-    spec: einsum specification 'x,y->result'. For compute='mixed', every index of an operand must also occur in the
+    spec: einsum specification, x,y->result. For compute='mixed', every index of an operand must also occur in the
       other operand or in the result.
     x: left operand.
     y: right operand.
