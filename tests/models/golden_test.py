@@ -90,7 +90,7 @@ def packed_batch_of(numbers):
   return batch
 
 
-def stored(numbers, batch):
+def permuted_batch_of(numbers, batch):
   """Return the batch with the tokens of each row stored in the permuted order of `storage_perm`."""
   perm = numbers['storage_perm']
   names = ('tokens_BxL', 'position_BxL', 'segment_BxL', 'open_BxL')
@@ -99,13 +99,6 @@ def stored(numbers, batch):
   moved['target_gap_BxT'] = np.take_along_axis(new_index_BxL, batch['target_gap_BxT'], axis=1)
   moved['cls_BxS'] = np.argmax(moved['tokens_BxL'] == 1, axis=1)[:, None]
   return batch | moved
-
-
-def test_insertion_logits_follow_positions_not_the_order_of_storage(insertion):
-  numbers, cfg, params = insertion
-  outputs = outputs_of(cfg, params, stored(numbers, batch_of(numbers)))
-  assert_close(logits_of(outputs), numbers['storage_vocab_logits'])
-  assert_close(outputs.stop_BxSx2[:, 0], numbers['storage_stop_logits'])
 
 
 def outputs_of(cfg, params, batch, rng=None):
@@ -127,7 +120,7 @@ loss_and_grads = jax.jit(jax.value_and_grad(mean_loss, argnums=1, has_aux=True),
 @pytest.mark.parametrize('permuted', [False, True])
 def test_insertion_logits_and_losses_follow_positions_not_storage_order(insertion, permuted):
   numbers, cfg, params = insertion
-  batch, prefix = (stored(numbers, batch_of(numbers)), 'storage_') if permuted else (batch_of(numbers), '')
+  batch, prefix = (permuted_batch_of(numbers, batch_of(numbers)), 'storage_') if permuted else (batch_of(numbers), '')
   outputs = outputs_of(cfg, params, batch)
   assert_close(logits_of(outputs), numbers[prefix + 'vocab_logits'])  # padding included
   assert_close(outputs.stop_BxSx2[:, 0], numbers[prefix + 'stop_logits'])
