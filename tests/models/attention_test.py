@@ -1,4 +1,4 @@
-"""Attention against its formula; which tokens can affect which others; rotary embedding."""
+"""Attention with rotary embedding and the MLP against their formulas, and which tokens can affect which others."""
 
 import dataclasses
 
@@ -8,31 +8,7 @@ import numpy as np
 import pytest
 from tiny_transformer import TINY, TOKENS, apply, assert_close, random_params
 
-from ilm_jax.models import attention, transformer
-
-
-def test_rotary_embedding_rotates_channel_pairs_like_complex_numbers():
-  x, position = np.random.default_rng(0).normal(size=(2, 3, 2, 10)).astype(np.float32), [[0, 1, 2], [7, 0, 130]]
-  got = np.asarray(attention.rotary(jnp.asarray(x), jnp.array(position), dim=8))
-  np.testing.assert_array_equal(got[..., 8:], x[..., 8:])
-  for b, i, h, c in np.ndindex(2, 3, 2, 4):
-    angle = position[b][i] * 10_000.0 ** (-2 * c / 8)
-    rotated = complex(x[b, i, h, c], x[b, i, h, c + 4]) * np.exp(1j * angle)
-    assert got[b, i, h, c] == pytest.approx(rotated.real, abs=1e-4)
-    assert got[b, i, h, c + 4] == pytest.approx(rotated.imag, abs=1e-4)
-
-
-@pytest.mark.parametrize('rotary_dim', [64, 4])  # all 8 channels of a head, or half of them
-def test_only_differences_of_positions_matter(rotary_dim):
-  cfg = dataclasses.replace(TINY, rotary_dim=rotary_dim)
-  params, tokens, position = random_params(cfg), np.array([TOKENS]), np.arange(8)[None]
-  one = np.ones_like(tokens)
-
-  def features(position):
-    return apply(cfg, params, tokens, position, one, one[:, :1]).hidden_BxLxD
-
-  assert_close(features(position + 100), features(position), 1e-4)
-  assert np.abs(features(position * 2) - features(position)).max() > 1e-2, 'positions have no effect at all'
+from ilm_jax.models import transformer
 
 
 def layer_norm(x, params):
@@ -43,7 +19,7 @@ def layer_norm(x, params):
 @pytest.mark.parametrize('rotary_dim', [64, 4])  # all 8 channels of a head (as in small), or the first 4 (as in tiny)
 def test_attention_and_its_norm_match_their_formulas(rotary_dim):
   cfg = dataclasses.replace(TINY, num_layers=1, final_norm=False, rotary_dim=rotary_dim)
-  params, tokens, positions = random_params(cfg), [11, 12, 13], [0, 5, 2]
+  params, tokens, positions = random_params(cfg), [11, 12, 13], [0, 35, 2]
   block, heads, size = params['block_0'], cfg.num_heads, cfg.head_dim
   for name in ('kernel', 'bias'):
     block['mlp_out'][name][:] = 0  # disable the MLP
@@ -104,11 +80,6 @@ def influence(cfg, tokens, position, segment, cls=(0,)):
 
   jacobians = jax.jit(jax.jacrev(read))(params['embed'])
   return [np.abs(np.asarray(x_IxVxD)).max(-1)[:, tokens[0]] > 0 for x_IxVxD in jacobians]
-
-
-def test_every_token_sees_every_other_without_causality():
-  features, stop = influence(TINY, TOKENS, range(8), [1] * 8)
-  assert features.all() and stop.all()
 
 
 @pytest.mark.parametrize('causal', [False, True])

@@ -62,32 +62,26 @@ def batch_of(numbers):
 
 def packed_batch_of(numbers):
   """Return all examples, without their padding, packed into one row of 48 tokens with two unused segments."""
-  length, targets, segments = 48, 48, 8
-  batch = {
-    **{f'{name}_BxL': np.zeros((1, length), int) for name in ('tokens', 'position', 'segment')},
-    'open_BxL': np.zeros((1, length), bool),
-    **{f'target_{name}_BxT': np.zeros((1, targets), int) for name in ('gap', 'token', 'segment')},
-    'cls_BxS': np.zeros((1, segments), int),
-    'segment_weight_BxS': np.zeros((1, segments), np.float32),
-    'free_BxS': np.zeros((1, segments), int),
+  mask = numbers['attention_mask']
+  row, index = np.nonzero(mask)
+  target_row, column = np.nonzero(numbers['gap_index'] >= 0)
+  first = np.cumsum(mask.sum(1)) - mask.sum(1)  # index in the packed row of each example's [CLS]
+
+  def pad(values, size=48):
+    return np.pad(values, (0, size - len(values)))[None]
+
+  return {
+    'tokens_BxL': pad(numbers['input_ids'][row, index]),
+    'position_BxL': pad(index),
+    'segment_BxL': pad(row + 1),
+    'open_BxL': pad(index > 0),
+    'target_gap_BxT': pad(first[target_row] + numbers['gap_index'][target_row, column]),
+    'target_token_BxT': pad(numbers['gap_token'][target_row, column]),
+    'target_segment_BxT': pad(target_row + 1),
+    'cls_BxS': pad(first, 8),
+    'segment_weight_BxS': pad(np.ones(len(mask), np.float32), 8),
+    'free_BxS': np.zeros((1, 8), int),
   }
-  start = target = 0
-  for row, mask in enumerate(numbers['attention_mask']):
-    batch['cls_BxS'][0, row], batch['segment_weight_BxS'][0, row] = start, 1
-    for gap, token in zip(numbers['gap_index'][row], numbers['gap_token'][row], strict=True):
-      if gap >= 0:
-        batch['target_gap_BxT'][0, target] = start + gap
-        batch['target_token_BxT'][0, target] = token
-        batch['target_segment_BxT'][0, target] = row + 1
-        target += 1
-    for i in range(mask.sum()):
-      batch['tokens_BxL'][0, start] = numbers['input_ids'][row, i]
-      batch['position_BxL'][0, start] = i
-      batch['segment_BxL'][0, start] = row + 1
-      batch['open_BxL'][0, start] = i > 0
-      start += 1
-  assert start < length and target < targets
-  return batch
 
 
 def permuted_batch_of(numbers, batch):

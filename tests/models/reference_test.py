@@ -219,10 +219,7 @@ def replaced(name, value):
   ('change', 'line'),
   [
     (dropped(QKV), f'these are not the weights of the ilm transformer: missing {QKV}'),
-    (
-      replaced('extra.weight', np.ones(2)),
-      'these are not the weights of the ilm transformer: unexpected extra.weight',
-    ),
+    (replaced('extra.weight', np.ones(2)), 'the ilm transformer: unexpected extra.weight'),
     (
       lambda state: {name.replace('encoder', 'layers'): array for name, array in state.items()},
       'these are not the weights of the ilm transformer: missing encoder.0.norm1.weight, encoder.0.norm1.bias, '
@@ -230,14 +227,8 @@ def replaced(name, value):
       'layers.0.attn_qkv.weight, ... (20 in all)',
     ),
     (replaced('output_layer.norm_final.weight', np.ones(48)), 'missing output_layer.norm_final.bias'),
-    (dropped('length_output_layer.mlp.2.bias'), 'missing length_output_layer.mlp.2.bias'),
     (replaced(QKV, np.ones((48, 144))), f'{QKV}: expected shape (144, 48), got (48, 144)'),
-    (replaced('embed_tokens.weight', np.ones((40, 60))), 'd_model=60'),
     (replaced('embed_tokens.weight', np.ones(40)), 'embed_tokens.weight: expected a non-empty matrix, got shape (40,)'),
-    (
-      replaced('encoder.0.mlp.0.weight', np.ones(96)),
-      'encoder.0.mlp.0.weight: expected a non-empty matrix, got shape (96,)',
-    ),
     (replaced('encoder.0.mlp.0.weight', np.ones((0, 48))), 'encoder.0.mlp.0.weight: expected a non-empty matrix'),
     (
       replaced('encoder.0.mlp.0.weight', np.ones((90, 48))),
@@ -255,20 +246,17 @@ def test_wrong_weights_are_rejected_in_one_line(weights, change, line):
 
 
 def test_the_family_must_match_the_weights(weights):
-  line = error_of(reference.from_reference, weights('ilm'), 'arm')
-  assert line.startswith("family='arm' has no stop head, but the weights have length_output_layer.linear.weight")
+  for family in ('arm', 'mdm'):
+    line = error_of(reference.from_reference, weights('ilm'), family)
+    assert line.startswith(
+      f'family={family!r} has no stop head, but the weights have length_output_layer.linear.weight'
+    )
   line = error_of(reference.from_reference, weights('arm'), 'ilm')
   assert line.startswith("family='ilm' has a stop head, but the weights have no length_output_layer.*")
-  line = error_of(reference.from_reference, weights('ilm'), 'mdm')
-  assert line.startswith("family='mdm' has no stop head, but the weights have length_output_layer.linear.weight")
   assert error_of(reference.from_reference, {}, 'xlnet') == "family='xlnet': expected one of ilm, arm, mdm"
 
 
-def test_weights_of_another_architecture_are_rejected(golden, weights):
-  state = {name[6:]: array for name, array in golden('mdm').items() if name.startswith('param/')}
-  line = error_of(reference.from_reference, state, 'arm')
-  assert line.startswith('these are not the weights of the arm transformer: ')
-  assert 'missing' in line and 'unexpected' in line
+def test_weights_of_another_architecture_are_rejected(weights):
   without_stop = {name: array for name, array in weights('ilm').items() if not name.startswith('length_output_layer')}
   line = error_of(reference.from_reference, without_stop, 'mdm')
   assert line.startswith('these are not the weights of the mdm transformer: missing ')
@@ -283,18 +271,9 @@ def test_weights_of_another_architecture_are_rejected(golden, weights):
       replaced('sigma_map.freqs', np.ones(128)),
       'sigma_map.freqs: expected the 128 frequencies of the noise embedding with base 10000, got other values',
     ),
-    (replaced('sigma_map.freqs', np.ones(3)), 'sigma_map.freqs: expected the 128 frequencies'),
-    (
-      replaced('sigma_map.mlp.2.weight', np.ones(24)),
-      'sigma_map.mlp.2.weight: expected a non-empty matrix, got shape (24,)',
-    ),
     (
       replaced('sigma_map.mlp.0.weight', np.ones((24, 64))),
       'sigma_map.mlp.0.weight: expected shape (24, 256), got (24, 64)',
-    ),
-    (
-      replaced('encoder.1.ada_ln_modulations.modulation.weight', np.ones((96, 24))),
-      'encoder.1.ada_ln_modulations.modulation.weight: expected shape (288, 24), got (96, 24)',
     ),
     (replaced('output_layer.norm_final.bias', np.ones(48)), 'unexpected output_layer.norm_final.bias'),
   ],
@@ -416,13 +395,6 @@ def test_missing_and_unsupported_files_are_rejected(tmp_path):
   np.savez(tmp_path / 'w.npz', a=np.array(['text']))
   line = error_of(reference.load_state_dict, tmp_path / 'w.npz')
   assert line == f'{tmp_path}/w.npz: a: expected an array of numbers, got ndarray'
-
-
-def test_an_npz_suffix_on_an_npy_file_is_rejected(tmp_path):
-  file = io.BytesIO()
-  np.save(file, np.ones(3))
-  (tmp_path / 'w.npz').write_bytes(file.getvalue())
-  assert error_of(reference.load_state_dict, tmp_path / 'w.npz').startswith(f'{tmp_path}/w.npz')
 
 
 # --- PyTorch files (skipped without PyTorch) --------------------------------------------------------------------------

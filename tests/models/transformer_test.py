@@ -33,30 +33,17 @@ def test_a_segment_depends_on_its_own_noise_level_only():
   assert changed(0.3, 0.3, 9.0) == [False] * 6
 
 
-def test_initial_modulations_are_zero_so_the_noise_level_has_no_effect():
+def test_initial_modulations_are_zero_and_the_noise_embedding_is_not():
   params = transformer.unbox(jax.jit(transformer.init, static_argnums=0)(CONDITIONED, jax.random.key(0)))
   for modulation in (params['block_0']['modulation'], params['block_1']['modulation'], params['final_modulation']):
     assert not any(leaf.any() for leaf in jax.tree.leaves(modulation))
   assert all(leaf.any() for leaf in jax.tree.leaves(params['noise']))
-  tokens = np.array([TOKENS])
-  one = np.ones_like(tokens)
-  first, second = (
-    apply(CONDITIONED, params, tokens, one, one, one[:, :1], np.array([[level]])).hidden_BxLxD for level in (0.1, 4.0)
-  )
-  np.testing.assert_array_equal(first, second)
 
 
 def test_a_conditioned_model_needs_a_noise_level():
   one = np.ones((1, 2), int)
   with pytest.raises(ValueError, match='needs noise_BxS'):
     transformer.apply(CONDITIONED, random_params(CONDITIONED), one, one, one, one[:, :1])
-
-
-def test_a_model_without_conditioning_ignores_the_noise_level():
-  params, one = random_params(TINY), np.ones((1, 4), int)
-  args = one * 7, one, one, one[:, :1]
-  first, second = (apply(TINY, params, *args, np.full((1, 1), level)).hidden_BxLxD for level in (0.1, 4.0))
-  np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.parametrize('compute', ['float32', 'bfloat16'])
@@ -175,13 +162,15 @@ def test_every_dropout_layer_has_its_own_key(monkeypatch):
   assert len({tuple(key.tolist()) for key in keys}) == len(keys), 'two layers drop the same entries'
 
 
-@pytest.mark.parametrize(('init', 'std'), [('normal', 0.02), ('reference', 1.0)])
-def test_initial_parameters_have_the_spread_of_their_initialization(init, std):
-  cfg = dataclasses.replace(TINY, d_model=48, d_ff=96, init=init)
-  params = transformer.unbox(jax.jit(transformer.init, static_argnums=0)(cfg, jax.random.key(0, impl='rbg')))
+def test_initial_parameters_have_the_spread_of_their_initialization():
+  cfg, rng = dataclasses.replace(TINY, d_model=48, d_ff=96), jax.random.key(0, impl='rbg')
+  params = transformer.unbox(jax.jit(transformer.init, static_argnums=0)(cfg, rng))
   params = jax.tree.map(np.asarray, params)
   assert not params['embed'][0].any(), 'the embedding of padding must be zero'
-  assert params['embed'][1:].std() == pytest.approx(std, rel=0.1)
+  assert params['embed'][1:].std() == pytest.approx(0.02, rel=0.1)
+  reference_cfg = dataclasses.replace(cfg, init='reference')
+  embed_VxD = jax.jit(lambda rng: transformer.unbox(transformer.init(reference_cfg, rng))['embed'])(rng)
+  assert not embed_VxD[0].any() and embed_VxD[1:].std() == pytest.approx(1.0, rel=0.1)
   blocks = [params['block_0'], params['block_1']]
   for name, fan_in in [('query', 48), ('key', 48), ('value', 48), ('out', 48), ('mlp_in', 48), ('mlp_out', 96)]:
     for leaf in blocks[0][name].values():
