@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, exact matrix products, quick compilation, no silent rank promotion; reference numbers."""
+"""Settings of all tests: eight virtual CPU devices, exact matrix products, strict rank promotion, fast compilation."""
 
 import os
 import pathlib
@@ -11,8 +11,10 @@ jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_default_matmul_precision', 'highest')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-jax.config.update('jax_disable_most_optimizations', True)  # programs run once or twice: a third of the time is saved
-# For processes that tests start, too: programs compile in a third of the time; newer versions do not know it, and abort
+# Tests run each program only once or twice, so skipping optimizations saves a third of their time.
+jax.config.update('jax_disable_most_optimizations', True)
+# Without fusion emitters, XLA compiles CPU programs three times as fast; newer versions abort on the flag. The variable
+# is also inherited by the processes that tests start.
 os.environ['XLA_FLAGS'] = '--xla_cpu_use_fusion_emitters=false' if jax.__version_info__ < (0, 11) else ''
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
@@ -20,7 +22,7 @@ GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
 @pytest.fixture(scope='session')
 def golden():
-  """Read the arrays of tests/golden/NAME.npz: `golden('ilm')`."""
+  """Return a function that reads the reference numbers in tests/golden/NAME.npz, such as `golden('ilm')`."""
 
   def load(name: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / f'{name}.npz') as file:

@@ -1,6 +1,7 @@
-"""The mesh, and the one table from logical axis names to mesh axes.
+"""The device mesh, the table from logical axis names to mesh axes, and the sharding of parameters and batches.
 
-The axes (data, fsdp, tensor) always exist, of size 1 when unused: one code path from a laptop to a pod.
+The mesh axes (data, fsdp, tensor) always exist, with size 1 when unused, so that one code path serves a laptop and a
+pod.
 """
 
 import functools
@@ -17,21 +18,68 @@ from ilm_jax.types import UserError
 
 AXES = ('data', 'fsdp', 'tensor')
 
+# Logical axis name -> mesh axes over which it is sharded.
 RULES = {
-  'rows': ('data', 'fsdp'),  # of a batch
-  'vocab': ('tensor', 'fsdp'),
-  'part': ('tensor',),  # of a vocabulary
-  'embed': ('fsdp',),
-  'heads': ('tensor',),
-  'mlp': ('tensor',),
+  'rows': ('data', 'fsdp'),  # rows of a batch
+  'vocab': ('tensor', 'fsdp'),  # vocabulary entries of an embedding table
+  'vocab_shard': ('tensor',),  # shards of a table that the vocabulary head has gathered over fsdp
+  'embed': ('fsdp',),  # model width (d_model)
+  'heads': ('tensor',),  # attention heads
+  'mlp': ('tensor',),  # hidden units of an MLP
 }
 
 
-# --- within a program -------------------------------------------------------------------------------------------------
+# --- logical axis names -----------------------------------------------------------------------------------------------
+
+
+def spec_of(names, shape, mesh, whole: str | None = None) -> P:
+  """Return the PartitionSpec of an array.
+
+  Args:
+    names: logical axis name, or None, of each axis.
+    shape: of the array. A mesh axis that does not divide its dimension is left out.
+    mesh: a Mesh or an AbstractMesh.
+    whole: a mesh axis to leave out, over which the array is then replicated.
+  """
+  entries = []
+  for size, name in zip(shape, names, strict=False):
+    axes = ()
+    for axis in RULES.get(name, ()):
+      if axis != whole and size % math.prod(mesh.shape[used] for used in (*axes, axis)) == 0:
+        axes += (axis,)
+    entries.append(axes or None)
+  return P(*entries)
+
+
+def state_shardings(boxed, mesh: Mesh):
+  """Return the sharding of every leaf of a tree; leaves not boxed with logical names (`models.init`) are replicated."""
+
+  def is_box(leaf):
+    return hasattr(leaf, 'names') and hasattr(leaf, 'value')
+
+  def sharding(leaf):
+    if is_box(leaf):
+      return NamedSharding(mesh, spec_of(leaf.names, leaf.value.shape, mesh))
+    return replicated(mesh)
+
+  return jax.tree.map(sharding, boxed, is_leaf=is_box)
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+  """Return the sharding of a batch array: its first axis (rows) over data and fsdp."""
+  return NamedSharding(mesh, P(RULES['rows']))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Return the sharding that puts a full copy on every device."""
+  return NamedSharding(mesh, P())
+
+
+# --- inside a jitted function -----------------------------------------------------------------------------------------
 
 
 def on(mesh: Mesh | None):
-  """Decorate a function to be jitted: what it calls knows the mesh, so that `constrain` and `gather` work."""
+  """Return a decorator for a function to be jitted: while it is traced, `constrain` and `gather` use this mesh."""
 
   def decorate(function):
     @functools.wraps(function)
@@ -46,28 +94,28 @@ def on(mesh: Mesh | None):
   return decorate
 
 
-def ways(axis: str) -> int:
-  """The size of an axis of the mesh that a program is for; 1 without one."""
+def axis_size(axis: str) -> int:
+  """Return the size of an axis of the mesh in use (see `on`); 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else mesh.shape[axis]
 
 
-def several() -> bool:
-  """Whether a program is for a mesh of several devices."""
+def on_several_devices() -> bool:
+  """Return whether the mesh in use (see `on`) has more than one device."""
   mesh = jax.sharding.get_abstract_mesh()
   return not mesh.empty and mesh.size > 1
 
 
 def constrain(x, names):
-  """Say where an array of these logical axis names lies; nothing without a mesh."""
-  if not several():
+  """Constrain the sharding of x by its logical axis names; return x unchanged without a mesh of several devices."""
+  if not on_several_devices():
     return x
   return jax.lax.with_sharding_constraint(x, spec_of(names, x.shape, jax.sharding.get_abstract_mesh()))
 
 
 def gather(x, names):
-  """A parameter as products read it: whole over fsdp, whose devices have rows of their own, cut over tensor."""
-  if not several():
+  """All-gather a parameter over fsdp for use in a product (FSDP); it stays sharded over tensor."""
+  if not on_several_devices():
     return x
   spec = spec_of(names, x.shape, jax.sharding.get_abstract_mesh(), whole='fsdp')
   return jax.lax.with_sharding_constraint(x, spec)
@@ -77,58 +125,71 @@ def gather(x, names):
 
 
 def read_mesh(text: str) -> dict[str, int]:
-  """The sizes of `data=4,tensor=2`; axes that are not named have size 1, or all that is left, if data is not."""
+  """Parse mesh sizes such as 'data=4,tensor=2'; the default is 1 for fsdp and tensor, -1 (all remaining) for data."""
   sizes = {'data': -1, 'fsdp': 1, 'tensor': 1}
   for part in text.split(','):
     name, _, size = part.strip().partition('=')
     if name not in AXES or not size.removeprefix('-').isdigit():
-      raise UserError(f'mesh {text!r}: expected sizes of {", ".join(AXES)}, such as data=4,tensor=2 (-1: what is left)')
+      raise UserError(
+        f'mesh {text!r}: expected sizes of {", ".join(AXES)}, such as data=4,tensor=2 (-1: all remaining devices)'
+      )
     sizes[name] = int(size)
   return sizes
 
 
 def make_mesh(cfg, devices=None) -> Mesh:
-  """Build the mesh of `cfg.data x cfg.fsdp x cfg.tensor` devices; one of them may be -1, what is left."""
+  """Build the mesh of cfg.data x cfg.fsdp x cfg.tensor devices; one size may be -1 (all remaining devices).
+
+  Args:
+    cfg: mapping with the keys data, fsdp and tensor.
+    devices: all devices by default.
+
+  Raises:
+    UserError: if the sizes do not fit the number of devices or of TPU slices.
+  """
   devices = jax.devices() if devices is None else devices
   sizes = [cfg[axis] for axis in AXES]
-  asked = ', '.join(f'mesh.{axis}={size}' for axis, size in zip(AXES, sizes, strict=True))
+  requested = ', '.join(f'mesh.{axis}={size}' for axis, size in zip(AXES, sizes, strict=True))
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-    raise UserError(f'{asked}: expected sizes of at least 1, at most one of them -1 (what is left)')
+    raise UserError(f'{requested}: expected sizes of at least 1, at most one of them -1 (all remaining devices)')
   known = math.prod(size for size in sizes if size != -1)
   if -1 in sizes and len(devices) % known == 0:
     sizes[sizes.index(-1)] = len(devices) // known
   if math.prod(sizes) != len(devices):
-    fits = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+    divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
     raise UserError(
-      f'{asked} does not fit {len(devices)} device(s): the product must be {len(devices)}, '
-      f'so each size one of {", ".join(map(str, fits))}, or -1 for what is left'
+      f'{requested} does not fit {len(devices)} device(s): the product must be {len(devices)}, '
+      f'so make each size one of {", ".join(map(str, divisors))}, or -1 (all remaining devices)'
     )
   slices = slices_of(devices)
   if sizes[0] % len(slices):
     raise UserError(
-      f'{asked}: the devices lie on {len(slices)} slices, between which only mesh.data may go: make it a multiple of '
-      f'{len(slices)}'
+      f'{requested}: the devices are on {len(slices)} slices, between which only mesh.data may go: make it a multiple '
+      f'of {len(slices)}'
     )
-  inner = (sizes[0] // len(slices), *sizes[1:])
+  slice_shape = (sizes[0] // len(slices), *sizes[1:])
   try:
-    parts = [mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True) for part in slices]
+    parts = [mesh_utils.create_device_mesh(slice_shape, part, allow_split_physical_axes=True) for part in slices]
   except NotImplementedError as error:
-    raise UserError(f'{asked} cannot be laid onto these devices ({str(error)[:160]}): choose other sizes') from None
+    raise UserError(
+      f'{requested} does not fit the topology of these devices ({str(error)[:160]}): choose other sizes'
+    ) from None
   return Mesh(np.concatenate([by_host(part) for part in parts]), AXES, (AxisType.Auto,) * 3)
 
 
 def by_host(devices):
-  """A mesh of devices whose rows, of tensor neighbours, are ordered by host: a host's part of a batch is in one piece.
+  """Reorder a device array by host, so that the rows of a batch that one host holds are contiguous.
 
-  Within a host they stay in the order that follows the links.
+  Groups of devices along the last axis (tensor) stay together. Within a host, the order given by the physical links is
+  kept.
   """
-  rows = devices.reshape(-1, devices.shape[-1])
-  order = sorted(range(len(rows)), key=lambda row: min(device.process_index for device in rows[row]))
-  return rows[order].reshape(devices.shape)
+  groups = devices.reshape(-1, devices.shape[-1])
+  order = sorted(range(len(groups)), key=lambda group: min(device.process_index for device in groups[group]))
+  return groups[order].reshape(devices.shape)
 
 
 def slices_of(devices) -> list[list]:
-  """The devices of each TPU slice: within one they are joined by fast links (ICI), between them by a network (DCN)."""
+  """Group devices by TPU slice: fast links (ICI) within a slice, a network (DCN) between slices."""
   slices = {}
   for device in devices:
     index = getattr(device, 'slice_index', 0) if device.platform == 'tpu' else 0
@@ -137,33 +198,39 @@ def slices_of(devices) -> list[list]:
 
 
 def check_model(cfg, mesh: Mesh) -> str | None:
-  """Refuse sizes of a model that a mesh can't share evenly; returns what is worth saying of the vocabulary.
+  """Check that a model divides evenly over a mesh; return a warning if its vocabulary does not, else None.
 
   Args:
-    cfg: `num_heads`, `d_ff`, `d_model` and `vocab_size`.
-    mesh: of devices.
+    cfg: anything with `num_heads`, `d_ff`, `d_model` and `vocab_size`.
+    mesh: the device mesh.
+
+  Raises:
+    UserError: if heads, d_ff or d_model do not divide.
   """
   for name, axis in (('num_heads', 'tensor'), ('d_ff', 'tensor'), ('d_model', 'fsdp')):
-    size, ways = getattr(cfg, name), mesh.shape[axis]
-    if size % ways:
+    size, count = getattr(cfg, name), mesh.shape[axis]
+    if size % count:
       fits = [n for n in range(1, min(size, mesh.size) + 1) if size % n == 0 and mesh.size % n == 0]
       raise UserError(
-        f'model.{name}={size} does not divide over mesh.{axis}={ways}: use mesh.{axis}= one of '
-        f'{", ".join(map(str, fits))}, or another size'
+        f'model.{name}={size} does not divide over mesh.{axis}={count}: use mesh.{axis}= one of '
+        f'{", ".join(map(str, fits))}, or another model.{name}'
       )
-  ways = math.prod(mesh.shape[axis] for axis in RULES['vocab'])
-  if cfg.vocab_size % ways == 0:
+  count = math.prod(mesh.shape[axis] for axis in RULES['vocab'])
+  if cfg.vocab_size % count == 0:
     return None
-  here = NamedSharding(mesh, spec_of(('vocab',), (cfg.vocab_size,), mesh)).shard_shape((cfg.vocab_size,))
-  parts = cfg.vocab_size // here[0]
+  shard = NamedSharding(mesh, spec_of(('vocab',), (cfg.vocab_size,), mesh)).shard_shape((cfg.vocab_size,))
+  shards = cfg.vocab_size // shard[0]
   return (
-    f'the vocabulary of {cfg.vocab_size} does not divide over {ways} devices (mesh.fsdp x mesh.tensor): its two tables '
-    f'are {f"cut into {parts}" if parts > 1 else "whole on each of them"}'
+    f'the vocabulary of {cfg.vocab_size} does not divide over {count} devices (mesh.fsdp x mesh.tensor): the two '
+    f'embedding tables are {f"cut into {shards}" if shards > 1 else "whole on each of them"}'
   )
 
 
 def placement(tree) -> list[str]:
-  """A line for each kind of array of a state: how many, shape, where it is cut, bytes of each on a device."""
+  """Describe where the arrays of a training state are, one line per kind of array (the same name in every block).
+
+  A line gives the number of arrays, their name, shape and PartitionSpec, and the bytes of one array on a device.
+  """
   kinds = {}
   for path, array in jax.tree_util.tree_flatten_with_path(tree)[0]:
     name = re.sub(r'block_\d+', 'block_*', jax.tree_util.keystr(path, simple=True, separator='/'))
@@ -176,84 +243,54 @@ def placement(tree) -> list[str]:
 
 
 def bytes_here(array) -> int:
-  """Bytes of an array on each of its devices."""
+  """Return the bytes of an array on each of its devices."""
   return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
-def spec_of(names, shape, mesh, whole: str | None = None) -> P:
-  """Where an array of logical axis names goes; without `whole`, and without axes that don't divide their dimension."""
-  entries = []
-  for size, name in zip(shape, names, strict=False):
-    axes = ()
-    for axis in RULES.get(name, ()):
-      if axis != whole and size % math.prod(mesh.shape[one] for one in (*axes, axis)) == 0:
-        axes += (axis,)
-    entries.append(axes or None)
-  return P(*entries)
-
-
-def state_shardings(boxed, mesh: Mesh):
-  """Shardings of a tree whose leaves may be boxed with logical names (as `model.init` does); the rest is replicated."""
-
-  def is_box(leaf):
-    return hasattr(leaf, 'names') and hasattr(leaf, 'value')
-
-  def sharding(leaf):
-    if is_box(leaf):
-      return NamedSharding(mesh, spec_of(leaf.names, leaf.value.shape, mesh))
-    return NamedSharding(mesh, P())
-
-  return jax.tree.map(sharding, boxed, is_leaf=is_box)
-
-
-def rows_sharding(mesh: Mesh) -> NamedSharding:
-  """The first axis of a batch, over data and fsdp."""
-  return NamedSharding(mesh, P(RULES['rows']))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-  """A copy on every device."""
-  return NamedSharding(mesh, P())
+# --- batches ----------------------------------------------------------------------------------------------------------
 
 
 def row_parts(mesh: Mesh) -> int:
-  """Parts that the rows of a batch are cut into."""
+  """Return the number of shards that the rows of a batch are split into."""
   return math.prod(mesh.shape[axis] for axis in RULES['rows'])
 
 
 def check_rows(rows: int, mesh: Mesh, name: str) -> None:
-  """Refuse a number of rows that the mesh can't share evenly."""
-  ways = row_parts(mesh)
-  if rows % ways:
-    below = rows // ways * ways
-    fits = f'{below} or {below + ways}' if below else str(ways)
-    raise UserError(f'{name}={rows} does not divide over {ways} devices (mesh.data x mesh.fsdp): use {fits}')
+  """Raise UserError if the rows of a batch do not divide over the mesh; `name` is the setting to change."""
+  count = row_parts(mesh)
+  if rows % count:
+    below = rows // count * count
+    fits = f'{below} or {below + count}' if below else str(count)
+    raise UserError(f'{name}={rows} does not divide over {count} devices (mesh.data x mesh.fsdp): use {fits}')
 
 
 def my_part(mesh: Mesh) -> tuple[int, int]:
-  """(index, number) of the equal parts of a batch's rows, one of which lies on this process's devices.
+  """Return (index, count): which of `count` equal parts of a batch's rows is on this process's devices.
 
-  Processes that share rows, because a tensor axis spans them, have the same part.
+  Processes that a tensor axis spans hold the same rows and get the same index.
+
+  Raises:
+    UserError: if the rows of this process are not contiguous.
   """
-  parts = row_parts(mesh)
-  where = rows_sharding(mesh).addressable_devices_indices_map((parts,))
-  mine = sorted({index[0].indices(parts)[0] for index in where.values()})
+  shards = row_parts(mesh)
+  where = rows_sharding(mesh).addressable_devices_indices_map((shards,))
+  mine = sorted({index[0].indices(shards)[0] for index in where.values()})
   if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
     raise UserError(
-      f'the mesh gives the rows {mine} of {parts} parts to process {jax.process_index()}: expected neighbours; '
-      'make mesh.tensor a divisor or a multiple of the devices of a host'
+      f'the mesh gives process {jax.process_index()} the row shards {mine} of {shards}, which are not contiguous: make '
+      'mesh.tensor a divisor or a multiple of the devices per host'
     )
-  return mine[0] // len(mine), parts // len(mine)
+  return mine[0] // len(mine), shards // len(mine)
 
 
 def put_part(batch, mesh: Mesh):
-  """The part of a batch that this process has read (`my_part`), as global arrays on the mesh."""
+  """Turn this process's part of a batch (see `my_part`) into global arrays on the mesh."""
   sharding = rows_sharding(mesh)
   return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in batch.items()}
 
 
 def put_batch(batch, mesh: Mesh):
-  """A whole batch, which every process has, as global arrays on the mesh."""
+  """Turn a whole batch, the same on every process, into global arrays on the mesh."""
   sharding = rows_sharding(mesh)
   arrays = {name: np.asarray(x) for name, x in batch.items()}
   return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in arrays.items()}

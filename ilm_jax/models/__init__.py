@@ -1,4 +1,5 @@
-"""The transformer, its vocabulary head and its numerics; conversion of the reference implementation's weights.
+"""The transformer, its vocabulary head and numerics, and the conversion of the reference implementation's weights.
 
-Imports `types` and `distributed`. Start with `transformer.py`; it is the only module that imports Flax.
+Start with `transformer.py`; its settings are in `config.py`, its layers in `layers.py` and `attention.py`. Only this
+package imports Flax. It may import `types` and `distributed`.
 """

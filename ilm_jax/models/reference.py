@@ -1,6 +1,6 @@
-"""The authors' PyTorch weights as our parameters, and back.
+"""Convert the weights of the authors' PyTorch implementation (the reference) to our parameters and back.
 
-Works on names and arrays: PyTorch itself is needed only to open `.pt`, `.pth` and `.ckpt` files.
+The conversion works on NumPy arrays; PyTorch is needed only to read `.pt`, `.pth` and `.ckpt` files.
 """
 
 import io
@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ilm_jax.models import transformer
-from ilm_jax.models.transformer import ModelConfig
+from ilm_jax.models import layers, transformer
+from ilm_jax.models.config import ModelConfig
 from ilm_jax.types import Array, UserError
 
 FAMILIES = ('ilm', 'arm', 'mdm')
-ROTARY_DIM = 64  # channels of a head that the reference rotates, at most
+ROTARY_DIM = 64  # maximum number of channels per head that the reference rotates
 
-# The reference's names -> our paths. Tensors of several paths are stacked along the rows of the reference's one.
+# Name in the reference's state_dict -> paths of our parameters. Several parameters are stacked along the first axis of
+# the reference's tensor.
 EMBEDDING = {'embed_tokens.weight': ['embed'], 'output_layer.linear.weight': ['unembed']}
 BLOCK = {
   'norm1.weight': ['norm1/scale'],
@@ -60,11 +61,11 @@ NOISE = {
 }
 
 
-# --- the two layouts --------------------------------------------------------------------------------------------------
+# --- names and shapes of the two layouts ------------------------------------------------------------------------------
 
 
 def _names(num_layers: int, *, final_norm: bool, stop_head: bool, noise: bool) -> dict[str, list[str]]:
-  """Map every name of the reference to our paths; a model that is told a noise level has LayerNorms without bias."""
+  """Map every name of the reference to our paths. With noise conditioning, the LayerNorms have no bias."""
   names = dict(EMBEDDING)
   for layer in range(num_layers):
     block = BLOCK | (MODULATION if noise else {})
@@ -74,86 +75,92 @@ def _names(num_layers: int, *, final_norm: bool, stop_head: bool, noise: bool) -
 
 
 def _shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Map every path of ours to the shape that the model gives it."""
+  """Map the path of every parameter of our model to its shape."""
   leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0))))
-  keys = jax.tree_util.DictKey  # what else is on a path belongs to the box of the axis names
+  keys = jax.tree_util.DictKey  # other path entries belong to the boxes that hold logical axis names
   return {'/'.join(part.key for part in path if isinstance(part, keys)): leaf.shape for path, leaf in leaves}
 
 
-def _sizes(path: str, shape) -> tuple[int, ...]:
-  """The reference's shape of one of our arrays: a linear layer is (out, in), whatever axes ours has for each."""
+def _reference_shape(path: str, shape) -> tuple[int, ...]:
+  """Return the reference's shape of one of our parameters; the kernel of a linear layer becomes a matrix (out, in)."""
   if not path.endswith('/kernel'):
     return tuple(shape)
   inputs = 2 if path.endswith('/out/kernel') else 1
   return int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs]))
 
 
-def _stacked(sizes: list[tuple[int, ...]]) -> tuple[int, ...]:
-  return (sum(size[0] for size in sizes), *sizes[0][1:])
+def _stacked(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+  """Return the shape of arrays concatenated along their first axis."""
+  return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def _inverse_frequencies(dim: int) -> np.ndarray:
+  """Return the dim / 2 frequencies of rotary embedding with base 10000."""
   return 1.0 / np.float32(10_000.0) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
 
 
-NOISE_BUFFER, NOISE_FREQUENCIES = 'sigma_map.freqs', _inverse_frequencies(2 * transformer.NOISE_FREQUENCIES)
+NOISE_BUFFER = 'sigma_map.freqs'  # buffer of the reference that holds the frequencies of the noise embedding
+NOISE_FREQUENCIES = _inverse_frequencies(2 * layers.NOISE_FREQUENCIES)
 
 
-# --- converting -------------------------------------------------------------------------------------------------------
+# --- conversion -------------------------------------------------------------------------------------------------------
 
 
 def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None) -> tuple[ModelConfig, dict]:
-  """Turn the authors' state_dict into our parameters.
+  """Convert the reference's state_dict to our parameters.
 
   Args:
-    state_dict: names to arrays or tensors; also a checkpoint that holds one under 'state_dict'. A leading `model.` of
-      the names is dropped; buffers (`*.inv_freq`, `sigma_map.freqs`) and the unused `type_embeddings.*` are accepted.
-    family: 'ilm' (with a stop head), 'arm' (causal, without) or 'mdm' (told a noise level, without).
-    num_heads: needed where the rotary buffers do not decide it; checked against them otherwise.
+    state_dict: names to arrays or tensors, or a checkpoint with such a mapping under 'state_dict'. A leading `model.`
+      of a name is dropped. Rotary buffers (`*.inv_freq`), `sigma_map.freqs` and the unused `type_embeddings.*` are not
+      converted.
+    family: 'ilm' (has a stop head), 'arm' (causal) or 'mdm' (conditioned on a noise level).
+    num_heads: number of attention heads; required if the rotary buffers leave it ambiguous, else checked against them.
 
   Returns:
-    (cfg, params): a ModelConfig and nested dicts of float32 numpy arrays.
+    (cfg, params): a ModelConfig and nested dicts of float32 NumPy arrays.
 
   Raises:
-    UserError: with what was expected and what came.
+    UserError: if names, shapes or frequencies are not those of the family.
   """
   if family not in FAMILIES:
     raise UserError(f'family={family!r}: expected one of {", ".join(FAMILIES)}')
-  arrays, buffers = {}, {}
+  arrays, rotary_buffers = {}, {}
   for name, value in _tensors(state_dict).items():
     short = name.removeprefix('model.')
-    if short in arrays or short in buffers:
-      raise UserError(f'{short} comes twice, with and without a leading model.: keep one of them')
+    if short in arrays or short in rotary_buffers:
+      raise UserError(f'{short} is given twice, with and without the prefix "model.": keep one of them')
     if re.fullmatch(r'encoder\.\d+\.rotary_emb\.inv_freq', short):
-      buffers[short] = _float32(name, value)
+      rotary_buffers[short] = _float32(name, value)
     elif short == NOISE_BUFFER and family == 'mdm':
-      _check_frequencies(name, _float32(name, value), NOISE_FREQUENCIES, 'the noise level')
+      _check_frequencies(name, _float32(name, value), NOISE_FREQUENCIES, 'the noise embedding')
     elif not short.endswith('inv_freq') and not short.startswith('type_embeddings.'):
       arrays[short] = _float32(name, value)
 
-  layers = {match[1] for name in arrays if (match := re.match(r'encoder\.(\d+)\.', name))}
+  layer_ids = {match[1] for name in arrays if (match := re.match(r'encoder\.(\d+)\.', name))}
   noise = family == 'mdm'
   final_norm = noise or any(name in FINAL_NORM for name in arrays)
   stop_head = any(name in STOP_HEAD for name in arrays)
   if stop_head != (family == 'ilm'):
-    came = f'{min(set(STOP_HEAD) & set(arrays))} came' if stop_head else 'no length_output_layer.* came'
+    found = min(set(STOP_HEAD) & set(arrays)) if stop_head else 'no length_output_layer.*'
     wanted = 'a stop head' if family == 'ilm' else 'no stop head'
-    raise UserError(f'family={family!r} has {wanted}, but {came}: pass the family of these weights')
-  names = _names(max(1, len(layers)), final_norm=final_norm, stop_head=stop_head, noise=noise)
-  missing, odd = [name for name in names if name not in arrays], [name for name in arrays if name not in names]
-  if missing or odd:
-    parts = [f'missing {_some(missing)}'] if missing else []
-    parts += [f'unexpected {_some(odd)}'] if odd else []
+    raise UserError(f'family={family!r} has {wanted}, but the weights have {found}: pass their family')
+  num_layers = max(1, len(layer_ids))
+  names = _names(num_layers, final_norm=final_norm, stop_head=stop_head, noise=noise)
+  missing = [name for name in names if name not in arrays]
+  unexpected = [name for name in arrays if name not in names]
+  if missing or unexpected:
+    parts = [f'missing {_first_few(missing)}'] if missing else []
+    parts += [f'unexpected {_first_few(unexpected)}'] if unexpected else []
     raise UserError(f'these are not the weights of the {family} transformer: {"; ".join(parts)}')
 
   for name in ('embed_tokens.weight', 'encoder.0.mlp.0.weight', *(['sigma_map.mlp.2.weight'] if noise else [])):
     if arrays[name].ndim != 2 or not arrays[name].size:
-      raise UserError(f'{name}: expected a matrix, came shape {arrays[name].shape}')
+      raise UserError(f'{name}: expected a non-empty matrix, got shape {arrays[name].shape}')
   vocab_size, d_model = arrays['embed_tokens.weight'].shape
   cfg = ModelConfig(
     vocab_size=vocab_size,
-    num_layers=max(1, len(layers)),
-    num_heads=_head_count(buffers, d_model, num_heads),
+    num_layers=num_layers,
+    num_heads=_head_count(rotary_buffers, d_model, num_heads),
     d_model=d_model,
     d_ff=arrays['encoder.0.mlp.0.weight'].shape[0],
     causal=family == 'arm',
@@ -167,9 +174,10 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
     ),
   )
   shapes = _shapes(cfg)
-  expected = {name: _stacked([_sizes(path, shapes[path]) for path in paths]) for name, paths in names.items()}
+  expected = {name: _stacked([_reference_shape(path, shapes[path]) for path in paths]) for name, paths in names.items()}
   if wrong := [name for name in names if arrays[name].shape != expected[name]]:
-    raise UserError(_some([f'{name}: expected {expected[name]}, came {arrays[name].shape}' for name in wrong], '; '))
+    lines = [f'{name}: expected shape {expected[name]}, got {arrays[name].shape}' for name in wrong]
+    raise UserError(_first_few(lines, '; '))
 
   params = {}
   for name, paths in names.items():
@@ -183,19 +191,26 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
 
 
 def to_reference(cfg: ModelConfig, params) -> dict[str, np.ndarray]:
-  """Turn our parameters (without boxes) into the authors' state_dict, rotary buffers included: the exact inverse.
+  """Convert our parameters to the reference's state_dict, rotary buffers included: the inverse of `from_reference`.
+
+  Args:
+    cfg: settings of the model.
+    params: nested dicts of arrays, without boxes (`transformer.unbox`).
 
   Returns:
-    The reference's names to float32 numpy arrays.
+    The reference's names to float32 NumPy arrays.
+
+  Raises:
+    UserError: if the reference has no such architecture.
   """
   rotated = min(ROTARY_DIM, cfg.head_dim)
   if min(cfg.rotary_dim, cfg.head_dim) != rotated:
-    raise UserError(f'model.rotary_dim={cfg.rotary_dim}: the reference rotates {rotated} channels of a head')
+    raise UserError(f'model.rotary_dim={cfg.rotary_dim}: the reference rotates {rotated} channels per head, use that')
   noise = cfg.conditioning == 'adaln'
   if noise and (cfg.residual != 'modulated' or not cfg.final_norm or cfg.stop_head):
     raise UserError(
       f'model.residual={cfg.residual!r}, final_norm={cfg.final_norm}, stop_head={cfg.stop_head}: the reference has '
-      "conditioning='adaln' with residual='modulated', a final norm and no stop head only"
+      "conditioning='adaln' only with residual='modulated', final_norm=True and stop_head=False"
     )
   state = {NOISE_BUFFER: NOISE_FREQUENCIES.copy()} if noise else {}
   names = _names(cfg.num_layers, final_norm=cfg.final_norm, stop_head=cfg.stop_head, noise=noise)
@@ -206,71 +221,79 @@ def to_reference(cfg: ModelConfig, params) -> dict[str, np.ndarray]:
       for key in path.split('/'):
         leaf = leaf[key]
       leaf = np.asarray(leaf, np.float32)
-      rows = _sizes(path, leaf.shape)
-      parts.append(leaf.reshape(rows[::-1]).T if path.endswith('/kernel') else leaf)
-    state[name] = np.ascontiguousarray(np.concatenate(parts))  # safetensors writes the memory as it lies
+      shape = _reference_shape(path, leaf.shape)
+      parts.append(leaf.reshape(shape[::-1]).T if path.endswith('/kernel') else leaf)
+    state[name] = np.ascontiguousarray(np.concatenate(parts))  # safetensors ignores strides
   for layer in range(cfg.num_layers):
     state[f'encoder.{layer}.rotary_emb.inv_freq'] = _inverse_frequencies(rotated)
   return state
 
 
-def _head_count(buffers: dict[str, np.ndarray], d_model: int, num_heads: int | None) -> int:
-  """Find the number of heads from the rotary buffers (a half of min(64, head dimension) frequencies), or check it."""
-  allowed, where = [], f'd_model={d_model}'
-  rotated = 2 * buffers[min(buffers)].size if buffers else None
-  for name, buffer in buffers.items():
+def _head_count(rotary_buffers: dict[str, np.ndarray], d_model: int, num_heads: int | None) -> int:
+  """Infer the number of heads from the rotary buffers, or check the given number against them.
+
+  A rotary buffer holds min(ROTARY_DIM, head dimension) / 2 frequencies, so it decides head dimensions below ROTARY_DIM.
+  """
+  rotated = 2 * rotary_buffers[min(rotary_buffers)].size if rotary_buffers else None
+  for name, buffer in rotary_buffers.items():
     _check_frequencies(name, buffer, _inverse_frequencies(rotated), 'rotary embedding')
-  for head_dim in range(2, d_model + 1, 2):
-    if d_model % head_dim == 0 and rotated in (None, min(ROTARY_DIM, head_dim)):
-      allowed.insert(0, d_model // head_dim)
-  if buffers:
-    where += f' and rotary buffers of {rotated // 2}'
+  allowed = [
+    d_model // head_dim
+    for head_dim in range(d_model, 1, -1)
+    if head_dim % 2 == 0 and d_model % head_dim == 0 and rotated in (None, min(ROTARY_DIM, head_dim))
+  ]
+  given = f'd_model={d_model}'
+  if rotary_buffers:
+    given += f' and {rotated // 2} rotary frequencies'
   if not allowed:
-    raise UserError(f'no number of heads fits {where}')
+    raise UserError(f'no number of heads fits {given}')
   choices = ', '.join(map(str, allowed))
   if num_heads is None:
-    if buffers and len(allowed) == 1:
+    if rotary_buffers and len(allowed) == 1:
       return allowed[0]
-    raise UserError(f'num_heads is not decided by the weights ({where} allow {choices}): pass num_heads=')
+    raise UserError(f'num_heads is ambiguous ({given} allow {choices}): pass num_heads=')
   if num_heads not in allowed:
-    raise UserError(f'num_heads={num_heads}: expected one of {choices} for {where}')
+    raise UserError(f'num_heads={num_heads}: expected one of {choices} for {given}')
   return int(num_heads)
 
 
-def _check_frequencies(name: str, buffer: np.ndarray, expected: np.ndarray, of: str) -> None:
-  """Refuse a buffer of other frequencies."""
-  if buffer.shape != expected.shape or not np.allclose(buffer, expected, rtol=1e-2):  # it may have been bfloat16
-    raise UserError(f'{name}: expected the {expected.size} frequencies of {of} with base 10000, came others')
+def _check_frequencies(name: str, buffer: np.ndarray, expected: np.ndarray, owner: str) -> None:
+  """Raise UserError if a buffer does not hold the expected frequencies; `owner` names the layer that uses them."""
+  if buffer.shape != expected.shape or not np.allclose(buffer, expected, rtol=1e-2):  # bfloat16 rounds by 0.4 %
+    raise UserError(f'{name}: expected the {expected.size} frequencies of {owner} with base 10000, got other values')
 
 
-def _some(items: list[str], comma: str = ', ') -> str:
-  """The first three, and how many there are."""
-  return comma.join(items[:3]) + (f'{comma}... ({len(items)} in all)' if len(items) > 3 else '')
+def _first_few(items: list[str], separator: str = ', ') -> str:
+  """Join the first three items; if there are more, say how many in all."""
+  return separator.join(items[:3]) + (f'{separator}... ({len(items)} in all)' if len(items) > 3 else '')
 
 
 # --- reading files ----------------------------------------------------------------------------------------------------
 
 
 def load_state_dict(path) -> dict[str, np.ndarray]:
-  """Read a file of weights: `.npz`, `.safetensors`, or `.pt`, `.pth`, `.ckpt` of PyTorch. Never runs code from a file.
+  """Read a weights file (.npz, .safetensors, or PyTorch's .pt, .pth, .ckpt) without running code from it.
 
   Args:
-    path: local or remote. Where names of an `.npz` begin with `param/`, only those are taken, without it.
+    path: local or remote file. If names in an .npz file start with `param/`, only those are read, without the prefix.
 
   Returns:
-    Names to float32 numpy arrays.
+    Names to float32 NumPy arrays.
+
+  Raises:
+    UserError: if the file cannot be read, or a package that reads it is not installed.
   """
   path = epath.Path(path)
   readers = {'.npz': _read_npz, '.safetensors': _read_safetensors} | dict.fromkeys(
     ('.pt', '.pth', '.ckpt'), _read_torch
   )
   if path.suffix not in readers:
-    raise UserError(f'{path}: expected a file of {", ".join(readers)}')
+    raise UserError(f'{path}: expected a file that ends in {", ".join(readers)}')
   try:
     loaded = _tensors(readers[path.suffix](path.read_bytes()))
   except UserError as error:
     raise UserError(f'{path}: {error}') from error
-  except Exception as error:  # the readers fail in many ways on what is not theirs
+  except Exception as error:  # the libraries raise many types of errors on malformed files
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise UserError(f'{path} cannot be read: {reason}') from error
   return {name: _float32(f'{path}: {name}', value) for name, value in loaded.items()}
@@ -286,13 +309,15 @@ def _read_safetensors(data: bytes):
   try:
     import safetensors
   except ImportError as error:
-    raise UserError("reading .safetensors needs a package: pip install 'ilm_jax[convert]'") from error
-  # Not safetensors.numpy: before 0.5 it does not know bfloat16.
+    raise UserError(
+      "reading .safetensors files needs the safetensors package: pip install 'ilm_jax[convert]'"
+    ) from error
+  # safetensors.numpy supports bfloat16 only from version 0.5 on.
   types = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16, 'I64': np.int64}
   arrays = {}
   for name, tensor in safetensors.deserialize(data):
     if tensor['dtype'] not in types:
-      raise UserError(f'{name}: expected numbers of {", ".join(types)}, came {tensor["dtype"]}')
+      raise UserError(f'{name}: expected dtype {", ".join(types)}, got {tensor["dtype"]}')
     arrays[name] = np.frombuffer(tensor['data'], types[tensor['dtype']]).reshape(tensor['shape'])
   return arrays
 
@@ -307,22 +332,22 @@ def _read_torch(data: bytes):
 
 
 def _tensors(loaded) -> dict[str, Array]:
-  """The mapping of names to tensors, or the one under 'state_dict'."""
+  """Return a state_dict with string names; of a checkpoint, the mapping under 'state_dict'."""
   if isinstance(loaded, Mapping) and isinstance(loaded.get('state_dict'), Mapping):
     loaded = loaded['state_dict']
   if not isinstance(loaded, Mapping):
-    raise UserError(f'expected a mapping of names to tensors, came {type(loaded).__name__}')
+    raise UserError(f'expected a mapping of names to tensors, got {type(loaded).__name__}')
   return {str(name): value for name, value in loaded.items()}
 
 
 def _float32(name: str, value) -> np.ndarray:
-  """A numpy array of float32, from an array or a tensor of any float type."""
-  if hasattr(value, 'detach'):  # numpy has no bfloat16
+  """Convert an array or a PyTorch tensor of any number type to a float32 NumPy array."""
+  if hasattr(value, 'detach'):  # a PyTorch tensor; NumPy has no bfloat16
     value = value.detach().cpu().float()
   try:
     array = np.asarray(value)
-    if array.dtype == 'V2':  # how .npz stores bfloat16
+    if array.dtype == 'V2':  # .npz stores bfloat16 as 2-byte void
       array = array.view(jnp.bfloat16)
     return array.astype(np.float32)
   except (TypeError, ValueError) as error:
-    raise UserError(f'{name}: expected an array of numbers, came {type(value).__name__}') from error
+    raise UserError(f'{name}: expected an array of numbers, got {type(value).__name__}') from error

@@ -1,4 +1,8 @@
-"""The vocabulary head, computed in chunks: log-sum-exp, maximum and selected logits without the BxLxV logits."""
+"""The vocabulary head: log-sum-exp, maximum and selected logits, computed without storing the BxLxV logits.
+
+Where the mesh has a tensor axis, each of its devices computes over its own shard of the output embedding. Axis letters
+besides those of types.py: C entries of a chunk, P shards of the vocabulary.
+"""
 
 import functools
 import math
@@ -10,40 +14,124 @@ import numpy as np
 from ilm_jax.distributed import sharding
 from ilm_jax.models import numerics
 
-# --- the vocabulary head ----------------------------------------------------------------------------------------------
+TABLE = ('vocab', None)  # logical axis names of the VxD input and output embeddings
 
-TABLE = ('vocab', None)  # logical axes of an embedding or unembedding
+
+def closed_bias(vocab: int, tokens):
+  """Return a bias over the vocabulary that excludes the listed tokens: NEG_INF for them, 0 for the others."""
+  return jnp.zeros(vocab, jnp.float32).at[jnp.array(tuple(tokens), jnp.int32)].set(numerics.NEG_INF)
+
+
+def head_compute(compute: str) -> str:
+  """Return the compute type of the head: 'mixed' for a bfloat16 model, because logits are always float32."""
+  return 'mixed' if compute == 'bfloat16' else compute
+
+
+# --- selected logits --------------------------------------------------------------------------------------------------
+
+
+def vocab_logits(hidden, unembed_VxD, bias_V, *, compute: str = 'float32'):
+  """Return all logits, hidden @ unembed.T + bias, for a BxD or a small BxLxD input: float32 BxV or BxLxV."""
+  axes = 'bl'[: hidden.ndim - 1]
+  logits = numerics.einsum(f'{axes}d,vd->{axes}v', hidden, unembed_VxD, head_compute(compute), TABLE)
+  return logits + numerics.expand(bias_V, logits.ndim)
+
+
+def target_logits(hidden_BxLxD, unembed_VxD, gap_BxT, token_BxT, *, compute: str = 'float32'):
+  """Return float32 BxT, the logits of the listed (gap, token) pairs, computed as dot products.
+
+  The logit of a token outside the vocabulary is NaN.
+  """
+  hidden_BxTxD = jnp.take_along_axis(hidden_BxLxD, gap_BxT[..., None], axis=1)
+  shards_PxVxD = _shards(unembed_VxD)
+  count, size = shards_PxVxD.shape[:2]
+
+  def logits_of(shard_VxD, first):
+    index_BxT = token_BxT - first
+    elsewhere_BxT = ((index_BxT < 0) | (index_BxT >= size)) & (token_BxT >= 0) & (token_BxT < count * size)
+    unembed_BxTxD = jnp.take(shard_VxD, jnp.where(elsewhere_BxT, 0, index_BxT), axis=0)  # NaN outside the vocabulary
+    z_BxT = numerics.einsum('btd,btd->bt', hidden_BxTxD, unembed_BxTxD, head_compute(compute))
+    return jnp.where(elsewhere_BxT, 0.0, z_BxT)
+
+  return _reduce_shards(logits_of, lambda z: z.sum(axis=0), shards_PxVxD, jnp.arange(count) * size)
+
+
+# --- reductions over the vocabulary, in chunks ------------------------------------------------------------------------
+
+
+def vocab_logsumexp(hidden, unembed_VxD, bias_V=None, *, chunk: int = 2048, compute: str = 'float32'):
+  """Return the log-sum-exp over the vocabulary of hidden @ unembed.T + bias, computed in chunks of the vocabulary.
+
+  The backward pass recomputes the logits of each chunk, so that at most hidden.size / D * chunk logits exist at a time.
+
+  Args:
+    hidden: features, ...xD.
+    unembed_VxD: output embedding.
+    bias_V: 0 or NEG_INF for each token (`closed_bias`); it gets no gradient.
+    chunk: vocabulary entries per chunk.
+    compute: compute type of the model.
+
+  Returns:
+    float32, of hidden's shape without its last axis.
+  """
+  if bias_V is None:
+    bias_V = jnp.zeros(unembed_VxD.shape[0], jnp.float32)
+  shards_PxVxD, bias_PxV = _shards(unembed_VxD), bias_V.reshape(_num_shards(unembed_VxD), -1)
+  size = shards_PxVxD.shape[1]
+  return _reduce_shards(
+    lambda shard, bias: _vocab_logsumexp(hidden, shard, bias, min(chunk, size), head_compute(compute)),
+    lambda lse: jax.nn.logsumexp(lse, axis=0),
+    shards_PxVxD,
+    bias_PxV,
+  )
+
+
+def vocab_max(hidden, unembed_VxD, bias_V, *, chunk: int = 2048, compute: str = 'float32'):
+  """Return the largest entry of hidden @ unembed.T + bias over the vocabulary, computed in chunks; no gradient."""
+  shards_PxVxD, bias_PxV = _shards(unembed_VxD), bias_V.reshape(_num_shards(unembed_VxD), -1)
+  chunk, compute = min(chunk, shards_PxVxD.shape[1]), head_compute(compute)
+
+  def max_of(shard_VxD, bias_V):
+    def step(top, window):
+      logits, _ = _chunk_logits(hidden, shard_VxD, bias_V, window, chunk, compute)
+      return jnp.maximum(top, logits.max(-1)), None
+
+    start = jnp.full(hidden.shape[:-1], numerics.NEG_INF, jnp.float32)
+    return jax.lax.scan(step, start, _windows(shard_VxD.shape[0], chunk))[0]
+
+  return _reduce_shards(max_of, lambda top: top.max(axis=0), shards_PxVxD, bias_PxV)
 
 
 def _windows(vocab: int, chunk: int):
-  """Starts of windows of `chunk` entries that cover the vocabulary, and how many of each were in the one before.
+  """Return the start of each chunk, and how many of its first entries also belong to the previous chunk.
 
-  Windows are slices of the table where it lies; the last one reaches back rather than over the end.
+  Chunks are slices of the unpadded table, all of the same size: the last one starts early rather than exceed the end.
   """
   wanted = np.arange(math.ceil(vocab / chunk)) * chunk
   starts = np.minimum(wanted, vocab - chunk)
   return jnp.asarray(starts, jnp.int32), jnp.asarray(wanted - starts, jnp.int32)
 
 
-def _window_logits(hidden, unembed_VxD, bias_V, window, chunk, compute):
-  """Logits of a window, numerics.NEG_INF for entries that an earlier one had, and its part of the table."""
-  start, seen = window
-  part_CxD = jax.lax.dynamic_slice_in_dim(unembed_VxD, start, chunk)
+def _chunk_logits(hidden, unembed_VxD, bias_V, window, chunk, compute):
+  """Return the logits of a chunk, NEG_INF for entries of the previous chunk, and the chunk of the output embedding."""
+  start, repeated = window
+  unembed_CxD = jax.lax.dynamic_slice_in_dim(unembed_VxD, start, chunk)
   bias_C = jax.lax.dynamic_slice_in_dim(bias_V, start, chunk)
-  bias_C = jnp.where(jnp.arange(chunk) < seen, numerics.NEG_INF, bias_C)
-  logits = numerics.einsum('...d,vd->...v', hidden, part_CxD, compute)
-  return logits + numerics.expand(bias_C, logits.ndim), part_CxD
+  bias_C = jnp.where(jnp.arange(chunk) < repeated, numerics.NEG_INF, bias_C)
+  logits = numerics.einsum('...d,vd->...v', hidden, unembed_CxD, compute)
+  return logits + numerics.expand(bias_C, logits.ndim), unembed_CxD
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _vocab_logsumexp(hidden, unembed_VxD, bias_V, chunk, compute):
+  """Compute `vocab_logsumexp` over one shard of the vocabulary."""
   return _vocab_logsumexp_fwd(hidden, unembed_VxD, bias_V, chunk, compute)[0]
 
 
 def _vocab_logsumexp_fwd(hidden, unembed_VxD, bias_V, chunk, compute):
   def step(carry, window):
     top, total = carry
-    logits, _ = _window_logits(hidden, unembed_VxD, bias_V, window, chunk, compute)
+    logits, _ = _chunk_logits(hidden, unembed_VxD, bias_V, window, chunk, compute)
     new_top = jnp.maximum(top, logits.max(-1))
     total = total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[..., None]).sum(-1)
     return (new_top, total), None
@@ -60,9 +148,9 @@ def _vocab_logsumexp_bwd(chunk, compute, saved, grad):
 
   def step(carry, window):
     grad_hidden, grad_VxD = carry
-    logits, part_CxD = _window_logits(hidden, unembed_VxD, bias_V, window, chunk, compute)
+    logits, unembed_CxD = _chunk_logits(hidden, unembed_VxD, bias_V, window, chunk, compute)
     weight = jnp.exp(logits - lse[..., None]) * grad[..., None]
-    grad_hidden += numerics.einsum('...v,vd->...d', weight, part_CxD, compute)
+    grad_hidden += numerics.einsum('...v,vd->...d', weight, unembed_CxD, compute)
     grad_CxD = numerics.einsum('nv,nd->vd', weight.reshape(-1, chunk), flat_hidden, compute)
     grad_CxD += jax.lax.dynamic_slice_in_dim(grad_VxD, window[0], chunk)
     return (grad_hidden, jax.lax.dynamic_update_slice_in_dim(grad_VxD, grad_CxD, window[0], 0)), None
@@ -75,89 +163,23 @@ def _vocab_logsumexp_bwd(chunk, compute, saved, grad):
 _vocab_logsumexp.defvjp(_vocab_logsumexp_fwd, _vocab_logsumexp_bwd)
 
 
-def vocab_logsumexp(hidden, unembed_VxD, bias_V=None, *, chunk: int = 2048, compute: str = 'float32'):
-  """Log-sum-exp over the vocabulary of hidden @ unembed.T + bias, without ever holding all the logits.
-
-  The vocabulary is scanned in chunks, and the gradient computes each chunk's logits again: alive at a time are
-  hidden.size / D x chunk numbers. The bias (0 or numerics.NEG_INF: closed tokens) has no gradient.
-
-  Returns: float32 of hidden's shape without its last axis.
-  """
-  if bias_V is None:
-    bias_V = jnp.zeros(unembed_VxD.shape[0], jnp.float32)
-  parts_PxVxD, bias_PxV = _parts(unembed_VxD), bias_V.reshape(_ways(unembed_VxD), -1)
-  size = parts_PxVxD.shape[1]
-  return _over_parts(
-    lambda part, bias: _vocab_logsumexp(hidden, part, bias, min(chunk, size), head_compute(compute)),
-    lambda lse: jax.nn.logsumexp(lse, axis=0),
-    parts_PxVxD,
-    bias_PxV,
-  )
+# --- shards of the vocabulary -----------------------------------------------------------------------------------------
 
 
-def _ways(unembed_VxD) -> int:
-  """Parts of a table: as many as devices of the mesh's tensor axis, which have a part each, if they divide it."""
-  ways = sharding.ways('tensor')
-  return ways if unembed_VxD.shape[0] % ways == 0 else 1
+def _num_shards(unembed_VxD) -> int:
+  """Return the number of vocabulary shards: the size of the mesh's tensor axis, or 1 if it does not divide V."""
+  count = sharding.axis_size('tensor')
+  return count if unembed_VxD.shape[0] % count == 0 else 1
 
 
-def _parts(unembed_VxD):
-  """The table, whole over fsdp, as PxVxD."""
-  table = sharding.gather(unembed_VxD, TABLE).reshape(_ways(unembed_VxD), -1, unembed_VxD.shape[1])
-  return sharding.constrain(table, ('part', None, None))
+def _shards(unembed_VxD):
+  """Gather the output embedding over fsdp and return it as PxVxD, one shard per device of the tensor axis."""
+  table = sharding.gather(unembed_VxD, TABLE).reshape(_num_shards(unembed_VxD), -1, unembed_VxD.shape[1])
+  return sharding.constrain(table, ('vocab_shard', None, None))
 
 
-def _over_parts(function, join, *parts):
-  """Call a function for each part of a table and join its results: a device computes that of its own part alone."""
-  if parts[0].shape[0] == 1:
-    return function(*(part[0] for part in parts))
-  return join(jax.vmap(function, spmd_axis_name='tensor')(*parts))
-
-
-def vocab_max(hidden, unembed_VxD, bias_V, *, chunk: int = 2048, compute: str = 'float32'):
-  """The largest entry of hidden @ unembed.T + bias, computed like `vocab_logsumexp`."""
-  parts_PxVxD, bias_PxV = _parts(unembed_VxD), bias_V.reshape(_ways(unembed_VxD), -1)
-  chunk, compute = min(chunk, parts_PxVxD.shape[1]), head_compute(compute)
-
-  def top_of(part_VxD, bias_V):
-    def step(top, window):
-      logits, _ = _window_logits(hidden, part_VxD, bias_V, window, chunk, compute)
-      return jnp.maximum(top, logits.max(-1)), None
-
-    start = jnp.full(hidden.shape[:-1], numerics.NEG_INF, jnp.float32)
-    return jax.lax.scan(step, start, _windows(part_VxD.shape[0], chunk))[0]
-
-  return _over_parts(top_of, lambda top: top.max(axis=0), parts_PxVxD, bias_PxV)
-
-
-def vocab_logits(hidden, unembed_VxD, bias_V, *, compute: str = 'float32'):
-  """All of hidden @ unembed.T + bias, of few enough features: BxV or BxLxV, float32."""
-  axes = 'bl'[: hidden.ndim - 1]
-  logits = numerics.einsum(f'{axes}d,vd->{axes}v', hidden, unembed_VxD, head_compute(compute), TABLE)
-  return logits + numerics.expand(bias_V, logits.ndim)
-
-
-def target_logits(hidden_BxLxD, unembed_VxD, gap_BxT, token_BxT, *, compute: str = 'float32'):
-  """The logits of listed (gap, token) pairs, as dot products: BxT, float32."""
-  hidden_BxTxD = jnp.take_along_axis(hidden_BxLxD, gap_BxT[..., None], axis=1)
-  parts_PxVxD = _parts(unembed_VxD)
-  ways, size = parts_PxVxD.shape[:2]
-
-  def of_part(part_VxD, first):
-    index_BxT = token_BxT - first
-    elsewhere_BxT = ((index_BxT < 0) | (index_BxT >= size)) & (token_BxT >= 0) & (token_BxT < ways * size)
-    unembed_BxTxD = jnp.take(part_VxD, jnp.where(elsewhere_BxT, 0, index_BxT), axis=0)  # NaN for what nobody has
-    z_BxT = numerics.einsum('btd,btd->bt', hidden_BxTxD, unembed_BxTxD, head_compute(compute))
-    return jnp.where(elsewhere_BxT, 0.0, z_BxT)
-
-  return _over_parts(of_part, lambda z: z.sum(axis=0), parts_PxVxD, jnp.arange(ways) * size)
-
-
-def closed_bias(vocab: int, tokens):
-  """A bias over the vocabulary: numerics.NEG_INF for the listed tokens, 0 for the others."""
-  return jnp.zeros(vocab, jnp.float32).at[jnp.array(tuple(tokens), jnp.int32)].set(numerics.NEG_INF)
-
-
-def head_compute(compute: str) -> str:
-  """The vocabulary head keeps float32 results also in a bfloat16 model."""
-  return 'mixed' if compute == 'bfloat16' else compute
+def _reduce_shards(function, reduce, *shards):
+  """Apply a function to every vocabulary shard, each on its own devices, and reduce the stacked results."""
+  if shards[0].shape[0] == 1:
+    return function(*(shard[0] for shard in shards))
+  return reduce(jax.vmap(function, spmd_axis_name='tensor')(*shards))

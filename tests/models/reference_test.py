@@ -1,4 +1,4 @@
-"""The authors' weights into ours and back; what is refused, and how it is said."""
+"""Conversion of the reference's weights to our parameters and back, weights files, and the errors for wrong ones."""
 
 import dataclasses
 import io
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.core import meta
+from tiny_transformer import random_params
 
 from ilm_jax.models import reference, transformer
 from ilm_jax.types import UserError
@@ -16,7 +16,7 @@ from ilm_jax.types import UserError
 
 @pytest.fixture(scope='module')
 def weights(golden):
-  """The reference's state_dicts: `weights('ilm')`."""
+  """Return a function from a family to the state_dict of the reference's model, such as `weights('ilm')`."""
 
   def load(name):
     return {key.removeprefix('param/'): array for key, array in golden(name).items() if key.startswith('param/')}
@@ -24,18 +24,12 @@ def weights(golden):
   return load
 
 
-def refusal(function, *args, **kwargs) -> str:
-  """The line that a mistake gets."""
+def error_of(function, *args, **kwargs) -> str:
+  """Return the one-line message of the UserError that a call raises."""
   with pytest.raises(UserError) as error:
     function(*args, **kwargs)
   assert '\n' not in str(error.value)
   return str(error.value)
-
-
-def random_params(cfg):
-  random = np.random.default_rng(0)
-  shapes = meta.unbox(jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0))))
-  return jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32), shapes)
 
 
 def assert_trees_equal(first, second):
@@ -43,23 +37,23 @@ def assert_trees_equal(first, second):
   jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-# --- there and back ---------------------------------------------------------------------------------------------------
+# --- conversion in both directions ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('family', ['ilm', 'arm', 'mdm'])
-def test_the_references_weights_come_back_bit_for_bit(weights, family):
+def test_the_references_weights_survive_a_round_trip_exactly(weights, family):
   state = weights(family)
   back = reference.to_reference(*reference.from_reference(state, family))
   assert set(back) == set(state)
   for name, array in state.items():
     assert back[name].dtype == np.float32
-    if name.endswith('freq') or name.endswith('freqs'):  # computed, not stored
+    if name.endswith(('freq', 'freqs')):  # buffers are recomputed, not converted
       np.testing.assert_allclose(back[name], array, rtol=1e-6)
     else:
       np.testing.assert_array_equal(back[name], array, err_msg=name)
 
 
-def test_the_settings_are_read_from_the_weights(weights):
+def test_model_settings_are_inferred_from_the_weights(weights):
   common = dict(vocab_size=40, num_layers=2, num_heads=3, d_model=48, d_ff=96)
   insertion, _ = reference.from_reference(weights('ilm'))
   assert insertion == transformer.ModelConfig(**common, causal=False, final_norm=False, stop_head=True)
@@ -80,25 +74,24 @@ CFG = transformer.ModelConfig(vocab_size=11, num_layers=3, num_heads=3, d_model=
     ({'final_norm': False}, False),
     ({'causal': True, 'stop_head': False}, False),
     ({'stop_head': False, 'conditioning': 'adaln', 'residual': 'modulated', 'd_cond': 5}, False),
-    ({'d_model': 64, 'num_heads': 1}, False),  # a head of 64
-    ({'d_model': 144, 'num_heads': 2}, True),  # heads of 72: rotary embedding turns 64 channels, as for one of 144
-    ({'d_model': 128, 'num_heads': 2}, True),
+    ({'d_model': 64, 'num_heads': 1}, False),  # one head of 64 channels
+    ({'d_model': 144, 'num_heads': 2}, True),  # rotary embedding rotates 64 channels of heads of 72 and of 144
   ],
   ids=str,
 )
-def test_our_parameters_come_back_bit_for_bit(changes, heads_needed):
+def test_our_parameters_survive_a_round_trip_exactly(changes, heads_needed):
   cfg = dataclasses.replace(CFG, **changes)
   params = random_params(cfg)
   state = reference.to_reference(cfg, params)
   family = 'ilm' if cfg.stop_head else 'arm' if cfg.causal else 'mdm'
   if heads_needed:
-    assert 'pass num_heads=' in refusal(reference.from_reference, state, family)
+    assert 'pass num_heads=' in error_of(reference.from_reference, state, family)
   back_cfg, back = reference.from_reference(state, family, num_heads=cfg.num_heads if heads_needed else None)
   assert back_cfg == cfg
   assert_trees_equal(back, params)
 
 
-def test_a_linear_layer_is_the_references_row_for_row():
+def test_linear_layers_have_the_references_row_order():
   cfg = dataclasses.replace(CFG, num_layers=2)
   params = random_params(cfg)
   state = reference.to_reference(cfg, params)
@@ -108,13 +101,13 @@ def test_a_linear_layer_is_the_references_row_for_row():
     query, key, value = np.split(state[name + 'attn_qkv.weight'] @ y, 3)
     for theirs, ours in [(query, 'query'), (key, 'key'), (value, 'value')]:
       expected = [[sum(y[d] * block[ours]['kernel'][d, h, k] for d in range(24)) for k in range(8)] for h in range(3)]
-      np.testing.assert_allclose(theirs.reshape(3, 8), expected, rtol=1e-4)
+      np.testing.assert_allclose(theirs.reshape(3, 8), expected, rtol=1e-4, atol=1e-3)
     mixed = [sum(y[8 * h + k] * block['out']['kernel'][h, k] for h in range(3) for k in range(8))]
-    np.testing.assert_allclose([state[name + 'o_proj.weight'] @ y], mixed, rtol=1e-4)
+    np.testing.assert_allclose([state[name + 'o_proj.weight'] @ y], mixed, rtol=1e-4, atol=1e-3)
     assert state[name + 'mlp.0.weight'].shape == (20, 24) and state[name + 'mlp.2.weight'].shape == (24, 20)
 
 
-def test_names_may_carry_a_prefix_and_lie_in_a_checkpoint(weights):
+def test_name_prefixes_and_checkpoints_are_accepted(weights):
   state = weights('ilm')
   expected = reference.from_reference(state)
   prefixed = {f'model.{name}': array for name, array in state.items()}
@@ -124,7 +117,7 @@ def test_names_may_carry_a_prefix_and_lie_in_a_checkpoint(weights):
     assert_trees_equal(params, expected[1])
 
 
-def test_buffers_and_token_types_are_ignored(weights):
+def test_buffers_and_type_embeddings_are_ignored(weights):
   state = weights('ilm')
   expected = reference.from_reference(state)[1]
   extra = {'type_embeddings.weight': np.ones((2, 48)), 'model.type_embeddings.weight': np.zeros(3)}
@@ -132,7 +125,7 @@ def test_buffers_and_token_types_are_ignored(weights):
   assert_trees_equal(reference.from_reference(state | extra)[1], expected)
 
 
-def test_half_precision_becomes_float32(weights):
+def test_weights_of_every_float_type_become_float32(weights):
   for dtype in (np.float16, jnp.bfloat16, np.float64):
     state = {name: array.astype(dtype) for name, array in weights('ilm').items()}
     cfg, params = reference.from_reference(state)
@@ -141,7 +134,7 @@ def test_half_precision_becomes_float32(weights):
     np.testing.assert_array_equal(params['embed'], state['embed_tokens.weight'].astype(np.float32))
 
 
-def test_the_parameters_are_copies(weights):
+def test_converted_parameters_are_copies(weights):
   state = weights('ilm')
   _, params = reference.from_reference(state)
   params['embed'][:] = 0
@@ -152,66 +145,64 @@ def test_the_parameters_are_copies(weights):
 # --- the number of heads ----------------------------------------------------------------------------------------------
 
 
-def without_buffers(state):
-  return {name: array for name, array in state.items() if not name.endswith('inv_freq')}
-
-
-def test_a_given_number_of_heads_is_checked_against_the_buffers(weights):
+def test_num_heads_is_checked_against_the_rotary_buffers(weights):
   state = weights('ilm')
   assert reference.from_reference(state, num_heads=3)[0].num_heads == 3
   for wrong in (2, 0, -3, 5):
-    line = refusal(reference.from_reference, state, num_heads=wrong)
-    assert line == f'num_heads={wrong}: expected one of 3 for d_model=48 and rotary buffers of 8'
+    line = error_of(reference.from_reference, state, num_heads=wrong)
+    assert line == f'num_heads={wrong}: expected one of 3 for d_model=48 and 8 rotary frequencies'
 
 
-def test_without_buffers_the_number_of_heads_must_be_given(weights):
-  state = without_buffers(weights('ilm'))
-  line = refusal(reference.from_reference, state)
-  choices = 'd_model=48 allow 1, 2, 3, 4, 6, 8, 12, 24'  # even heads
-  assert line == f'num_heads is not decided by the weights ({choices}): pass num_heads='
+def test_without_rotary_buffers_num_heads_must_be_given(weights):
+  state = {name: array for name, array in weights('ilm').items() if not name.endswith('inv_freq')}
+  line = error_of(reference.from_reference, state)
+  choices = 'd_model=48 allow 1, 2, 3, 4, 6, 8, 12, 24'  # numbers that give an even head dimension
+  assert line == f'num_heads is ambiguous ({choices}): pass num_heads='
   cfg, params = reference.from_reference(state, num_heads=6)
   assert params['block_1']['query']['kernel'].shape == (48, cfg.num_heads, 8)
-  assert 'num_heads=5: expected one of 1, 2,' in refusal(reference.from_reference, state, num_heads=5)
+  assert 'num_heads=5: expected one of 1, 2,' in error_of(reference.from_reference, state, num_heads=5)
 
 
-def test_large_heads_name_the_possible_numbers():
+def test_ambiguous_head_counts_are_listed():
   cfg = dataclasses.replace(CFG, d_model=768, num_heads=12, num_layers=1, d_ff=4)
   state = reference.to_reference(cfg, random_params(cfg))
-  line = refusal(reference.from_reference, state)
-  choices = 'd_model=768 and rotary buffers of 32 allow 1, 2, 3, 4, 6, 8, 12'
-  assert line == f'num_heads is not decided by the weights ({choices}): pass num_heads='
+  line = error_of(reference.from_reference, state)
+  choices = 'd_model=768 and 32 rotary frequencies allow 1, 2, 3, 4, 6, 8, 12'
+  assert line == f'num_heads is ambiguous ({choices}): pass num_heads='
   for heads in (12, 6):
     assert reference.from_reference(state, num_heads=heads)[0].num_heads == heads
-  assert 'num_heads=24' in refusal(reference.from_reference, state, num_heads=24)
+  assert 'num_heads=24' in error_of(reference.from_reference, state, num_heads=24)
 
 
 @pytest.mark.parametrize(
   ('frequencies', 'line'),
   [
-    (500_000.0 ** -(np.arange(8) / 8), 'expected the 8 frequencies of rotary embedding with base 10000, came others'),
-    (10_000.0 ** -(np.arange(5) / 5), 'no number of heads fits d_model=48 and rotary buffers of 5'),
-    (10_000.0 ** -(np.arange(64) / 64), 'no number of heads fits d_model=48 and rotary buffers of 64'),
-    (np.zeros(0), 'no number of heads fits d_model=48 and rotary buffers of 0'),
-    (np.ones((2, 4)), 'expected the 8 frequencies of rotary embedding with base 10000, came others'),
+    (
+      500_000.0 ** -(np.arange(8) / 8),
+      'expected the 8 frequencies of rotary embedding with base 10000, got other values',
+    ),
+    (10_000.0 ** -(np.arange(5) / 5), 'no number of heads fits d_model=48 and 5 rotary frequencies'),
+    (10_000.0 ** -(np.arange(64) / 64), 'no number of heads fits d_model=48 and 64 rotary frequencies'),
+    (np.zeros(0), 'no number of heads fits d_model=48 and 0 rotary frequencies'),
   ],
 )
-def test_other_rotary_embeddings_are_refused(weights, frequencies, line):
+def test_other_rotary_frequencies_are_rejected(weights, frequencies, line):
   state = weights('ilm')
   changed = {name: frequencies for name in state if name.endswith('inv_freq')}
-  assert line in refusal(reference.from_reference, state | changed)
+  assert line in error_of(reference.from_reference, state | changed)
   one_layer = {'encoder.1.rotary_emb.inv_freq': frequencies}
-  assert refusal(reference.from_reference, state | one_layer).startswith(
+  assert error_of(reference.from_reference, state | one_layer).startswith(
     'encoder.1.rotary_emb.inv_freq: expected the 8'
   )
 
 
-def test_a_rotary_embedding_that_the_reference_lacks_is_refused():
+def test_a_rotary_dim_that_the_reference_does_not_support_is_rejected():
   cfg = dataclasses.replace(CFG, rotary_dim=4)
-  line = refusal(reference.to_reference, cfg, random_params(cfg))
-  assert line == 'model.rotary_dim=4: the reference rotates 8 channels of a head'
+  line = error_of(reference.to_reference, cfg, random_params(cfg))
+  assert line == 'model.rotary_dim=4: the reference rotates 8 channels per head, use that'
 
 
-# --- weights that are not what they should be -------------------------------------------------------------------------
+# --- wrong weights ----------------------------------------------------------------------------------------------------
 
 QKV = 'encoder.1.attn_qkv.weight'
 
@@ -228,65 +219,46 @@ def replaced(name, value):
   ('change', 'line'),
   [
     (dropped(QKV), f'these are not the weights of the ilm transformer: missing {QKV}'),
-    (
-      replaced('extra.weight', np.ones(2)),
-      'these are not the weights of the ilm transformer: unexpected extra.weight',
-    ),
+    (replaced('extra.weight', np.ones(2)), 'the ilm transformer: unexpected extra.weight'),
     (
       lambda state: {name.replace('encoder', 'layers'): array for name, array in state.items()},
       'these are not the weights of the ilm transformer: missing encoder.0.norm1.weight, encoder.0.norm1.bias, '
       'encoder.0.attn_qkv.weight, ... (10 in all); unexpected layers.0.norm1.weight, layers.0.norm1.bias, '
       'layers.0.attn_qkv.weight, ... (20 in all)',
     ),
-    (
-      lambda state: {name.replace('encoder.1.', 'encoder.7.'): array for name, array in state.items()},
-      'missing encoder.1.norm1.weight, encoder.1.norm1.bias, encoder.1.attn_qkv.weight, ... (10 in all); '
-      'unexpected encoder.7.norm1.weight',
-    ),
     (replaced('output_layer.norm_final.weight', np.ones(48)), 'missing output_layer.norm_final.bias'),
-    (dropped('length_output_layer.mlp.2.bias'), 'missing length_output_layer.mlp.2.bias'),
-    (replaced(QKV, np.ones((48, 144))), f'{QKV}: expected (144, 48), came (48, 144)'),
-    (
-      replaced('length_output_layer.linear.weight', np.ones((20, 48))),
-      'length_output_layer.linear.weight: expected (2, 48), came (20, 48)',
-    ),
-    (replaced('embed_tokens.weight', np.ones((40, 60))), 'd_model=60'),
-    (replaced('embed_tokens.weight', np.ones(40)), 'embed_tokens.weight: expected a matrix, came shape (40,)'),
-    (replaced('encoder.0.mlp.0.weight', np.ones(96)), 'encoder.0.mlp.0.weight: expected a matrix, came shape (96,)'),
-    (replaced('encoder.0.mlp.0.weight', np.ones((0, 48))), 'encoder.0.mlp.0.weight: expected a matrix'),
+    (replaced(QKV, np.ones((48, 144))), f'{QKV}: expected shape (144, 48), got (48, 144)'),
+    (replaced('embed_tokens.weight', np.ones(40)), 'embed_tokens.weight: expected a non-empty matrix, got shape (40,)'),
+    (replaced('encoder.0.mlp.0.weight', np.ones((0, 48))), 'encoder.0.mlp.0.weight: expected a non-empty matrix'),
     (
       replaced('encoder.0.mlp.0.weight', np.ones((90, 48))),
-      'encoder.0.mlp.0.bias: expected (90,), came (96,); encoder.0.mlp.2.weight: expected (48, 90), came (48, 96); '
-      'encoder.1.mlp.0.weight: expected (90, 48), came (96, 48); ... (5 in all)',
+      'encoder.0.mlp.0.bias: expected shape (90,), got (96,); encoder.0.mlp.2.weight: expected shape (48, 90), got '
+      '(48, 96); encoder.1.mlp.0.weight: expected shape (90, 48), got (96, 48); ... (5 in all)',
     ),
-    (replaced(QKV, 'text'), f'{QKV}: expected an array of numbers, came str'),
-    (replaced(QKV, {}), f'{QKV}: expected an array of numbers, came dict'),
-    (replaced(f'model.{QKV}', np.ones(2)), f'{QKV} comes twice, with and without a leading model.'),
-    (lambda state: {}, "family='ilm' has a stop head, but no length_output_layer.* came"),
-    (lambda state: [state], 'expected a mapping of names to tensors, came list'),
+    (replaced(QKV, 'text'), f'{QKV}: expected an array of numbers, got str'),
+    (replaced(f'model.{QKV}', np.ones(2)), f'{QKV} is given twice, with and without the prefix'),
+    (lambda state: {}, "family='ilm' has a stop head, but the weights have no length_output_layer.*"),
+    (lambda state: [state], 'expected a mapping of names to tensors, got list'),
   ],
 )
-def test_wrong_weights_are_refused_in_one_line(weights, change, line):
-  assert line in refusal(reference.from_reference, change(weights('ilm')))
+def test_wrong_weights_are_rejected_in_one_line(weights, change, line):
+  assert line in error_of(reference.from_reference, change(weights('ilm')))
 
 
-def test_the_family_must_fit_the_weights(weights):
-  line = refusal(reference.from_reference, weights('ilm'), 'arm')
-  assert line.startswith("family='arm' has no stop head, but length_output_layer.linear.weight came")
-  line = refusal(reference.from_reference, weights('arm'), 'ilm')
-  assert line.startswith("family='ilm' has a stop head, but no length_output_layer.* came")
-  line = refusal(reference.from_reference, weights('ilm'), 'mdm')
-  assert line.startswith("family='mdm' has no stop head, but length_output_layer.linear.weight came")
-  assert refusal(reference.from_reference, {}, 'xlnet') == "family='xlnet': expected one of ilm, arm, mdm"
+def test_the_family_must_match_the_weights(weights):
+  for family in ('arm', 'mdm'):
+    line = error_of(reference.from_reference, weights('ilm'), family)
+    assert line.startswith(
+      f'family={family!r} has no stop head, but the weights have length_output_layer.linear.weight'
+    )
+  line = error_of(reference.from_reference, weights('arm'), 'ilm')
+  assert line.startswith("family='ilm' has a stop head, but the weights have no length_output_layer.*")
+  assert error_of(reference.from_reference, {}, 'xlnet') == "family='xlnet': expected one of ilm, arm, mdm"
 
 
-def test_weights_of_another_architecture_are_refused(golden, weights):
-  state = {name[6:]: array for name, array in golden('mdm').items() if name.startswith('param/')}
-  line = refusal(reference.from_reference, state, 'arm')
-  assert line.startswith('these are not the weights of the arm transformer: ')
-  assert 'missing' in line and 'unexpected' in line
+def test_weights_of_another_architecture_are_rejected(weights):
   without_stop = {name: array for name, array in weights('ilm').items() if not name.startswith('length_output_layer')}
-  line = refusal(reference.from_reference, without_stop, 'mdm')
+  line = error_of(reference.from_reference, without_stop, 'mdm')
   assert line.startswith('these are not the weights of the mdm transformer: missing ')
   assert 'encoder.0.ada_ln_modulations.modulation.weight' in line and 'unexpected encoder.0.norm1.bias' in line
 
@@ -297,38 +269,32 @@ def test_weights_of_another_architecture_are_refused(golden, weights):
     (dropped('sigma_map.mlp.2.weight'), 'transformer: missing sigma_map.mlp.2.weight'),
     (
       replaced('sigma_map.freqs', np.ones(128)),
-      'sigma_map.freqs: expected the 128 frequencies of the noise level with base 10000, came others',
+      'sigma_map.freqs: expected the 128 frequencies of the noise embedding with base 10000, got other values',
     ),
-    (replaced('sigma_map.freqs', np.ones(3)), 'sigma_map.freqs: expected the 128 frequencies'),
-    (replaced('sigma_map.mlp.2.weight', np.ones(24)), 'sigma_map.mlp.2.weight: expected a matrix, came shape (24,)'),
     (
       replaced('sigma_map.mlp.0.weight', np.ones((24, 64))),
-      'sigma_map.mlp.0.weight: expected (24, 256), came (24, 64)',
-    ),
-    (
-      replaced('encoder.1.ada_ln_modulations.modulation.weight', np.ones((96, 24))),
-      'encoder.1.ada_ln_modulations.modulation.weight: expected (288, 24), came (96, 24)',
+      'sigma_map.mlp.0.weight: expected shape (24, 256), got (24, 64)',
     ),
     (replaced('output_layer.norm_final.bias', np.ones(48)), 'unexpected output_layer.norm_final.bias'),
   ],
 )
-def test_wrong_weights_of_a_diffusion_model_are_refused_in_one_line(weights, change, line):
-  assert line in refusal(reference.from_reference, change(weights('mdm')), 'mdm')
+def test_wrong_diffusion_weights_are_rejected_in_one_line(weights, change, line):
+  assert line in error_of(reference.from_reference, change(weights('mdm')), 'mdm')
 
 
-def test_the_frequencies_of_the_noise_level_need_not_come(weights):
+def test_the_noise_frequencies_may_be_missing(weights):
   state = weights('mdm')
   expected = reference.from_reference(state, 'mdm')
   assert_trees_equal(reference.from_reference(dropped('sigma_map.freqs')(state), 'mdm')[1], expected[1])
 
 
-def test_a_diffusion_model_that_the_reference_lacks_is_refused():
+def test_a_diffusion_model_that_the_reference_does_not_support_is_rejected():
   cfg = dataclasses.replace(CFG, stop_head=False, conditioning='adaln')
-  line = refusal(reference.to_reference, cfg, random_params(cfg))
+  line = error_of(reference.to_reference, cfg, random_params(cfg))
   assert line.startswith("model.residual='input', final_norm=True, stop_head=False: the reference has conditioning=")
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- weights files ----------------------------------------------------------------------------------------------------
 
 
 def assert_states_equal(actual, expected):
@@ -338,8 +304,7 @@ def assert_states_equal(actual, expected):
     np.testing.assert_array_equal(actual[name], np.asarray(array).astype(np.float32), err_msg=name)
 
 
-@pytest.mark.parametrize('prefix', ['', 'param/'])
-@pytest.mark.parametrize('dtype', [np.float32, np.float16, jnp.bfloat16])
+@pytest.mark.parametrize(('prefix', 'dtype'), [('', np.float32), ('param/', np.float16), ('param/', jnp.bfloat16)])
 def test_npz_files_are_read(weights, tmp_path, prefix, dtype):
   state = {name: array.astype(dtype) for name, array in weights('ilm').items()}
   other = {'loss': np.ones(3)} if prefix else {}
@@ -355,18 +320,18 @@ def test_safetensors_files_are_read(weights, tmp_path, dtype):
   assert_states_equal(reference.load_state_dict(tmp_path / 'w.safetensors'), state)
 
 
-def test_our_parameters_survive_a_safetensors_file(tmp_path):
+def test_our_parameters_survive_a_safetensors_file_exactly(tmp_path):
   numpy = pytest.importorskip('safetensors.numpy')
   params = random_params(CFG)
   numpy.save_file(reference.to_reference(CFG, params), tmp_path / 'w.safetensors')
   assert_trees_equal(reference.from_reference(reference.load_state_dict(tmp_path / 'w.safetensors'))[1], params)
 
 
-def test_safetensors_of_other_types_are_refused(tmp_path):
+def test_unsupported_safetensors_dtypes_are_rejected(tmp_path):
   numpy = pytest.importorskip('safetensors.numpy')
   numpy.save_file({'a': np.ones(2, np.uint8)}, tmp_path / 'w.safetensors')
-  line = refusal(reference.load_state_dict, tmp_path / 'w.safetensors')
-  assert line == f'{tmp_path}/w.safetensors: a: expected numbers of F64, F32, F16, BF16, I64, came U8'
+  line = error_of(reference.load_state_dict, tmp_path / 'w.safetensors')
+  assert line == f'{tmp_path}/w.safetensors: a: expected dtype F64, F32, F16, BF16, I64, got U8'
 
 
 @pytest.mark.parametrize(
@@ -376,15 +341,15 @@ def test_safetensors_of_other_types_are_refused(tmp_path):
     ('torch', 'w.ckpt', 'pip install torch, or save the state_dict as .safetensors'),
   ],
 )
-def test_a_missing_package_is_named_with_the_remedy(monkeypatch, tmp_path, module, file, advice):
+def test_the_error_for_a_missing_package_says_how_to_install_it(monkeypatch, tmp_path, module, file, advice):
   monkeypatch.setitem(sys.modules, module, None)
   (tmp_path / file).write_bytes(b'')
-  line = refusal(reference.load_state_dict, tmp_path / file)
+  line = error_of(reference.load_state_dict, tmp_path / file)
   assert line.startswith(f'{tmp_path}/{file}: reading ') and line.endswith(advice)
 
 
-class Evil:
-  """Unpickling it would write a file."""
+class Malicious:
+  """An object that creates a file when it is unpickled."""
 
   def __init__(self, path):
     self.path = path
@@ -403,47 +368,39 @@ def npz_bytes(**arrays):
   ('file', 'data'),
   [
     ('w.npz', b''),
-    ('w.npz', b'no such thing'),
+    ('w.npz', b'not such a file'),
     ('w.npz', npz_bytes(a=np.ones(1000))[:900]),
-    ('w.npz', npz_bytes(a=np.ones(1000)).replace(b'\x00\xf0?', b'\x00\xf0@', 1)),  # fails its checksum
+    ('w.npz', npz_bytes(a=np.ones(1000)).replace(b'\x00\xf0?', b'\x00\xf0@', 1)),  # wrong checksum
     ('w.safetensors', b''),
     ('w.safetensors', b'\x09\0\0\0\0\0\0\0{"a": 1, '),
   ],
 )
-def test_a_broken_file_is_refused_in_one_line(tmp_path, file, data):
+def test_a_corrupt_file_is_rejected_in_one_line(tmp_path, file, data):
   if file.endswith('.safetensors'):
     pytest.importorskip('safetensors')
   (tmp_path / file).write_bytes(data)
-  assert refusal(reference.load_state_dict, tmp_path / file).startswith(f'{tmp_path}/{file} cannot be read: ')
+  assert error_of(reference.load_state_dict, tmp_path / file).startswith(f'{tmp_path}/{file} cannot be read: ')
 
 
-def test_a_pickle_in_an_npz_is_not_run(tmp_path):
-  np.savez(tmp_path / 'w.npz', a=np.array([Evil(tmp_path / 'evil')], object))
-  assert 'allow_pickle=False' in refusal(reference.load_state_dict, tmp_path / 'w.npz')
-  assert not (tmp_path / 'evil').exists()
+def test_a_pickle_in_an_npz_file_is_not_loaded(tmp_path):
+  np.savez(tmp_path / 'w.npz', a=np.array([Malicious(tmp_path / 'created')], object))
+  assert 'allow_pickle=False' in error_of(reference.load_state_dict, tmp_path / 'w.npz')
+  assert not (tmp_path / 'created').exists()
 
 
-def test_a_file_that_is_not_there_or_of_another_kind_is_refused(tmp_path):
-  assert 'cannot be read: ' in refusal(reference.load_state_dict, tmp_path / 'none.npz')
-  line = refusal(reference.load_state_dict, tmp_path / 'w.h5')
-  assert line == f'{tmp_path}/w.h5: expected a file of .npz, .safetensors, .pt, .pth, .ckpt'
+def test_missing_and_unsupported_files_are_rejected(tmp_path):
+  assert 'cannot be read: ' in error_of(reference.load_state_dict, tmp_path / 'none.npz')
+  line = error_of(reference.load_state_dict, tmp_path / 'w.h5')
+  assert line == f'{tmp_path}/w.h5: expected a file that ends in .npz, .safetensors, .pt, .pth, .ckpt'
   np.savez(tmp_path / 'w.npz', a=np.array(['text']))
-  line = refusal(reference.load_state_dict, tmp_path / 'w.npz')
-  assert line == f'{tmp_path}/w.npz: a: expected an array of numbers, came ndarray'
+  line = error_of(reference.load_state_dict, tmp_path / 'w.npz')
+  assert line == f'{tmp_path}/w.npz: a: expected an array of numbers, got ndarray'
 
 
-def test_an_array_without_names_is_refused(tmp_path):
-  file = io.BytesIO()
-  np.save(file, np.ones(3))
-  (tmp_path / 'w.npz').write_bytes(file.getvalue())
-  assert refusal(reference.load_state_dict, tmp_path / 'w.npz').startswith(f'{tmp_path}/w.npz')
+# --- PyTorch files (skipped without PyTorch) --------------------------------------------------------------------------
 
 
-# --- with PyTorch -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('file', ['w.pt', 'w.pth', 'w.ckpt'])
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize(('file', 'dtype'), [('w.pt', 'float32'), ('w.pth', 'float16'), ('w.ckpt', 'bfloat16')])
 def test_pytorch_files_are_read(weights, tmp_path, file, dtype):
   torch = pytest.importorskip('torch')
   state = weights('ilm')
@@ -457,19 +414,19 @@ def test_pytorch_files_are_read(weights, tmp_path, file, dtype):
   assert_trees_equal(reference.from_reference(saved)[1], reference.from_reference(rounded)[1])
 
 
-def test_a_pickle_of_more_than_tensors_is_not_run(tmp_path):
+def test_a_pytorch_file_with_other_objects_is_not_loaded(tmp_path):
   torch = pytest.importorskip('torch')
-  torch.save({'state_dict': {}, 'config': Evil(tmp_path / 'evil')}, tmp_path / 'w.ckpt')
-  line = refusal(reference.load_state_dict, tmp_path / 'w.ckpt')
+  torch.save({'state_dict': {}, 'config': Malicious(tmp_path / 'created')}, tmp_path / 'w.ckpt')
+  line = error_of(reference.load_state_dict, tmp_path / 'w.ckpt')
   assert line.startswith(f'{tmp_path}/w.ckpt cannot be read: Weights only load failed')
-  assert not (tmp_path / 'evil').exists()
+  assert not (tmp_path / 'created').exists()
 
 
-def test_a_broken_pytorch_file_is_refused_in_one_line(tmp_path):
+def test_a_corrupt_pytorch_file_is_rejected_in_one_line(tmp_path):
   torch = pytest.importorskip('torch')
   torch.save({'a': torch.ones(1000)}, tmp_path / 'w.pt')
-  for data in (b'', b'no such thing', (tmp_path / 'w.pt').read_bytes()[:900]):
+  for data in (b'', b'not such a file', (tmp_path / 'w.pt').read_bytes()[:900]):
     (tmp_path / 'w.pt').write_bytes(data)
-    assert refusal(reference.load_state_dict, tmp_path / 'w.pt').startswith(f'{tmp_path}/w.pt cannot be read: ')
+    assert error_of(reference.load_state_dict, tmp_path / 'w.pt').startswith(f'{tmp_path}/w.pt cannot be read: ')
   torch.save([torch.ones(3)], tmp_path / 'w.pt')
-  assert 'expected a mapping of names to tensors' in refusal(reference.load_state_dict, tmp_path / 'w.pt')
+  assert 'expected a mapping of names to tensors' in error_of(reference.load_state_dict, tmp_path / 'w.pt')
