@@ -179,7 +179,7 @@ class ContinuousSampler:
       yield from self._run(params, pool, min_exits)
 
   def lower(self, params, rng, slots: int):
-    """Lower the decoding program of `slots` rows in the longest buffers, from shapes alone, to compile it in advance."""
+    """Return the lowered decoding program of `slots` rows in the longest buffers, without running anything."""
     size = self.sizes[-1]
     prompt = static_batching.pad([], [], slots, size)
     rows = jax.eval_shape(functools.partial(self._begin, size=size), params, rng, prompt)
