@@ -213,14 +213,14 @@ class LanguageModel:
       self.gaps(text, marker=marker, least=least, most=most, number=number)
       for number, text in enumerate([texts] if single else texts)
     ]
-    samples = 1 if n is None else n
-    if samples < 1:
+    count = 1 if n is None else n
+    if count < 1:
       raise UserError(f'n={n}: expected at least 1')
-    pairs = [(i, j) for i in range(len(requests)) for j in range(samples)]
+    pairs = [(i, j) for i in range(len(requests)) for j in range(count)]
     ids = [request_number(i, j) for i, j in pairs]
     results = dict(self.stream([requests[i] for i, _ in pairs], seed=seed, ids=ids))
-    lists = [[results[i * samples + j] for j in range(samples)] for i in range(len(requests))]
-    infillings = lists if n is not None else [infilling for (infilling,) in lists]
+    lists = [[results[i * count + j] for j in range(count)] for i in range(len(requests))]
+    infillings = lists if n is not None else [samples[0] for samples in lists]
     return infillings[0] if single else infillings
 
   def stream(self, requests, *, seed: int = 0, ids: list[int] | None = None):

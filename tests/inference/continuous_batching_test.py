@@ -17,14 +17,8 @@ from ilm_jax.types import UserError
 
 V, MAX_LENGTH = 17, 30
 SIZES = {'num_layers': 1, 'num_heads': 2, 'd_model': 16, 'd_ff': 32, 'dropout': 0.0, 'attention_dropout': 0.0}
-SAMPLING = {
-  'max_length': MAX_LENGTH,
-  'min_buffer': 16,
-  'token': {},
-  'gap': {},
-  'stop_threshold': 0,
-  'stop_temperature': 0.5,
-}
+SAMPLING = {'max_length': MAX_LENGTH, 'min_buffer': 16, 'token': {}, 'gap': {}}
+SAMPLING |= {'stop_threshold': 0, 'stop_temperature': 0.5}
 # name -> (family, sampling settings, fields of SampleConfig that the model decides)
 KINDS = {
   'ilm': ('ilm', {}, {}),

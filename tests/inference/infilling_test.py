@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import string
 import subprocess
 
 import jax
@@ -22,20 +23,16 @@ from ilm_jax.models import transformer
 from ilm_jax.special_tokens import BOS, CLS, EOS, MASK, SPECIAL
 from ilm_jax.types import UNLIMITED, UserError
 
-WORDS = re.split(' ', 'the a dog cat ran home sat saw Tom Anna was happy sad . , ! and then bird big small blue')
-LETTERS = [chr(code) for code in range(ord('a'), ord('z') + 1)]
+WORDS = 'the a dog cat ran home sat saw Tom Anna was happy sad . , ! and then bird big small blue'.split(' ')
+LETTERS = string.ascii_lowercase
 WORDPIECES = list(dict.fromkeys([*SPECIAL, *map(str.lower, WORDS), *LETTERS, *(f'##{c}' for c in LETTERS), '##ing']))
 SIZES = {'num_layers': 1, 'num_heads': 2, 'd_model': 16, 'd_ff': 32, 'dropout': 0.0, 'attention_dropout': 0.0}
 
 
-def sentences(number, seed=0):
-  rng = np.random.default_rng(seed)
-  return [' '.join(rng.choice(WORDS, rng.integers(3, 9))) for _ in range(number)]
-
-
 @pytest.fixture(scope='module')
 def sentencepiece():
-  return tokenizers.train_sentencepiece(iter(sentences(300)), size=330)
+  rng = np.random.default_rng(0)
+  return tokenizers.train_sentencepiece((' '.join(rng.choice(WORDS, rng.integers(3, 9))) for _ in range(300)), size=330)
 
 
 @pytest.fixture(scope='module')
@@ -50,24 +47,8 @@ def tokenizer(request):
 
 def difficult_text(rng):
   """Return a text with parts that tokenizers normalize: runs of spaces, line breaks, accents, special tokens."""
-  pool = [
-    'the',
-    ' dog',
-    '  ',
-    '\n',
-    'É',
-    'ﬁ',
-    ' ',
-    '__',
-    '[MASK]',
-    '<|endoftext|>',
-    'Tom',
-    '.',
-    ' 犬',
-    '\t',
-    'ran',
-    '▁',
-  ]
+  pool = ['the', ' dog', '  ', '\n', 'É', 'ﬁ', ' ', '__']
+  pool += ['[MASK]', '<|endoftext|>', 'Tom', '.', ' 犬', '\t', 'ran', '▁']
   return ''.join(rng.choice(pool, rng.integers(1, 6)))
 
 
@@ -101,16 +82,12 @@ def test_a_text_is_split_at_its_markers():
     ('no gap here', {}, "no gap: expected '___' in the text, got 'no gap here'"),
     (['one'], {}, 'no gap: expected at least two parts, got 1'),
     (['one', 2], {}, r"expected a text, or a list of the parts around its gaps, got \['one', 2\]"),
-    (5, {}, 'expected a text, or a list of the parts around its gaps, got 5'),
     ('a ___ ___ b', {}, 'gaps 1 and 2 have only whitespace between them: merge them'),
     ('a ___ b', {'marker': ''}, 'the marker of a gap is empty'),
     ('a ___ b', {'least': 3, 'most': 2}, 'gap 1 has least=3, most=2: expected 0 <= least <= most'),
-    ('a ___', {'least': 10**12}, r'gap 1 has least=1000000000000, most=\d+: expected'),
-    ('a ___', {'most': -1}, 'gap 1 has least=0, most=-1: expected'),
     ('a ___ b', {'least': -1}, 'gap 1 has least=-1'),
     ('a ___ b', {'most': [1, 2]}, r'most=\[1, 2\]: expected one number, or a list with one for each of the 1 gaps'),
     ('a ___ b', {'most': 'many'}, "most='many': expected a whole number of tokens"),
-    ('a ___ b', {'least': 1.5}, 'least=1.5: expected a whole number'),
   ],
 )
 def test_a_text_without_gaps_or_with_contradictory_limits_is_refused(text, settings, message):
