@@ -80,8 +80,8 @@ def define(values: flags.FlagValues) -> None:
                      flag_values=values)  # fmt: skip
   flags.DEFINE_float('temperature', None, "Temperature of tokens, 0: greedy; the run's setting by default.",
                      lower_bound=0.0, flag_values=values)  # fmt: skip
-  flags.DEFINE_float('top_p', None, "Nucleus sampling of tokens; 1: off; the run's setting by default.",
-                     lower_bound=0.0, upper_bound=1.0, flag_values=values)  # fmt: skip
+  flags.DEFINE_float('top_p', None, "Nucleus sampling (top-p); 1: off; the run's setting by default.", lower_bound=0.0,
+                     upper_bound=1.0, flag_values=values)  # fmt: skip
   define_hosts(values)
 
 

@@ -23,7 +23,7 @@ from ilm_jax.models import transformer
 from ilm_jax.special_tokens import BOS, CLS, EOS, MASK, SPECIAL
 from ilm_jax.types import UNLIMITED, UserError
 
-WORDS = 'the a dog cat ran home sat saw Tom Anna was happy sad . , ! and then bird big small blue'.split(' ')
+WORDS = re.split(' ', 'the a dog cat ran home sat saw Tom Anna was happy sad . , ! and then bird big small blue')
 LETTERS = string.ascii_lowercase
 WORDPIECES = list(dict.fromkeys([*SPECIAL, *map(str.lower, WORDS), *LETTERS, *(f'##{c}' for c in LETTERS), '##ing']))
 SIZES = {'num_layers': 1, 'num_heads': 2, 'd_model': 16, 'd_ff': 32, 'dropout': 0.0, 'attention_dropout': 0.0}
