@@ -40,7 +40,8 @@ from ilm_jax.tasks.text import corpora
 from ilm_jax.types import UserError
 
 TOKEN_RULE_FLAGS = ('temperature', 'top_p')  # flags that set fields of the rule for sampling a token
-SAMPLING_FLAGS = ('stop_threshold', 'stop_temperature', 'max_length', 'gaps', 'gap_threshold')  # named like settings
+# Flags that override a sampling setting of the same name.
+SAMPLING_FLAGS = ('stop_threshold', 'stop_temperature', 'max_length', 'gaps', 'gap_threshold')
 # Flags whose values must be equal in all processes.
 SHARED_FLAGS = ('workdir', 'checkpoint', 'seed', 'n', 'marker', 'batch_size', 'mesh', *SAMPLING_FLAGS,
                 *TOKEN_RULE_FLAGS)  # fmt: skip
@@ -226,7 +227,7 @@ def serve(values, requests: list[Request], errors: list[UserError]) -> int:
       message = str(error).removeprefix(f'prompt {number + 1}: ').removeprefix(f'text {number + 1}: ')
       errors.append(error if request.where.startswith('--') else UserError(f'{request.where}: {message}'))
   if errors and (not valid or values.prompt or values.infill):
-    raise errors[0]  # before the output file is opened
+    raise errors[0]  # the output file has not been created yet
   for error in errors if index == 0 else ():
     fail(error)
 

@@ -171,7 +171,7 @@ class ContinuousSampler:
         return
       full = [pool for pool in running if not pool.free()]
       pool = full[-1] if full else running[0]
-      # Without further rows that could enter this pool, it runs until all its rows have left.
+      # If no further rows can enter this pool, it runs until all its rows have finished or are parked.
       more_shorter = any(other.size < pool.size and other.running() + other.parked.sum() for other in pools)
       more_waiting = any(other.waiting for other in pools if other.size <= pool.size)
       refill = self.refill or max(1, pool.slots // 8)

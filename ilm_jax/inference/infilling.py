@@ -163,12 +163,12 @@ def decode(gaps: Gaps, row: dict, tokenizer) -> Filled:
 
 def _fillings(gaps: Gaps, tokens: list[int], inserted: list[bool], tokenizer):
   """Yield, for each gap, the ids of the tokens inserted into it and the ids of up to CONTEXT tokens left of it."""
-  num_given, found = 0, {}  # found: number of given tokens left of a gap -> (position of its first token, its tokens)
+  num_given, found = 0, {}  # found: number of given tokens left of a gap -> (start position, ids of the filling)
   for position, (token, is_inserted) in enumerate(zip(tokens, inserted, strict=True)):
     num_given += not is_inserted
     if is_inserted:
       found.setdefault(num_given, (position, []))[1].append(token)
-  num_left = 2  # [CLS] and [BOS]
+  num_left = 2  # given tokens left of the gap, starting with [CLS] and [BOS]
   for part in gaps.parts[:-1]:
     num_left += len(tokenizer.encode(part.rstrip(' ')))
     position, ids = found.get(num_left, (0, []))

@@ -26,13 +26,19 @@ from ilm_jax.types import UNLIMITED, UserError
 WORDS = re.split(' ', 'the a dog cat ran home sat saw Tom Anna was happy sad . , ! and then bird big small blue')
 LETTERS = string.ascii_lowercase
 WORDPIECES = list(dict.fromkeys([*SPECIAL, *map(str.lower, WORDS), *LETTERS, *(f'##{c}' for c in LETTERS), '##ing']))
+FEW = {'batch_size': 4, 'min_buffer': 96}  # settings of a LanguageModel with few slots and one buffer length
 SIZES = {'num_layers': 1, 'num_heads': 2, 'd_model': 16, 'd_ff': 32, 'dropout': 0.0, 'attention_dropout': 0.0}
+
+
+def sentences(number, seed=0):
+  """Return sentences of random words."""
+  rng = np.random.default_rng(seed)
+  return [' '.join(rng.choice(WORDS, rng.integers(3, 9))) for _ in range(number)]
 
 
 @pytest.fixture(scope='module')
 def sentencepiece():
-  rng = np.random.default_rng(0)
-  return tokenizers.train_sentencepiece((' '.join(rng.choice(WORDS, rng.integers(3, 9))) for _ in range(300)), size=330)
+  return tokenizers.train_sentencepiece(iter(sentences(300)), size=330)
 
 
 @pytest.fixture(scope='module')
@@ -207,11 +213,9 @@ def lm(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def small_lm(sentencepiece, tmp_path_factory):
-  """Return a function from a family's name to its LanguageModel with few slots and one buffer length."""
-  settings = {'batch_size': 4, 'min_buffer': 96, 'max_steps': 8}
-  return functools.cache(
-    lambda family: make_lm(sentencepiece, tmp_path_factory.mktemp('tokenizer'), family, **settings)
-  )
+  """Return a function from a family's name to its LanguageModel, with few slots."""
+  folder = tmp_path_factory.mktemp('tokenizer')
+  return functools.cache(lambda family: make_lm(sentencepiece, folder, family, max_steps=8, **FEW))
 
 
 def test_hundreds_of_infill_requests_preserve_the_given_text(lm):
