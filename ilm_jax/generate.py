@@ -1,20 +1,27 @@
-"""Prompts to answers, gaps to fillings, as JSONL.
+"""Complete prompts and fill gaps with a trained model; the results are JSON, one object per line.
 
     python -m ilm_jax.generate --workdir=runs/star-tiny --prompt='5,9|9,2/5,2'
     python -m ilm_jax.generate --workdir=runs/stories --infill='Tom had a ___ . He was ___ .' --n=3 --trace=trace.html
-    python -m ilm_jax.generate --workdir=runs/stories --prompts=requests.jsonl > answers.jsonl
+    python -m ilm_jax.generate --workdir=runs/stories --prompts=requests.jsonl > completions.jsonl
 
-Without a flag, requests are read from standard input, one a line: a prompt, or JSON with "prompt" (a text; an empty one
-asks for a whole text) or "infill" (a text with markers, or the list of its parts), and perhaps "id", "least" and "most"
-(tokens of a gap; a number, or a list of one a gap). All lines of a *.jsonl are JSON. Answers come as they finish; "id"
-says whose they are (the number of the line, from 0, unless JSON gives one). A line that cannot be served is named, and
-the others are served. The "truth" of a line with gaps, and its "fillings", come with its answer as "truth", {"text",
-"fillings"}.
+Without --prompt, --infill or --prompts, requests are read from standard input. A file of requests has one request per
+line, either a prompt as plain text or a JSON object (in a *.jsonl file, every line is JSON) with these keys:
 
-    python -m ilm_jax.generate --workdir=gs://... --prompts=requests.jsonl --out=answers.jsonl --mesh=data=-1
+    "prompt"             the prompt; "" asks for an unconditional sample
+    "infill"             instead of "prompt": a text with markers, or a list of the parts around the gaps
+    "id"                 optional: identifies the result; by default the line number, from 0
+    "least", "most"      optional: limits on the number of tokens in a gap; a number, or a list with one for each gap
+    "truth", "fillings"  optional: the original text and the original fillings; copied to the result
 
-The answers are the same on any mesh and number of hosts. Each of several hosts, which are started with the same
-command, writes its share: answers-00000-of-00002.jsonl, ...
+Results are written as soon as they finish, so their order may differ; their "id" identifies the request. A line that
+cannot be served is reported on standard error; the other lines are still served, and the exit code is then 1.
+
+Several devices or several processes can share the work, without any effect on the results:
+
+    python -m ilm_jax.generate --workdir=gs://... --prompts=requests.jsonl --out=completions.jsonl --mesh=data=-1
+
+Start all processes with the same command. Each process writes its share to a file of its own:
+completions-00000-of-00002.jsonl, ...
 """
 
 import contextlib
@@ -32,10 +39,13 @@ from ilm_jax.runs import run_file
 from ilm_jax.tasks.text import corpora
 from ilm_jax.types import UserError
 
-RULE = ('temperature', 'top_p')  # flags of the rule by which a token is drawn
-SETTINGS = ('stop_threshold', 'stop_temperature', 'max_length', 'gaps', 'gap_threshold')  # of sampling, as the run's
-SAME = ('workdir', 'checkpoint', 'seed', 'n', 'marker', 'batch_size', 'mesh', *SETTINGS, *RULE)  # on all hosts
-KEYS = ('id', 'prompt', 'infill', 'least', 'most', 'truth', 'fillings')  # of a line of JSON
+TOKEN_RULE_FLAGS = ('temperature', 'top_p')  # flags that set fields of the rule for sampling a token
+# Flags that override a sampling setting of the same name.
+SAMPLING_FLAGS = ('stop_threshold', 'stop_temperature', 'max_length', 'gaps', 'gap_threshold')
+# Flags whose values must be equal in all processes.
+SHARED_FLAGS = ('workdir', 'checkpoint', 'seed', 'n', 'marker', 'batch_size', 'mesh', *SAMPLING_FLAGS,
+                *TOKEN_RULE_FLAGS)  # fmt: skip
+KEYS = ('id', 'prompt', 'infill', 'least', 'most', 'truth', 'fillings')  # keys of a JSON request
 
 
 def define(values: flags.FlagValues) -> None:
@@ -43,48 +53,52 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string('workdir', None, 'Folder of the run whose model to use.', flag_values=values)
   flags.DEFINE_multi_string('prompt', [], 'A prompt; may be repeated.', flag_values=values)
   flags.DEFINE_multi_string('infill', [], 'A text with a marker at each gap; may be repeated.', flag_values=values)
-  flags.DEFINE_string('prompts', None, 'File of requests, one a line: text, or JSON as above.', flag_values=values)
-  flags.DEFINE_string('marker', '___', 'Of a gap.', flag_values=values)
-  flags.DEFINE_integer('least', None, 'Tokens of a gap, at least; 1 by default.', lower_bound=0, flag_values=values)
-  flags.DEFINE_integer('most', None, 'Tokens of a gap, at most.', lower_bound=0, flag_values=values)
-  flags.DEFINE_integer('n', None, 'Answers to each request.', lower_bound=1, flag_values=values)
-  flags.DEFINE_string('out', None, 'File to write; standard output by default.', flag_values=values)
-  flags.DEFINE_string('trace', None, 'File for a page (HTML) that plays the insertions.', flag_values=values)
-  flags.DEFINE_string('checkpoint', 'best', "'best', 'latest' or a step.", flag_values=values)
-  flags.DEFINE_integer('seed', 0, 'Seed of the randomness.', flag_values=values)
-  flags.DEFINE_integer('batch_size', 64, 'Slots: requests at a time.', lower_bound=1, flag_values=values)
-  flags.DEFINE_string('mesh', None, 'Devices that share the work, such as data=-1 (all), or data=2,tensor=4; the first '
-                      'device by default, or all of several hosts.', flag_values=values)  # fmt: skip
-  flags.DEFINE_integer('max_length', None, "Tokens of a text; the run's own by default.", lower_bound=3,
+  flags.DEFINE_string('prompts', None, 'File of requests, one per line: plain text or JSON.', flag_values=values)
+  flags.DEFINE_string('marker', '___', 'String that marks a gap.', flag_values=values)
+  flags.DEFINE_integer('least', None, 'Minimum number of tokens in a gap; 1 by default.', lower_bound=0,
                        flag_values=values)  # fmt: skip
-  flags.DEFINE_integer('gaps', None, 'Insertions of a step, in the best gaps; 0: all; the run\'s own by default.',
-                       lower_bound=0, flag_values=values)  # fmt: skip
-  flags.DEFINE_float('stop_threshold', None, "Stop when p(stop) reaches it; 0: sampled; the run's own by default.",
-                     lower_bound=0.0, upper_bound=1.0, flag_values=values)  # fmt: skip
-  flags.DEFINE_float('stop_temperature', None, "Of p(stop); the run's own by default.", lower_bound=0.0,
+  flags.DEFINE_integer('most', None, 'Maximum number of tokens in a gap.', lower_bound=0, flag_values=values)
+  flags.DEFINE_integer('n', None, 'Number of samples for each request.', lower_bound=1, flag_values=values)
+  flags.DEFINE_string('out', None, 'File for the results; standard output by default.', flag_values=values)
+  flags.DEFINE_string('trace', None, 'File for an HTML page that animates the insertions.', flag_values=values)
+  flags.DEFINE_string('checkpoint', 'best', "Checkpoint: 'best', 'latest' or a step.", flag_values=values)
+  flags.DEFINE_integer('seed', 0, 'Random seed of sampling.', flag_values=values)
+  flags.DEFINE_integer('batch_size', 64, 'Number of requests decoded at a time (slots).', lower_bound=1,
+                       flag_values=values)  # fmt: skip
+  flags.DEFINE_string('mesh', None, 'Device mesh, such as data=-1 (all devices) or data=2,tensor=4; by default the '
+                      'first device, or all devices if there are several processes.', flag_values=values)  # fmt: skip
+  flags.DEFINE_integer('max_length', None, "Maximum length of a text, in tokens; the run's setting by default.",
+                       lower_bound=3, flag_values=values)  # fmt: skip
+  flags.DEFINE_integer('gaps', None, 'Number of gaps filled in a decoding step, one token each; 0: all gaps; the '
+                       "run's setting by default.", lower_bound=0, flag_values=values)  # fmt: skip
+  flags.DEFINE_float('stop_threshold', None, 'Stop as soon as p(stop) reaches this threshold; 0: sample whether to '
+                     "stop; the run's setting by default.", lower_bound=0.0, upper_bound=1.0,
                      flag_values=values)  # fmt: skip
-  flags.DEFINE_float('gap_threshold', None, 'Insert only in gaps that are as probable as this share of the best one; '
-                     "the run's own by default.", lower_bound=0.0, upper_bound=1.0, flag_values=values)  # fmt: skip
-  flags.DEFINE_float('temperature', None, "Of tokens, 0: the most probable; the run's own by default.", lower_bound=0.0,
+  flags.DEFINE_float('stop_temperature', None, "Temperature of p(stop); the run's setting by default.", lower_bound=0.0,
                      flag_values=values)  # fmt: skip
-  flags.DEFINE_float('top_p', None, "Nucleus of tokens, 1: all; the run's own by default.", lower_bound=0.0,
+  flags.DEFINE_float('gap_threshold', None, 'With several gaps in a step: skip gaps less probable than this fraction '
+                     "of the best gap's probability; the run's setting by default.", lower_bound=0.0, upper_bound=1.0,
+                     flag_values=values)  # fmt: skip
+  flags.DEFINE_float('temperature', None, "Temperature of tokens, 0: greedy; the run's setting by default.",
+                     lower_bound=0.0, flag_values=values)  # fmt: skip
+  flags.DEFINE_float('top_p', None, "Nucleus sampling (top-p); 1: off; the run's setting by default.", lower_bound=0.0,
                      upper_bound=1.0, flag_values=values)  # fmt: skip
   define_processes(values)
 
 
 class Request(NamedTuple):
-  """A prompt or a text with gaps, as it was given."""
+  """A prompt or an infill request, as the user wrote it."""
 
   id: int
-  kind: str  # prompt or infill
-  content: Any
-  where: str  # for messages
-  limits: dict
-  truth: dict | None = None  # 'text' and 'fillings': what was in the gaps
+  kind: str  # 'prompt' or 'infill'
+  content: Any  # the prompt, the text with markers, or the list of parts
+  where: str  # flag or line that holds the request, for error messages
+  limits: dict  # 'least' and 'most', if given
+  truth: dict | None = None  # original 'text' and 'fillings' of an infill request, if known
 
 
 def read_requests(values) -> tuple[list[Request], list[UserError]]:
-  """The requests, and what is wrong with the lines that hold none."""
+  """Return the requests, and an error for each line that holds no valid request."""
   given = [name for name in ('prompt', 'infill', 'prompts') if values[name].value]
   if len(given) > 1:
     raise UserError(f'--{given[0]} and --{given[1]}: expected one of them, got both')
@@ -96,32 +110,32 @@ def read_requests(values) -> tuple[list[Request], list[UserError]]:
   name = values.prompts or 'standard input'
   try:
     content = epath.Path(values.prompts).read_bytes() if values.prompts else sys.stdin.buffer.read()
-  except (OSError, ImportError) as error:  # epath needs a package for each kind of bucket
+  except (OSError, ImportError) as error:  # ImportError: epath lacks a package for this kind of bucket
     raise UserError(f'--prompts={name}: {getattr(error, "strerror", None) or error}') from None
-  lines, structured, start = content.split(b'\n'), name.endswith('.jsonl'), 0
-  out, wrong, taken = [], [], {}
+  lines, json_only, next_offset = content.split(b'\n'), name.endswith('.jsonl'), 0
+  requests, errors, lines_of_ids = [], [], {}
   for number, line in enumerate(lines):
-    at, start = start, start + len(line) + 1
+    offset, next_offset = next_offset, next_offset + len(line) + 1
     if number == 0 and line.startswith(corpora.MARK):
-      at, line = len(corpora.MARK), line[len(corpora.MARK) :]
+      offset, line = len(corpora.MARK), line[len(corpora.MARK) :]
     where = f'{name}, line {number + 1}'
     try:
-      if text := corpora.decode(line, where, at).strip():
-        request = read_line(text, number, where, limits, structured=structured)
-        if request.id in taken:
-          raise UserError(f'{request.where}: the id {request.id} is that of {taken[request.id]} already: give another')
-        taken[request.id] = f'line {number + 1}'
-        out.append(request)
+      if text := corpora.decode(line, where, offset).strip():
+        request = read_line(text, number, where, limits, json_only=json_only)
+        if request.id in lines_of_ids:
+          raise UserError(f'{where}: id {request.id} is already used on line {lines_of_ids[request.id]}: change it')
+        lines_of_ids[request.id] = number + 1
+        requests.append(request)
     except UserError as error:
-      wrong.append(error)
-  if not out and not wrong:
-    raise UserError(f'{name} holds no prompt: expected one a line')
-  return out, wrong
+      errors.append(error)
+  if not requests and not errors:
+    raise UserError(f'{name} contains no prompt: expected one per line')
+  return requests, errors
 
 
-def read_line(text: str, number: int, where: str, limits: dict, *, structured: bool = False) -> Request:
-  """One request: JSON, or a text, unless all lines are JSON (`structured`)."""
-  if not text.startswith('{') and not structured:
+def read_line(text: str, number: int, where: str, limits: dict, *, json_only: bool = False) -> Request:
+  """Return the request of a line: JSON, or a prompt as plain text unless `json_only`."""
+  if not text.startswith('{') and not json_only:
     return Request(number, 'prompt', text, where, limits)
   try:
     record = json.loads(text)
@@ -134,134 +148,152 @@ def read_line(text: str, number: int, where: str, limits: dict, *, structured: b
       raise ValueError
   except (ValueError, KeyError, TypeError, RecursionError):
     raise UserError(
-      f'{where}: expected JSON with either "prompt", a text, or "infill", a text or the list of its parts, and perhaps '
-      f'"id", a number from 0, got {text[:80]}'
+      f'{where}: expected JSON with either "prompt" (a text) or "infill" (a text or a list of its parts), and '
+      f'optionally "id" (a whole number from 0), got {text[:80]}'
     ) from None
-  if odd := sorted(record.keys() - set(KEYS)):
-    raise UserError(f'{where}: "{odd[0]}" means nothing here: expected of {", ".join(KEYS)}')
+  if unknown := sorted(record.keys() - set(KEYS)):
+    raise UserError(f'{where}: unknown key "{unknown[0]}": expected one of {", ".join(KEYS)}')
   if kind == 'prompt' and (record.get('least') is not None or record.get('most') is not None):
-    raise UserError(f'{where}: "least" and "most" are of gaps: expected them with "infill"')
+    raise UserError(f'{where}: "least" and "most" apply only to gaps: use them with "infill"')
   own = {name: record[name] for name in ('least', 'most') if record.get(name) is not None}
   truth = {'text': record['truth'], 'fillings': record.get('fillings')} if 'truth' in record else None
   return Request(index, kind, content, where, limits | own, truth if kind == 'infill' else None)
 
 
 def check_files(values, out: str | None = None) -> None:
-  """Refuse to write over what is read or written (`out` instead of --out, if given), and a page that has no place."""
+  """Raise UserError if two of the files are the same, or if the folder of --trace does not exist.
+
+  Args:
+    values: the flags.
+    out: the file that this process writes, if it differs from --out.
+  """
   named = {name: values[name].value for name in ('prompts', 'out', 'trace')} | ({'out': out} if out else {})
   paths = {name: Path(value).resolve() for name, value in named.items() if value}
   for one, other in itertools.combinations(paths, 2):
     if paths[one] == paths[other]:
-      raise UserError(f'--{one} and --{other} are the same file, {paths[one]}: give another')
+      raise UserError(f'--{one} and --{other} are the same file, {paths[one]}: choose another')
   if 'trace' in paths and not paths['trace'].parent.is_dir():
-    raise UserError(f'--trace={values.trace}: there is no folder {paths["trace"].parent}')
-  if values.prompt and (values.least is not None or values.most is not None):
-    raise UserError('--least and --most are of gaps: expected them with --infill')
+    raise UserError(f'--trace={values.trace}: the folder {paths["trace"].parent} does not exist')
 
 
 def run(values) -> int:
-  """Load, answer, write; the exit code is 1 where a line could not be served."""
+  """Serve the requests that the flags name; returns the exit code, 1 if a request could not be served."""
   if not values.workdir:
     raise UserError('--workdir is missing: expected the folder of a run, such as --workdir=runs/star-tiny')
   check_files(values)
-  requests, wrong = read_requests(values)
+  if values.prompt and (values.least is not None or values.most is not None):
+    raise UserError('--least and --most apply only to gaps: use them with --infill')
+  requests, errors = read_requests(values)
   quiet()
   from ilm_jax.distributed import processes
 
   processes.start(values.coordinator, values.num_processes, values.process_id, saving=False)
-  return processes.end_together(lambda: serve(values, requests, wrong))
+  return processes.end_together(lambda: serve(values, requests, errors))
 
 
-def serve(values, requests: list[Request], wrong: list[UserError]) -> int:
-  """Load, answer, write."""
+def serve(values, requests: list[Request], errors: list[UserError]) -> int:
+  """Load the model, serve the requests and write the results.
+
+  Args:
+    values: the flags.
+    requests: the requests of all processes.
+    errors: an error for each line that holds no valid request.
+
+  Returns:
+    The exit code: 1 if a request could not be served.
+  """
   from ilm_jax.distributed import processes
   from ilm_jax.inference import api
 
-  index, many = processes.which()
-  if many > 1:
+  index, count = processes.which()
+  out_name = shard(values.out, index, count)
+  if count > 1:
     if values.trace or not values.out:
-      raise UserError(f'{many} hosts write a file each: expected --out, and no --trace')
-    check_files(values, shard(values.out, index, many))
-    processes.agree({**run_file.code(), 'requests': processes.digest(requests), **settled(values)})
-  given = {name: values[name].value for name in SETTINGS}
-  settings = {name: value for name, value in given.items() if value is not None}
-  if drawn := {name: values[name].value for name in RULE if values[name].value is not None}:
-    cfg = run_file.read_config(values.workdir)
-    at_once = cfg['family'] == 'ilm' and not cfg['sampling'].get('two_stage', cfg['sampling'].get('joint') is None)
-    name = 'joint' if at_once else 'token'
-    settings[name] = drawn
-    if drawn.get('top_p', 1.0) < 1 and not {**(cfg['sampling'].get(name) or {}), **drawn}.get('temperature', 1.0):
-      raise UserError(f'--top_p={values.top_p} means nothing to the most probable token: give --temperature, too')
-  mesh = values.mesh or ('data=-1' if many > 1 else None)
+      raise UserError(f'{count} processes write one file each: --out is needed, and --trace is not possible')
+    check_files(values, out_name)
+    processes.agree({**run_file.code(), 'requests': processes.digest(requests), **shared_flags(values)})
+  settings = sampling_settings(values)
+  mesh = values.mesh or ('data=-1' if count > 1 else None)
   lm = api.load(values.workdir, values.checkpoint, mesh=mesh, batch_size=values.batch_size, **settings)
-  served = []  # (request, what the model is asked)
+  valid = []  # (request, argument of LanguageModel.stream)
   for number, request in enumerate(requests):
     try:
-      asked = request.content
+      argument = request.content
       if request.kind == 'infill':
-        asked = lm.gaps(asked, marker=values.marker, number=number, **request.limits)
-      lm.encode(asked, number)
-      served.append((request, asked))
+        argument = lm.gaps(argument, marker=values.marker, number=number, **request.limits)
+      lm.encode(argument, number)
+      valid.append((request, argument))
     except UserError as error:
-      said = str(error).removeprefix(f'prompt {number + 1}: ').removeprefix(f'text {number + 1}: ')
-      wrong.append(error if request.where.startswith('--') else UserError(f'{request.where}: {said}'))
-  if wrong and (not served or values.prompt or values.infill):
-    raise wrong[0]  # before anything is written
-  for error in wrong if index == 0 else ():
+      message = str(error).removeprefix(f'prompt {number + 1}: ').removeprefix(f'text {number + 1}: ')
+      errors.append(error if request.where.startswith('--') else UserError(f'{request.where}: {message}'))
+  if errors and (not valid or values.prompt or values.infill):
+    raise errors[0]  # the output file has not been created yet
+  for error in errors if index == 0 else ():
     fail(error)
 
-  jobs = [(request, asked, j) for request, asked in served for j in range(values.n or 1)]
-  ids = [api.request_number(request.id, j) for request, _, j in jobs]
-  made, name = {}, shard(values.out, index, many)
+  jobs = [(request, argument, sample) for request, argument in valid for sample in range(values.n or 1)]
+  ids = [api.request_number(request.id, sample) for request, _, sample in jobs]
+  results = {}
   with contextlib.ExitStack() as stack:
     try:
-      out = stack.enter_context(epath.Path(name).open('w')) if name else sys.stdout
+      out = stack.enter_context(epath.Path(out_name).open('w')) if out_name else sys.stdout
     except (OSError, ImportError) as error:
-      raise UserError(f'--out={name}: {getattr(error, "strerror", None) or error}') from None
-    for job, answer in lm.stream([asked for _, asked, _ in jobs], seed=values.seed, ids=ids):
-      if job % many != index:
+      raise UserError(f'--out={out_name}: {getattr(error, "strerror", None) or error}') from None
+    for job, result in lm.stream([argument for _, argument, _ in jobs], seed=values.seed, ids=ids):
+      if job % count != index:
         continue
       request, _, sample = jobs[job]
-      number = {} if values.n is None else {'sample': sample}
-      true = {} if request.truth is None else {'truth': request.truth}
-      write({'id': request.id, **number, request.kind: request.content, **answer._asdict(), **true}, out, name)
+      record = {'id': request.id, **({} if values.n is None else {'sample': sample}), request.kind: request.content}
+      record |= result._asdict() | ({} if request.truth is None else {'truth': request.truth})
+      write(record, out, out_name)
       if values.trace:
-        made[job] = answer
+        results[job] = result
   if values.trace:
     try:
-      Path(values.trace).write_text(lm.page([made[job] for job in sorted(made)]), encoding='utf-8')
+      Path(values.trace).write_text(lm.page([results[job] for job in sorted(results)]), encoding='utf-8')
     except OSError as error:
       raise UserError(f'--trace={values.trace}: {error.strerror}') from None
-  return 1 if wrong else 0
+  return 1 if errors else 0
 
 
-def settled(values) -> dict:
-  """The flags that must be the same on all hosts."""
-  return {name: values[name].value for name in SAME}
+def sampling_settings(values) -> dict:
+  """Return the sampling settings that the flags override, as arguments of `api.load`."""
+  settings = {name: values[name].value for name in SAMPLING_FLAGS if values[name].value is not None}
+  if rule := {name: values[name].value for name in TOKEN_RULE_FLAGS if values[name].value is not None}:
+    cfg = run_file.read_config(values.workdir)
+    is_joint = cfg['family'] == 'ilm' and not cfg['sampling'].get('two_stage', cfg['sampling'].get('joint') is None)
+    name = 'joint' if is_joint else 'token'
+    settings[name] = rule
+    if rule.get('top_p', 1.0) < 1 and not {**(cfg['sampling'].get(name) or {}), **rule}.get('temperature', 1.0):
+      raise UserError(f'--top_p={values.top_p} has no effect at temperature 0: set --temperature to more than 0')
+  return settings
 
 
-def shard(name: str | None, index: int, many: int) -> str | None:
-  """The file of one of several hosts: answers-00000-of-00002.jsonl for answers.jsonl."""
-  if not name or many == 1:
+def shared_flags(values) -> dict:
+  """Return the flags whose values must be equal in all processes."""
+  return {name: values[name].value for name in SHARED_FLAGS}
+
+
+def shard(name: str | None, index: int, count: int) -> str | None:
+  """Return the output file of one of `count` processes: results-00000-of-00002.jsonl for results.jsonl."""
+  if not name or count == 1:
     return name
   stem, dot, suffix = name.rpartition('.') if '.' in Path(name).name else (name, '', '')
-  return f'{stem}-{index:05d}-of-{many:05d}{dot}{suffix}'
+  return f'{stem}-{index:05d}-of-{count:05d}{dot}{suffix}'
 
 
 def write(record: dict, out, name) -> None:
-  """Write a line of JSON."""
+  """Write a record to `out` as a line of JSON; `name` is the file's name for error messages."""
   try:
     print(json.dumps(record), file=out, flush=True)
   except BrokenPipeError:
     raise
   except OSError as error:
-    raise UserError(
-      f'the answers could not be written to {name or "standard output"} ({error.strerror or error})'
-    ) from None
+    raise UserError(f'cannot write to {name or "standard output"}: {error.strerror or error}') from None
 
 
 def main(argv=None) -> int:
-  """Run the command."""
+  """Run the command; returns the exit code."""
   return command(__doc__, define, run, argv)
 
 

@@ -1,4 +1,5 @@
-"""A trained model in use: the Python API, batching of requests, infilling, stopping rules and traces.
+"""Inference with a trained model: Python API, static and continuous batching, infilling, stopping rules and traces.
 
-Imports every room but `evaluation` and `training`. Start with `api.py`: `load` and `LanguageModel`.
+May import every package of `ilm_jax` except `evaluation`, `training` and `aot`. Start with `load` and `LanguageModel`
+in `api.py`.
 """

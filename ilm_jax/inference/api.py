@@ -1,12 +1,13 @@
-"""A trained model in Python.
+"""The Python API of a trained model: `load`, and `LanguageModel` with `generate`, `infill`, `score` and `trace`.
 
 lm = ilm_jax.load('runs/stories')
-lm.generate(['Once upon a time'])                          texts that go on from prompts; [''] from nothing
-lm.infill('Tom had a ___ . He was ___ .', n=3)             gaps of unknown length filled, the rest untouched
-lm.score(['The dog ran home.'])                            -log p, or a bound of it
-lm.trace('Tom had a ___ .', path='trace.html')             a page that plays the insertions
+lm.generate(['Once upon a time'])                          completions of prompts; [''] for an unconditional sample
+lm.infill('Tom had a ___ . He was ___ .', n=3)             three ways to fill the gaps; all other text is preserved
+lm.score(['The dog ran home.'])                            negative log-likelihood, or a bound on it
+lm.trace('Tom had a ___ .', path='trace.html')             an HTML page that animates the insertions
 """
 
+import contextlib
 from typing import NamedTuple
 
 import jax
@@ -27,22 +28,38 @@ from ilm_jax.types import UserError
 
 
 class Generation(NamedTuple):
-  """One answer: the whole text, and how it came about."""
+  """A prompt with its completion, and how the completion was decoded.
+
+  Attributes:
+    text: the prompt and its completion.
+    tokens: the tokenizer's pieces of the whole sequence, special tokens and prompt included.
+    order: the decoding step that inserted each token, from 0; -1 for tokens of the prompt.
+    probabilities: probability of each insertion, a (gap, token) pair, under the model at temperature 1.
+    stop_probabilities: p(stop) at each forward pass.
+    stopped: whether the model ended the text; False if a length limit did.
+  """
 
   text: str
-  tokens: list[str]  # the whole row
-  order: list[int]  # step at which each token was inserted, -1 for given ones
-  probabilities: list[float]  # of each step's (gap, token) under the model
-  stop_probabilities: list[float]  # seen at each forward pass
-  stopped: bool  # by the stop head; False: a limit ended it
+  tokens: list[str]
+  order: list[int]
+  probabilities: list[float]
+  stop_probabilities: list[float]
+  stopped: bool
 
 
 class Infilling(NamedTuple):
-  """A text whose gaps were filled, and how it came about."""
+  """A text with its gaps filled, and how the fillings were decoded.
+
+  Attributes:
+    text: the whole text.
+    fillings: the text in each gap.
+    spans: (start, end) offset of each filling in `text`, in characters.
+    tokens, order, probabilities, stop_probabilities, stopped: see `Generation`.
+  """
 
   text: str
-  fillings: list[str]  # of each gap
-  spans: list[tuple[int, int]]  # where they are in the text, in characters
+  fillings: list[str]
+  spans: list[tuple[int, int]]
   tokens: list[str]
   order: list[int]
   probabilities: list[float]
@@ -51,60 +68,89 @@ class Infilling(NamedTuple):
 
 
 class TextScore(NamedTuple):
-  """Minus the log-likelihood of a text and its end, in nats, or an estimate of a bound of it."""
+  """Negative log-likelihood of a text, including its end, or an upper bound on it.
+
+  Attributes:
+    nll: negative log-likelihood or bound, in nats.
+    error: standard error of the estimate, in nats; 0 if `nll` is exact.
+    tokens: number of tokens of the text, not counting its end.
+    kind: 'exact', 'bound' or 'importance-weighted'.
+  """
 
   nll: float
-  error: float  # standard error of the estimate; 0 where it is exact
-  tokens: int  # of the text, without the end
-  kind: str  # 'exact', 'bound' or 'importance-weighted'
+  error: float
+  tokens: int
+  kind: str
 
 
 def load(workdir, checkpoint='best', *, mesh=None, **sampling_settings) -> 'LanguageModel':
   """Load the model of a run.
 
   Args:
-    workdir: of the run, local or a bucket.
-    checkpoint: 'best' on validation, 'latest', or a step.
-    mesh: of devices that share the work, 'data=-1' for all of them, 'data=2,tensor=4'; None: the first device.
-    **sampling_settings: fields of the family's SampleConfig that replace the run's (of a rule, a dict those fields
-      that it has: token={'top_p': 0.2}); `batch_size`, the number of slots.
+    workdir: folder of the run, local or in a bucket.
+    checkpoint: 'best' (by the validation metric), 'latest', or a step.
+    mesh: device mesh as text, such as 'data=2,tensor=4', or 'data=-1' for all devices; None uses the first device.
+    **sampling_settings: sampling settings (fields of the family's SampleConfig) that override those of the run; a dict
+      overrides single fields of a rule: token={'top_p': 0.2}. Also `batch_size`, the number of decoding slots.
+
+  Returns:
+    The LanguageModel.
 
   Raises:
-    UserError: no run or no such checkpoint there, or an unknown setting.
+    UserError: the run or the checkpoint does not exist, or a setting is unknown.
   """
   return LanguageModel.load(workdir, checkpoint, mesh=mesh, **sampling_settings)
 
 
 class LanguageModel:
-  """A family, a task and weights."""
+  """A trained model: weights, the family that defines the likelihood and the sampler, and the task with its tokenizer.
 
-  def __init__(self, cfg: ConfigDict, model_cfg: transformer.ModelConfig, params, *, step: int = 0, batch_size: int = 64,
-               mesh=None, **sampling_settings):  # fmt: skip
+  Args:
+    cfg: config of the run.
+    model_cfg: config of the transformer.
+    params: weights of the transformer.
+    step: training step of the checkpoint.
+    batch_size: number of decoding slots.
+    mesh: device mesh; None uses the first device.
+    **sampling_settings: see `load`.
+  """
+
+  def __init__(
+    self,
+    cfg: ConfigDict,
+    model_cfg: transformer.ModelConfig,
+    params,
+    *,
+    step: int = 0,
+    batch_size: int = 64,
+    mesh=None,
+    **sampling_settings,
+  ):
     self.cfg, self.model_cfg, self.params, self.step = cfg, model_cfg, params, step
     self.family, self.task = families.get(cfg.family), tasks.get(cfg.task.name)
     self.tokenizer = self.task.tokenizer(cfg.task)
     known = {*self.family.SampleConfig._fields, 'two_stage'}
     for name in sampling_settings:
       if name in settings_lib.KNOWN and name not in known:
-        raise UserError(f'sampling setting {name!r} means nothing to family={cfg.family}: leave it out')
+        raise UserError(f'sampling setting {name!r} does not apply to family={cfg.family}: remove it')
     if 'joint' in sampling_settings:
       sampling_settings.setdefault('two_stage', False)
     settings = cfg.sampling.to_dict()
     for name, value in sampling_settings.items():
-      some = name in settings_lib.RULES and isinstance(value, dict)  # fields of a rule
-      settings[name] = {**(settings.get(name) or {}), **value} if some else value
+      is_partial_rule = name in settings_lib.RULES and isinstance(value, dict)
+      settings[name] = {**(settings.get(name) or {}), **value} if is_partial_rule else value
     self.sample_cfg = families.make_sample_config(
       self.family, cfg, settings, closed_tokens=self.tokenizer.special_ids, compute=model_cfg.compute
     )
     self.batch_size = batch_size
     self.sampler = continuous_batching.ContinuousSampler(model_cfg, self.family, self.sample_cfg, batch_size, mesh=mesh)
-    kept = {} if mesh is None else {'out_shardings': sharding.replicated(mesh)}
-    self._scorer = jax.jit(sharding.on(mesh)(self._score_rows), static_argnames=('kind', 'longest'), **kept)
-    self._kinds = {}  # of (kind, longest), once traced
+    replicated = {} if mesh is None else {'out_shardings': sharding.replicated(mesh)}
+    self._scorer = jax.jit(sharding.on(mesh)(self._score_rows), static_argnames=('kind', 'longest'), **replicated)
+    self._score_kinds = {}  # (kind, longest) -> Score.kind; filled when `_score_rows` is traced
 
   @classmethod
   def load(cls, workdir, which='best', *, mesh=None, **settings) -> 'LanguageModel':
-    """See `load`."""
+    """Load the model of a run; see the function `load`."""
     if isinstance(mesh, str):
       mesh = sharding.make_mesh(sharding.read_mesh(mesh))
     cfg = ConfigDict(run_file.read_config(workdir))
@@ -112,128 +158,144 @@ class LanguageModel:
     task.settle(cfg.task, workdir)
     model_settings = {**cfg.model.to_dict(), **family.model_settings(cfg)}
     model_cfg = transformer.ModelConfig.create(task.tokenizer(cfg.task).vocab_size, **model_settings)
-    if mesh is not None and (said := sharding.check_model(model_cfg, mesh)):
-      logging.warning('%s', said)
-    saved = checkpoint.Checkpoints(workdir, metric=cfg.eval.metric, mode=cfg.eval.mode, read_only=True)
-    step = saved.find(which)
-    params = saved.restore_weights(step, transformer.abstract(model_cfg, mesh))
+    if mesh is not None and (message := sharding.check_model(model_cfg, mesh)):
+      logging.warning('%s', message)
+    checkpoints = checkpoint.Checkpoints(workdir, metric=cfg.eval.metric, mode=cfg.eval.mode, read_only=True)
+    step = checkpoints.find(which)
+    params = checkpoints.restore_weights(step, transformer.abstract(model_cfg, mesh))
     return cls(cfg, model_cfg, params, step=step, mesh=mesh, **settings)
 
   # --- sampling -------------------------------------------------------------------------------------------------------
 
   def generate(self, prompts: list[str], *, seed: int = 0, ids: list[int] | None = None) -> list[Generation]:
-    """Answer prompts, or go on from them.
+    """Complete prompts.
 
     Args:
-      prompts: in the task's text form.
-      seed: of the randomness, where the sampling rules leave any.
-      ids: an identity for each prompt, its index by default: an answer depends on the seed, its identity and its text,
+      prompts: prompts in the text format of the task; '' asks for an unconditional sample.
+      seed: seed of the sampling rules.
+      ids: a number for each prompt, by default its index. A completion depends on the seed, its number and its prompt,
         not on the other prompts.
 
     Returns:
-      A Generation for each prompt, in their order.
+      A Generation for each prompt, in the same order.
 
     Raises:
-      UserError: a prompt that can't be read, holds an unknown token, or is too long.
+      UserError: a prompt has the wrong format, contains an unknown token, or is too long.
     """
     if isinstance(prompts, str):
       raise UserError('generate: expected a list of prompts, got one string')
-    return [made for _, made in sorted(self.stream(prompts, seed=seed, ids=ids), key=lambda pair: pair[0])]
+    results = dict(self.stream(prompts, seed=seed, ids=ids))
+    return [results[i] for i in range(len(results))]
 
   def infill(self, texts, *, n: int | None = None, marker: str = infilling.MARKER, least=None, most=None,
              seed: int = 0):  # fmt: skip
-    """Fill the gaps of texts; what is given comes back unchanged.
+    """Fill the gaps of texts; the given text is preserved exactly.
 
     Args:
-      texts: a text with a marker at each gap; or a list of texts, each with markers or as the list of its parts around
-        the gaps: ['Tom had a ___ .', ['He was ', ' .']].
-      n: fillings of each text; None: one, and no list of it.
-      marker: of a gap.
-      least: tokens of each gap, at least, 1 by default (0 lets gaps stay empty); a number, or a list of one a gap.
-      most: tokens of each gap, at most; None: no limit.
-      seed: of the randomness.
+      texts: one text with a marker at each gap; or a list of texts, each with markers or as a list of the parts around
+        its gaps: ['Tom had a ___ .', ['He was ', ' .']].
+      n: number of samples for each text; None returns a single sample instead of a list.
+      marker: string that marks a gap.
+      least: minimum number of tokens in a gap, 1 by default (0 allows empty fillings); a number, or a list with one
+        number for each gap.
+      most: maximum number of tokens in a gap, in the same form; None: no limit.
+      seed: seed of the sampling rules.
 
     Returns:
-      An Infilling (with n, a list of n) for one text; for a list of strings, a list of what one text gives.
+      For one text, an Infilling, or a list of n if n is given; for a list of texts, a list of these.
 
     Raises:
-      UserError: no gap, numbers that contradict each other, too long a text, a model that can't fill these gaps.
+      UserError: a text has no gap or is too long, the limits contradict each other, or the family cannot fill the gaps.
     """
-    one = isinstance(texts, str)
+    single = isinstance(texts, str)
     requests = [
       self.gaps(text, marker=marker, least=least, most=most, number=number)
-      for number, text in enumerate([texts] if one else texts)
+      for number, text in enumerate([texts] if single else texts)
     ]
     count = 1 if n is None else n
     if count < 1:
       raise UserError(f'n={n}: expected at least 1')
-    numbers = [(i, j) for i in range(len(requests)) for j in range(count)]
-    ids = [request_number(i, j) for i, j in numbers]
-    made = dict(self.stream([requests[i] for i, _ in numbers], seed=seed, ids=ids))
-    lists = [[made[i * count + j] for j in range(count)] for i in range(len(requests))]
-    found = lists if n is not None else [filled for (filled,) in lists]
-    return found[0] if one else found
+    pairs = [(i, j) for i in range(len(requests)) for j in range(count)]
+    ids = [request_number(i, j) for i, j in pairs]
+    results = dict(self.stream([requests[i] for i, _ in pairs], seed=seed, ids=ids))
+    lists = [[results[i * count + j] for j in range(count)] for i in range(len(requests))]
+    infillings = lists if n is not None else [samples[0] for samples in lists]
+    return infillings[0] if single else infillings
 
   def stream(self, requests, *, seed: int = 0, ids: list[int] | None = None):
-    """Serve prompts (strings) and texts with gaps (`gaps`), mixed in one batch.
+    """Serve prompts and infill requests together, by continuous batching.
+
+    Args:
+      requests: prompts (strings) and infill requests (made by `gaps`), in any mixture.
+      seed: seed of the sampling rules.
+      ids: a number for each request, by default its index; see `generate`.
 
     Yields:
-      (index of the request, Generation or Infilling), as they finish.
+      (index of the request, Generation or Infilling), in the order in which they finish.
+
+    Raises:
+      UserError: a request cannot be served; nothing has been decoded by then.
     """
     requests = list(requests)
     if ids is not None and (len(ids) != len(requests) or not all(0 <= number < 2**31 for number in ids)):
-      raise UserError(f'ids: expected a number from 0 for each of the {len(requests)} requests, got {list(ids)[:8]}')
-    given = [self.encode(request, number) for number, request in enumerate(requests)]
-    for index, row in self.sampler(self.params, jax.random.key(seed), given, ids):
-      yield index, self._made(requests[index], row)
+      raise UserError(
+        f'ids: expected a number from 0 to 2**31 - 1 for each of {len(requests)} requests, got {list(ids)[:8]}'
+      )
+    prompts = [self.encode(request, number) for number, request in enumerate(requests)]
+    for index, row in self.sampler(self.params, jax.random.key(seed), prompts, ids):
+      yield index, self._result(requests[index], row)
 
   def gaps(self, text, *, marker: str = infilling.MARKER, least=None, most=None, number: int = 0) -> infilling.Gaps:
-    """A request of `stream`: a text with gaps, see `infill`."""
+    """Return an infill request for `stream`.
+
+    Args:
+      text, marker, least, most: see `infill`.
+      number: index of the text, for error messages.
+
+    Raises:
+      UserError: the text has no gap, or the limits contradict each other.
+    """
     usual = 1 if self.family.fills == 'limits' else 0
-    try:
-      return infilling.read(text, marker=marker, least=least, most=most, usual=usual)
-    except UserError as error:
-      raise UserError(f'text {number + 1}: {error}') from None
+    with errors_of(f'text {number + 1}'):
+      return infilling.read(text, marker=marker, least=least, most=most, default_least=usual)
 
   def encode(self, request, number: int = 0) -> dict:
-    """A request as tokens with their open gaps; refuses one that cannot be served."""
+    """Return the sampler's input for a request: 'tokens', 'open', and for some requests 'free', 'least' and 'most'.
+
+    Args:
+      request: a prompt, or an infill request made by `gaps`.
+      number: index of the request, for error messages.
+
+    Raises:
+      UserError: the request cannot be served.
+    """
     limit = self.sample_cfg.max_length
     if isinstance(request, infilling.Gaps):
-      try:
+      with errors_of(f'text {number + 1}'):
         masks = self.family.fills == 'masks'
         given = infilling.encode(request, self.tokenizer, limit=limit, masks=masks)
-        if (
-          self.sample_cfg.max_steps is not None
-          and given['open'].any()
-          and sum(request.least) > self.sample_cfg.max_steps
-        ):
-          raise UserError(
-            f'at least {sum(request.least)} tokens to come are more than sampling.max_steps={self.sample_cfg.max_steps}'
-          )
+        least, max_steps = sum(request.least), self.sample_cfg.max_steps
+        if max_steps is not None and given['open'].any() and least > max_steps:
+          raise UserError(f'the gaps need at least {least} tokens, more than sampling.max_steps={max_steps}')
         static_batching.check(given, self.family, self.sample_cfg)
-      except UserError as error:
-        raise UserError(f'text {number + 1}: {error}') from None
       return given
-    if not isinstance(request, str):
-      raise UserError(f'prompt {number + 1}: expected a text, got {repr(request)[:60]}')
-    try:
+    with errors_of(f'prompt {number + 1}'):
+      if not isinstance(request, str):
+        raise UserError(f'expected a text, got {repr(request)[:60]}')
       tokens = np.array(self.task.encode_prompt(request, self.cfg.task), np.int32)
-    except UserError as error:
-      raise UserError(f'prompt {number + 1}: {error}') from None
     if len(tokens) >= limit:
       raise UserError(
-        f'prompt {number + 1} is too long: {len(tokens)} tokens leave no room for an answer in '
+        f'prompt {number + 1} is too long: {len(tokens)} tokens leave no room for a completion within '
         f'sampling.max_length={limit}; shorten it'
       )
     given = {'tokens': tokens, 'open': np.arange(len(tokens)) == len(tokens) - 1}
-    try:
+    with errors_of(f'prompt {number + 1}'):
       static_batching.check(given, self.family, self.sample_cfg)
-    except UserError as error:
-      raise UserError(f'prompt {number + 1}: {error}') from None
     return given
 
-  def _made(self, request, row: dict):
-    how = {
+  def _result(self, request, row: dict):
+    """Return the Generation or Infilling of a sampled row."""
+    decoding = {
       'tokens': self.tokenizer.pieces(row['tokens']),
       'order': row['order'].tolist(),
       'probabilities': [round(float(p), 6) for p in np.exp(row['log_prob'])],
@@ -241,48 +303,54 @@ class LanguageModel:
       'stopped': row['stopped'],
     }
     if isinstance(request, infilling.Gaps):
-      return Infilling(**infilling.decode(request, row, self.tokenizer)._asdict(), **how)
-    return Generation(text=self.task.decode(row['tokens'], self.cfg.task), **how)
+      return Infilling(**infilling.decode(request, row, self.tokenizer)._asdict(), **decoding)
+    return Generation(text=self.task.decode(row['tokens'], self.cfg.task), **decoding)
 
   def trace(self, text, *, path=None, marker: str = infilling.MARKER, seed: int = 0) -> str:
-    """A page that plays how an answer comes about, or the filling of gaps if the text holds the marker.
+    """Complete a prompt or fill the gaps of a text, and return an HTML page that animates the insertions.
 
     Args:
-      text: a prompt or a text with gaps; or a list of them, where a text with gaps may be the list of its parts.
-      path: file to write the page to.
-      marker: of a gap.
-      seed: of the randomness.
+      text: a prompt, or a text with markers at its gaps; or a list of these, in which a text with gaps may also be a
+        list of the parts around its gaps.
+      path: file to which the page is also written, if given.
+      marker: string that marks a gap.
+      seed: seed of the sampling rules.
 
     Returns:
-      The page, HTML that needs no network.
+      The HTML of the page, which needs no network access.
     """
     texts = [text] if isinstance(text, str) else list(text)
     requests = [
       t if isinstance(t, str) and marker not in t else self.gaps(t, marker=marker, number=i)
       for i, t in enumerate(texts)
     ]
-    made = dict(self.stream(requests, seed=seed))
-    page = self.page([made[i] for i in range(len(requests))])
+    results = dict(self.stream(requests, seed=seed))
+    page = self.page([results[i] for i in range(len(requests))])
     if path is not None:
       epath.Path(path).write_text(page)
     return page
 
   def page(self, made: list) -> str:
-    """The page of `trace`, of answers that are there already."""
-    return traces.page([traces.record(one, self.tokenizer.spell(one.tokens)) for one in made])
+    """Return the HTML page of `trace` for existing Generations and Infillings."""
+    return traces.page([traces.record(result, self.tokenizer.spell(result.tokens)) for result in made])
 
   # --- likelihood -----------------------------------------------------------------------------------------------------
 
   def score(self, texts: list[str], *, kind: str | None = None, seed: int = 0) -> list[TextScore]:
-    """Minus the log-likelihood of whole texts.
+    """Return the negative log-likelihood of whole texts, or a bound on it.
 
     Args:
-      texts: of a task of texts.
-      kind: 'exact', 'bound' or 'importance-weighted', as the family has it; its own by default.
-      seed: of the estimates ('bound' and 'importance-weighted'), which also depend on the place in the list.
+      texts: texts of a run on a text corpus.
+      kind: 'exact', 'bound' or 'importance-weighted'; None chooses the family's default. Not every family has every
+        kind.
+      seed: seed of the estimates 'bound' and 'importance-weighted', which also depend on the position in the list.
+
+    Returns:
+      A TextScore for each text, in the same order.
 
     Raises:
-      UserError: the family has no likelihood, or a text is longer than sampling.max_length.
+      UserError: the family has no such likelihood, the task has prompts and answers, or a text is longer than
+        sampling.max_length or contains characters that the tokenizer does not know.
     """
     if isinstance(texts, str):
       raise UserError('score: expected a list of texts, got one string')
@@ -293,42 +361,50 @@ class LanguageModel:
     longest = max((len(row) for row in rows), default=2) - 2
     for number, row in enumerate(rows):
       if UNK in row:
-        raise UserError(f'text {number + 1} holds what the tokenizer does not know: it has no likelihood')
+        raise UserError(f'text {number + 1} contains characters unknown to the tokenizer, so it has no likelihood')
       if len(row) > limit:
-        raise UserError(f'text {number + 1} has {len(row)} tokens: more than sampling.max_length={limit}; shorten it')
+        raise UserError(f'text {number + 1} has {len(row)} tokens, more than sampling.max_length={limit}; shorten it')
     self.family.check_score(kind, longest)
-    # Only the exact value of an insertion model depends on the longest text; passes are padded to few lengths.
+    # `longest` is a static argument that only the exact likelihood of an insertion model uses: 0 avoids recompilation.
     options = {'kind': kind, 'longest': longest if kind == 'exact' else 0}
-    out, few = [], min(self.batch_size, 16)
-    for first in range(0, len(rows), few):
-      part = rows[first : first + few]
-      size = next(size for size in growing.buffers(1, self.sample_cfg) if size >= max(map(len, part)))
+    out, batch_size = [], min(self.batch_size, 16)
+    for first in range(0, len(rows), batch_size):
+      chunk = rows[first : first + batch_size]
+      # Rows are padded to one of the sampler's few buffer sizes, so that few shapes are compiled.
+      size = next(size for size in growing.buffers(1, self.sample_cfg) if size >= max(map(len, chunk)))
       batch = {
-        'tokens_BxL': np.full((few, size), PAD, np.int32),
-        'fixed_BxL': np.ones((few, size), bool),
-        'length_B': np.full(few, 2, np.int32),
+        'tokens_BxL': np.full((batch_size, size), PAD, np.int32),
+        'fixed_BxL': np.ones((batch_size, size), bool),
+        'length_B': np.full(batch_size, 2, np.int32),
       }
-      batch['tokens_BxL'][:, :2] = rows[0][:2]
-      for i, row in enumerate(part):
+      batch['tokens_BxL'][:, :2] = rows[0][:2]  # [CLS] and [BOS], also in padding rows
+      for i, row in enumerate(chunk):
         batch['tokens_BxL'][i, : len(row)], batch['length_B'][i] = row, len(row)
         batch['fixed_BxL'][i, 2 : len(row)] = False
       rng = jax.random.fold_in(jax.random.key(seed), first)
       nll_B, error_B, tokens_B = jax.device_get(self._scorer(self.params, rng, batch, **options))
-      pairs = zip(nll_B, error_B, tokens_B, strict=True)
-      out += [
-        TextScore(float(a), float(b), int(c), self._kinds[tuple(options.values())])
-        for a, b, c in list(pairs)[: len(part)]
-      ]
+      score_kind = self._score_kinds[kind, options['longest']]
+      out += [TextScore(float(nll_B[i]), float(error_B[i]), int(tokens_B[i]), score_kind) for i in range(len(chunk))]
     return out
 
   def _score_rows(self, params, rng, batch, *, kind, longest):
+    """Return the arrays of the family's Score of a batch; its kind, a string, is stored in `_score_kinds`."""
     forward = transformer.Forward(self.model_cfg, params)
     args = batch['tokens_BxL'], batch['fixed_BxL'], batch['length_B']
     scored = self.family.score(forward, rng, *args, self.sample_cfg, kind=kind, longest=longest)
-    self._kinds[kind, longest] = scored.kind
+    self._score_kinds[kind, longest] = scored.kind
     return scored[1:]
 
 
+@contextlib.contextmanager
+def errors_of(name: str):
+  """Put the name of a request in front of the message of a UserError."""
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f'{name}: {error}') from None
+
+
 def request_number(index: int, sample: int) -> int:
-  """The identity of one of several samples of a request; the first has that of the request."""
+  """Return the number that identifies a sample of a request; sample 0 has the number of the request itself."""
   return index if not sample else int(np.random.SeedSequence([index, sample]).generate_state(1)[0] >> 1)

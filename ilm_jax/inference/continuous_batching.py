@@ -1,11 +1,12 @@
-"""Continuous batching: a queue of prompts, a fixed number of slots on the device, finished rows exchanged for new ones.
+"""Continuous batching: requests wait in a queue, and finished rows on the device are replaced by new requests.
 
-Rows live in pools, one for each length of buffer. A row that outgrows its pool waits there until a slot of the next one
-is free. A pool of buffers twice as long has half the slots, so that a forward pass of each costs about the same, and
-the pool that runs is the longest full one, so that passes are of full pools for as long as there are prompts. The host
-is asked only when slots of the running pool are free.
+The device holds one pool of slots for each buffer length. A row starts in the shortest buffer that fits its prompt. A
+row that outgrows its buffer is parked until the pool with the next longer buffers has a free slot. Twice as long
+buffers come with half as many slots, so that a forward pass costs about the same in every pool. The pool with the
+longest buffers among the full pools runs first, which keeps batches full as long as requests are waiting. The host
+synchronizes with the device only when slots of the running pool become free.
 
-No operation mixes rows: what a request gives depends on the seed, its number and its text.
+No operation mixes rows, so the result of a request depends only on the seed, its number and its prompt.
 """
 
 import collections
@@ -23,34 +24,43 @@ from ilm_jax.models import transformer
 
 
 class Pool:
-  """Slots of one length of buffer, and who is in them."""
+  """The slots for one buffer length, the rows in them, and the queue of requests that start there.
+
+  Attributes:
+    size: number of positions of each buffer.
+    slots: number of rows.
+    rows: state of the rows on the device; None before the first request.
+    owner: for each slot, the index of the prompt whose row it holds; None if the slot is free.
+    parked: for each slot, whether its row has outgrown the buffer and waits for a slot of the next pool.
+    waiting: queue of (index of the prompt, request number, prompt).
+  """
 
   def __init__(self, size: int, slots: int):
     self.size, self.slots = size, slots
     self.rows: growing.Rows | None = None
     self.owner: list[int | None] = [None] * slots
-    self.parked = np.zeros(slots, bool)  # too long for this pool, waiting for a slot of the next one
-    self.waiting: collections.deque = collections.deque()  # of (index, request, prompt)
+    self.parked = np.zeros(slots, bool)
+    self.waiting: collections.deque = collections.deque()
 
   def free(self) -> list[int]:
-    """The slots without a row."""
+    """Return the slots that hold no row."""
     return [slot for slot, owner in enumerate(self.owner) if owner is None]
 
   def running(self) -> int:
-    """Rows that a forward pass would change."""
+    """Return the number of rows that the next forward pass extends."""
     return sum(owner is not None for owner in self.owner) - int(self.parked.sum())
 
 
 class ContinuousSampler:
-  """Samples a stream of prompts, in whatever order they finish; the parameters are an argument.
+  """Samples a stream of prompts, and yields each row when it finishes. The parameters are an argument.
 
   Args:
-    model_cfg: of the model.
-    family: module of the family; one whose rows do not grow is sampled in batches of `slots`.
-    sample_cfg: its settings (`families.*.SampleConfig`).
-    slots: rows in buffers of the shortest length.
-    refill: slots that are free before new rows are put there; an eighth by default.
-    mesh: where the rows are shared out, if given.
+    model_cfg: config of the transformer.
+    family: family of the model. A family whose rows do not grow is sampled in static batches of `slots` rows.
+    sample_cfg: the family's sampling settings (`families.*.SampleConfig`).
+    slots: number of slots of the pool with the shortest buffers.
+    refill: number of rows that must leave a pool before new rows enter it; by default an eighth of its slots.
+    mesh: device mesh over which the rows are sharded, if given.
   """
 
   def __init__(self, model_cfg, family, sample_cfg, slots: int, *, refill: int | None = None, mesh=None):
@@ -59,77 +69,84 @@ class ContinuousSampler:
     if self.growth is None:
       self.batches = static_batching.Sampler(model_cfg, family, sample_cfg, slots, mesh)
       return
-    parts = 1
+    row_shards = 1
     if mesh is not None:
       sharding.check_rows(slots, mesh, 'batch_size')
-      parts = sharding.row_parts(mesh)
+      row_shards = sharding.row_parts(mesh)
     self.sizes = growing.buffers(1, sample_cfg)
-    self.slots = [max(parts, slots * self.sizes[0] // size // parts * parts) for size in self.sizes]
-    self.refill, self.parts = refill, parts
+    self.slots = [max(row_shards, slots * self.sizes[0] // size // row_shards * row_shards) for size in self.sizes]
+    self.refill, self.row_shards = refill, row_shards
     growth, cfg = self.growth, sample_cfg
-    # What the host looks at is on every device, so that every process of several can.
-    seen, flags, rows_first = {}, {}, {}
+    # Arrays that the host reads are replicated, so that each of several processes can read them.
+    replicated, rows_and_replicated, sharded = {}, {}, {}
     if mesh is not None:
-      seen = {'out_shardings': sharding.replicated(mesh)}
-      flags = {'out_shardings': (None, sharding.replicated(mesh))}
-      rows_first = {'out_shardings': sharding.rows_sharding(mesh)}
+      replicated = {'out_shardings': sharding.replicated(mesh)}
+      rows_and_replicated = {'out_shardings': (None, sharding.replicated(mesh))}
+      sharded = {'out_shardings': sharding.rows_sharding(mesh)}
 
     @functools.partial(jax.jit, static_argnames='size')
     @sharding.on(mesh)
     def begin(params, rng, prompt, size):
+      """Return rows that hold a batch of prompts in buffers of `size` positions."""
       return growth.begin(transformer.Forward(model_cfg, params), rng, prompt, cfg, size)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def place(into, rows, take_B):
-      rows = growing.resize(rows, into.tokens_BxL.shape[1])
-      moved = jax.tree.map(lambda array: array[jnp.maximum(take_B, 0)], rows)
+    def place(target, source, source_row_B):
+      """Return the rows `target` with row source_row_B[i] of `source` in slot i, unless source_row_B[i] is -1."""
+      source = growing.resize(source, target.tokens_BxL.shape[1])
+      moved = jax.tree.map(lambda array: array[jnp.maximum(source_row_B, 0)], source)
       moved = moved._replace(active_B=moved.length_B > 0)
 
-      def mix(new, old):
-        return jnp.where((take_B >= 0).reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
+      def select(new, old):
+        return jnp.where((source_row_B >= 0).reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
 
-      return jax.tree.map(mix, moved, into)
+      return jax.tree.map(select, moved, target)
 
-    @functools.partial(jax.jit, static_argnames=('size', 'slots'), **rows_first)
+    @functools.partial(jax.jit, static_argnames=('size', 'slots'), **sharded)
     def empty(like, size, slots):
+      """Return inactive rows for a pool, with the structure of the rows `like`."""
       keys_B = jax.random.split(like.rng_B[0], slots)
       shapes = jax.eval_shape(lambda rows: growing.resize(rows, size), like._replace(rng_B=()))
       rows = jax.tree.map(lambda array: jnp.zeros((slots, *array.shape[1:]), array.dtype), shapes)
       return rows._replace(rng_B=keys_B)
 
-    @functools.partial(jax.jit, donate_argnums=1, **flags)
+    @functools.partial(jax.jit, donate_argnums=1, **rows_and_replicated)
     @sharding.on(mesh)
-    def advance(params, rows, leaving):
+    def advance(params, rows, min_exits):
+      """Decode until `min_exits` rows have finished or are parked; returns the rows, and (active_B, parked_B)."""
       step = functools.partial(growth.step, transformer.Forward(model_cfg, params), cfg)
-      size, running = rows.tokens_BxL.shape[1], rows.active_B.sum()
+      size, num_active = rows.tokens_BxL.shape[1], rows.active_B.sum()
 
       def park(rows, parked_B):
         full_B = rows.active_B & (growth.needed(rows.length_B, cfg) > size) & (size < cfg.capacity)
         return rows._replace(active_B=rows.active_B & ~full_B), parked_B | full_B
 
-      def going(carry):
-        now = carry[0].active_B.sum()
-        return (now > 0) & (running - now < leaving)
+      def should_continue(carry):
+        now_active = carry[0].active_B.sum()
+        return (now_active > 0) & (num_active - now_active < min_exits)
 
       start = park(rows, jnp.zeros_like(rows.active_B))
-      rows, parked_B = jax.lax.while_loop(going, lambda carry: park(step(carry[0]), carry[1]), start)
+      rows, parked_B = jax.lax.while_loop(should_continue, lambda carry: park(step(carry[0]), carry[1]), start)
       return rows, (rows.active_B, parked_B)
 
     self._begin, self._empty, self._place, self._advance = begin, empty, place, advance
-    self._finish = jax.jit(lambda rows: growth.finish(rows, cfg), **seen)
+    self._finish = jax.jit(lambda rows: growth.finish(rows, cfg), **replicated)
 
   def __call__(self, params, rng, prompts, requests=None):
     """Sample one row for each prompt.
 
     Args:
-      params: of the model.
-      rng: key of the whole run.
-      prompts: an iterable of {'tokens': int[n], 'open': bool[n]}, perhaps with 'free', 'least' and 'most'; it is read
-        as slots become free.
-      requests: identity of each, 0, 1, ... by default; a row's randomness depends on nothing else.
+      params: parameters of the transformer.
+      rng: random key, shared by all prompts.
+      prompts: an iterable of dicts, see `static_batching.Sampler`; it is read as slots become free.
+      requests: a number for each prompt, by default 0, 1, ...; the randomness of a row depends on it and `rng` only.
 
     Yields:
-      (index of the prompt, a dict of each field of `Sampled`, cut to the row), as rows finish.
+      (index of the prompt, dict of its row without padding; see `static_batching.cut`), in the order in which rows
+      finish.
+
+    Raises:
+      UserError: a prompt is too long, or the family cannot serve it.
     """
     if self.growth is None:
       yield from enumerate(self.batches(params, rng, list(prompts), requests))
@@ -137,77 +154,87 @@ class ContinuousSampler:
     numbered = enumerate(prompts) if requests is None else zip(requests, prompts, strict=True)
     source = iter((index, request, prompt) for index, (request, prompt) in enumerate(numbered))
     pools = [Pool(size, slots) for size, slots in zip(self.sizes, self.slots, strict=True)]
-    more = True
+    more_prompts = True
     while True:
-      while more and sum(len(pool.waiting) for pool in pools) < self.slots[0]:
+      while more_prompts and sum(len(pool.waiting) for pool in pools) < self.slots[0]:
         entry = next(source, None)
-        more = entry is not None
-        if more:
+        more_prompts = entry is not None
+        if more_prompts:
           static_batching.check(entry[2], self.family, self.cfg)
-          self._pool_of(entry[2], pools).waiting.append(entry)
-      for below, pool in reversed(list(itertools.pairwise(pools))):
-        self._lift(below, pool)
+          self._first_pool(entry[2], pools).waiting.append(entry)
+      for shorter, longer in reversed(list(itertools.pairwise(pools))):
+        self._promote(shorter, longer)
       for pool in pools:
-        self._enter(params, rng, pool)
+        self._admit(params, rng, pool)
       running = [pool for pool in pools if pool.running()]
       if not running:
         return
       full = [pool for pool in running if not pool.free()]
       pool = full[-1] if full else running[0]
-      others = any(other.size < pool.size and other.running() + other.parked.sum() for other in pools)
-      coming = more or others or any(other.waiting for other in pools if other.size <= pool.size)
+      # If no further rows can enter this pool, it runs until all its rows have finished or are parked.
+      more_shorter = any(other.size < pool.size and other.running() + other.parked.sum() for other in pools)
+      more_waiting = any(other.waiting for other in pools if other.size <= pool.size)
       refill = self.refill or max(1, pool.slots // 8)
-      yield from self._run(params, pool, min(refill, pool.running()) if coming else pool.running())
+      min_exits = min(refill, pool.running()) if more_prompts or more_shorter or more_waiting else pool.running()
+      yield from self._run(params, pool, min_exits)
 
   def lower(self, params, rng, slots: int):
-    """The step of the pool of the longest rows, with so many of them, lowered for shapes alone (to compile ahead)."""
+    """Return the lowered decoding program of `slots` rows in the longest buffers, without running anything."""
     size = self.sizes[-1]
     prompt = static_batching.pad([], [], slots, size)
     rows = jax.eval_shape(functools.partial(self._begin, size=size), params, rng, prompt)
     if self.mesh is not None:
-      place = sharding.rows_sharding(self.mesh)
-      rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), rows)
+      by_rows = sharding.rows_sharding(self.mesh)
+      rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_rows), rows)
     return self._advance.lower(params, rows, 1)
 
-  def _pool_of(self, prompt, pools) -> Pool:
-    """The first pool with room for one more token."""
+  def _first_pool(self, prompt, pools) -> Pool:
+    """Return the pool with the shortest buffers that have room for the prompt and one more token."""
     length = len(prompt['tokens']) + self.cfg.capacity - self.cfg.max_length
     return next((pool for pool in pools if length < pool.size), pools[-1])
 
-  def _move(self, rows: growing.Rows, pool: Pool, taken: dict[int, int], owners: list) -> None:
-    """Put rows[taken[slot]] into each slot of a pool."""
-    if pool.rows is None:
-      pool.rows = self._empty(rows, pool.size, pool.slots)
-    take = np.full(pool.slots, -1, np.int32)
-    for slot, row in taken.items():
-      take[slot], pool.owner[slot] = row, owners[row]
-    pool.rows = self._place(pool.rows, rows, take)
+  def _move(self, source: growing.Rows, pool: Pool, moves: dict[int, int], owners: list) -> None:
+    """Copy rows into slots of a pool.
 
-  def _lift(self, below: Pool, pool: Pool) -> None:
-    """Move rows that are too long for one pool to free slots of the next."""
-    moves = dict(zip(pool.free(), np.flatnonzero(below.parked).tolist(), strict=False))
+    Args:
+      source: rows to copy from.
+      pool: where the rows go.
+      moves: slot of the pool -> row of `source`.
+      owners: index of the prompt of each row of `source`.
+    """
+    if pool.rows is None:
+      pool.rows = self._empty(source, pool.size, pool.slots)
+    source_row_B = np.full(pool.slots, -1, np.int32)
+    for slot, row in moves.items():
+      source_row_B[slot], pool.owner[slot] = row, owners[row]
+    pool.rows = self._place(pool.rows, source, source_row_B)
+
+  def _promote(self, shorter: Pool, longer: Pool) -> None:
+    """Move parked rows of a pool to free slots of the pool with the next longer buffers."""
+    moves = dict(zip(longer.free(), np.flatnonzero(shorter.parked).tolist(), strict=False))
     if not moves:
       return
-    self._move(below.rows, pool, moves, below.owner)
+    self._move(shorter.rows, longer, moves, shorter.owner)
     for row in moves.values():
-      below.owner[row], below.parked[row] = None, False
+      shorter.owner[row], shorter.parked[row] = None, False
 
-  def _enter(self, params, rng, pool: Pool) -> None:
-    """Begin waiting prompts in free slots, a few at a time."""
+  def _admit(self, params, rng, pool: Pool) -> None:
+    """Start waiting requests in the free slots of a pool, in batches of a fixed size."""
     free = pool.free()
-    few = max(self.parts, pool.slots // 8 // self.parts * self.parts)
+    batch_size = max(self.row_shards, pool.slots // 8 // self.row_shards * self.row_shards)
     while free and pool.waiting:
-      entries = [pool.waiting.popleft() for _ in range(min(few, len(free), len(pool.waiting)))]
-      batch = static_batching.pad([p for *_, p in entries], [request for _, request, _ in entries], few, pool.size)
+      entries = [pool.waiting.popleft() for _ in range(min(batch_size, len(free), len(pool.waiting)))]
+      indices, requests, prompts = map(list, zip(*entries, strict=True))
+      batch = static_batching.pad(prompts, requests, batch_size, pool.size)
       if self.mesh is not None:
         batch = type(batch)(**sharding.put_batch(batch._asdict(), self.mesh))
       slots, free = free[: len(entries)], free[len(entries) :]
       moves = {slot: row for row, slot in enumerate(slots)}
-      self._move(self._begin(params, rng, batch, pool.size), pool, moves, [index for index, *_ in entries])
+      self._move(self._begin(params, rng, batch, pool.size), pool, moves, indices)
 
-  def _run(self, params, pool: Pool, leaving: int):
-    """Forward passes of a pool until so many of its rows have left it; yields those that are finished."""
-    pool.rows, flags = self._advance(params, pool.rows, leaving)
+  def _run(self, params, pool: Pool, min_exits: int):
+    """Decode the rows of a pool until `min_exits` of them have finished or are parked; yields the finished ones."""
+    pool.rows, flags = self._advance(params, pool.rows, min_exits)
     active_B, parked_B = jax.device_get(flags)
     pool.parked |= parked_B
     done = [

@@ -1,8 +1,9 @@
-"""Texts with gaps: from a user's parts to a prompt with open gaps, and from a sampled row back to the user's text.
+"""Infill requests: encode a text with gaps as a prompt with open gaps, and decode a sampled row to the filled text.
 
-A text with G gaps is G + 1 parts, some of them perhaps empty. The parts come back as they are, character for character:
-the result is part, filling, part, ... The tokenizer sees a part without the spaces before a gap, because the tokens of
-most begin with their space; a filling loses the spaces that the parts around it have already.
+A text with G gaps is given as the G + 1 parts around them, some of which may be empty. The result is part, filling,
+part, ..., with every part preserved character for character. Most tokenizers attach a space to the token that follows
+it. Therefore the spaces at the end of a part before a gap are not tokenized, and a filling is stripped of spaces that
+the parts next to it already have.
 """
 
 from typing import NamedTuple
@@ -13,37 +14,38 @@ from ilm_jax.special_tokens import BOS, CLS, MASK
 from ilm_jax.types import UNLIMITED, UserError
 
 MARKER = '___'
-CONTEXT = 8  # tokens to the left with which a filling is decoded
+CONTEXT = 8  # number of tokens left of a filling that are decoded together with it
 
 
 class Gaps(NamedTuple):
-  """A text with gaps, and how many tokens each may take."""
+  """An infill request: a text with gaps, and limits on the length of each filling."""
 
-  parts: list[str]
-  least: list[int]
-  most: list[int]
+  parts: list[str]  # text around the gaps, one part more than there are gaps
+  least: list[int]  # minimum number of tokens in each gap
+  most: list[int]  # maximum number of tokens in each gap
 
 
 class Filled(NamedTuple):
-  """A text whose gaps were filled."""
+  """A text with its gaps filled."""
 
   text: str
-  fillings: list[str]
-  spans: list[tuple[int, int]]  # of each filling in the text, in characters
+  fillings: list[str]  # text in each gap
+  spans: list[tuple[int, int]]  # (start, end) offset of each filling in the text, in characters
 
 
-def read(text, *, marker: str = MARKER, least=None, most=None, usual: int = 1) -> Gaps:
-  """Check a request.
+def read(text, *, marker: str = MARKER, least=None, most=None, default_least: int = 1) -> Gaps:
+  """Return the infill request for a text with gaps, after checking it.
 
   Args:
-    text: with `marker` at each gap; or the list of the parts around the gaps.
-    marker: of a gap.
-    least: tokens of a gap, at least; one number, or one for each gap; None: `usual`, or `most` if that is less.
-    most: tokens of a gap, at most; None: no limit.
-    usual: see `least`.
+    text: a text with a marker at each gap, or a list of the parts around the gaps.
+    marker: string that marks a gap.
+    least: minimum number of tokens in a gap: one number, or a list with one for each gap; None: `default_least`, or
+      `most` if that is smaller.
+    most: maximum number of tokens in a gap, in the same form; None: no limit.
+    default_least: minimum number of tokens in gaps for which `least` gives none.
 
   Raises:
-    UserError: no gap, gaps with nothing between them, or numbers that contradict each other.
+    UserError: there is no gap, adjacent gaps have no text between them, or the limits contradict each other.
   """
   if isinstance(text, str):
     if not marker:
@@ -54,26 +56,29 @@ def read(text, *, marker: str = MARKER, least=None, most=None, usual: int = 1) -
   else:
     parts = list(text) if isinstance(text, (list, tuple)) else [None]
     if not all(isinstance(part, str) for part in parts):
-      raise UserError(f'expected a text, or the list of its parts around the gaps, got {repr(text)[:60]}')
+      raise UserError(f'expected a text, or a list of the parts around its gaps, got {repr(text)[:60]}')
     if len(parts) < 2:
-      raise UserError(f'no gap: expected at least two parts, got {len(parts)} (an empty one for a gap at an end)')
+      raise UserError(
+        f'no gap: expected at least two parts, got {len(parts)} (a gap at either end needs an empty part)'
+      )
   for i, part in enumerate(parts[1:-1], 1):
     if not part.strip():
-      raise UserError(f'gaps {i} and {i + 1} have nothing but space between them: make them one')
-  gaps = len(parts) - 1
-  least, most = _numbers(least, gaps, 'least'), _numbers(most, gaps, 'most')
+      raise UserError(f'gaps {i} and {i + 1} have only whitespace between them: merge them into one gap')
+  count = len(parts) - 1
+  least, most = _numbers(least, count, 'least'), _numbers(most, count, 'most')
   most = [UNLIMITED if n is None else min(n, UNLIMITED) for n in most]
-  least = [min(usual, max(high, 0)) if n is None else n for n, high in zip(least, most, strict=True)]
+  least = [min(default_least, max(high, 0)) if n is None else n for n, high in zip(least, most, strict=True)]
   for i, (low, high) in enumerate(zip(least, most, strict=True), 1):
     if not 0 <= low <= high:
       raise UserError(f'gap {i} has least={low}, most={high}: expected 0 <= least <= most')
   return Gaps(parts, least, most)
 
 
-def _numbers(value, gaps: int, name: str) -> list:
-  values = list(value) if isinstance(value, (list, tuple)) else [value] * gaps
-  if len(values) != gaps:
-    raise UserError(f'{name}={values}: expected one number, or one for each of the {gaps} gaps')
+def _numbers(value, count: int, name: str) -> list:
+  """Return a limit of each gap, from one number for all gaps or a list with one for each."""
+  values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+  if len(values) != count:
+    raise UserError(f'{name}={values}: expected one number, or a list with one for each of the {count} gaps')
   for number in values:
     if number is not None and (isinstance(number, bool) or not isinstance(number, (int, np.integer))):
       raise UserError(f'{name}={number!r}: expected a whole number of tokens')
@@ -81,47 +86,48 @@ def _numbers(value, gaps: int, name: str) -> list:
 
 
 def encode(gaps: Gaps, tokenizer, *, limit: int, masks: bool = False) -> dict:
-  """The prompt of a request: tokens, open gaps, and their limits.
+  """Return the sampler's input for an infill request: tokens, open gaps, and limits if there are any.
 
   Args:
-    gaps: the request.
-    tokenizer: of the model.
-    limit: tokens of a row, at most.
-    masks: put as many [MASK]s as tokens are asked for into each gap, for a model that replaces them.
+    gaps: the infill request.
+    tokenizer: the model's tokenizer.
+    limit: maximum number of tokens of the filled text.
+    masks: put [MASK] tokens into the gaps instead of opening them, for a model that replaces masks. Every gap then
+      needs a fixed number of tokens (least == most).
 
   Raises:
-    UserError: no token between two gaps, or no room for the least numbers of tokens.
+    UserError: two gaps have no token between them, or the text with the minimum fillings exceeds the limit.
   """
   if masks:
     for i, (low, high) in enumerate(zip(gaps.least, gaps.most, strict=True), 1):
       if low != high:
         raise UserError(
-          f'gap {i}: this model replaces a known number of [MASK]s: give least and most, and make them equal'
+          f'gap {i}: this model replaces a fixed number of [MASK] tokens: set least and most to the same number'
         )
-  tokens, at = [CLS, BOS], []
+  tokens, open_at = [CLS, BOS], []  # open_at: position of the last token before each gap
   for i, part in enumerate(gaps.parts):
     last = i == len(gaps.parts) - 1
     ids = tokenizer.encode(part if last else part.rstrip(' '))
     if i > 0 and not last and not ids:
-      raise UserError(f'gaps {i} and {i + 1} have no token between them ({part!r}): make them one')
+      raise UserError(f'gaps {i} and {i + 1} have no token between them ({part!r}): merge them into one gap')
     tokens += ids
     if last:
       continue
-    at.append(len(tokens) - 1)
+    open_at.append(len(tokens) - 1)
     if masks and len(tokens) + gaps.least[i] <= limit:
       tokens += [MASK] * gaps.least[i]
-  given = len(tokens) - tokens.count(MASK) * masks
-  if given + sum(gaps.least) > limit or (given == limit and not masks):
+  num_given = len(tokens) - tokens.count(MASK) * masks
+  if num_given + sum(gaps.least) > limit or (num_given == limit and not masks):
     raise UserError(
-      f'a text of {given} tokens and at least {sum(gaps.least)} to come leaves no room in '
-      f'sampling.max_length={limit}: shorten it, or raise the limit'
+      f'{num_given} given tokens and at least {sum(gaps.least)} in the gaps do not fit within '
+      f'sampling.max_length={limit}: shorten the text, or raise the limit'
     )
   tokens = np.array(tokens, np.int32)
   if masks:
     return {'tokens': tokens, 'open': np.zeros(len(tokens), bool), 'free': 0}
   least, most = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.int32)
-  least[at], most[at] = gaps.least, gaps.most
-  given = {'tokens': tokens, 'open': np.isin(np.arange(len(tokens)), at)}
+  least[open_at], most[open_at] = gaps.least, gaps.most
+  given = {'tokens': tokens, 'open': np.isin(np.arange(len(tokens)), open_at)}
   if any(gaps.least):
     given['least'] = least
   if any(n != UNLIMITED for n in gaps.most):
@@ -130,12 +136,18 @@ def encode(gaps: Gaps, tokenizer, *, limit: int, masks: bool = False) -> dict:
 
 
 def decode(gaps: Gaps, row: dict, tokenizer) -> Filled:
-  """The text of a sampled row, from the user's own parts and the tokens that came in between."""
-  tokens, new = row['tokens'].tolist(), (row['order'] >= 0).tolist()
+  """Return the filled text of a sampled row.
+
+  Args:
+    gaps: the infill request.
+    row: the sampled row: 'tokens', and 'order', which is negative for given tokens.
+    tokenizer: the model's tokenizer.
+  """
+  tokens, inserted = row['tokens'].tolist(), (row['order'] >= 0).tolist()
   fillings = []
-  for ids, left in _runs(gaps, tokens, new, tokenizer):
-    before = tokenizer.decode(left)
-    whole = tokenizer.decode(left + ids)
+  for ids, context in _fillings(gaps, tokens, inserted, tokenizer):
+    before = tokenizer.decode(context)
+    whole = tokenizer.decode(context + ids)
     fillings.append(whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids))
   for i, (left, right) in enumerate(zip(gaps.parts, gaps.parts[1:], strict=False)):
     if left[-1:].isspace() or (i == 0 and not left):
@@ -149,15 +161,15 @@ def decode(gaps: Gaps, row: dict, tokenizer) -> Filled:
   return Filled(text, fillings, spans)
 
 
-def _runs(gaps: Gaps, tokens: list[int], new: list[bool], tokenizer):
-  """For each gap, the tokens that came into it, and those to the left of it."""
-  given, runs = -1, {}
-  for place, (token, fresh) in enumerate(zip(tokens, new, strict=True)):
-    given += not fresh
-    if fresh:
-      runs.setdefault(given, (place, []))[1].append(token)
-  count = 2
+def _fillings(gaps: Gaps, tokens: list[int], inserted: list[bool], tokenizer):
+  """Yield, for each gap, the ids of the tokens inserted into it and the ids of up to CONTEXT tokens left of it."""
+  num_given, found = 0, {}  # found: number of given tokens left of a gap -> (start position, ids of the filling)
+  for position, (token, is_inserted) in enumerate(zip(tokens, inserted, strict=True)):
+    num_given += not is_inserted
+    if is_inserted:
+      found.setdefault(num_given, (position, []))[1].append(token)
+  num_left = 2  # given tokens left of the gap, starting with [CLS] and [BOS]
   for part in gaps.parts[:-1]:
-    count += len(tokenizer.encode(part.rstrip(' ')))
-    place, ids = runs.get(count - 1, (0, []))
-    yield ids, tokens[max(2, place - CONTEXT) : place]
+    num_left += len(tokenizer.encode(part.rstrip(' ')))
+    position, ids = found.get(num_left, (0, []))
+    yield ids, tokens[max(2, position - CONTEXT) : position]

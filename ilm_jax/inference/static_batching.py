@@ -1,4 +1,4 @@
-"""Prompts in, samples out: pads prompts to batches of a fixed size and runs a family's sampler in one jit."""
+"""Static batching: pad prompts to batches of a fixed size, and run a family's sampler on each in one jit."""
 
 import functools
 
@@ -11,14 +11,14 @@ from ilm_jax.types import UNLIMITED, Prompt, Sampled, UserError
 
 
 class Sampler:
-  """A compiled sampler; the parameters are an argument, so one serves a whole training run.
+  """Samples prompts in static batches. The parameters are an argument, so one Sampler serves a whole training run.
 
   Args:
-    model_cfg: of the model.
-    family: module of the family.
-    sample_cfg: its settings (`families.*.SampleConfig`).
-    batch_size: rows of a call; shorter lists of prompts are padded with empty rows.
-    mesh: where the rows are shared out, if given.
+    model_cfg: config of the transformer.
+    family: family of the model.
+    sample_cfg: the family's sampling settings (`families.*.SampleConfig`).
+    batch_size: number of rows of a batch; the last batch is padded with empty rows.
+    mesh: device mesh over which the rows are sharded, if given.
   """
 
   def __init__(self, model_cfg, family, sample_cfg, batch_size: int, mesh=None):
@@ -38,29 +38,33 @@ class Sampler:
     """Sample one row for each prompt.
 
     Args:
-      params: of the model.
-      rng: key of the whole run.
-      prompts: of {'tokens': int[n], 'open': bool[n]} each, perhaps with 'free', the number of tokens to come.
-      requests: identity of each, 0, 1, ... by default; a row's randomness depends on nothing else.
+      params: parameters of the transformer.
+      rng: random key, shared by all prompts.
+      prompts: dicts of 'tokens' (int[n]) and 'open' (bool[n]: may a token be inserted to the right of this one?), and
+        optionally 'free' (number of tokens to generate), 'least' and 'most' (int[n]: limits of each open gap).
+      requests: a number for each prompt, by default 0, 1, ...; the randomness of a row depends on it and `rng` only.
 
     Yields:
-      a dict of each field of `Sampled`, cut to the row's length (or number of steps).
+      For each prompt in order, a dict of its row without padding; see `cut`.
+
+    Raises:
+      UserError: a prompt is too long, or the family cannot serve it.
     """
     for prompt in prompts:
       check(prompt, self.family, self.cfg)
     requests = range(len(prompts)) if requests is None else requests
     for first in range(0, len(prompts), self.batch_size):
-      part = prompts[first : first + self.batch_size]
-      batch = pad(part, list(requests)[first : first + len(part)], self.batch_size, buffer_for(part, self.cfg))
+      chunk = prompts[first : first + self.batch_size]
+      batch = pad(chunk, list(requests)[first : first + len(chunk)], self.batch_size, buffer_for(chunk, self.cfg))
       if self.mesh is not None:
         batch = Prompt(**sharding.put_batch(batch._asdict(), self.mesh))
       sampled = jax.device_get(self._run(params, rng, batch))
-      for row in range(len(part)):
+      for row in range(len(chunk)):
         yield cut(sampled, row)
 
 
 def check(given: dict, family, cfg) -> None:
-  """Refuse a prompt that does not fit, or that the family cannot serve."""
+  """Raise UserError if a prompt is too long, or if the family cannot serve it."""
   if len(given['tokens']) > cfg.max_length:
     raise UserError(
       f'a prompt of {len(given["tokens"])} tokens is longer than sampling.max_length={cfg.max_length}: '
@@ -70,7 +74,7 @@ def check(given: dict, family, cfg) -> None:
 
 
 def buffer_for(prompts: list[dict], cfg) -> int:
-  """Positions of a buffer for prompts: one of a few sizes."""
+  """Return the number of positions of a buffer for the prompts, one of a few sizes so that few shapes are compiled."""
   longest = max(len(given['tokens']) for given in prompts)
   size = cfg.min_buffer
   while size < longest:
@@ -79,7 +83,7 @@ def buffer_for(prompts: list[dict], cfg) -> int:
 
 
 def pad(prompts: list[dict], requests: list[int], rows: int, size: int) -> Prompt:
-  """Stack prompts in buffers of `size` positions; rows that are left over are empty."""
+  """Return a batch of `rows` prompts, padded to `size` positions; rows without a prompt have length 0."""
   shape = (rows, size)
   prompt = Prompt(
     tokens_BxL=np.zeros(shape, np.int32),
@@ -104,18 +108,18 @@ def pad(prompts: list[dict], requests: list[int], rows: int, size: int) -> Promp
 
 
 def cut(sampled: Sampled, row: int) -> dict:
-  """One row without its padding, as numpy arrays."""
+  """Return a dict of one row of a sampled batch, its arrays without padding."""
   length, steps = int(sampled.length_B[row]), int(sampled.steps_B[row])
   return {
     'tokens': sampled.tokens_BxL[row, :length],
     'order': sampled.order_BxL[row, :length],
     'log_prob': sampled.log_prob_BxM[row, :steps],
-    'stop_prob': sampled.stop_prob_BxM[row, : steps + 1],  # the last forward pass inserts nothing
+    'stop_prob': sampled.stop_prob_BxM[row, : steps + 1],  # the last forward pass only decides to stop
     'stopped': bool(sampled.stopped_B[row]),
   }
 
 
 def prompt_of(example) -> dict:
-  """The given part of an example whose free tokens come last: its last gap is open."""
+  """Return the fixed tokens of an example as a prompt whose only open gap is at its end."""
   given = example['tokens'][example['fixed']]
   return {'tokens': given, 'open': np.arange(len(given)) == len(given) - 1, 'free': int((~example['fixed']).sum())}

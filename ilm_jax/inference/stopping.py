@@ -1,10 +1,12 @@
-"""When to stop: `ilm-jax stopping --workdir=runs/stories` shows how long texts are at each stopping rule.
+"""Compare stopping rules: `ilm-jax stopping --workdir=runs/stories` tabulates the text lengths that each rule produces.
 
-One run that never stops gives all rules at once: what a row inserts does not depend on the rule, so a rule only says
-where the row would have ended. Each rule's lengths are compared with those of real texts of the validation split, by
-their means and by the distance between the two distributions (Wasserstein: tokens by which a length is off, on
-average, when short ones are matched with short ones); the threshold, and the temperature of a sampled stop, that come
-closest are the fitted ones. The flags that set them are printed.
+A stopping rule of an insertion model is a threshold on p(stop), or a temperature at which stopping is sampled. The
+command samples texts once without stopping and records p(stop) at every forward pass. The stopping rule has no
+influence on what is inserted, so the lengths under every rule follow from this single run.
+
+The lengths are compared with those of the validation split, by their mean and by the Wasserstein distance between the
+two distributions, in tokens. The threshold and the temperature with the smallest distance are the fitted ones; the
+command prints the flags that set them.
 """
 
 import sys
@@ -17,46 +19,53 @@ from absl import flags
 from ilm_jax.console import command, quiet
 from ilm_jax.types import UserError
 
-QUANTILES = np.linspace(0.005, 0.995, 100)
-THRESHOLDS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
-TEMPERATURES = (0.5, 1.0, 2.0)
+QUANTILES = np.linspace(0.005, 0.995, 100)  # probabilities at which two length distributions are compared
+THRESHOLDS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)  # thresholds on p(stop) that are always tabulated
+TEMPERATURES = (0.5, 1.0, 2.0)  # temperatures of sampled stopping that are always tabulated
 
 
 class Lengths(NamedTuple):
-  """The distribution of the lengths of a rule: P(length) of each row."""
+  """The distribution of text lengths under a stopping rule.
+
+  Attributes:
+    rule: name of the rule.
+    flag: command-line flags that select the rule.
+    prob_BxL: P(length = l), in inserted tokens, for each text.
+    limit: for each text, the probability that a length limit ends it instead of the rule.
+  """
 
   rule: str
   flag: str
-  prob_BxL: np.ndarray  # of the rows; the last column includes those that a limit ended
-  limit: np.ndarray  # of each row: probability that a limit ended it
+  prob_BxL: np.ndarray
+  limit: np.ndarray
 
   def mean(self) -> float:
-    """Mean length."""
+    """Return the mean length."""
     return float((self.prob_BxL.mean(axis=0) * np.arange(self.prob_BxL.shape[1])).sum())
 
   def quantiles(self) -> np.ndarray:
-    """Lengths at QUANTILES."""
-    total_L = np.cumsum(self.prob_BxL.mean(axis=0))
-    return np.searchsorted(total_L, QUANTILES * total_L[-1])
+    """Return the quantiles of the length at QUANTILES."""
+    cumulative_L = np.cumsum(self.prob_BxL.mean(axis=0))
+    return np.searchsorted(cumulative_L, QUANTILES * cumulative_L[-1])
 
   def distance(self, real) -> float:
-    """Wasserstein distance to real lengths, from QUANTILES."""
+    """Return the Wasserstein distance to real lengths, in tokens, approximated at QUANTILES."""
     return float(np.abs(self.quantiles() - np.quantile(real, QUANTILES, method='inverted_cdf')).mean())
 
 
-def warm(stop: np.ndarray, temperature: float) -> np.ndarray:
-  """p(stop) at a temperature, from that at temperature 1; 0 stays 0."""
-  some = stop.astype(np.float64).clip(1e-12, 1 - 1e-12)
-  return np.where(stop > 0, 1 / (1 + ((1 - some) / some) ** (1 / temperature)), 0.0)
+def apply_temperature(stop: np.ndarray, temperature: float) -> np.ndarray:
+  """Return p(stop) at a temperature, given p(stop) at temperature 1; probabilities of exactly 0 stay 0."""
+  clipped = stop.astype(np.float64).clip(1e-12, 1 - 1e-12)
+  return np.where(stop > 0, 1 / (1 + ((1 - clipped) / clipped) ** (1 / temperature)), 0.0)
 
 
 def at_threshold(stops: list[np.ndarray], threshold: float, *, longest: int) -> Lengths:
-  """The lengths of rows that stop when p(stop) reaches a threshold.
+  """Return the lengths if texts stop as soon as p(stop) reaches a threshold.
 
   Args:
-    stops: of each row, p(stop) before each insertion, and after the last one that the limits allow.
-    threshold: a probability.
-    longest: the largest number of insertions.
+    stops: for each text, p(stop) before each insertion and after the last one.
+    threshold: threshold on p(stop), a probability.
+    longest: maximum number of insertions of a text.
   """
   prob_BxL = np.zeros((len(stops), longest + 1))
   limit = np.zeros(len(stops))
@@ -73,70 +82,91 @@ def at_threshold(stops: list[np.ndarray], threshold: float, *, longest: int) -> 
 
 
 def sampled(stops: list[np.ndarray], temperature: float, *, longest: int) -> Lengths:
-  """The lengths of rows that stop with the probability of the stop head at a temperature; arguments as above."""
+  """Return the lengths if stopping is sampled at a temperature; `stops` and `longest` as for `at_threshold`."""
   prob_BxL = np.zeros((len(stops), longest + 1))
   limit = np.zeros(len(stops))
   for i, stop in enumerate(stops):
-    stop = warm(stop, temperature)
-    alive = np.cumprod(np.concatenate([[1.0], 1 - stop]))
-    prob_BxL[i, : len(stop)] = alive[:-1] * stop
-    prob_BxL[i, len(stop) - 1] += alive[-1]
-    limit[i] = alive[-1]
+    stop = apply_temperature(stop, temperature)
+    survival = np.cumprod(np.concatenate([[1.0], 1 - stop]))  # probability that the text has not stopped yet
+    prob_BxL[i, : len(stop)] = survival[:-1] * stop
+    prob_BxL[i, len(stop) - 1] += survival[-1]
+    limit[i] = survival[-1]
   flag = f'--config.sampling.stop_threshold=0 --config.sampling.stop_temperature={temperature:.3g}'
   return Lengths(f'sampled, temperature {temperature:.3g}', flag, prob_BxL, limit)
 
 
 def fit(make, values, real) -> Lengths:
-  """Of the rules make(value), the one whose lengths are closest to the real ones."""
+  """Return the rule, among make(value) for each value, whose lengths have the smallest distance to the real ones."""
   return min(
     (make(value) for value in values), key=lambda rule: (rule.distance(real), abs(rule.mean() - np.mean(real)))
   )
 
 
 def candidates(stops: list[np.ndarray], number: int = 200) -> np.ndarray:
-  """Thresholds between which lengths differ: quantiles of what the stop head has said."""
+  """Return thresholds to try when fitting: quantiles of the observed p(stop)."""
   return np.unique(np.quantile(np.concatenate(stops).astype(np.float64), np.linspace(0, 1, number)).clip(1e-6, 1.0))
 
 
-def trajectories(lm, prompts: list[dict], *, seed: int = 0, say=lambda text: None) -> list[np.ndarray]:
-  """p(stop) at temperature 1, at each forward pass of rows that never stop before a limit; 0 where it is not asked."""
+def trajectories(lm, prompts: list[dict], *, seed: int = 0, report=lambda message: None) -> list[np.ndarray]:
+  """Sample texts that only stop at a length limit, and return p(stop) at each forward pass.
+
+  Args:
+    lm: LanguageModel of a family with a stop head.
+    prompts: a dict for each text, see `static_batching.Sampler`.
+    seed: seed of the sampling rules.
+    report: called with a progress message every 10 seconds.
+
+  Returns:
+    For each text, p(stop) at temperature 1 before each insertion and after the last one. The first is 0 if the first
+    insertion is forced.
+
+  Raises:
+    UserError: the model inserts several tokens in a decoding step.
+  """
   import jax
 
   from ilm_jax.inference import continuous_batching
 
-  cfg = lm.sample_cfg._replace(stop_threshold=2.0, stop_temperature=1.0)  # no probability reaches it
+  cfg = lm.sample_cfg._replace(stop_threshold=2.0, stop_temperature=1.0)  # no probability reaches a threshold of 2
   if cfg.gaps != 1:
-    raise UserError(f'sampling.gaps={cfg.gaps}: lengths are told for one insertion a step: expected sampling.gaps=1')
+    raise UserError(f'sampling.gaps={cfg.gaps}: stopping rules are compared only for sampling.gaps=1')
   sampler = continuous_batching.ContinuousSampler(lm.model_cfg, lm.family, cfg, lm.batch_size)
-  out, start = {}, time.monotonic()
-  said = start
+  stops, start = {}, time.monotonic()
+  last_report = start
   for index, row in sampler(lm.params, jax.random.key(seed), prompts):
-    out[index] = np.where((np.arange(len(row['stop_prob'])) == 0) & cfg.force_first, 0.0, row['stop_prob'])
-    if time.monotonic() - said > 10:
-      said = time.monotonic()
-      say(f'{len(out)} of {len(prompts)} texts, {(len(prompts) - len(out)) * (said - start) / len(out):.0f} s left')
-  return [out[i] for i in range(len(out))]
+    stops[index] = np.where((np.arange(len(row['stop_prob'])) == 0) & cfg.force_first, 0.0, row['stop_prob'])
+    if time.monotonic() - last_report > 10:
+      last_report = time.monotonic()
+      remaining = (len(prompts) - len(stops)) * (last_report - start) / len(stops)
+      report(f'sampled {len(stops)} of {len(prompts)} texts, about {remaining:.0f} s remaining')
+  return [stops[i] for i in range(len(stops))]
 
 
 def rules_of(stops: list[np.ndarray], real, *, temperature: float = 1.0) -> list[Lengths]:
-  """The usual rules, thresholds at the temperature of the run, and the two that were fitted."""
-  longest, own = max(map(len, stops)) - 1, [warm(stop, temperature) for stop in stops]
-  usual = [at_threshold(own, value, longest=longest) for value in THRESHOLDS]
-  usual += [sampled(stops, value, longest=longest) for value in TEMPERATURES]
+  """Return the lengths under the standard rules, then under the fitted threshold and the fitted temperature.
+
+  Args:
+    stops: for each text, p(stop) at temperature 1; see `trajectories`.
+    real: lengths of real texts.
+    temperature: the run's sampling.stop_temperature, at which p(stop) is compared with thresholds.
+  """
+  longest, tempered = max(map(len, stops)) - 1, [apply_temperature(stop, temperature) for stop in stops]
+  standard = [at_threshold(tempered, value, longest=longest) for value in THRESHOLDS]
+  standard += [sampled(stops, value, longest=longest) for value in TEMPERATURES]
   fitted = [
-    fit(lambda value: at_threshold(own, value, longest=longest), candidates(own), real),
+    fit(lambda value: at_threshold(tempered, value, longest=longest), candidates(tempered), real),
     fit(lambda value: sampled(stops, value, longest=longest), np.geomspace(0.2, 5, 60), real),
   ]
-  return usual + [rule._replace(rule=f'{rule.rule} (fitted)') for rule in fitted]
+  return standard + [rule._replace(rule=f'{rule.rule} (fitted)') for rule in fitted]
 
 
 def table(rules: list[Lengths], real) -> str:
-  """The rules as text."""
-  lines = [f'{"rule":<38}{"mean length":>12}{"median":>8}{"10 - 90 %":>12}{"a limit":>9}{"distance":>10}']
+  """Return a text table of the lengths under each rule and of the real lengths."""
+  lines = [f'{"rule":<38}{"mean length":>12}{"median":>8}{"10 - 90 %":>12}{"at limit":>9}{"distance":>10}']
 
   def line(name, mean, quantiles, limit, distance):
-    low, middle, high = (int(quantiles[i]) for i in (10, 50, 89))
-    return f'{name:<38}{mean:>12.1f}{middle:>8}{f"{low} - {high}":>12}{limit:>9}{distance:>10}'
+    low, median, high = (int(quantiles[i]) for i in (10, 50, 89))
+    return f'{name:<38}{mean:>12.1f}{median:>8}{f"{low} - {high}":>12}{limit:>9}{distance:>10}'
 
   lines.append(line('real texts', np.mean(real), np.quantile(real, QUANTILES, method='inverted_cdf'), '', ''))
   for rule in rules:
@@ -146,11 +176,11 @@ def table(rules: list[Lengths], real) -> str:
 
 
 def plot(rules: list[Lengths], real, path: str) -> None:
-  """Draw the distributions of the lengths."""
+  """Plot the cumulative distributions of the lengths to a file."""
   try:
     import matplotlib
   except ImportError:
-    raise UserError('drawing needs matplotlib: make setup EXTRAS=report, or leave out --plot') from None
+    raise UserError('--plot needs matplotlib: install it with `make setup EXTRAS=report`, or omit --plot') from None
   matplotlib.use('agg')
   from matplotlib import pyplot
 
@@ -160,7 +190,7 @@ def plot(rules: list[Lengths], real, path: str) -> None:
   for rule, colour in zip(rules, colours, strict=True):
     style = '-' if 'fitted' in rule.rule else ':'
     axis.plot(rule.quantiles(), QUANTILES, style, color=colour, label=rule.rule)
-  axis.set(xlabel='length, tokens', ylabel='share of the texts that are not longer', ylim=(0, 1))
+  axis.set(xlabel='length, tokens', ylabel='fraction of texts at most this long', ylim=(0, 1))
   axis.legend(frameon=False, fontsize=7)
   figure.tight_layout()
   try:
@@ -172,16 +202,16 @@ def plot(rules: list[Lengths], real, path: str) -> None:
 
 def define(values: flags.FlagValues) -> None:
   """Define this command's flags."""
-  flags.DEFINE_string('workdir', None, 'Folder of the run.', flag_values=values)
-  flags.DEFINE_string('checkpoint', 'best', "'best', 'latest' or a step.", flag_values=values)
-  flags.DEFINE_integer('count', 200, 'Texts to write.', lower_bound=1, flag_values=values)
-  flags.DEFINE_integer('batch_size', 64, 'Slots: texts at a time.', lower_bound=1, flag_values=values)
-  flags.DEFINE_integer('seed', 0, 'Seed of the randomness.', flag_values=values)
-  flags.DEFINE_string('plot', None, 'File for a picture of the distributions.', flag_values=values)
+  flags.DEFINE_string('workdir', None, 'Folder of the run whose model to use.', flag_values=values)
+  flags.DEFINE_string('checkpoint', 'best', "Checkpoint: 'best', 'latest' or a step.", flag_values=values)
+  flags.DEFINE_integer('count', 200, 'Number of texts to sample.', lower_bound=1, flag_values=values)
+  flags.DEFINE_integer('batch_size', 64, 'Number of texts decoded at a time.', lower_bound=1, flag_values=values)
+  flags.DEFINE_integer('seed', 0, 'Random seed of sampling.', flag_values=values)
+  flags.DEFINE_string('plot', None, 'File for a plot of the length distributions.', flag_values=values)
 
 
 def run(values) -> int:
-  """Load, write, compare, print."""
+  """Sample texts, and print the table and the fitted flags; returns the exit code."""
   if not values.workdir:
     raise UserError('--workdir is missing: expected the folder of a run, such as --workdir=runs/stories')
   quiet()
@@ -189,23 +219,25 @@ def run(values) -> int:
 
   lm = api.load(values.workdir, values.checkpoint, batch_size=values.batch_size)
   if not hasattr(lm.sample_cfg, 'stop_threshold'):
-    raise UserError(f'family={lm.cfg.family} has no stop head: expected a run of family=ilm')
+    raise UserError(f'family={lm.cfg.family} has no stop head: expected a run with family=ilm')
   source = lm.task.source(lm.cfg.task, 'validation')
   real = [int((~source[i]['fixed']).sum()) for i in range(len(source))]
   prompts = [static_batching.prompt_of(source[i % len(source)]) for i in range(values.count)]
-  stops = trajectories(lm, prompts, seed=values.seed, say=lambda text: print(text, file=sys.stderr))
+  stops = trajectories(lm, prompts, seed=values.seed, report=lambda message: print(message, file=sys.stderr))
   rules = rules_of(stops, real, temperature=lm.sample_cfg.stop_temperature)
-  print(f'{len(stops)} texts of step {lm.step}, at most {lm.sample_cfg.max_length} tokens; {len(real)} real texts\n')
+  print(
+    f'{len(stops)} texts sampled at step {lm.step}, at most {lm.sample_cfg.max_length} tokens; {len(real)} real texts\n'
+  )
   print(table(rules, real))
   print('\nfitted: ' + '\n    or: '.join(rule.flag for rule in rules[-2:]))
-  print('(of a run; of ilm_jax.generate, the same names: --stop_threshold, --stop_temperature)')
+  print('(flags of `ilm-jax train` and `eval`; for `ilm-jax generate`, use --stop_threshold and --stop_temperature)')
   if values.plot:
     plot(rules, real, values.plot)
   return 0
 
 
 def main(argv=None) -> int:
-  """Run the command."""
+  """Run the command; returns the exit code."""
   return command(__doc__, define, run, argv)
 
 

@@ -1,4 +1,4 @@
-"""A page that plays how a text came about: self-contained HTML, a slider, probabilities, the curve of stopping."""
+"""Traces: a self-contained HTML page that animates the insertions of a text, with their probabilities and p(stop)."""
 
 import html
 import json
@@ -27,7 +27,7 @@ h2 { font-size: 1rem; margin: 1.2rem 0 .2rem; }
 <button id="forward" title="forward">&#9654;</button><input id="slider" type="range" min="0" value="0">
 <span id="step"></span></div>
 <div id="said"></div>
-<h2>probability of each step (bars), and of stopping (line)</h2>
+<h2>Probability of each insertion (bars) and p(stop) (line)</h2>
 <svg id="plot" preserveAspectRatio="none"></svg>
 <script id="data" type="application/json">@DATA@</script>
 <script>
@@ -56,10 +56,10 @@ function draw() {
   });
   $('slider').value = step;
   $('step').textContent = `${step} / ${trace.steps}`;
-  const p = step ? `probability ${trace.probabilities[step - 1].toPrecision(3)}` : 'what was given';
+  const p = step ? `probability ${trace.probabilities[step - 1].toPrecision(3)}` : 'given text';
   const s = trace.stop[step];
   $('said').textContent = p + (s === undefined ? '' : `; p(stop) ${s.toPrecision(3)}`) +
-    (step === trace.steps ? (trace.stopped ? '; stopped by itself' : '; a limit ended it') : '');
+    (step === trace.steps ? (trace.stopped ? '; stopped by the model' : '; stopped by a length limit') : '');
   plot();
 }
 function plot() {
@@ -97,7 +97,7 @@ function choose(i) {
   pause();
   trace = all[i];
   $('slider').max = trace.steps;
-  go(location.hash ? +location.hash.slice(1) : trace.steps);  // page.html#7: after seven steps
+  go(location.hash ? +location.hash.slice(1) : trace.steps);  // page.html#7 shows the text after seven steps
 }
 if (all.length > 1) {
   $('which').hidden = false;
@@ -111,7 +111,12 @@ choose(0);
 
 
 def record(generation, pieces: list[str]) -> dict:
-  """What the page needs of one generation; `pieces` are the characters of each of its tokens."""
+  """Return the page's data for one result.
+
+  Args:
+    generation: a Generation or an Infilling of `api`.
+    pieces: the characters of each of its tokens.
+  """
   return {
     'name': generation.text[:60],
     'pieces': pieces,
@@ -124,6 +129,6 @@ def record(generation, pieces: list[str]) -> dict:
 
 
 def page(records: list[dict], title: str = 'Insertion by insertion') -> str:
-  """The HTML of one or several traces; it needs no network."""
+  """Return an HTML page with one or several traces, made by `record`; it needs no network access."""
   data = json.dumps(records, ensure_ascii=False).replace('<', '\\u003c')
   return PAGE.replace('@TITLE@', html.escape(title)).replace('@DATA@', data)
