@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Compiles training steps of several model sizes for TPU slices, to see which fit into memory. The output has the
-# numbers of the table in launch/README.md. Needs no TPU.
+# Compiles the training and decoding steps of several model sizes for TPU slices, to see which fit into memory. The
+# output has the numbers of the table in launch/README.md. Needs no TPU.
 #
 #   launch/fits.sh                      # every row of the table; about an hour on one core
 #   launch/fits.sh --topology=v5e:2x4   # only the rows of one slice
