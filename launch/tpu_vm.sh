@@ -10,8 +10,8 @@
 #
 #   create  --type=TYPE [--spot] [--queue]    create the TPU; --queue requests it as a queued resource, which waits
 #                                             until a TPU is available
-#   setup   [--repo=URL] [--ref=NAME]         install Python, the packages and the code on all hosts; the code is
-#                                             the last commit of this checkout, or NAME of the repository URL
+#   setup   [--repo=URL] [--ref=NAME]         install Python, the packages and the code on all hosts: the last commit,
+#                                             or the branch, tag or commit NAME, of this checkout or of URL
 #   run     --config=... --workdir=gs://...   start training on all hosts, under launch/resume.sh, and return
 #   logs    [--worker=0]                      follow the log of one host
 #   stop                                      save a checkpoint and end the run
@@ -183,7 +183,7 @@ status() {
   esac
 }
 
-# Create the TPU if it is gone, install the code and start the run. Argument: the current status.
+# Create the TPU if it does not exist, install the code and start the run. Argument: the current status.
 bring_up() {
   if [ "$1" = gone ]; then
     delete 2> /dev/null || true # a preempted TPU still exists as a resource
