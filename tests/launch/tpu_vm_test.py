@@ -104,6 +104,13 @@ esac
 """
 # A fake python3 for the hosts: `uv venv` creates an environment whose Python is the program `main`.
 PYTHON = '[ "$3" != venv ] || { mkdir -p .venv/bin && cp "$CLOUD/main" .venv/bin/python; }'
+# A run that lasts until `train` has checked the TPU four times; an exit code has to follow.
+LAST_FOUR_CHECKS = """
+echo start >> "$CLOUD/starts"
+checks() { grep -c 'tpu-vm describe' "$CLOUD/calls"; }
+last=$(($(checks) + 4))
+for _ in $(seq 500); do [ "$(checks)" -lt $last ] || break; sleep 0.02; done
+exit """
 TRAIN = ['train', '--type=v5e-8', '--spot', '--poll=0', *launch.RUN]
 
 
@@ -163,18 +170,10 @@ def test_train_changes_nothing_when_gcloud_fails(cloud, tmp_path):
 
 
 def test_train_follows_an_active_run_through_a_repair_and_a_failure_of_gcloud(cloud, tmp_path):
-  # The run ends after four status checks.
-  main = """
-    echo start >> "$CLOUD/starts"
-    for _ in $(seq 500); do
-      [ "$(grep -c 'tpu-vm describe' "$CLOUD/calls")" -lt 4 ] || exit 0
-      sleep 0.02
-    done
-  """
   for action, *flags in (['create', '--type=v5e-8'], ['setup'], ['run', *launch.RUN]):
-    assert cloud(main, action, *flags).returncode == 0
+    assert cloud(LAST_FOUR_CHECKS + '0', action, *flags).returncode == 0
   (tmp_path / 'states').write_text('READY\nERROR\nREPAIRING\n')
-  done = cloud(main, *TRAIN)
+  done = cloud('', *TRAIN)
   assert done.returncode == 0 and 'unavailable' in done.stderr and changes(tmp_path) == ['create', 'delete']
   assert len(launch.lines(tmp_path / 'starts')) == 1
 
@@ -189,7 +188,7 @@ def test_train_reuses_a_kept_tpu_and_deletes_it_when_the_run_fails(cloud, tmp_pa
   done = cloud('exit 0', *TRAIN, '--keep')
   assert done.returncode == 0 and changes(tmp_path) == ['delete', 'create']
   assert 'the TPU is kept, and costs money' in done.stderr
-  done = cloud('echo "no such config" >&2; exit 1', *TRAIN)  # the exit code of the first run must not count here
+  done = cloud('echo "no such config" >&2' + LAST_FOUR_CHECKS + '1', *TRAIN)  # must not see the exit code of run one
   assert done.returncode == 1 and 'no such config' in done.stdout
   assert 'the run did not finish (last status: 1)' in done.stderr
   assert changes(tmp_path) == ['delete', 'create', 'delete'] and not (tmp_path / 'host').exists()
