@@ -10,7 +10,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / 'launch'
-AWKWARD = ["--config.task.label=it's a b, $HOME", '--config.task.names=x,y', '--config.eval.note=']  # need quoting
+AWKWARD = ["--config.task.label=it's a b, $HOME", '--config.task.names=x,y', '--config.eval.note=']  # flags that need quoting
 RUN = ['--config=configs/star.py:hard', '--workdir=gs://bucket/hard', *AWKWARD]
 TPU = ['--name=ilm', '--zone=us-west4-a']
 
