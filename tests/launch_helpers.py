@@ -10,7 +10,8 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / 'launch'
-AWKWARD = ["--config.task.label=it's a b, $HOME", '--config.task.names=x,y', '--config.eval.note=']  # flags that need quoting
+# Flags that need quoting in a shell command.
+AWKWARD = ["--config.task.label=it's a b, $HOME", '--config.task.names=x,y', '--config.eval.note=']
 RUN = ['--config=configs/star.py:hard', '--workdir=gs://bucket/hard', *AWKWARD]
 TPU = ['--name=ilm', '--zone=us-west4-a']
 
