@@ -1,21 +1,22 @@
-# What the launchers share; they source it. Each sets me, its name, and dry_run, which is empty or 1.
+# Functions shared by the launchers, which source this file. A launcher sets `script`, its own file name, and `dry_run`,
+# which is empty or 1.
 # shellcheck shell=bash disable=SC2154
 
-say() { echo "$me: $*" >&2; }
+log() { echo "$script: $*" >&2; }
 
 fail() {
-  say "$@"
+  log "$@"
   exit 1
 }
 
-# The comment at the head of the launcher.
+# Print the comment at the top of the launcher as its --help text, and exit.
 usage() {
-  sed -n '1d; /^#SBATCH/d; /^#/!q; s/^# \{0,1\}//p' "launch/$me"
+  sed -n '1d; /^#SBATCH/d; /^#/!q; s/^# \{0,1\}//p' "launch/$script"
   exit 0
 }
 
-# One line that a shell reads as this command.
-quoted() {
+# Print a command as one line, quoted so that a shell reads back the same arguments.
+print_command() {
   local word line='' quote="'\\''"
   for word in "$@"; do
     [[ $word =~ ^[a-zA-Z0-9_./:=,@%+-]+$ ]] || word="'${word//\'/$quote}'"
@@ -24,13 +25,13 @@ quoted() {
   echo "${line% }"
 }
 
-# Run a command, or print it.
+# Run a command; in a dry run, print it instead.
 run() {
-  if [ -n "$dry_run" ]; then quoted "$@"; else "$@"; fi
+  if [ -n "$dry_run" ]; then print_command "$@"; else "$@"; fi
 }
 
-# Check flags whose value is a whole number: whole --pause 10 --max_restarts 5.
-whole() {
+# Exit with an error unless every flag has a whole number as its value. Arguments: FLAG VALUE [FLAG VALUE ...]
+require_whole_numbers() {
   while [ $# -gt 0 ]; do
     [[ $2 =~ ^[0-9]+$ ]] || fail "$1=$2: expected a whole number"
     shift 2

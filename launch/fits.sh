@@ -1,54 +1,55 @@
 #!/usr/bin/env bash
-# Asks the real TPU compiler what fits where: the rows of the table in launch/README.md, one after the other.
+# Compiles the training and decoding steps of several model sizes for TPU slices, to see which fit into memory. The
+# output has the numbers of the table in launch/README.md. Needs no TPU.
 #
-#   launch/fits.sh                    # all of them, about an hour on one core
-#   launch/fits.sh --topology=v5e:2x4 # those of a slice
+#   launch/fits.sh                      # every row of the table; about an hour on one core
+#   launch/fits.sh --topology=v5e:2x4   # only the rows of one slice
 #
-#   --dry_run   print the commands
-#   PYTHON      the interpreter, of an environment with pip install -e '.[tpu]'; python
+#   --dry_run   print the commands without running them
+#   PYTHON      environment variable: Python interpreter with `pip install -e '.[tpu]'`; default: python
 #
-# Needs no TPU, and little memory.
-# Last really run: 2026-11-21, all rows, each on one core of two.
+# Last real run: 2026-11-21, all rows, each on one CPU core.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/common.sh
 
-me=fits.sh dry_run='' topology='' found=''
+script=fits.sh dry_run='' topology='' topology_known=''
 for arg in "$@"; do
   case $arg in
     -h | --help) usage ;;
     --dry_run) dry_run=1 ;;
     --topology=*) topology=${arg#*=} ;;
-    *) fail "$arg: unknown; expected --topology=, --dry_run (see --help)" ;;
+    *) fail "$arg: unknown flag; expected --topology=SLICE or --dry_run (see --help)" ;;
   esac
 done
 
-fits() { # SLICE CHIPS PRESET ROWS REMAT MESH...
+# Compile one model for one slice. Arguments: SLICE CHIPS PRESET ROWS REMAT MESH_AXIS=SIZE ...
+compile_for() {
   local slice=$1 chips=$2 preset=$3 rows=$4 remat=$5
   shift 5
   [ -z "$topology" ] || [ "$topology" = "$slice" ] || return 0
-  found=1
-  # Rows of 1,024 positions, four stories each; a host has four chips, and packs a group.
+  topology_known=1
+  # Each row of 1,024 positions holds four stories. Each host has four chips and packs one group of rows.
   local command=("${PYTHON:-python}" -m ilm_jax.cli compile --config=configs/tinystories.py --topology="$slice"
     --config.model.preset="$preset" --config.model.compute=bfloat16 --config.model.scan_layers=True
     --config.model.remat="$remat" --config.data.rows="$rows" --config.data.batch_size=$((4 * rows))
     --config.data.groups=$((chips / 4)) --config.eval.batch_size=256 --config.task.tokenizer.size=10240
     "${@/#/--config.mesh.}")
-  quoted "${command[@]}"
+  print_command "${command[@]}"
   [ -n "$dry_run" ] || "${command[@]}"
 }
 
-fits v5e:2x4 8 small 64 False data=1 fsdp=8
-fits v5e:2x4 8 1b 32 True data=1 fsdp=8
-fits v5e:2x4 8 8b 16 True data=1 fsdp=8
-fits v5e:16x16 256 small 2048 False data=256
-fits v5e:16x16 256 1b 1024 True data=8 fsdp=32
-fits v5e:16x16 256 8b 512 True data=1 fsdp=256
-fits v5p:4x4x4 64 small 1024 False data=64
-fits v5p:4x4x4 64 1b 512 True data=8 fsdp=8
-fits v5p:4x4x4 64 8b 256 True data=1 fsdp=64
-fits v5p:4x4x4 64 8b 256 True data=1 fsdp=16 tensor=4
-fits v6e:16x16 256 small 4096 False data=256
-fits v6e:16x16 256 1b 2048 True data=32 fsdp=8
-fits v6e:16x16 256 8b 1024 True data=1 fsdp=256
-[ -n "$found" ] || fail "--topology=$topology: expected v5e:2x4, v5e:16x16, v5p:4x4x4 or v6e:16x16"
+compile_for v5e:2x4 8 small 64 False data=1 fsdp=8
+compile_for v5e:2x4 8 1b 32 True data=1 fsdp=8
+compile_for v5e:2x4 8 8b 16 True data=1 fsdp=8
+compile_for v5e:16x16 256 small 2048 False data=256
+compile_for v5e:16x16 256 1b 1024 True data=8 fsdp=32
+compile_for v5e:16x16 256 8b 512 True data=1 fsdp=256
+compile_for v5p:4x4x4 64 small 1024 False data=64
+compile_for v5p:4x4x4 64 1b 512 True data=8 fsdp=8
+compile_for v5p:4x4x4 64 8b 256 True data=1 fsdp=64
+compile_for v5p:4x4x4 64 8b 256 True data=1 fsdp=16 tensor=4
+compile_for v6e:16x16 256 small 4096 False data=256
+compile_for v6e:16x16 256 1b 2048 True data=32 fsdp=8
+compile_for v6e:16x16 256 8b 1024 True data=1 fsdp=256
+[ -n "$topology_known" ] || fail "--topology=$topology: expected v5e:2x4, v5e:16x16, v5p:4x4x4 or v6e:16x16"

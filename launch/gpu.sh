@@ -1,43 +1,46 @@
 #!/usr/bin/env bash
-# Trains on one host with all its GPUs, and goes on after a preemption or a crash:
+# Trains on all GPUs of one machine, and resumes after a preemption or a crash:
 #
 #   launch/gpu.sh --config=configs/star.py:hard --workdir=runs/hard [--config.a.b=c ...]
 #
-#   --max_restarts=100  then it gives up
-#   --dry_run           print the commands
-#   PYTHON              the interpreter; without one, .venv's, set up with `make setup EXTRAS=cuda`
+#   --max_restarts=100  number of restarts before giving up
+#   --dry_run           print the commands without running them
+#   PYTHON              environment variable: Python interpreter. By default .venv/bin/python, which
+#                       `make setup EXTRAS=cuda` installs first
 #
-# Flags are written --name=value. Several hosts without Slurm: the same command on each, with
-# --coordinator=HOST:PORT --num_processes=N --process_id=I (HOST is that of process 0; launch/README.md).
-# Last really run: never: dry run only.
+# Flags must be written --name=value. On several machines without Slurm, run the same command on each and add
+# --coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST is the machine of process 0; see
+# launch/README.md.
+# Last real run: never, only dry runs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/common.sh
 
-me=gpu.sh dry_run='' max_restarts=100 pause=10 config='' flags=()
+script=gpu.sh dry_run='' max_restarts=100 pause=10 config='' flags=()
 for arg in "$@"; do
   case $arg in
     -h | --help) usage ;;
     --dry_run) dry_run=1 ;;
     --max_restarts=*) max_restarts=${arg#*=} ;;
     --config=*) config=$arg flags+=("$arg") ;;
-    --coordinator=*) pause=60 flags+=("$arg") ;; # the others notice within a minute that this host is gone
+    # The other processes need up to a minute to notice that this one was lost; a restart must not come earlier.
+    --coordinator=*) pause=60 flags+=("$arg") ;;
     --config.*=* | --workdir=* | --mode=* | --num_processes=* | --process_id=*) flags+=("$arg") ;;
-    *) fail "$arg: unknown; expected --config=, --workdir=, --config.a.b=, --max_restarts=, --dry_run (see --help)" ;;
+    *) fail "$arg: unknown flag; expected --config=, --workdir=, --config.a.b=, --max_restarts=, --dry_run" ;;
   esac
 done
-[ -n "$config" ] || fail '--config is missing: expected a file, such as --config=configs/star.py:hard'
-whole --max_restarts "$max_restarts"
+[ -n "$config" ] || fail '--config is missing: expected a config file, such as --config=configs/star.py:hard'
+require_whole_numbers --max_restarts "$max_restarts"
 
 if [ -z "${PYTHON:-}" ]; then
   run make setup EXTRAS=cuda
   PYTHON=.venv/bin/python
 fi
-# With the platforms named, JAX refuses to start without a GPU; else it would train on the CPU.
+# JAX_PLATFORMS makes JAX fail without a GPU; otherwise it would silently train on the CPU.
 command=(env JAX_PLATFORMS='cuda,cpu' launch/resume.sh --max_restarts="$max_restarts" --pause="$pause"
   -- "$PYTHON" -m ilm_jax.main "${flags[@]}")
 [ -z "$dry_run" ] || {
-  quoted "${command[@]}"
+  print_command "${command[@]}"
   exit 0
 }
 exec "${command[@]}"

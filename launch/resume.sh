@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
-# Starts a command again after each preemption or crash, until it has finished:
+# Runs a command, and restarts it after each preemption or crash until it finishes:
 #
 #   launch/resume.sh [flags] -- python -m ilm_jax.main --config=configs/star.py:hard --workdir=gs://BUCKET/hard
 #
-#   --max_restarts=100  then it gives up
-#   --pause=10          seconds before a restart; where each of several hosts has a loop of its own, longer than the
-#                       others need to notice that one is gone
-#   --stop_on=CODE      an exit code that is handed on instead: 75 where a scheduler starts the job again
-#   --result=FILE       gets the exit code, at the end
-#   --dry_run           print the command
+#   --max_restarts=100  number of restarts before giving up
+#   --pause=10          seconds to wait before a restart. Where several hosts each run this script, it must be longer
+#                       than the survivors need to notice a lost process (--config.distributed.heartbeat_timeout)
+#   --stop_on=CODE      return this exit code instead of restarting: 75 if a scheduler restarts the job
+#   --result=FILE       write the final exit code into FILE
+#   --dry_run           print the command without running it
 #
-# Started again: 75 (preempted, and saved) and 128 + n (killed by signal n). Not: 0 (finished), 130 (Ctrl-C, and saved),
-# 1 and all others (an error); nor what died within a minute of its start, five times in a row. SIGTERM, SIGHUP (as
-# SIGTERM) and Ctrl-C are passed on to the command, and are the end: its exit code is the exit code here.
-# Last really run: by tests/launch_test.py, with stubs for the command.
+# A restart follows exit code 75 (preempted, state saved) and 128 + n (killed by signal n). There is no restart after
+# 0 (finished), 130 (Ctrl-C, state saved), 1 or any other code (an error), nor if the command ended within a minute of
+# its start five times in a row. SIGTERM, SIGHUP (as SIGTERM) and Ctrl-C are forwarded to the command and end the loop.
+# The exit code is that of the last run of the command.
+# Last real run: by tests/launch/restarts_test.py, with fake commands.
 set -euo pipefail
 launch=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/common.sh
 . "$launch/common.sh"
 
-me=resume.sh dry_run='' max_restarts=100 pause=10 stop_on=0 result=''
+script=resume.sh dry_run='' max_restarts=100 pause=10 stop_on=0 result=''
 while [ $# -gt 0 ]; do
   case $1 in
     -h | --help) cd "$launch/.." && usage ;;
@@ -29,88 +30,93 @@ while [ $# -gt 0 ]; do
     --result=*) result=${1#*=} ;;
     --dry_run) dry_run=1 ;;
     --) break ;;
-    *) fail "$1: expected --max_restarts=, --pause=, --stop_on=, --result= or --dry_run, then -- and the command" ;;
+    *) fail "$1: unknown flag; expected --max_restarts=, --pause=, --stop_on=, --result=, --dry_run or -- COMMAND" ;;
   esac
   shift
 done
-whole --max_restarts "$max_restarts" --pause "$pause" --stop_on "$stop_on"
-[ $# -gt 1 ] || fail 'no command: expected -- and the command, such as -- python -m ilm_jax.main --config=...'
+require_whole_numbers --max_restarts "$max_restarts" --pause "$pause" --stop_on "$stop_on"
+[ $# -gt 1 ] || fail 'the command is missing: expected it after --, such as -- python -m ilm_jax.main --config=...'
 shift
 if [ -n "$dry_run" ]; then
-  quoted "$@"
+  print_command "$@"
   exit 0
 fi
 
-cause() {
+# Print what an exit code of the command means.
+describe_exit() {
   case $1 in
-    75) echo 'preempted, and saved' ;;
-    130) echo 'stopped by Ctrl-C, and saved' ;;
-    134) echo 'aborted: another host died or stopped answering (all start again), or the runtime failed (see above)' ;;
-    137) echo 'killed: out of memory (dmesg says so), or from outside' ;;
-    139) echo 'crashed: segmentation fault' ;;
-    143) echo 'terminated before it could save' ;;
-    *) if restarts_on "$1"; then echo "killed by signal $(($1 - 128))"; else echo 'an error, named above'; fi ;;
+    75) echo 'preempted, state saved' ;;
+    130) echo 'stopped by Ctrl-C, state saved' ;;
+    134) echo 'aborted: lost contact with another process, or the runtime failed (see the log above)' ;;
+    137) echo 'killed by SIGKILL: often out of memory (look at dmesg)' ;;
+    139) echo 'segmentation fault' ;;
+    143) echo 'killed by SIGTERM before it could save' ;;
+    *) if is_restartable "$1"; then echo "killed by signal $(($1 - 128))"; else echo 'error (see the log above)'; fi ;;
   esac
 }
 
-restarts_on() { [ "$1" = 75 ] || { [ "$1" -gt 128 ] && [ "$1" -le 192 ] && [ "$1" != 130 ]; }; }
+is_restartable() { [ "$1" = 75 ] || { [ "$1" -gt 128 ] && [ "$1" -le 192 ] && [ "$1" != 130 ]; }; }
 
 [ -z "$result" ] || trap 'echo "$?" > "$result.part" && mv "$result.part" "$result"' EXIT
-set -m # the command gets a process group of its own: a Ctrl-C reaches it through pass_on only, once
-child='' told='' # told: the signals that came, in order
-pass_on() {
-  told+=" $1"
+# Run the command in a process group of its own. Ctrl-C, which a terminal sends to the whole foreground group, then
+# reaches the command only once, through forward_signal.
+set -m
+child='' signals='' # signals: names of the signals received so far, in order
+forward_signal() {
+  signals+=" $1"
   [ -z "$child" ] || kill -s "$1" "$child" 2> /dev/null || true
 }
-trap 'pass_on TERM' TERM HUP
-trap 'pass_on INT' INT
+trap 'forward_signal TERM' TERM HUP
+trap 'forward_signal INT' INT
 
-# Wait for the child's end; its exit code goes to `status`. A signal cuts `wait` short, and so does a child that is
-# suspended (19 and 20 stop it). `wait -f` would not be, but it can hang (bash 5.2).
-await() {
-  local heard=none
-  until [ "$heard" = "$told" ] && ! kill -0 "$child" 2> /dev/null; do
-    heard=$told status=0
+# Wait until the child has ended, and set `status` to its exit code. `wait` returns early if this script receives a
+# signal or if the child is suspended (by signal 19 or 20), so call it until the child is gone and no signal arrived
+# in the meantime. `wait -f` would ignore suspensions, but it can hang in bash 5.2.
+wait_for_child() {
+  local seen=none
+  until [ "$seen" = "$signals" ] && ! kill -0 "$child" 2> /dev/null; do
+    seen=$signals status=0
     wait "$child" 2> /dev/null || status=$?
     case $status in $((128 + 19)) | $((128 + 20))) sleep 0.2 ;; esac
   done
   child=''
 }
 
-restarts=0 quick=0
+restarts=0 early_exits=0
 while :; do
-  began=$SECONDS
+  started=$SECONDS
   "$@" &
   child=$!
-  [ -z "$told" ] || kill -s "${told##* }" "$child" 2> /dev/null || true # it came before there was a child
-  await
+  # Forward a signal that arrived before `child` was set.
+  [ -z "$signals" ] || kill -s "${signals##* }" "$child" 2> /dev/null || true
+  wait_for_child
   code=$status
-  why="exit code $code: $(cause "$code")"
+  reason="exit code $code: $(describe_exit "$code")"
   [ "$code" != 0 ] || exit 0
-  if [ -n "$told" ]; then
-    say "told to stop; $why"
+  if [ -n "$signals" ]; then
+    log "stopped by a signal; $reason"
     exit "$code"
   fi
   [ "$code" != "$stop_on" ] || exit "$code"
-  if ! restarts_on "$code"; then
-    next='mend it, then give the same command again'
-    [ "$code" != 130 ] || next='the same command goes on'
-    say "$why: not restarted; $next"
+  if ! is_restartable "$code"; then
+    advice='fix the error, then run the same command again'
+    [ "$code" != 130 ] || advice='run the same command again to continue'
+    log "$reason; not restarting: $advice"
     exit "$code"
   fi
-  if [ $((SECONDS - began)) -lt 60 ]; then quick=$((quick + 1)); else quick=0; fi
-  if [ "$quick" -ge 5 ]; then
-    say "$why: not restarted: it ended within a minute of its start $quick times in a row"
+  if [ $((SECONDS - started)) -lt 60 ]; then early_exits=$((early_exits + 1)); else early_exits=0; fi
+  if [ "$early_exits" -ge 5 ]; then
+    log "$reason; not restarting: the command ended within a minute of its start $early_exits times in a row"
     exit "$code"
   fi
   if [ "$restarts" -ge "$max_restarts" ]; then
-    say "$why: not restarted, for it was $restarts times (--max_restarts)"
+    log "$reason; not restarting: the limit of $max_restarts restarts is reached (--max_restarts)"
     exit "$code"
   fi
   restarts=$((restarts + 1))
-  say "$why: restarting in $pause s ($restarts of $max_restarts)"
+  log "$reason; restarting in $pause s (restart $restarts of $max_restarts)"
   sleep "$pause" &
   child=$!
-  await
-  [ -z "$told" ] || exit "$code"
+  wait_for_child
+  [ -z "$signals" ] || exit "$code"
 done

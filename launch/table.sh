@@ -1,22 +1,25 @@
 #!/usr/bin/env bash
-# Makes the runs behind the table of the planning tasks, one after the other, and the table from them:
+# Trains the runs behind the table of the planning tasks, one after the other, and prints the table:
 #
-#   launch/table.sh star.py:tiny star.py:mini              # the CPU table
-#   FAMILIES="ilm arm" SEEDS="3 4" launch/table.sh star.py:tiny   # more seeds later; finished runs are kept
-#   launch/table.sh star.py:medium star.py:hard            # the paper's size: a GPU or TPU, 50,000 steps each
+#   launch/table.sh star.py:tiny star.py:mini                     # the CPU table
+#   FAMILIES="ilm arm" SEEDS="3 4" launch/table.sh star.py:tiny   # more seeds; finished runs are not repeated
+#   launch/table.sh star.py:medium star.py:hard                   # the paper's model size; needs a GPU or TPU
 #
-#   RUNS      folder of the runs                           runs/table
-#   FAMILIES  rows of each task                            "ilm arm oracle mdm it"; oracle: arm on the reversed path
-#   SEEDS     of each row                                  "0 1 2"
-#   STEPS     of every run: one budget for all families    6000; "" is the config's own
-#   FLAGS     more flags for every run                     ""
-#   MDM_STEPS denoising steps of mdm: more than the places that it fills, drawn at temperature 1      32
-#   TABLE     file for the table                           standard output
-#   PYTHON    the interpreter                              python
-#   DRY_RUN   1: print the commands only
+# Settings are environment variables:
 #
-# A run that was preempted (exit code 75) is started again; one that was interrupted goes on at the next call.
-# Last really run: 2026-11-21, star.py:tiny star.py:mini without oracle, on two CPU cores (RESULTS.md).
+#   variable    default                 meaning
+#   RUNS        runs/table              folder of the runs
+#   FAMILIES    ilm arm oracle mdm it   rows of the table for each task; oracle: arm on the reversed path
+#   SEEDS       0 1 2                   seeds of each row
+#   STEPS       6000                    training steps of every run; "" keeps the number of steps in the config
+#   FLAGS       none                    more flags for every run
+#   MDM_STEPS   32                      denoising steps of mdm (more than the tokens to fill in), at temperature 1
+#   TABLE       standard output         file for the table
+#   PYTHON      python                  Python interpreter
+#   DRY_RUN     none                    1: print the commands without running them
+#
+# A preempted run (exit code 75) is restarted. A run that was interrupted resumes when the script is run again.
+# Last real run: 2026-11-21, star.py:tiny star.py:mini without oracle, on two CPU cores (RESULTS.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -30,6 +33,7 @@ PYTHON=${PYTHON:-python}
 DRY_RUN=${DRY_RUN:-}
 [ $# -gt 0 ] || { echo "expected configs, such as: launch/table.sh star.py:tiny star.py:mini" >&2; exit 1; }
 
+# Run a command, again as long as it exits with 75; in a dry run, print it.
 run() {
   if [ -n "$DRY_RUN" ]; then
     echo "$*"
@@ -43,25 +47,25 @@ run() {
   return "$code"
 }
 
-folders=()
+workdirs=()
 for config in "$@"; do
   for family in $FAMILIES; do
     for seed in $SEEDS; do
       workdir=$RUNS/${config/.py:/-}-${STEPS:-own}-$family-$seed
-      folders+=("$workdir")
+      workdirs+=("$workdir")
       grep -qs '"finished": true' "$workdir/eval.json" && continue
       flags=(--config.family="${family/oracle/arm}" --config.seed="$seed" --config.stop_at=0)
       [ "$family" = oracle ] && flags+=(--config.task.order=oracle)
       [ "$family" = mdm ] && flags+=(--config.sampling.token.temperature=1 --config.sampling.max_steps="$MDM_STEPS")
       [ -n "$STEPS" ] && flags+=(--config.steps="$STEPS")
-      # shellcheck disable=SC2086 # FLAGS holds several
+      # shellcheck disable=SC2086 # FLAGS may hold several flags, separated by spaces
       run "$PYTHON" -m ilm_jax.main --config="configs/$config" --workdir="$workdir" "${flags[@]}" $FLAGS
     done
   done
 done
 if [ -n "${TABLE:-}" ] && [ -z "$DRY_RUN" ]; then
-  "$PYTHON" -m ilm_jax.cli report "${folders[@]}" > "$TABLE.part"
+  "$PYTHON" -m ilm_jax.cli report "${workdirs[@]}" > "$TABLE.part"
   mv "$TABLE.part" "$TABLE"
 else
-  run "$PYTHON" -m ilm_jax.cli report "${folders[@]}"
+  run "$PYTHON" -m ilm_jax.cli report "${workdirs[@]}"
 fi

@@ -1,34 +1,39 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU of one host or many:
+# Trains on a Cloud TPU with one host or several:
 #
 #   launch/tpu_vm.sh train --name=ilm --zone=ZONE --type=v5e-8 --spot --queue \
 #     --config=configs/star.py:hard --workdir=gs://BUCKET/hard [--config.a.b=c ...]
 #
-# `train` makes the TPU, sets it up, starts the run, makes it all anew when the TPU was preempted, and deletes the TPU
-# when the run has finished or failed. What it does can be had one by one; each action takes --name and --zone:
+# `train` creates the TPU, installs the code, starts the run, does all of this again if the TPU is preempted, and
+# deletes the TPU when the run has finished or failed. Other actions do one of these steps. Every action needs --name
+# and --zone:
 #
-#   create  --type=TYPE [--spot] [--queue]          --queue: a queued resource, which waits for room
-#   setup   [--repo=URL] [--ref=NAME]               the last commit here, or a repository's; Python and the packages
-#   run     --config=... --workdir=gs://...         starts on all hosts, each under launch/resume.sh, and returns
-#   logs    [--worker=0]                            follows the log of a host
-#   stop                                            saves, and ends the run
-#   delete  [--queue]                               ends the run without saving, and the cost
+#   create  --type=TYPE [--spot] [--queue]    create the TPU; --queue requests it as a queued resource, which waits
+#                                             until a TPU is available
+#   setup   [--repo=URL] [--ref=NAME]         install Python, the packages and the code on all hosts: the last commit,
+#                                             or the branch, tag or commit NAME, of this checkout or of URL
+#   run     --config=... --workdir=gs://...   start training on all hosts, under launch/resume.sh, and return
+#   logs    [--worker=0]                      follow the log of one host
+#   stop                                      save a checkpoint and end the run
+#   delete  [--queue]                         delete the TPU without saving; it costs nothing from then on
 #
-#   TYPE: v5e-N and v6e-N have N chips; v4-N and v5p-N have N TensorCores, two a chip
-#   --project=NAME      gcloud's own without it          --keep     `train` does not delete the TPU
-#   --max_restarts=100  of the processes, and of the TPU --poll=60  seconds between two looks of `train`
-#   --dry_run           prints the commands, `train` those of one round
+#   TYPE                v5e-N or v6e-N with N chips; v4-N or v5p-N with N TensorCores, two per chip
+#   --project=NAME      Google Cloud project; default: the current project of gcloud
+#   --keep              `train` does not delete the TPU at the end
+#   --max_restarts=100  limit for restarts of the processes, and for new TPUs after a preemption
+#   --poll=60           seconds between two status checks of `train`
+#   --dry_run           print the commands without running them; for `train`, those of a run without a preemption
 #
-# Last really run: never: dry run only.
+# Last real run: never, only dry runs and tests with a fake gcloud.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/common.sh
 
-me=tpu_vm.sh dry_run='' action=${1:-}
+script=tpu_vm.sh dry_run='' action=${1:-}
 case $action in
   train | create | setup | run | logs | stop | delete) shift ;;
   -h | --help) usage ;;
-  *) fail "${action:-no action}: expected train, create, setup, run, logs, stop or delete first (see --help)" ;;
+  *) fail "${action:-no action}: expected train, create, setup, run, logs, stop or delete (see --help)" ;;
 esac
 name='' zone='' project='' type='' spot='' queue='' repo='' ref=HEAD worker=0
 max_restarts=100 poll=60 keep='' config='' workdir='' flags=()
@@ -51,23 +56,23 @@ for arg in "$@"; do
     --config=*) config=$arg flags+=("$arg") ;;
     --workdir=*) workdir=${arg#*=} flags+=("$arg") ;;
     --config.*=* | --mode=*) flags+=("$arg") ;;
-    *) fail "$arg: unknown (see --help); flags are written --name=value" ;;
+    *) fail "$arg: unknown flag (see --help); flags must be written --name=value" ;;
   esac
 done
 [ -n "$name" ] || fail '--name is missing: expected a name for the TPU, such as --name=ilm'
-[ -n "$zone" ] || fail '--zone is missing: expected one that has such TPUs, such as --zone=us-west4-a'
-whole --max_restarts "$max_restarts" --poll "$poll" --worker "$worker"
+[ -n "$zone" ] || fail '--zone is missing: expected a zone with TPUs, such as --zone=us-west4-a'
+require_whole_numbers --max_restarts "$max_restarts" --poll "$poll" --worker "$worker"
 
-# Sets accelerator and runtime, the names that gcloud has for --type.
-know_type() {
+# Check --type, and set `accelerator` and `runtime` to its accelerator type and software version in gcloud.
+parse_type() {
   local sizes size=${type#*-}
   case $type in
     v4-*) accelerator=$type runtime=tpu-ubuntu2204-base ;;
     v5e-*) accelerator=v5litepod-$size runtime=v2-alpha-tpuv5-lite ;;
     v5p-*) accelerator=$type runtime=v2-alpha-tpuv5 ;;
     v6e-*) accelerator=$type runtime=v2-alpha-tpuv6e ;;
-    '') fail '--type is missing: expected a TPU, such as --type=v5e-8' ;;
-    *) fail "--type=$type: unknown; known are v4-N, v5e-N, v5p-N and v6e-N, such as v5e-8" ;;
+    '') fail '--type is missing: expected a TPU type, such as --type=v5e-8' ;;
+    *) fail "--type=$type: unknown TPU type; expected v4-N, v5e-N, v5p-N or v6e-N, such as v5e-8" ;;
   esac
   case $type in
     v5e-* | v6e-*)
@@ -78,127 +83,137 @@ know_type() {
   esac
 }
 
-case $action in create | train) know_type ;; esac
+case $action in create | train) parse_type ;; esac
 case $action in
   run | train)
-    [ -n "$config" ] || fail '--config is missing: expected a file, such as --config=configs/star.py:hard'
-    [[ $workdir = gs://?* ]] || fail "--workdir=$workdir: expected gs://BUCKET/FOLDER, for the disks go with the TPU"
+    [ -n "$config" ] || fail '--config is missing: expected a config file, such as --config=configs/star.py:hard'
+    [[ $workdir = gs://?* ]] \
+      || fail "--workdir=$workdir: expected gs://BUCKET/FOLDER, because the disks are deleted with the TPU"
     ;;
 esac
 
-where=(--zone="$zone")
-[ -z "$project" ] || where+=(--project="$project")
+location=(--zone="$zone")
+[ -z "$project" ] || location+=(--project="$project")
 tpu=(gcloud compute tpus tpu-vm)
 queued=(gcloud compute tpus queued-resources)
 
-# Run a command on a host, or on all.
-on() { run "${tpu[@]}" ssh "$name" "${where[@]}" --worker="$1" --command="$2"; }
+# Run a shell command on the TPU's hosts. Arguments: a host's index or `all`, and the command.
+run_on() { run "${tpu[@]}" ssh "$name" "${location[@]}" --worker="$1" --command="$2"; }
 
+# Create the TPU. With --queue, request it and wait until it is there.
 create() {
   local kind=(${spot:+"$spot"} --accelerator-type="$accelerator")
   if [ -z "$queue" ]; then
-    run "${tpu[@]}" create "$name" "${where[@]}" "${kind[@]}" --version="$runtime"
+    run "${tpu[@]}" create "$name" "${location[@]}" "${kind[@]}" --version="$runtime"
     return
   fi
-  run "${queued[@]}" create "$name" "${where[@]}" --node-id="$name" "${kind[@]}" --runtime-version="$runtime" || return
-  local look=("${queued[@]}" describe "$name" "${where[@]}" --format='value(state.state)') state
+  run "${queued[@]}" create "$name" "${location[@]}" --node-id="$name" "${kind[@]}" --runtime-version="$runtime" \
+    || return
+  local describe=("${queued[@]}" describe "$name" "${location[@]}" --format='value(state.state)') state
   if [ -n "$dry_run" ]; then
-    quoted "${look[@]}"
+    print_command "${describe[@]}"
     return
   fi
-  while state=$("${look[@]}"); do
+  while state=$("${describe[@]}"); do
     case $state in
       ACTIVE) return ;;
-      FAILED | SUSPEND*) say "the queued resource is $state" && return 1 ;;
+      FAILED | SUSPEND*) log "the queued resource is $state: delete it, then try again" && return 1 ;;
     esac
     sleep "$poll"
   done
   return 1
 }
 
+# Install the code and its packages on all hosts.
 setup() {
-  local from=$repo bundle=${TMPDIR:-/tmp}/ilm_jax-$name.bundle steps
-  if [ -z "$from" ]; then
-    git diff --quiet HEAD || say 'what is not committed stays behind'
+  local source=$repo bundle=${TMPDIR:-/tmp}/ilm_jax-$name.bundle commands
+  if [ -z "$source" ]; then
+    git diff --quiet HEAD || log 'uncommitted changes are not copied to the TPU'
     run git bundle create --quiet "$bundle" "$ref" || return
-    run "${tpu[@]}" scp "$bundle" "$name:ilm_jax.bundle" "${where[@]}" --worker=all || return
-    from=../ilm_jax.bundle
+    run "${tpu[@]}" scp "$bundle" "$name:ilm_jax.bundle" "${location[@]}" --worker=all || return
+    source=../ilm_jax.bundle
   fi
-  steps="git init --quiet ilm_jax && cd ilm_jax && git fetch --quiet $(quoted "$from" "$ref")"
-  steps+=' && git checkout --quiet --force --detach FETCH_HEAD'
-  steps+=' && python3 -m pip install --quiet --user uv' # the hosts have Python 3.10; uv brings a newer one
-  steps+=' && python3 -m uv venv --quiet --allow-existing --python=3.12 .venv'
-  steps+=" && python3 -m uv pip install --quiet --python=.venv/bin/python -e '.[tpu,gcs]'"
-  on all "$steps"
+  commands="git init --quiet ilm_jax && cd ilm_jax && git fetch --quiet $(print_command "$source" "$ref")"
+  commands+=' && git checkout --quiet --force --detach FETCH_HEAD'
+  commands+=' && python3 -m pip install --quiet --user uv' # uv installs Python 3.12; the hosts come with Python 3.10
+  commands+=' && python3 -m uv venv --quiet --allow-existing --python=3.12 .venv'
+  commands+=" && python3 -m uv pip install --quiet --python=.venv/bin/python -e '.[tpu,gcs]'"
+  run_on all "$commands"
 }
 
-# shellcheck disable=SC2016 # the host is to expand it
+# Shell code for the hosts. A host has the files ilm_jax.pid (process id of launch/resume.sh), ilm_jax.exit (exit code,
+# once the run has ended) and ilm_jax.log in its home folder.
+# shellcheck disable=SC2016 # the host expands this, not this script
 pid='$(cat ilm_jax.pid 2> /dev/null)'
-alive="[ ! -e ilm_jax.exit ] && kill -0 $pid 2> /dev/null"
+is_running="[ ! -e ilm_jax.exit ] && kill -0 $pid 2> /dev/null"
+
+# Start training on all hosts in the background. Fails if a run is active.
 start() {
-  local command steps
-  # With the platforms named, JAX refuses to start without a TPU; else it would train on the CPU.
-  # The pause: a host comes back after the others have noticed that it was gone, which takes them a minute at most.
-  command=$(quoted launch/resume.sh --max_restarts="$max_restarts" --pause=60 --result=../ilm_jax.exit \
+  local command commands
+  # JAX_PLATFORMS makes JAX fail without a TPU; otherwise it would silently train on the CPU.
+  # --pause: the other processes need up to a minute to notice a lost process; a restart must not come earlier.
+  command=$(print_command launch/resume.sh --max_restarts="$max_restarts" --pause=60 --result=../ilm_jax.exit \
     -- env JAX_PLATFORMS=tpu,cpu .venv/bin/python -m ilm_jax.main "${flags[@]}")
-  steps="if $alive; then echo 'a run is going on: stop it first' >&2; exit 1; fi"
-  steps+="; rm -f ilm_jax.exit && cd ilm_jax && { setsid $command >> ../ilm_jax.log 2>&1 < /dev/null & }"
-  steps+=' && echo $! > ../ilm_jax.pid'
-  on all "$steps"
+  commands="if $is_running; then echo 'a run is already active on this TPU: stop it first' >&2; exit 1; fi"
+  commands+="; rm -f ilm_jax.exit && cd ilm_jax && { setsid $command >> ../ilm_jax.log 2>&1 < /dev/null & }"
+  commands+=' && echo $! > ../ilm_jax.pid'
+  run_on all "$commands"
 }
 
 delete() {
   if [ -n "$queue" ]; then
-    run "${queued[@]}" delete "$name" "${where[@]}" --force --quiet
+    run "${queued[@]}" delete "$name" "${location[@]}" --force --quiet
   else
-    run "${tpu[@]}" delete "$name" "${where[@]}" --quiet
+    run "${tpu[@]}" delete "$name" "${location[@]}" --quiet
   fi
 }
 
-# Print how it stands: gone (there is no TPU), busy (it comes or goes), unknown (gcloud failed, and said why), idle,
-# running, or the exit code of the run.
-look=("${tpu[@]}" describe "$name" "${where[@]}" --format='value(state)')
-ask="if $alive; then echo running; else cat ilm_jax.exit 2> /dev/null || echo idle; fi"
+# Print the state of the TPU and the run: gone (no TPU), busy (the TPU is being created, repaired or deleted), unknown
+# (gcloud failed; its message is on standard error), idle (no run), running, or the exit code of the run.
+describe=("${tpu[@]}" describe "$name" "${location[@]}" --format='value(state)')
+run_state="if $is_running; then echo running; else cat ilm_jax.exit 2> /dev/null || echo idle; fi"
 status() {
   local state
-  state=$("${look[@]}" 2>&1) || state="error: $state"
+  state=$("${describe[@]}" 2>&1) || state="error: $state"
   case $state in
-    READY) on 0 "$ask" || echo unknown ;;
+    READY) run_on 0 "$run_state" || echo unknown ;;
     PREEMPTED | TERMINATED | STOPPED | error:*NOT_FOUND*) echo gone ;;
     error:*) echo "$state" >&2 && echo unknown ;;
     *) echo busy ;;
   esac
 }
 
-# Make sure that there is a TPU, and that the run goes on there; $1 is how it stands.
+# Create the TPU if it does not exist, install the code and start the run. Argument: the current status.
 bring_up() {
   if [ "$1" = gone ]; then
-    delete 2> /dev/null || true # what is left of one that was preempted
+    delete 2> /dev/null || true # a preempted TPU still exists as a resource
     create || return
   fi
   setup && start
 }
 
+# Keep the run going until it finishes or fails, then delete the TPU.
 train() {
   if [ -n "$dry_run" ]; then
-    create && setup && start && quoted "${look[@]}" && on 0 "$ask"
+    create && setup && start && print_command "${describe[@]}" && run_on 0 "$run_state"
     [ -n "$keep" ] || delete
     return
   fi
-  trap 'say "the run goes on, and the TPU costs: train follows it again; stop saves and ends it, delete ends the cost"
+  trap 'log "the run continues, and the TPU still costs money: follow it with train, save and end it with stop," \
+    "delete the TPU with delete"
     exit 130' INT
   local starts=0 failures=0 now result=0
   while [ "$failures" -lt 3 ]; do
     now=$(status)
-    [ "$starts$now" != 0unknown ] || fail 'gcloud failed, see above: nothing was made or deleted'
+    [ "$starts$now" != 0unknown ] || fail 'gcloud failed (see the message above): nothing was created or deleted'
     [ "$starts$now" != 0running ] || starts=1
     case $now in
       running | busy | unknown) sleep "$poll" && continue ;;
-      gone | idle | 75 | 143) ;; # preempted; just made, or crashed; preempted and saved; rebooted
+      gone | idle | 75 | 143) ;; # no TPU; no run, or it left no exit code; preempted, state saved; host rebooted
       *) [ "$starts" = 0 ] || break ;;
     esac
     [ "$starts" -le "$max_restarts" ] || break
-    [ "$starts" = 0 ] || say "the run was preempted ($now): starting it again ($starts of $max_restarts)"
+    [ "$starts" = 0 ] || log "the run was preempted ($now): restarting it (restart $starts of $max_restarts)"
     if bring_up "$now"; then
       starts=$((starts + 1)) failures=0
     else
@@ -207,19 +222,19 @@ train() {
     sleep "$poll"
   done
   if [ "$now" = 0 ]; then
-    say 'finished'
+    log 'the run has finished'
   else
     result=1
-    on 0 'tail -n 30 ilm_jax.log' || true
-    say "ended ($now): mend what the lines above say, then give the same command again"
+    run_on 0 'tail -n 30 ilm_jax.log' || true
+    log "the run did not finish (last status: $now): fix the cause (see above), then run the same command again"
   fi
-  if [ -n "$keep" ]; then say 'the TPU is kept, and costs until: launch/tpu_vm.sh delete'; else delete || true; fi
+  if [ -n "$keep" ]; then log 'the TPU is kept, and costs money until launch/tpu_vm.sh delete'; else delete || true; fi
   return "$result"
 }
 
 case $action in
-  run) start && say 'started: see logs; delete the TPU when it is done, it costs until then' ;;
-  logs) on "$worker" 'tail -n 100 -F ilm_jax.log' ;;
-  stop) on all "kill -TERM $pid" ;;
+  run) start && log 'started; follow the run with logs, and delete the TPU afterwards: it costs money until then' ;;
+  logs) run_on "$worker" 'tail -n 100 -F ilm_jax.log' ;;
+  stop) run_on all "kill -TERM $pid" ;;
   *) "$action" ;;
 esac
