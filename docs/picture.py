@@ -1,6 +1,6 @@
 """Draw the insertion order of a completion as SVG, from a JSON line of `ilm_jax.generate` on standard input:
 
-python -m ilm_jax.generate --json ... | python docs/picture.py > docs/insertion.svg
+python -m ilm_jax.generate ... | python docs/picture.py > docs/insertion.svg
 """
 
 import json
