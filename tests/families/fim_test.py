@@ -137,7 +137,9 @@ def test_prompts_with_gaps_that_cannot_be_filled_are_rejected():
 
 @functools.partial(jax.jit, static_argnames='cfg')
 def score(tokens_BxL, fixed_BxL, length_B, cfg=BASE):
-  return arm.score(CAUSAL, None, tokens_BxL, fixed_BxL, length_B, cfg)[1:]
+  kind, *arrays = arm.score(CAUSAL, None, tokens_BxL, fixed_BxL, length_B, cfg)
+  assert kind == 'exact'
+  return arrays
 
 
 def test_the_score_of_a_middle_is_that_of_the_rearranged_text():
