@@ -1,1 +1,1 @@
-"""Benchmarks: commands that print a table, with ratios of what was measured in the same run."""
+"""Benchmarks of training and sampling speed. Run each one from the repository with `python -m benchmarks.NAME`."""

@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags that fail in one line, the machine, the table, the count of compilations."""
+"""Code shared by the benchmarks: command-line flags, random weights, the printed table, and a count of compilations."""
 
 import argparse
 import json
@@ -15,7 +15,6 @@ from ilm_jax.runs import run_file
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIZES = {**transformer.PRESETS, 'toy': dict(num_layers=1, num_heads=2, d_model=16, d_ff=32)}
-COMPUTE = transformer.CHOICES['compute']
 LM1B_VOCABULARY = 30_522
 
 
@@ -23,71 +22,100 @@ LM1B_VOCABULARY = 30_522
 
 
 class Parser(argparse.ArgumentParser):
-  """A parser that says in one line what is wrong with a flag, and takes no abbreviations."""
+  """An argument parser that rejects abbreviated flags, and prints errors in one line with exit code 1.
+
+  Args:
+    doc: the docstring of the benchmark, shown by --help.
+  """
 
   def __init__(self, doc: str):
-    first, _, rest = doc.partition('\n')
-    layout = argparse.RawDescriptionHelpFormatter
-    super().__init__(description=f'{first}\n{rest}', allow_abbrev=False, formatter_class=layout)
+    super().__init__(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
   def error(self, message):
-    self.exit(1, f'error: flags: {message} (--help lists them)\n')
+    self.exit(1, f'error: flags: {message} (see --help)\n')
+
+  def add_common_flags(self, *, size: str | None = None) -> None:
+    """Add --size, --compute, --vocab and --json; `size` is the default size, None: it depends on the device."""
+    default = size or 'xtiny2 on a CPU, small on other devices'
+    self.add_argument('--size', choices=list(SIZES), default=size, help=f'model size (default: {default})')
+    self.add_argument(
+      '--compute',
+      choices=transformer.CHOICES['compute'],
+      default='mixed',
+      help='precision of matrix products (default: mixed)',
+    )
+    self.add_argument('--vocab', type=positive, default=LM1B_VOCABULARY, help='vocabulary size (default: %(default)s)')
+    self.add_argument('--json', metavar='FILE', help='write all measurements to this file')
 
 
-def some_of(names):
-  """A flag's type: some of `names`, separated by commas."""
+def subset_of(names):
+  """Return an argparse type for a comma-separated list of some of `names`."""
 
   def parse(text: str) -> list[str]:
     chosen = text.split(',')
     for name in chosen:
       if name not in names:
-        raise argparse.ArgumentTypeError(f'{name!r} is unknown: expected some of {",".join(names)}')
+        raise argparse.ArgumentTypeError(f'{name!r} is unknown: expected a comma-separated list of {",".join(names)}')
     return chosen
 
   return parse
 
 
 def positive(text: str) -> int:
-  """A flag's type: an integer of at least 1."""
+  """Parse a positive integer; an argparse type."""
   if not text.isdecimal() or int(text) < 1:
     raise argparse.ArgumentTypeError(f'{text!r}: expected an integer of at least 1')
   return int(text)
 
 
-def counts(text: str) -> list[int]:
-  """A flag's type: integers from 0, separated by commas."""
-  if not all(part.isdecimal() for part in text.split(',')):
-    raise argparse.ArgumentTypeError(f'{text!r}: expected numbers with commas between them')
-  return [int(part) for part in text.split(',')]
-
-
 def positives(text: str) -> list[int]:
-  """A flag's type: integers of at least 1, separated by commas."""
+  """Parse a comma-separated list of positive integers; an argparse type."""
   return [positive(part) for part in text.split(',')]
 
 
-# --- what is printed --------------------------------------------------------------------------------------------------
+def counts(text: str) -> list[int]:
+  """Parse a comma-separated list of non-negative integers; an argparse type."""
+  if not all(part.isdecimal() for part in text.split(',')):
+    raise argparse.ArgumentTypeError(f'{text!r}: expected comma-separated integers of at least 0')
+  return [int(part) for part in text.split(',')]
 
 
-def note(text: str) -> None:
-  """A line of progress, on standard error."""
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def model_of(args) -> transformer.ModelConfig:
+  """Return the model of --size, --compute and --vocab; fills in --size where it depends on the device."""
+  args.size = args.size or ('xtiny2' if jax.default_backend() == 'cpu' else 'small')
+  return transformer.ModelConfig.create(args.vocab, **SIZES[args.size], compute=args.compute)
+
+
+def random_params(model_cfg):
+  """Return randomly initialised parameters of a model."""
+  return jax.jit(lambda: transformer.unbox(transformer.init(model_cfg, jax.random.key(0))))()
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def progress(text: str) -> None:
+  """Print a progress line to standard error."""
   print(text, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-  """`48 s`, `3.2 min`."""
+  """Format a duration: `48 s`, `3.2 min`."""
   return f'{seconds:.0f} s' if seconds < 100 else f'{seconds / 60:.1f} min'
 
 
 def machine() -> str:
-  """Device, processor, versions and commit, in one line. Starts the backend."""
+  """Describe the device, the processor, the jax version and the commit in one line. Starts the jax backend."""
   device = jax.devices()[0]
   name = device.device_kind if device.platform != 'cpu' else processor()
   return f'1 x {name} ({device.platform}), {os.cpu_count()} CPUs; jax {jax.__version__}; commit {run_file.commit()}'
 
 
 def processor() -> str:
-  """The processor's name."""
+  """Return the model name of the CPU."""
   info = pathlib.Path('/proc/cpuinfo')
   lines = info.read_text().splitlines() if info.exists() else []
   names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
@@ -95,17 +123,17 @@ def processor() -> str:
 
 
 def number(x: float, digits: int = 3) -> str:
-  """So many significant digits, but every digit before the point: `0.0123`, `12,345`."""
+  """Format a number with `digits` significant digits, and never fewer than its integer digits: `0.0123`, `12,345`."""
   return f'{x:,.0f}' if abs(x) >= 10 ** (digits - 1) else f'{x:.{digits}g}'
 
 
 def median_of(values, digits: int = 3) -> str:
-  """The median and, in parentheses, the least and the largest."""
+  """Format a sample as `median (minimum - maximum)`."""
   return '{} ({} - {})'.format(*(number(x, digits) for x in (statistics.median(values), min(values), max(values))))
 
 
 def table(rows: list[dict[str, str]]) -> str:
-  """Aligned columns under their names (the keys of the first row); a blank line where the first column changes."""
+  """Format rows as aligned columns, with the keys as a header and a blank line where the first column changes."""
   names = list(rows[0])
   widths = [max(len(name), *(len(row[name]) for row in rows)) for name in names]
   numeric = [any(row[name][:1].isdigit() for row in rows) for name in names]
@@ -114,17 +142,17 @@ def table(rows: list[dict[str, str]]) -> str:
     aligned = (c.rjust(w) if right else c.ljust(w) for c, w, right in zip(cells, widths, numeric, strict=True))
     return '  '.join(aligned).rstrip()
 
-  lines, before = [line(names)], rows[0][names[0]]
+  lines, previous = [line(names)], rows[0][names[0]]
   for row in rows:
-    lines += [''] * (row[names[0]] != before) + [line(row.values())]
-    before = row[names[0]]
+    lines += [''] * (row[names[0]] != previous) + [line(row.values())]
+    previous = row[names[0]]
   return '\n'.join(lines)
 
 
-def write_json(path: str, **parts) -> None:
-  """Write what was measured."""
+def write_json(path: str, **measurements) -> None:
+  """Write measurements to a JSON file."""
   with open(path, 'w') as file:
-    json.dump(parts, file, indent=2)
+    json.dump(measurements, file, indent=2)
     file.write('\n')
 
 
@@ -132,11 +160,11 @@ def write_json(path: str, **parts) -> None:
 
 
 class Compilations:
-  """Counts the programs that jax compiles (or reads from its cache) from now on."""
+  """Counts the programs that jax compiles, or loads from its compilation cache, after this object is created."""
 
   def __init__(self):
     self.count = 0
-    jax.monitoring.register_event_duration_secs_listener(self._hear)
+    jax.monitoring.register_event_duration_secs_listener(self._record)
 
-  def _hear(self, event: str, seconds: float, **_):
+  def _record(self, event: str, seconds: float, **_):
     self.count += event == '/jax/core/compile/backend_compile_duration'

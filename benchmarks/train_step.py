@@ -1,14 +1,17 @@
-"""Whole training steps side by side: padded or packed rows, chunked target lists or dense targets.
+"""Training step time and memory: padded against packed rows, chunked against dense vocabulary logits.
 
-A step is forward, backward, AdamW and the moving average, as `ilm_jax.training.loop` makes it, of one group of examples:
+A step is the one of `ilm_jax.training.loop` (forward, backward, AdamW, moving average of the weights), on one group of
+examples and one device. The variants are:
 
-    padded         one example a row, as long as the block
-    packed         the same examples in as few rows as 25,600 examples' worth of groups ever need
-    ...-dense      with the loss as it is defined: all logits and all targets, each of rows x positions x vocabulary
+    padded        one example per row, padded to the block length
+    packed        several examples per row; the number of rows is what the largest of many groups needs
+    ...-dense     with a loss that materialises logits and targets of size rows x positions x vocabulary
 
-on star_hard (configs/star.py:hard), lm1b (lognormal lengths, mean 29) and full (sequences that fill a block of 128).
-Rows go through the model in parts of about --positions positions whose gradients are added up: the same for every row
-of the table, so that the ratios compare like with like. Each configuration runs in a process of its own, on one device.
+The data sets (--mixes) are star_hard (the graphs and the vocabulary of the config star:hard), lm1b (random words,
+lognormal lengths with mean 29) and full (random words, all examples fill a block of 128).
+
+Gradients are accumulated over parts of about --positions positions, the same for every variant, so that ratios compare
+equal conditions. Each configuration runs in its own process, so that its peak memory is its own.
 """
 
 import dataclasses
@@ -30,6 +33,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import _report
+from ilm_jax import families
 from ilm_jax.configs import default, star
 from ilm_jax.data import pipeline
 from ilm_jax.distributed import sharding
@@ -40,30 +44,30 @@ from ilm_jax.tasks import star as star_task
 from ilm_jax.training import experiment, optimizer, train_step
 
 VARIANTS = ('padded', 'packed', 'padded-dense', 'packed-dense')
-GOALS = {'lm1b': 5.0, 'full': 1.7}  # examples per second, packed over padded
-EXAMPLES = {'star_hard': 256, 'lm1b': 256, 'full': 512}  # of a step: one group
-BLOCK = 128
-DRAWN = 25_600  # examples whose groups decide the number of packed rows
-KEPT = 4  # groups that the timed steps take in turn
-LEAST, MOST = 2, 50  # timed steps
+GOALS = {'lm1b': 5.0, 'full': 1.7}  # expected speed-up of packed over padded rows, in examples per second
+EXAMPLES = {'star_hard': 256, 'lm1b': 256, 'full': 512}  # examples per training step
+BLOCK = 128  # maximum tokens per example of lm1b and full
+SURVEYED = 25_600  # examples, drawn in groups, from which the number of packed rows is determined
+TIMED_GROUPS = 4  # groups of examples that the timed steps alternate between
+MIN_STEPS, MAX_STEPS = 2, 50  # timed steps per configuration
 GIB = 2**30
 
 
-# --- what is trained on -----------------------------------------------------------------------------------------------
+# --- training data ----------------------------------------------------------------------------------------------------
 
 
 class Mix(NamedTuple):
-  """Examples, and the shape of the rows they go into."""
+  """A data set for the benchmark, and the shape of its rows."""
 
-  source: Any
+  source: Any  # examples by index
   vocab_size: int
-  block: int  # positions of a padded row
-  row_length: int  # ... of a packed row
-  segments: int  # examples of a packed row, at most
+  block: int  # length of a padded row
+  row_length: int  # length of a packed row
+  segments: int  # maximum examples per packed row
 
 
 class Text:
-  """Random words in sentences of given lengths: `[CLS] [BOS] w w w`."""
+  """Examples `[CLS] [BOS] word word ...` of random words; `length(rng)` draws the number of words."""
 
   def __init__(self, vocab_size: int, length):
     self.vocab_size, self.length = vocab_size, length
@@ -76,13 +80,13 @@ class Text:
 
 
 def lm1b_length(rng) -> int:
-  """Words of a sentence: lognormal, 29 in the mean, cut to the block."""
+  """Draw the number of words in a sentence: lognormal with mean 29, at most 126."""
   sigma = 0.6
   return int(np.clip(round(rng.lognormal(math.log(29) - sigma**2 / 2, sigma)), 1, BLOCK - 2))
 
 
 def star_hard(vocab_size: int) -> Mix:
-  """The graphs, vocabulary and packed rows of configs/star.py:hard."""
+  """Return the graphs, vocabulary and row shape of the config star:hard."""
   del vocab_size
   cfg = star.get_config('hard')
   source, words = star_task.source(cfg.task, 'train'), star_task.tokenizer(cfg.task).vocab_size
@@ -97,13 +101,13 @@ MIXES = {
 
 
 def corrupted(mix: Mix, group: int, examples: int, cfg) -> list[dict]:
-  """The examples of a group, corrupted as in training."""
+  """Return the examples of a group, corrupted as in training."""
   ids = range(group * examples, (group + 1) * examples)
   return [ilm.corrupt(pipeline.example_rng(0, 'train', i), mix.source[i], cfg.corrupt) for i in ids]
 
 
 def shape_of(mix: Mix, packed: bool, groups: list[list[dict]]) -> pipeline.Shape:
-  """The rows of a variant: for packed ones, the most that one of the groups needs."""
+  """Return the batch shape of a variant; packed batches have the number of rows that the largest group needs."""
   examples = len(groups[0])
   if not packed:
     return pipeline.Shape(examples, mix.block, targets=mix.block, segments=1)
@@ -113,8 +117,12 @@ def shape_of(mix: Mix, packed: bool, groups: list[list[dict]]) -> pipeline.Shape
   return dataclasses.replace(shape, rows=rows)
 
 
-def parts_of(rows: int, length: int, positions: int) -> tuple[int, int]:
-  """(parts, rows of a part): at most `positions` (to whole rows), 3/4 of them at least, and the fewest rows added."""
+def split_rows(rows: int, length: int, positions: int) -> tuple[int, int]:
+  """Return (parts, rows per part) for gradient accumulation.
+
+  A part has between 3/4 of `positions` and `positions`, rounded up to whole rows. Within this range, the split that
+  adds the fewest padding rows is chosen.
+  """
   most = min(rows, math.ceil(positions / length))
   part_rows = min(range(most, math.ceil(most * 3 / 4) - 1, -1), key=lambda n: math.ceil(rows / n) * n)
   return math.ceil(rows / part_rows), part_rows
@@ -124,7 +132,7 @@ def parts_of(rows: int, length: int, positions: int) -> tuple[int, int]:
 
 
 def dense_loss(outputs, batch, cfg):
-  """The loss of `families.ilm` as it is defined, from logits_BxLxV and targets_BxLxV: what the chunked one replaces."""
+  """Compute the loss of `families.ilm` from dense logits_BxLxV and targets_BxLxV, the baseline of the chunked loss."""
   segments = batch['cls_BxS'].shape[1]
   compute = vocabulary.head_compute(cfg.compute)
   logits_BxLxV = numerics.einsum('bld,vd->blv', outputs.hidden_BxLxD, outputs.unembed_VxD, compute)
@@ -132,13 +140,13 @@ def dense_loss(outputs, batch, cfg):
   log_z_BxS = numerics.segment_logsumexp(lse_BxL, batch['segment_BxL'], batch['open_BxL'], segments)
   log_z_BxL = jnp.take_along_axis(log_z_BxS, jnp.maximum(batch['segment_BxL'] - 1, 0), axis=1)
 
-  used_BxT = (batch['target_segment_BxT'] > 0).astype(jnp.float32)
-  dropped_BxS = numerics.segment_sum(used_BxT, batch['target_segment_BxT'], segments)
+  valid_BxT = (batch['target_segment_BxT'] > 0).astype(jnp.float32)
+  dropped_BxS = numerics.segment_sum(valid_BxT, batch['target_segment_BxT'], segments)
   share_BxS = batch['segment_weight_BxS'] / jnp.maximum(dropped_BxS, 1)
-  share_BxT = used_BxT * jnp.take_along_axis(share_BxS, jnp.maximum(batch['target_segment_BxT'] - 1, 0), axis=1)
+  share_BxT = valid_BxT * jnp.take_along_axis(share_BxS, jnp.maximum(batch['target_segment_BxT'] - 1, 0), axis=1)
   row_Bx1 = jnp.arange(share_BxT.shape[0])[:, None]
-  where = row_Bx1, batch['target_gap_BxT'], batch['target_token_BxT']
-  target_BxLxV = jnp.zeros(logits_BxLxV.shape, jnp.float32).at[where].add(share_BxT)
+  index = row_Bx1, batch['target_gap_BxT'], batch['target_token_BxT']
+  target_BxLxV = jnp.zeros(logits_BxLxV.shape, jnp.float32).at[index].add(share_BxT)
   token = jnp.where(target_BxLxV > 0, target_BxLxV * (log_z_BxL[..., None] - logits_BxLxV), 0.0).sum()
 
   log_stop_BxSx2 = jax.nn.log_softmax(outputs.stop_BxSx2, axis=-1)
@@ -147,24 +155,24 @@ def dense_loss(outputs, batch, cfg):
   return {'loss': (token + cfg.stop_weight * stop, batch['segment_weight_BxS'].sum())}
 
 
-# --- one configuration ------------------------------------------------------------------------------------------------
+# --- one configuration, in its own process ----------------------------------------------------------------------------
 
 
 def measure(args, name: str, variant: str) -> dict:
-  """Time the training steps of a configuration in this process, whose peak memory is then its own."""
+  """Time training steps of one configuration, and measure their memory."""
   mix, packed, dense = MIXES[name](args.vocab), variant.startswith('packed'), variant.endswith('dense')
   cfg, examples = default.get_config(), args.examples or EXAMPLES[name]
-  number = max(KEPT, DRAWN // examples) if packed else KEPT
+  number = max(TIMED_GROUPS, SURVEYED // examples) if packed else TIMED_GROUPS
   groups = [corrupted(mix, i, examples, cfg) for i in range(number)]
   shape = shape_of(mix, packed, groups)
-  parts, part_rows = parts_of(shape.rows, shape.length, args.positions)
+  parts, part_rows = split_rows(shape.rows, shape.length, args.positions)
   shape = dataclasses.replace(shape, rows=parts * part_rows)
   cfg.data.batch_size = examples
   cfg.optimizer.accumulation_steps = parts
 
   exp = experiment.Experiment(
     cfg=cfg,
-    family=types.SimpleNamespace(loss=dense_loss) if dense else ilm,
+    family=types.SimpleNamespace(loss=dense_loss) if dense else families.get('ilm'),
     task=None,
     model_cfg=transformer.ModelConfig.create(mix.vocab_size, **_report.SIZES[args.size], compute=args.compute),
     sample_cfg=None,
@@ -173,7 +181,7 @@ def measure(args, name: str, variant: str) -> dict:
   )
   tx, schedule = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
   state, abstract = train_step.init_state(exp, tx)
-  packs = [pipeline.pack(group, list(range(len(group))), shape) for group in groups[:KEPT]]
+  packs = [pipeline.pack(group, list(range(len(group))), shape) for group in groups[:TIMED_GROUPS]]
   batches = itertools.cycle([sharding.put_batch(batch, exp.mesh) for batch in packs])
 
   start = time.perf_counter()
@@ -182,15 +190,16 @@ def measure(args, name: str, variant: str) -> dict:
   memory = step.memory_analysis()
 
   compilations, seconds, losses = _report.Compilations(), [], []
-  while len(seconds) < 1 + LEAST or (sum(seconds[1:]) < args.seconds and len(seconds) < 1 + MOST):
+  while len(seconds) < 1 + MIN_STEPS or (sum(seconds[1:]) < args.seconds and len(seconds) < 1 + MAX_STEPS):
     start = time.perf_counter()
     state, pairs = jax.block_until_ready(step(state, next(batches)))
     seconds.append(time.perf_counter() - start)
     losses.append(float(pairs['loss'][0] / pairs['loss'][1]))
     if float(pairs['left_out_examples'][0]) or not math.isfinite(losses[-1]):
-      raise AssertionError(f'{pairs["left_out_examples"]} examples left out, loss {losses[-1]}')
+      left_out = float(pairs['left_out_examples'][0])
+      raise AssertionError(f'{left_out:.0f} examples did not fit into the rows, loss {losses[-1]}')
     if len(seconds) == 1:
-      _report.note(f'      compiled in {compile_seconds:.0f} s, first step {seconds[0]:.3g} s')
+      _report.progress(f'      compiled in {compile_seconds:.0f} s, first step {seconds[0]:.3g} s')
       compilations.count = 0
   return {
     'mix': name,
@@ -213,12 +222,12 @@ def measure(args, name: str, variant: str) -> dict:
 
 
 def peak_bytes() -> int:
-  """The most memory in use so far: on the device, or, on a CPU, resident in this process."""
+  """Return the peak memory use so far: of the device, or on a CPU the resident memory of this process."""
   stats = jax.devices()[0].memory_stats()
   if stats:
     return stats['peak_bytes_in_use']
   try:
-    with open('/proc/self/status') as file:  # ru_maxrss starts with the size of the parent on Linux
+    with open('/proc/self/status') as file:  # on Linux, ru_maxrss includes the parent's memory at the fork
       return next(int(line.split()[1]) * 1024 for line in file if line.startswith('VmHWM'))
   except (OSError, StopIteration):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
@@ -228,26 +237,33 @@ def peak_bytes() -> int:
 
 
 def parse(argv):
-  """Read the flags."""
+  """Parse the command line."""
   parser = _report.Parser(__doc__)
-  parser.add_argument('--mixes', type=_report.some_of(MIXES), default=list(MIXES), help=','.join(MIXES))
   parser.add_argument(
-    '--variants', type=_report.some_of(VARIANTS), help=f'{",".join(VARIANTS)}; by default all, of full the first two'
+    '--mixes', type=_report.subset_of(MIXES), default=list(MIXES), help=f'data sets: {",".join(MIXES)} (default: all)'
   )
-  parser.add_argument('--size', choices=list(_report.SIZES), default='small', help='of the model')
-  parser.add_argument('--compute', choices=_report.COMPUTE, default='mixed', help='type of the matrix products')
-  default_examples = ', '.join(f'{number} of {mix}' for mix, number in EXAMPLES.items())
-  parser.add_argument('--examples', type=_report.positive, help=f'of a step, one group; by default {default_examples}')
-  parser.add_argument('--positions', type=_report.positive, help='of a part: 2048 on a CPU by default, else 32768')
-  parser.add_argument('--vocab', type=_report.positive, default=_report.LM1B_VOCABULARY, help='of lm1b and full')
-  parser.add_argument('--seconds', type=float, default=10.0, help='to time each configuration for, 2 steps at least')
-  parser.add_argument('--json', metavar='FILE', help='where to write everything that was measured')
-  parser.add_argument('--one', help='MIX:VARIANT to measure in this process; prints JSON')
+  parser.add_argument(
+    '--variants',
+    type=_report.subset_of(VARIANTS),
+    help=f'{",".join(VARIANTS)} (default: all, but no dense loss for full)',
+  )
+  default_examples = ', '.join(f'{number} for {mix}' for mix, number in EXAMPLES.items())
+  parser.add_argument('--examples', type=_report.positive, help=f'examples per step (default: {default_examples})')
+  parser.add_argument(
+    '--positions',
+    type=_report.positive,
+    help='positions per forward pass, the rest is accumulated (default: 2048 on a CPU, 32768 on other devices)',
+  )
+  parser.add_argument(
+    '--seconds', type=float, default=10.0, help='time limit per configuration, for at least 2 timed steps (default: 10)'
+  )
+  parser.add_argument('--one', metavar='MIX:VARIANT', help='measure one configuration in this process and print JSON')
+  parser.add_common_flags(size='small')
   return parser.parse_args(argv)
 
 
 def cells(row: dict, baseline: dict | None) -> dict[str, str]:
-  """A row of the table; ratios are over the mix's padded rows with chunked lists."""
+  """Format a row of the table; `baseline` is the padded variant of the same data set, for the ratios."""
 
   def ratio(key):
     return f'{row[key] / baseline[key]:.2f}' if baseline else '-'
@@ -261,24 +277,24 @@ def cells(row: dict, baseline: dict | None) -> dict[str, str]:
     'parts': str(row['parts']),
     's / step (min - max)': _report.median_of(row['seconds']),
     'examples / s': _report.number(row['examples_per_second']),
-    'x': ratio('examples_per_second'),
+    'speed-up': ratio('examples_per_second'),
     'kept tokens / s': _report.number(row['kept_tokens'] / seconds),
     'program GiB': f'{row["program_bytes"] / GIB:.2f}',
-    'x ': ratio('program_bytes'),
+    'x program': ratio('program_bytes'),
     'peak GiB': f'{row["peak_bytes"] / GIB:.2f}',
-    'x  ': ratio('peak_bytes'),
+    'x peak': ratio('peak_bytes'),
   }
 
 
 def summary(rows: list[dict], failed: list[str], args) -> str:
-  """The table, with the machine above it and the goals below."""
+  """Format the report: the machine, the table, the speed-ups from packing, and the configurations that failed."""
   speed = {(row['mix'], row['variant']): row['examples_per_second'] for row in rows}
   baselines = {row['mix']: row for row in rows if row['variant'] == 'padded'}
   lines = [
     rows[0]['machine'],
-    f'size {args.size}, compute {args.compute}; gradients added up over parts of at most {args.positions} positions',
-    'x: the ratio to padded rows with chunked lists',
-    'program: arguments, temporaries and results of the compiled step; peak: of the device, on a CPU of the process',
+    f'size {args.size}, compute {args.compute}; gradients accumulated over parts of at most {args.positions} positions',
+    'speed-up and x: ratios to the variant padded',
+    'program: arguments, temporaries and results of the compiled step; peak: of the device, or on a CPU of the process',
     '',
     _report.table([cells(row, baselines.get(row['mix'])) for row in rows]),
     '',
@@ -287,12 +303,12 @@ def summary(rows: list[dict], failed: list[str], args) -> str:
     if (mix, 'padded') in speed and (mix, 'packed') in speed:
       goal = f' (goal: {GOALS[mix]})' if mix in GOALS else ''
       ratio = speed[mix, 'packed'] / speed[mix, 'padded']
-      lines.append(f'{mix}: packed rows take {ratio:.2f} times the examples per second of padded ones{goal}')
+      lines.append(f'{mix}: packing gives {ratio:.2f} times the examples per second{goal}')
   return '\n'.join([*lines, *failed])
 
 
 def main(argv=None) -> int:
-  """Measure every configuration, each in a process of its own; returns the exit code."""
+  """Run the benchmark; return 1 if a configuration failed, and 130 after Ctrl-C."""
   argv = sys.argv[1:] if argv is None else argv
   args = parse(argv)
   if args.one:
@@ -306,7 +322,7 @@ def main(argv=None) -> int:
   ]
   for done, (mix, variant) in enumerate(todo):
     left = f', about {_report.duration((time.monotonic() - start) / done * (len(todo) - done))} left' if done else ''
-    _report.note(f'[{done + 1}/{len(todo)}] {mix} {variant}{left}')
+    _report.progress(f'[{done + 1}/{len(todo)}] {mix} {variant}{left}')
     command = [sys.executable, '-m', 'benchmarks.train_step', *argv, f'--one={mix}:{variant}']
     paths = [str(_report.ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths)}
@@ -316,14 +332,14 @@ def main(argv=None) -> int:
       code = 130
       break
     if child.returncode:
-      why = 'killed, probably for want of memory' if child.returncode == -9 else f'exit code {child.returncode}'
-      failed.append(f'{mix} {variant}: no result ({why})')
-      _report.note(f'      no result: {why}')
+      reason = 'killed, probably out of memory' if child.returncode == -9 else f'exit code {child.returncode}'
+      failed.append(f'{mix} {variant}: failed ({reason})')
+      _report.progress(f'      failed: {reason}')
       code = 1
       continue
     rows.append(json.loads(child.stdout.splitlines()[-1]))
     args.positions = rows[-1]['positions']
-    _report.note(f'      {_report.number(rows[-1]["examples_per_second"])} examples / s')
+    _report.progress(f'      {_report.number(rows[-1]["examples_per_second"])} examples / s')
   if rows:
     print(summary(rows, failed, args))
     if args.json:

@@ -1,19 +1,21 @@
-"""Masked diffusion language model (MDLM, arXiv 2406.07524): tokens turn into [MASK]s, the model turns them back.
+"""Masked diffusion language model (MDLM, arXiv 2406.07524): free tokens are replaced by [MASK] and predicted back.
 
-At a time t in (0, 1] each free token of a string x is a [MASK] with probability (1 - eps) t. The model is told the
-noise level sigma(t) = -log(1 - (1 - eps) t), and gives each [MASK] j a distribution p(. | z_t) over tokens. With the
-weight sigma'(t) / (exp(sigma(t)) - 1) = 1 / t,
+At a time t in (0, 1] each free token of a string x is masked with probability (1 - eps) t, which gives z_t. The model
+receives the noise level sigma(t) = -log(1 - (1 - eps) t) and predicts a token distribution p(. | z_t) at each [MASK] j.
+With the weight sigma'(t) / (exp(sigma(t)) - 1) = 1 / t,
 
     -log p(x) <= NELBO = integral over t of  1/t  E_{z_t} sum_{j masked} -log p(x_j | z_t)
 
-`loss.mdm`: 'nelbo' is this, of each string, with t > SHORTEST_TIME; 'mean_masked' divides the same weighted sum by the
-number of [MASK]s in the batch (the reference, and no bound).
+The config key `loss.mdm` selects the training loss: 'nelbo' is the NELBO per string, restricted to t > SHORTEST_TIME;
+'mean_masked' divides the same weighted sum by the number of [MASK]s in the batch. The reference code trains with
+'mean_masked', which is not a bound.
 
-The length of a string is given, or it is predicted: then strings are filled up with [PAD]s, which are tokens as others.
+The config key `sampling.length` says whether the length of a string is given or predicted. A model that predicts it is
+trained on strings padded to a fixed length, with [PAD]s that are masked and predicted like other tokens.
 
-Sampling starts with [MASK]s in all the places of the answer. 'ancestral' goes from t = 1 to 0 in equal steps and
-reveals each [MASK] with probability (t - s) / t between t and s, all that are left in the last step; the other orders
-reveal the tokens whose distributions are the most certain.
+Sampling starts from a fully masked answer. The order 'ancestral' divides the time from 1 to 0 into equal steps. A step
+from t to s reveals each [MASK] with probability (t - s) / t, and the last step reveals all the others. The other orders
+reveal first the tokens that the model is most certain of.
 """
 
 import functools
@@ -36,49 +38,49 @@ corrupt = _corrupt.mdm
 LOSSES = ('mean_masked', 'nelbo')
 ORDERS = ('ancestral', 'top_probability', 'margin', 'entropy')
 LENGTHS = ('predicted', 'given')
-ALIVE = 2**24  # logits that the sampler holds at a time
+MAX_LOGITS = 2**24  # number of logits that the sampler keeps in memory at a time
 
 
 def model_settings(cfg) -> dict:
-  """The fields of ModelConfig that masked diffusion decides; the head of a conditioned model has its norm."""
+  """Return the ModelConfig fields that this family sets; adaLN conditioning requires the final norm."""
   conditioning = cfg.model.get('conditioning') or 'adaln'
   norm = {'final_norm': True} if conditioning == 'adaln' else {}
   return {'causal': False, 'stop_head': False, 'conditioning': conditioning, **norm}
 
 
 def sample_settings(cfg) -> dict:
-  """The fields of SampleConfig that the corruption decides."""
+  """Return the SampleConfig fields that follow from `cfg.corrupt`."""
   return {'noise_eps': cfg.corrupt.noise_eps}
 
 
 def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
-  """(tokens, targets) of the longest example with its padding; refuses settings that don't fit together."""
+  """Return (tokens, targets) of the longest padded example; raise UserError if the settings contradict each other."""
   eps, length, data = cfg.corrupt.noise_eps, cfg.corrupt.length, cfg.data
   if not 0 < eps < 1:
-    raise UserError(f'corrupt.noise_eps={eps}: expected a share above 0 and below 1')
+    raise UserError(f'corrupt.noise_eps={eps}: expected a fraction above 0 and below 1')
   if cfg.loss.mdm not in LOSSES:
     raise UserError(f'loss.mdm={cfg.loss.mdm!r}: expected one of {", ".join(LOSSES)}')
   if cfg.sampling.length == 'predicted' and cfg.sampling.max_length != length:
     raise UserError(
-      f'sampling.max_length={cfg.sampling.max_length}: expected corrupt.length={length}, to which the examples are '
-      'padded: make them equal, or use sampling.length=given'
+      f'sampling.max_length={cfg.sampling.max_length}: expected corrupt.length={length}, the padded length of '
+      'training examples: make them equal, or use sampling.length=given'
     )
   if not length:
     return longest, answer
   if length < longest:
-    raise UserError(f'corrupt.length={length}: the longest example has {longest} tokens: raise it')
-  fit = min(data.row_length // length, data.segments)
-  if 0 < fit * data.rows < data.batch_size:
-    rows = -(-data.batch_size // (fit * data.groups)) * data.groups
+    raise UserError(f'corrupt.length={length}: the longest example has {longest} tokens: increase it')
+  per_row = min(data.row_length // length, data.segments)
+  if 0 < per_row * data.rows < data.batch_size:
+    rows = -(-data.batch_size // (per_row * data.groups)) * data.groups
     raise UserError(
-      f'data.rows={data.rows} hold {fit * data.rows} examples of corrupt.length={length} tokens, fewer than '
+      f'data.rows={data.rows} can hold {per_row * data.rows} examples of corrupt.length={length} tokens, fewer than '
       f'data.batch_size={data.batch_size}: use data.rows={rows}'
     )
   return length, length - 1
 
 
 def noise_level(time, eps: float):
-  """sigma(t) of the log-linear schedule."""
+  """Return the noise level sigma(t) of the log-linear schedule at time t."""
   return -jnp.log1p(-(1.0 - eps) * time)
 
 
@@ -86,10 +88,11 @@ def noise_level(time, eps: float):
 
 
 def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', chunk: int = 2048):
-  """Sums over the [MASK]s of each segment.
+  """Return sums over the [MASK]s of each segment.
 
   Returns:
-    (weighted_BxS, plain_BxS, masked_BxS): cross-entropies with their targets' weights and without, and how many.
+    (weighted_BxS, plain_BxS, masks_BxS): the cross-entropy in nats weighted by `target_weight_BxT`, the unweighted
+    cross-entropy, and the number of [MASK]s.
   """
   segments = batch['cls_BxS'].shape[1]
   hidden_BxLxD, unembed_VxD = outputs.hidden_BxLxD, outputs.unembed_VxD
@@ -102,24 +105,27 @@ def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', 
 
 
 def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
-  """The training loss; 'string_bound', the NELBO in nats of a string, whatever is minimised; the loss of a [MASK].
+  """Return the training loss, the NELBO per string and the cross-entropy per [MASK], in nats.
 
-  The bound has no bias for the integral from SHORTEST_TIME to 1, where the times are drawn; what is below, about
-  SHORTEST_TIME times the loss of single [MASK]s, is in `score` alone.
+  `string_bound` is an unbiased estimate of the NELBO's integral from SHORTEST_TIME to 1, the times used in training.
+  The rest of the integral, about SHORTEST_TIME times the loss of a single [MASK], is included only by `score`.
 
   Args:
-    outputs: of the model on the batch.
-    batch: see `types`.
-    cfg: `mdm`, one of LOSSES, `compute` and `vocab_chunk` of the vocabulary head.
+    outputs: model outputs for the batch.
+    batch: a packed batch, see `types`.
+    cfg: the loss `mdm` (one of LOSSES), and `compute` and `vocab_chunk` of the vocabulary head.
+
+  Returns:
+    (total, weight) pairs `loss`, `string_bound` and `token_loss`.
   """
-  weighted_BxS, plain_BxS, masked_BxS = example_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
+  weighted_BxS, plain_BxS, masks_BxS = example_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
   weight_BxS = batch['segment_weight_BxS']
-  weighted, masked = (weight_BxS * weighted_BxS).sum(), (weight_BxS * masked_BxS).sum()
-  bound = (1.0 - _corrupt.SHORTEST_TIME) * weighted, weight_BxS.sum()  # the density of t is 1 / (1 - SHORTEST_TIME)
+  weighted, masks = (weight_BxS * weighted_BxS).sum(), (weight_BxS * masks_BxS).sum()
+  bound = (1.0 - _corrupt.SHORTEST_TIME) * weighted, weight_BxS.sum()  # t has density 1 / (1 - SHORTEST_TIME)
   return {
-    'loss': bound if cfg.mdm == 'nelbo' else (weighted, masked),
+    'loss': bound if cfg.mdm == 'nelbo' else (weighted, masks),
     'string_bound': bound,
-    'token_loss': ((weight_BxS * plain_BxS).sum(), masked),
+    'token_loss': ((weight_BxS * plain_BxS).sum(), masks),
   }
 
 
@@ -127,23 +133,26 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
 
 
 class SampleConfig(NamedTuple):
-  """How to sample. Hashable: a jit compiles once for each."""
+  """Sampling settings. Hashable, because they are a static argument of jit."""
 
-  max_length: int  # of a row, the prompt included; where the length is predicted, the row as it was trained
-  max_steps: int | None = None  # denoising steps; None: max_length
-  order: str = 'ancestral'  # one of ORDERS
-  length: str = 'predicted'  # 'given': Prompt.free_B says how many tokens come
-  token: Rule = Rule()  # a token, at each place that is revealed
-  closed_tokens: tuple[int, ...] = (MASK,)  # ids never produced
-  noise_eps: float = 1e-3  # of the schedule that the model was trained with
-  score_draws: int = 32  # corruptions of a string from which `score` estimates its bound
-  min_buffer: int = 64  # shortest buffer of prompts
+  max_length: int  # maximum tokens per row, counting the prompt; with length='predicted', the padded training length
+  max_steps: int | None = None  # number of denoising steps; None: max_length
+  order: str = 'ancestral'  # which [MASK]s each step reveals, one of ORDERS
+  length: str = 'predicted'  # 'given': Prompt.free_B is the number of tokens to generate
+  token: Rule = Rule()  # how to draw each token
+  closed_tokens: tuple[int, ...] = (MASK,)  # ids of tokens that are never generated
+  noise_eps: float = 1e-3  # eps of the noise schedule in training
+  score_draws: int = 32  # number of random maskings from which `score` estimates the bound of a string
+  min_buffer: int = 64  # minimum length of the prompt buffer
   compute: str = 'float32'
   vocab_chunk: int = 2048
 
   @classmethod
   def create(cls, sampling, *, closed_tokens=(), **others) -> 'SampleConfig':
-    """Build from a config's `sampling` part; [MASK] is closed, and [PAD] is not where the length is predicted."""
+    """Build the settings from the `sampling` part of a config.
+
+    [MASK] is never generated; [PAD] can be generated with length='predicted', where it marks the end of the text.
+    """
     made = sample_config(cls, sampling, closed_tokens=closed_tokens, **others)
     for name, allowed in (('order', ORDERS), ('length', LENGTHS)):
       if getattr(made, name) not in allowed:
@@ -151,25 +160,25 @@ class SampleConfig(NamedTuple):
     if made.max_steps is not None and made.max_steps < 1:
       raise UserError(f'sampling.max_steps={made.max_steps}: expected at least 1')
     if made.score_draws < 2 or made.score_draws % 2:
-      raise UserError(f'sampling.score_draws={made.score_draws}: expected an even number from 2')
+      raise UserError(f'sampling.score_draws={made.score_draws}: expected an even number of at least 2')
     closed = {*closed_tokens, MASK} - ({PAD} if made.length == 'predicted' else set())
     return made._replace(closed_tokens=tuple(sorted(closed)))
 
 
 def check_prompt(given: dict, cfg: SampleConfig) -> None:
-  """Where lengths are given, refuse a prompt that does not say how many tokens come after it, or says too many."""
+  """With length='given', raise UserError if the prompt's number of tokens to generate is missing or too large."""
   if cfg.length != 'given':
     return
   tokens, free = len(given['tokens']), given.get('free', -1)
   if free < 0:
     raise UserError(
-      "sampling.length='given' needs the number of tokens to come of each prompt ('free'), got none: give it, or use "
-      "a model that predicts the length with sampling.length='predicted'"
+      "sampling.length='given' requires the number of tokens to generate ('free') in each prompt, got none: add it, or "
+      "use a model trained to predict the length, with sampling.length='predicted'"
     )
   if tokens + free > cfg.max_length:
     raise UserError(
-      f'a prompt of {tokens} tokens and {free} to come are more than sampling.max_length={cfg.max_length}: raise the '
-      'limit'
+      f'a prompt of {tokens} tokens and {free} tokens to generate exceed sampling.max_length={cfg.max_length}: '
+      'increase it'
     )
 
 
@@ -182,40 +191,42 @@ class _State(NamedTuple):
 
 
 def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
-  """Reveal all [MASK]s of every row in at most max_steps forward passes: one while loop, without a host sync.
+  """Replace all [MASK]s of every row by tokens, in at most max_steps forward passes.
 
-  The [MASK]s are those that the prompt holds and, where the gap after its last token is open, those put behind it: up
-  to max_length, or as many as Prompt.free_B says (unknown, -1, is none). [PAD]s that were sampled are then taken out.
+  The [MASK]s are those in the prompt and, if the gap after its last token is open, those appended to it: up to
+  max_length, or Prompt.free_B of them (none if it is -1). Generated [PAD]s are removed at the end. All steps run in
+  one `lax.while_loop` on the device.
 
   Args:
     forward: (tokens_BxL, length_B, noise_BxS) -> Outputs, with S = 1.
-    rng: the key of the whole run; a row's noise is fold_in(fold_in(rng, request), step) and nothing else.
-    prompt: rows of given tokens; its buffer may be shorter than max_length.
-    cfg: see SampleConfig.
+    rng: the key shared by all requests; step t of request r draws with fold_in(fold_in(rng, r), t).
+    prompt: given tokens; the buffer may be shorter than max_length.
+    cfg: sampling settings.
 
   Returns:
-    Sampled, with L = max_length and M = max_steps. Several tokens have the same order; log_prob is the sum over a
-    step's tokens, [PAD]s included; steps_B counts forward passes up to the one that revealed the last token (in some of
-    an ancestral row nothing is revealed); stop_prob is 0, and every row that is not empty has stopped.
+    Sampled, with L = max_length and M = max_steps. Tokens revealed in the same step have the same order. log_prob_BxM
+    sums over the tokens of a step, including [PAD]s. steps_B counts the forward passes until the last token is
+    revealed, including ancestral steps that reveal nothing. stop_prob_BxM is 0, and stopped_B is True for every
+    non-empty row.
   """
   size, limit = cfg.max_length, cfg.max_length if cfg.max_steps is None else cfg.max_steps
   index_1xL = jnp.arange(size)[None]
   given_B = prompt.length_B.astype(jnp.int32)
   last_B = jnp.maximum(given_B - 1, 0)[:, None]
   tail_open_B = jnp.take_along_axis(prompt.open_BxL.astype(bool), last_B, axis=1)[:, 0] & (given_B > 0)
-  room_B = size - given_B
+  new_B = size - given_B
   if cfg.length == 'given':
-    room_B = jnp.clip(prompt.free_B, 0, room_B)
-  length_B = given_B + jnp.where(tail_open_B, room_B, 0)
-  # Where the length was predicted in training, a text whose end is given is seen with the padding behind it.
-  seen_B = jnp.where(given_B > 0, size, 0) if cfg.length == 'predicted' else length_B
+    new_B = jnp.clip(prompt.free_B, 0, new_B)
+  length_B = given_B + jnp.where(tail_open_B, new_B, 0)
+  # A model that predicts the length always reads padded rows, also if the end of the text is given.
+  input_length_B = jnp.where(given_B > 0, size, 0) if cfg.length == 'predicted' else length_B
   given_BxL, inside_BxL = index_1xL < given_B[:, None], index_1xL < length_B[:, None]
   tokens_BxL = jnp.where(given_BxL, fit(prompt.tokens_BxL.astype(jnp.int32), size, PAD), MASK)
   tokens_BxL = jnp.where(inside_BxL, tokens_BxL, PAD)
 
   request_rng_B = jax.vmap(functools.partial(jax.random.fold_in, rng))(prompt.request_B)
   masks_B = (tokens_BxL == MASK).sum(axis=1)
-  step = functools.partial(_step, forward, request_rng_B, cfg, limit, seen_B, masks_B, given_BxL)
+  step = functools.partial(_step, forward, request_rng_B, cfg, limit, input_length_B, masks_B, given_BxL)
   start = _State(
     step=jnp.zeros((), jnp.int32),
     tokens_BxL=tokens_BxL,
@@ -241,13 +252,13 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
 
 
 def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, length_B, masks_B, given_BxL, state) -> _State:
-  """One forward pass; tokens for some of the [MASK]s that are left of each row's `masks_B`."""
+  """Run one forward pass and reveal some of the remaining [MASK]s; `masks_B` is their initial number per row."""
   masked_BxL = state.tokens_BxL == MASK
-  left_B = masked_BxL.sum(axis=1)
+  remaining_B = masked_BxL.sum(axis=1)
   if cfg.order == 'ancestral':
-    time_B = jnp.full(left_B.shape, 1.0, jnp.float32) - state.step / limit
+    time_B = jnp.full(remaining_B.shape, 1.0, jnp.float32) - state.step / limit
   else:
-    time_B = left_B / jnp.maximum(masks_B, 1)
+    time_B = remaining_B / jnp.maximum(masks_B, 1)
   outputs = forward(state.tokens_BxL, length_B, noise_level(time_B, cfg.noise_eps)[:, None])
 
   rng_B = jax.vmap(jax.random.fold_in, (0, None))(request_rng_B, state.step)
@@ -255,37 +266,37 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, length_B, masks
   token_BxL, log_prob_BxL, certainty_BxL = choose_tokens(outputs, cfg, token_rng_B, given_BxL)
   if cfg.order == 'ancestral':
     draw_BxL = jax.vmap(lambda rng: jax.random.uniform(rng, masked_BxL.shape[1:]))(reveal_rng_B)
-    reveal_BxL = masked_BxL & (draw_BxL < 1.0 / (limit - state.step))  # (t - s) / t; the last time 1
+    reveal_BxL = masked_BxL & (draw_BxL < 1.0 / (limit - state.step))  # (t - s) / t; 1 in the last step
   else:
-    steps_B = jnp.clip(masks_B, 1, limit)  # a row takes no more steps than it has [MASK]s
+    steps_B = jnp.clip(masks_B, 1, limit)  # each step reveals at least one [MASK]
     after_B = masks_B * (steps_B - 1 - state.step) // steps_B
     order_BxL = jnp.argsort(-jnp.where(masked_BxL, certainty_BxL, -jnp.inf), axis=1, stable=True)
     rank_BxL = jnp.argsort(order_BxL, axis=1)
-    reveal_BxL = masked_BxL & (rank_BxL < (left_B - after_B)[:, None])
+    reveal_BxL = masked_BxL & (rank_BxL < (remaining_B - after_B)[:, None])
   return _State(
     step=state.step + 1,
     tokens_BxL=jnp.where(reveal_BxL, token_BxL, state.tokens_BxL),
     order_BxL=jnp.where(reveal_BxL, state.step, state.order_BxL),
-    steps_B=state.steps_B + (left_B > 0),
+    steps_B=state.steps_B + (remaining_B > 0),
     log_prob_BxM=state.log_prob_BxM.at[:, state.step].set(jnp.where(reveal_BxL, log_prob_BxL, 0.0).sum(axis=1)),
   )
 
 
 def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B, given_BxL):
-  """Draw a token for every position, a few positions at a time (never all their logits).
+  """Draw a token for every position, a few positions at a time to limit the memory for logits.
 
-  The [MASK]s of a prompt stand for a token each: where `given_BxL`, there is no [PAD].
+  A [MASK] in the prompt (where `given_BxL`) stands for exactly one token, so it is never filled with [PAD].
 
   Returns:
-    (token_BxL, log_prob_BxL, certainty_BxL): the second is under the model at temperature 1. Certainty is of the
-    model's distribution, whatever token was drawn: the logarithm of its largest probability ('top_probability'), the
-    difference of its two largest ('margin'), or minus its entropy.
+    (token_BxL, log_prob_BxL, certainty_BxL). log_prob is that of the drawn token at temperature 1. Certainty depends on
+    the model's distribution but not on the drawn token: its largest log-probability ('top_probability', 'ancestral'),
+    the difference of its two largest probabilities ('margin'), or its negative entropy ('entropy').
   """
   unembed_VxD = outputs.unembed_VxD
   bias_V = vocabulary.closed_bias(unembed_VxD.shape[0], (*cfg.closed_tokens, MASK))
 
-  def at(place):
-    hidden_BxD, position, given_B = place
+  def draw(position_inputs):
+    hidden_BxD, position, given_B = position_inputs
     logits_BxV = vocabulary.vocab_logits(hidden_BxD, unembed_VxD, bias_V, compute=cfg.compute)
     logits_BxV = logits_BxV.at[:, PAD].add(jnp.where(given_B, numerics.NEG_INF, 0.0))
     log_prob_BxV = jax.nn.log_softmax(logits_BxV)
@@ -300,51 +311,52 @@ def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B, given_BxL):
 
   hidden_LxBxD = outputs.hidden_BxLxD.swapaxes(0, 1)
   size, rows, _ = hidden_LxBxD.shape
-  together = min(size, max(1, ALIVE // (rows * len(bias_V))))
-  chosen = jax.lax.map(at, (hidden_LxBxD, jnp.arange(size), given_BxL.T), batch_size=together)
-  return tuple(x_LxB.swapaxes(0, 1) for x_LxB in chosen)
+  positions = min(size, max(1, MAX_LOGITS // (rows * len(bias_V))))
+  drawn = jax.lax.map(draw, (hidden_LxBxD, jnp.arange(size), given_BxL.T), batch_size=positions)
+  return tuple(x_LxB.swapaxes(0, 1) for x_LxB in drawn)
 
 
 # --- likelihood -------------------------------------------------------------------------------------------------------
 
 
 def check_score(kind: str | None, longest: int) -> None:
-  """Refuse a kind that there is not."""
+  """Raise UserError unless `kind` is None or 'bound', the only score of this family."""
   del longest
   if kind not in (None, 'bound'):
-    raise UserError(f'score: kind={kind!r}: expected bound for family=mdm')
+    raise UserError(f"score: kind={kind!r}: expected 'bound' for family=mdm")
 
 
 def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, kind: str | None = None,
           longest: int = 0) -> Score:  # fmt: skip
-  """Estimate the NELBO of each string, without bias: a bound on -log p of what 'ancestral' draws in many small steps.
+  """Return an unbiased estimate of the NELBO of each string, from `cfg.score_draws` forward passes.
 
-  The sampler reveals each of the F free tokens at a time of its own, uniform in (0, 1], going down from t = 1; at t_n,
-  the n-th smallest of these times, n tokens are still [MASK]s, and any of them may be the one. So with the same times,
+  The NELBO bounds -log p of the strings that ancestral sampling generates at temperature 1 in the limit of many steps.
+  This sampler reveals each of the F free tokens at its own uniform time in (0, 1], going down from t = 1. At the n-th
+  smallest of these times, t_n, n tokens are still masked, and each is equally likely to be the one revealed. Hence
 
       NELBO = sum_{n=1}^F  E_times  1/n sum_{j masked at t_n} -log p(x_j | z, sigma(t_n))
 
-  which is the integral of the family's equation over all of (0, 1], without its singular weight. It is estimated with
-  n in equal strata, two draws of each. There is no term for t = 1: here, as in the sampler, a token is masked with
-  probability t, so nothing is left unmasked there (the share eps that training leaves enters only through the noise
-  level that the model is told). The tokens are those that the sampler may produce, at temperature 1.
+  which equals the integral in the module docstring over all of (0, 1], but has no weight 1/t that diverges at 0. The
+  estimate divides n into equal strata and makes two draws in each. Tokens are masked with probability t, as in the
+  sampler, not (1 - eps) t as in training; eps only enters the noise level given to the model.
 
-  Where the length is predicted the string is filled up with [PAD]s to max_length, which are free tokens and say where
-  it ends; their cost is in nll_B, but they are not counted in tokens_B. Strings with [PAD]s inside, which the sampler
-  would make into the same string, are left out, which the bound allows. Where it is given, this is -log p(x | length).
+  With length='predicted', strings are padded to max_length, and the [PAD]s are free tokens that mark the end: nll_B
+  includes their cost, tokens_B does not count them. The sampler also yields the same string from rows with [PAD]s in
+  other places; ignoring these rows keeps the bound valid. With length='given', the result bounds -log p(x | length).
 
   Args:
     forward: (tokens_BxL, length_B, noise_BxS) -> Outputs, with S = 1.
-    rng: a key; a row's noise depends on it and on the row's index.
-    tokens_BxL: whole strings.
-    fixed_BxL: tokens that are given.
-    length_B: 0 for an empty row, whose score is 0.
-    cfg: `score_draws` forward passes are made.
-    kind: 'bound', or nothing.
+    rng: a key; each row draws with its own key, derived from this one and the row index.
+    tokens_BxL: complete rows, starting with [CLS].
+    fixed_BxL: True for given tokens.
+    length_B: number of tokens per row; 0 for an empty row, whose score is 0.
+    cfg: sampling settings.
+    kind: None or 'bound'.
     longest: not used.
 
   Returns:
-    Score of kind 'bound' (in a jit, return its arrays alone); infinite for a string that the sampler can't produce.
+    Score of kind 'bound', infinite for strings that cannot be sampled. Its `kind` is a string, which a jitted function
+    cannot return: return only the arrays from it.
   """
   check_score(kind, longest)
   rows, size = tokens_BxL.shape

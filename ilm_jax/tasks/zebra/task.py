@@ -19,6 +19,7 @@ from ilm_jax.tasks.zebra.solver import Contradiction, find_table, solve
 from ilm_jax.tasks.zebra.source import Source
 from ilm_jax.types import UserError
 
+
 def tokenizer(cfg) -> WordTokenizer:
   """Return the tokenizer of the 18 words of clues and answers."""
   del cfg
