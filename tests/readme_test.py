@@ -76,7 +76,7 @@ def test_every_command_prints_what_it_promises(folder):
     elif line.startswith('convert'):
       assert 'largest of all' in out
     elif '--out=' in line:
-      assert json.loads((folder / 'answers.jsonl').read_text())['text'].startswith('Once upon a time')
+      assert json.loads((folder / 'completions.jsonl').read_text())['text'].startswith('Once upon a time')
     else:
       assert all(json.loads(row)['tokens'] for row in out.splitlines()), line
   assert (folder / 'runs' / 'star-tiny' / 'eval.json').exists() and (folder / 'trace.html').exists()
