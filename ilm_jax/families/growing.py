@@ -3,7 +3,7 @@
 A family describes its decoding with four functions, collected in a `Growth`:
 
     begin(forward, rng, prompt, cfg, size) -> Rows     rows that hold their prompts, in a buffer of `size` positions
-    step(forward, cfg, rows)               -> Rows     one decoding step: a forward pass, then at most a few new tokens
+    step(forward, cfg, rows)               -> Rows     one decoding step: a forward pass, then the new tokens
     needed(length_B, cfg)                  -> int[B]   upper bound on each row's length after the next step
     finish(rows, cfg)                      -> Sampled  the result, from rows in a buffer of any size
 

@@ -186,7 +186,7 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
 
   left_B = jnp.minimum(cfg.max_length - rows.length_B, growing.most_steps(cfg) - rows.steps_B)
   lacking_BxL = open_BxL & (rows.lack_BxL > 0)
-  first_BxL = rows.gap_BxL != jnp.roll(rows.gap_BxL, 1, axis=1)  # first position of each gap: count each gap once
+  first_BxL = rows.gap_BxL != jnp.roll(rows.gap_BxL, 1, axis=1)  # the first position of each gap, to count it once
   lack_B = jnp.where(lacking_BxL & first_BxL, rows.lack_BxL, 0).sum(axis=1)
   only_lacking_B = (lack_B > 0) & (wants_stop_B | (left_B <= lack_B))
   open_BxL &= lacking_BxL | ~only_lacking_B[:, None]

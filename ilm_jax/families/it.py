@@ -202,5 +202,5 @@ def check_score(kind: str | None, longest: int) -> None:
 
 
 def score(*_, kind: str | None = None, longest: int = 0):
-  """Raise UserError, as `check_score` does."""
+  """Raise UserError: this family defines no likelihood."""
   check_score(kind, longest)

@@ -29,8 +29,8 @@ MOST_EXACT = 12  # largest number of free tokens for kind='exact', which runs 2^
 class _Partial(NamedTuple):
   """Log-probabilities that the model assigns at a text with some tokens missing."""
 
-  log_stop_B: jax.Array  # log pi(s)
-  log_go_B: jax.Array  # log (1 - pi(s))
+  log_stop_B: jax.Array  # log pi(s): the model stops at this text
+  log_go_B: jax.Array  # log (1 - pi(s)): the model inserts a token instead of stopping
   log_pair_BxL: jax.Array  # log p(pair_j | s) at the position j of each missing token, 0 elsewhere
 
 

@@ -58,21 +58,17 @@ def test_the_number_of_dropped_tokens_and_their_choice_are_uniform():
 
 
 @pytest.mark.parametrize('fixed', ['CppB..x..yy.', 'CB.', 'CB'])
-def test_inserting_the_targets_right_of_their_gaps_restores_the_example(fixed):
+def test_fixed_tokens_are_kept_and_inserting_the_targets_restores_the_example(fixed):
   for ex in (example(fixed), example(fixed, np.random.default_rng(0).integers(0, 3, len(fixed)))):
     for got in many(ex, 50):
+      if ex['tokens'].max() >= 10:  # the tokens of this example are all different
+        assert set(got['tokens'].tolist()) >= set(ex['tokens'][ex['fixed']].tolist())
       pieces = [[token] for token in got['tokens'].tolist()]
       for gap, token in zip(got['target_gap'], got['target_token'].tolist(), strict=True):
         pieces[gap].append(token)
       assert [token for piece in pieces for token in piece] == ex['tokens'].tolist()
       assert got['length'] == len(ex['tokens']) == len(got['tokens']) + len(got['target_token'])
       assert got['open'].tolist() == [False] + [True] * (len(got['tokens']) - 1)
-
-
-def test_fixed_tokens_are_never_dropped():
-  ex = example('CppB..x..yy.')
-  for got in many(ex):
-    assert not set(got['target_token'].tolist()) & set(ex['tokens'][ex['fixed']].tolist())
 
 
 def test_u_determines_the_number_of_dropped_tokens_but_not_which():

@@ -166,8 +166,9 @@ def test_the_training_loss_averaged_over_all_sets_is_the_bound():
     free, tokens, packed = np.flatnonzero(~np.array(fixed)), np.array(row, np.int32), []
     for missing in itertools.chain.from_iterable(itertools.combinations(free, n) for n in range(len(free) + 1)):
       keep = ~np.isin(np.arange(len(row)), missing)
-      targets = {'target_gap': [keep[:j].sum() - 1 for j in missing], 'target_token': [row[j] for j in missing]}
-      corrupted = {'tokens': tokens[keep], 'open': corruption.open_gaps(np.array(fixed))[keep], **targets}
+      gaps = np.array([keep[:j].sum() - 1 for j in missing], np.int32)
+      open_ = corruption.open_gaps(np.array(fixed))[keep]
+      corrupted = {'tokens': tokens[keep], 'open': open_, 'target_gap': gaps, 'target_token': tokens[list(missing)]}
       packed.append(pipeline.pack([corrupted | {'length': len(row), 'free': len(free)}], [0], shape))
     batch = pipeline.concatenate(packed)
     outputs = FORWARD(batch['tokens_BxL'], (batch['segment_BxL'] > 0).sum(axis=1))

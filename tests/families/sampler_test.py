@@ -105,7 +105,9 @@ def test_log_probabilities_are_those_of_the_admissible_pairs(drawn):
       weights = [math.exp(logits[k, v]) for k in range(len(before)) if opened[k] for v in range(V) if v not in CLOSED]
       assert out.log_prob_BxM[i, step] == pytest.approx(logits[gap, token] - math.log(sum(weights)), abs=1e-5)
       assert out.stop_prob_BxM[i, step] == pytest.approx(p_stop, rel=1e-5)
-    assert out.stop_prob_BxM[i, steps] == pytest.approx(TABLE.look_up(row)[1], rel=1e-5), 'of the last forward pass'
+    assert out.stop_prob_BxM[i, steps] == pytest.approx(TABLE.look_up(row)[1], rel=1e-5), (
+      'p(stop) of the last forward pass is recorded'
+    )
     assert (out.log_prob_BxM[i, steps:] == 0).all() and (out.stop_prob_BxM[i, steps + 1 :] == 0).all()
     assert len(row) == len(tokens) + steps
 
