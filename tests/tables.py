@@ -1,9 +1,10 @@
-"""Tables for a model: logits that are a hash of the whole row, so that every token and every place matters."""
+"""Lookup tables that stand in for a model: logits are a hash of the whole row, so every token and position matters."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ilm_jax.types import Outputs
+from ilm_jax.types import UNLIMITED, Outputs, Prompt
 
 
 def mix(x):
@@ -14,7 +15,16 @@ def mix(x):
 
 
 def table(tokens_BxL, length_B, xp, *, vocab=9, scale=64, stop_shift=6.0):
-  """(logits_BxLxV, stop_BxSx2): integers over powers of two, exact in float32; every token of a row changes them."""
+  """Return (logits_BxLxV, stop_BxSx2): integers over powers of two, which float32 represents exactly.
+
+  Args:
+    tokens_BxL: token ids.
+    length_B: number of tokens of each row; the rest is ignored.
+    xp: numpy or jax.numpy.
+    vocab: vocabulary size.
+    scale: a larger value gives smaller logits, hence more uniform draws.
+    stop_shift: a larger value gives less probable stops.
+  """
   rows, size = tokens_BxL.shape
   index_1xL = xp.arange(size, dtype=xp.uint32)[None]
   words_BxL = mix(tokens_BxL.astype(xp.uint32) * np.uint32(2654435761) + index_1xL)
@@ -29,13 +39,13 @@ def table(tokens_BxL, length_B, xp, *, vocab=9, scale=64, stop_shift=6.0):
 
 
 class Forward:
-  """The table as a sampler's `forward`; its cache is the tokens themselves."""
+  """The table as a sampler's `forward` argument; its key/value cache holds the tokens themselves."""
 
   def __init__(self, **settings):
     self.settings = settings
 
   def __call__(self, tokens_BxL, length_B, open_BxL=None):
-    del open_BxL  # it is not told
+    del open_BxL  # the table does not depend on the open gaps
     logits_BxLxV, stop_BxSx2 = table(tokens_BxL, length_B, jnp, **self.settings)
     return Outputs(logits_BxLxV, jnp.eye(logits_BxLxV.shape[2]), stop_BxSx2)
 
@@ -51,6 +61,22 @@ class Forward:
     return Outputs(hidden, outputs.unembed_VxD), cache
 
   def look_up(self, row):
-    """(logits[place][token], p(stop)) of one row of any length."""
+    """Return (logits[position][token], p(stop)) of one row of any length."""
     logits, stop = table(np.array([row]), np.array([len(row)]), np, **self.settings)
     return logits[0].astype(np.float64), 1 / (1 + np.exp(-np.float64(stop[0, 0, 0])))
+
+
+def make_prompt(rows, *, size=8, requests=None, fill=0) -> Prompt:
+  """Build a Prompt from rows (tokens, open) or (tokens, open, least, most), padded with empty rows to `fill` rows."""
+  rows = [*rows, *[([], [])] * (fill - len(rows))]
+  columns = [(0, np.int32), (False, bool), (0, np.int32), (UNLIMITED, np.int32)]
+  arrays = [np.full((len(rows), size), value, dtype) for value, dtype in columns]
+  for i, row in enumerate(rows):
+    for array_BxL, values in zip(arrays, row, strict=False):
+      array_BxL[i, : len(values)] = values
+  request_B = np.arange(len(rows), dtype=np.int32)
+  if requests is not None:
+    request_B[: len(requests)] = requests
+  length_B = np.array([len(row[0]) for row in rows], np.int32)
+  tokens_BxL, open_BxL, least_BxL, most_BxL = arrays
+  return jax.device_put(Prompt(tokens_BxL, length_B, open_BxL, request_B, least_BxL=least_BxL, most_BxL=most_BxL))

@@ -1,15 +1,16 @@
-"""What each family does to an example on the host, in numpy alone (the data workers never touch an accelerator).
+"""The corruption of a training example by each family, in numpy only (data workers must not touch an accelerator).
 
-An example is {'tokens': int32[n], 'fixed': bool[n]}: [CLS] first; fixed tokens (prompt, [BOS], the text around a gap)
-are never dropped or masked. A corrupted example is a dict of arrays of variable length, ready to be packed:
+An example is {'tokens': int32[n], 'fixed': bool[n]} with [CLS] first. Fixed tokens (the prompt, [BOS], the text around
+a gap) are never dropped or masked; the other tokens are free. A corrupted example is a dict of variable-length arrays,
+ready for packing:
 
-    tokens, open          what is left, in order, and whether a token may be inserted to the right of each
-    target_gap            for each dropped token, the index (in `tokens`) of the nearest kept token to its left; for a
-                          masked one, of its [MASK]
-    target_token          ... and its id
-    length, free          number of tokens, and of free ones, before the corruption and its padding
-    target_weight         (1 where left out) of each target in the loss
-    noise                 (0 where left out) noise level that the model is told
+    tokens, open          the kept tokens in order, and whether a token may be inserted right of each
+    target_gap            for each target, an index into `tokens`: of the nearest kept token to the left of a dropped
+                          token, or of the [MASK] of a masked one
+    target_token          for each target, the token id to predict
+    length, free          number of tokens, and of free tokens, before corruption and padding
+    target_weight         weight of each target in the loss (optional, default 1)
+    noise                 noise level of the example, an input of the model (optional, default 0)
 """
 
 import math
@@ -19,29 +20,29 @@ import numpy as np
 from ilm_jax.special_tokens import EOS, MASK, PAD
 from ilm_jax.types import UserError
 
-SHORTEST_TIME = 1e-3  # of masked diffusion: the weight of a target is 1 / time
+SHORTEST_TIME = 1e-3  # smallest time of masked diffusion; it bounds a target's weight, 1 / time
 
 
 def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
-  """Drop a uniform subset of uniform size n ~ U{0..L} of the L free tokens.
+  """Drop a uniform random subset of n of the L free tokens, with n uniform on {0, ..., L}.
 
   Worked example: `CLS p BOS a b c d` with b and c dropped keeps `CLS p BOS a d`, with target_gap [3, 3] and
   target_token [b, c].
 
   Args:
-    rng: the example's own generator.
-    example: see above.
-    cfg: `close_prompt` closes the gaps inside the prompt in the training softmax (the reference leaves them open).
-      `infill`: the share of the examples of which only a few stretches are free, as they are when a model fills gaps;
-      their other gaps are closed. (The reference closes each gap in which nothing is missing at the moment; a sampler
-      cannot know those.) With `model.open_gap_embedding`, the model is told which gaps are open, as the reference's is.
-    u: a number in [0, 1) that decides n in place of a draw (stratified validation, of whole texts).
+    rng: the example's random generator.
+    example: see the module docstring.
+    cfg: the config's `corrupt` part. `close_prompt` closes the gaps inside the prompt in the training softmax (the
+      reference leaves them open). `infill_rate` is the fraction of examples that become infilling examples: only one to
+      three spans stay free, and all other gaps are closed. (The reference closes every gap that currently misses no
+      token, which a sampler cannot know.) With model.open_gap_embedding, the model sees which gaps are open.
+    u: a number in [0, 1) that determines n instead of a random draw, for stratified validation on complete texts.
   """
   tokens, fixed = example['tokens'], example['fixed']
   share = cfg.get('infill_rate', 0.0)
   infill = u is None and share > 0 and rng.random() < share
   if infill:
-    fixed = fixed | ~stretches(rng, ~fixed)
+    fixed = fixed | ~choose_spans(rng, ~fixed)
   free = np.flatnonzero(~fixed)
   n = int((rng.random() if u is None else u) * (len(free) + 1))
   keep = np.ones(len(tokens), bool)
@@ -59,23 +60,24 @@ def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
 
 
 def arm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
-  """Every free token, and [EOS] behind the last, as the target of the token before it; nothing is dropped.
+  """Make every free token, and [EOS] after the last one, the target of the token before it; nothing is dropped.
 
-  For filling in the middle (Bavarian et al. 2022, arXiv 2207.14255), a stretch of tokens is moved behind the others,
-  and a [MASK] takes its place; a second [MASK] comes before it. The [MASK]s are no targets.
+  For filling in the middle (Bavarian et al. 2022, arXiv 2207.14255), a span of tokens (the middle) is moved to the end,
+  a [MASK] takes its place, and a second [MASK] precedes the moved span. The [MASK]s are not targets.
 
-  Worked example: `CLS a b c d`, of which b and c are the middle, becomes `CLS a MASK d MASK b c`, with the targets a,
-  d, b, c and EOS, given the token to the left of each.
+  Worked example: `CLS a b c d` with middle b, c becomes `CLS a MASK d MASK b c`. The targets are a, d, b, c and EOS,
+  each predicted from the token to its left.
 
   Args:
-    rng: the example's own generator.
-    example: see above.
-    cfg: `fim_rate`, the share of the examples that are rearranged: the middle lies between two uniform cuts of the free
-      tokens. An example with given tokens behind free ones always is, and its free tokens are the middle.
-    u: of a validation example, which is left in its order; else None.
+    rng: the example's random generator.
+    example: see the module docstring.
+    cfg: the config's `corrupt` part. `fim_rate` is the fraction of examples that are rearranged; the middle then lies
+      between two uniform random cuts of the free tokens. An example with fixed tokens after free ones is always
+      rearranged, with its free tokens as the middle.
+    u: a number for a validation example, whose order is not changed; None for a training example.
 
   Raises:
-    UserError: given tokens stand behind free ones, and `fim_rate` is 0, or the free tokens are not in one piece.
+    UserError: fixed tokens follow free ones, and `fim_rate` is 0 or the free tokens are not contiguous.
   """
   tokens, fixed = example['tokens'], example['fixed']
   free = np.flatnonzero(~fixed)
@@ -83,7 +85,7 @@ def arm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
   if len(free) and free[0] + len(free) != len(tokens):
     if not cfg.fim_rate:
       raise UserError(
-        'family=arm writes from left to right, but an example has given tokens behind free ones: expected the free '
+        'family=arm writes from left to right, but an example has given tokens after free ones: expected the free '
         'tokens last; use corrupt.fim_rate=0.5 (filling in the middle), or family=ilm or mdm'
       )
     if free[-1] - free[0] + 1 != len(free):
@@ -107,10 +109,10 @@ def arm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
 
 
 def rearrange(tokens: np.ndarray, first: int, past: int) -> tuple[np.ndarray, np.ndarray]:
-  """Move the middle, tokens[first:past], behind the others, with a [MASK] in its place and another before it.
+  """Move the middle, tokens[first:past], to the end, with a [MASK] in its old place and a second one before it.
 
   Returns:
-    The new tokens, and the index among them of each of the old ones.
+    (new tokens, index of each old token among the new ones).
   """
   prefix, middle, suffix = np.split(tokens, [first, past])
   mask = np.array([MASK], tokens.dtype)
@@ -120,12 +122,15 @@ def rearrange(tokens: np.ndarray, first: int, past: int) -> tuple[np.ndarray, np
 
 
 def it(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
-  """Drop tokens as `ilm`; a gap with c of them has each as a target of weight 1 / (c + 1), an empty gap [EOS].
+  """Drop tokens as `ilm` does; list one target or more for every open gap.
+
+  A gap with c > 0 dropped tokens has each of them as a target of weight 1 / (c + 1). A gap without dropped tokens has
+  the target [EOS] of weight eos_weight.
 
   Args:
-    rng: the example's own generator.
-    example: see above.
-    cfg: `close_prompt` as for `ilm`; `eos_weight` of an empty gap's target.
+    rng: the example's random generator.
+    example: see the module docstring.
+    cfg: the config's `corrupt` part: the settings of `ilm`, and `eos_weight`.
     u: as for `ilm`.
   """
   out = ilm(rng, example, cfg, u)
@@ -139,8 +144,12 @@ def it(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
   }
 
 
-def stretches(rng: np.random.Generator, free: np.ndarray, most: int = 3) -> np.ndarray:
-  """Choose one to three stretches of the free tokens, with others between them, by uniform cuts; True inside."""
+def choose_spans(rng: np.random.Generator, free: np.ndarray, most: int = 3) -> np.ndarray:
+  """Choose one to `most` disjoint, nonadjacent spans of the free tokens by uniform random cuts.
+
+  Returns:
+    A mask that is true inside the spans.
+  """
   where, chosen = np.flatnonzero(free), np.zeros(len(free), bool)
   number = min(int(rng.integers(1, most + 1)), (len(where) + 1) // 2)
   cuts = np.sort(rng.permutation(len(where) + 1)[: 2 * number])
@@ -150,27 +159,27 @@ def stretches(rng: np.random.Generator, free: np.ndarray, most: int = 3) -> np.n
 
 
 def open_gaps(fixed: np.ndarray) -> np.ndarray:
-  """Where a token may be inserted right of each token: beside free tokens only, never right of [CLS] (index 0)."""
+  """Return for each token whether the gap right of it is open: it touches a free token and is not right of [CLS]."""
   open_ = ~fixed | np.append(~fixed[1:], False)
   open_[0] = False
   return open_
 
 
 def mdm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
-  """Put [MASK] in the place of each free token with probability (1 - eps) t, at a time t ~ U(SHORTEST_TIME, 1].
+  """Replace each free token by [MASK] with probability (1 - eps) t, at a time t ~ U(SHORTEST_TIME, 1].
 
-  The log-linear schedule: noise level sigma(t) = -log(1 - (1 - eps) t), so that a token is masked with probability
-  1 - exp(-sigma). A target weighs sigma'(t) / (exp(sigma(t)) - 1) = 1 / t.
+  The schedule is log-linear: at noise level sigma(t) = -log(1 - (1 - eps) t), a token is masked with probability
+  1 - exp(-sigma(t)). A target has weight sigma'(t) / (exp(sigma(t)) - 1) = 1 / t.
 
   Args:
-    rng: the example's own generator.
-    example: see above.
-    cfg: `length` pads the example to so many tokens with [PAD]s that are free tokens like the others (0: as it is),
-      `noise_eps` is eps.
-    u: a number in [0, 1) that decides t in place of a draw (stratified validation): 0 is t = 1.
+    rng: the example's random generator.
+    example: see the module docstring.
+    cfg: the config's `corrupt` part. `length` pads the example to this many tokens with [PAD]s, which count as free
+      tokens (0: no padding); `noise_eps` is eps.
+    u: a number in [0, 1) that determines t instead of a random draw, for stratified validation; 0 gives t = 1.
 
   Raises:
-    UserError: an example longer than `length`.
+    UserError: the example is longer than `length`.
   """
   tokens, fixed = example['tokens'], example['fixed']
   before = {'length': len(tokens), 'free': int((~fixed).sum())}

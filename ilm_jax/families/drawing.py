@@ -1,63 +1,80 @@
-"""Draw an index from logits by a rule (temperature, top-k, nucleus), and insert tokens into rows."""
+"""Draw indices from logits by a rule (temperature, top-k, nucleus), and insert tokens into rows."""
 
 import jax
 import jax.numpy as jnp
 
-from ilm_jax.models import numerics
-from ilm_jax.types import Rule
+from ilm_jax.models import numerics, vocabulary
+from ilm_jax.types import Outputs, Rule
 
-# --- drawing and inserting --------------------------------------------------------------------------------------------
+# --- drawing ----------------------------------------------------------------------------------------------------------
 
 
 def choose(rng_B, logits_BxN, rule: Rule):
-  """Draw one index of each row by the rule; the token that crosses top_p is kept. Rows use their own keys.
+  """Draw one index of each row by the rule, with the row's own RNG key; the token that crosses top_p is kept.
 
-  An entry's noise depends on (key, index) alone, so a longer row of closed entries draws the same index.
+  The noise of an entry depends only on the key and the entry's index, so closed entries (NEG_INF) appended to a row
+  do not change its draw.
   """
-  if rule.temperature == 0.0 or rule.top_k == 1:
+  if _is_greedy(rule):
     return jnp.argmax(logits_BxN, axis=-1)
-  logits = restrict(logits_BxN.astype(jnp.float32) / rule.temperature, rule)
-  gumbel = jax.vmap(lambda rng: jax.random.gumbel(rng, logits.shape[1:]))(rng_B)
-  return jnp.argmax(jnp.where(logits > numerics.NEG_INF / 2, logits + gumbel, numerics.NEG_INF), axis=-1)
+  return jnp.argmax(_perturbed(rng_B, logits_BxN, rule), axis=-1)
 
 
 def choose_several(rng_B, logits_BxN, rule: Rule, *, count: int):
-  """Draw `count` different indices of each row by the rule, one after the other without replacement.
+  """Draw `count` different indices of each row by the rule, without replacement.
 
-  The first is that of `choose` with the same key: the largest sums of logits and Gumbel noise are such draws.
+  The `count` largest sums of logit and Gumbel noise are a draw without replacement (the Gumbel top-k trick), so the
+  first index equals that of `choose` with the same key.
 
   Returns:
-    (index_BxG, ok_BxG): not ok where the rule leaves fewer.
+    (index_BxG, ok_BxG): the indices in the order of the draws; ok is false once a row has no admissible entry left.
   """
-  if rule.temperature == 0.0 or rule.top_k == 1:  # greedy, either way: the best ones
-    value_BxG, index_BxG = jax.lax.top_k(logits_BxN, count)
-    return index_BxG, value_BxG > numerics.NEG_INF / 2
-  logits = restrict(logits_BxN.astype(jnp.float32) / rule.temperature, rule)
-  gumbel = jax.vmap(lambda rng: jax.random.gumbel(rng, logits.shape[1:]))(rng_B)
-  value_BxG, index_BxG = jax.lax.top_k(
-    jnp.where(logits > numerics.NEG_INF / 2, logits + gumbel, numerics.NEG_INF), count
-  )
+  score_BxN = logits_BxN if _is_greedy(rule) else _perturbed(rng_B, logits_BxN, rule)
+  value_BxG, index_BxG = jax.lax.top_k(score_BxN, count)
   return index_BxG, value_BxG > numerics.NEG_INF / 2
 
 
+def draw_token(rng_B, outputs: Outputs, gap_B, bias_V, rule: Rule, *, compute: str):
+  """Draw a token for one gap of each row.
+
+  Returns:
+    (token_B, logit_B): the drawn token and its logit before the rule is applied.
+  """
+  hidden_BxD = jnp.take_along_axis(outputs.hidden_BxLxD, gap_B[:, None, None], axis=1)[:, 0]
+  logits_BxV = vocabulary.vocab_logits(hidden_BxD, outputs.unembed_VxD, bias_V, compute=compute)
+  token_B = choose(rng_B, logits_BxV, rule)
+  return token_B, jnp.take_along_axis(logits_BxV, token_B[:, None], axis=1)[:, 0]
+
+
+def _is_greedy(rule: Rule) -> bool:
+  return rule.temperature == 0.0 or rule.top_k == 1
+
+
+def _perturbed(rng_B, logits_BxN, rule: Rule):
+  """Return the logits under the rule plus Gumbel noise, NEG_INF on entries that the rule excludes."""
+  logits = restrict(logits_BxN.astype(jnp.float32) / rule.temperature, rule)
+  gumbel = jax.vmap(lambda rng: jax.random.gumbel(rng, logits.shape[1:]))(rng_B)
+  return jnp.where(logits > numerics.NEG_INF / 2, logits + gumbel, numerics.NEG_INF)
+
+
 def restrict(logits_BxN, rule: Rule):
-  """Put numerics.NEG_INF on all but the top_k largest entries, then on what lies outside the nucleus of mass top_p."""
+  """Set to NEG_INF all but the top_k largest entries, then the entries outside the nucleus of probability top_p."""
   size = logits_BxN.shape[-1]
   if 0 < rule.top_k < size:
-    key_BxN = _ordered(logits_BxN)
+    key_BxN = _sort_key(logits_BxN)
     logits_BxN = jnp.where(_largest(key_BxN, jnp.sort(key_BxN, axis=-1), rule.top_k), logits_BxN, numerics.NEG_INF)
   if rule.top_p < 1.0:
-    key_BxN = _ordered(logits_BxN)
-    sorted_BxN = jnp.sort(key_BxN, axis=-1)  # of integers, many times faster than an argsort
-    prob_BxN = jax.nn.softmax(_ordered_back(sorted_BxN)[..., ::-1], axis=-1)
-    before_BxN = jnp.cumsum(prob_BxN, axis=-1) - prob_BxN  # mass of the strictly more probable ones
+    key_BxN = _sort_key(logits_BxN)
+    sorted_BxN = jnp.sort(key_BxN, axis=-1)  # sorting integers is many times faster than an argsort of floats
+    prob_BxN = jax.nn.softmax(_from_sort_key(sorted_BxN)[..., ::-1], axis=-1)
+    before_BxN = jnp.cumsum(prob_BxN, axis=-1) - prob_BxN  # total probability of the more probable entries
     count_B = jnp.maximum((before_BxN < rule.top_p).sum(axis=-1), 1)
     logits_BxN = jnp.where(_largest(key_BxN, sorted_BxN, count_B), logits_BxN, numerics.NEG_INF)
   return logits_BxN
 
 
 def _largest(key_BxN, sorted_BxN, count_B):
-  """Whether an entry is among the `count` largest of its row; of equal ones, the first are."""
+  """Return a mask of the `count_B` largest entries of each row; among equal entries the first ones win."""
   count_Bx1 = jnp.broadcast_to(jnp.asarray(count_B), key_BxN.shape[:-1])[..., None]
   least_Bx1 = jnp.take_along_axis(sorted_BxN, sorted_BxN.shape[-1] - count_Bx1, axis=-1)
   above_BxN, equal_BxN = key_BxN > least_Bx1, key_BxN == least_Bx1
@@ -65,18 +82,22 @@ def _largest(key_BxN, sorted_BxN, count_B):
   return above_BxN | (equal_BxN & (jnp.cumsum(equal_BxN, axis=-1) <= room_Bx1))
 
 
-def _ordered(x):
-  """float32 as int32 in the same order."""
-  bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # one zero, not two
+def _sort_key(x):
+  """Map float32 to int32 so that integer order equals the order of the floats."""
+  bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # -0.0 and 0.0 get the same key
   return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _ordered_back(key):
+def _from_sort_key(key):
+  """Invert `_sort_key`."""
   return jax.lax.bitcast_convert_type(jnp.where(key < 0, key ^ 0x7FFFFFFF, key), jnp.float32)
 
 
+# --- inserting --------------------------------------------------------------------------------------------------------
+
+
 def insert(array_BxL, gap_B, value_B, go_B):
-  """Put value right of position gap in the rows with go, moving the rest up by one (the last entry falls off).
+  """Insert a value right of position gap_B in the rows with go_B; later entries move right, the last one is dropped.
 
   [a b c _], gap 0, value x -> [a x b c].
   """
@@ -87,7 +108,7 @@ def insert(array_BxL, gap_B, value_B, go_B):
 
 
 def insert_all(array_BxL, value_BxL, go_BxL):
-  """Put value_BxL[b, i] right of every position i with go, moving the rest up (what leaves the buffer is dropped).
+  """Insert value_BxL[b, i] right of every position i with go_BxL; entries pushed beyond the buffer are dropped.
 
   [a b c _ _], go at 0 and 2, values x . z -> [a x b c z].
   """

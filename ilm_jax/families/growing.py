@@ -1,16 +1,18 @@
-"""What the samplers that write token by token share: rows that grow in buffers that double, in one jit.
+"""The decoding loop shared by the families that generate by adding tokens to a row (ilm, it, arm).
 
-A family that grows its rows has
+A family describes its decoding with four functions, collected in a `Growth`:
 
-    begin(forward, rng, prompt, cfg, size) -> Rows     in a buffer of `size` positions
-    step(forward, cfg, rows)               -> Rows     after one forward pass
-    needed(length_B, cfg)                  positions after the next step, at most
-    finish(rows, cfg)                      -> Sampled, from rows of any size
+    begin(forward, rng, prompt, cfg, size) -> Rows     rows that hold their prompts, in a buffer of `size` positions
+    step(forward, cfg, rows)               -> Rows     one decoding step: a forward pass, then the new tokens
+    needed(length_B, cfg)                  -> int[B]   upper bound on each row's length after the next step
+    finish(rows, cfg)                      -> Sampled  the result, from rows in a buffer of any size
 
-so that `sample` below runs a batch to its end, and `batching` exchanges finished rows for new ones.
+`sample` runs one batch to its end in a single jit; `inference.continuous_batching` uses the same functions to replace
+finished rows by new ones.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,36 +22,47 @@ from ilm_jax.types import UNLIMITED, Prompt, Sampled
 
 
 class Rows(NamedTuple):
-  """Rows on their way from a prompt to an answer; the first axis of every array is that of the rows."""
+  """Partially decoded rows. The first axis of every array is the row axis; M is the maximum number of steps plus 1."""
 
-  tokens_BxL: jax.Array
-  order_BxL: jax.Array
-  room_BxL: jax.Array  # tokens that may still come right of this one; 0: closed
-  lack_BxL: jax.Array  # tokens that must still come there
-  gap_BxL: jax.Array  # positions with the same number share their room and their lack
-  length_B: jax.Array
-  active_B: jax.Array
-  steps_B: jax.Array
-  stopped_B: jax.Array
-  rng_B: jax.Array  # key of each request
-  log_prob_BxM: jax.Array
-  stop_prob_BxM: jax.Array
-  cache: Any = ()  # of a model that keeps one; its arrays have positions as their second axis
-  memo: Any = ()  # what a family remembers of each row
+  tokens_BxL: jax.Array  # token ids, 0 on padding
+  order_BxL: jax.Array  # step that inserted each token, -1 for given tokens and padding
+  room_BxL: jax.Array  # how many more tokens the gap right of each position may receive; 0: the gap is closed
+  lack_BxL: jax.Array  # how many more tokens the gap right of each position must receive
+  gap_BxL: jax.Array  # number of the prompt's gap that each position belongs to; its positions share room and lack
+  length_B: jax.Array  # number of tokens in each row
+  active_B: jax.Array  # whether the row is still being decoded
+  steps_B: jax.Array  # number of steps that inserted a token
+  stopped_B: jax.Array  # whether the model ended the row (False: still active, or ended by a limit)
+  rng_B: jax.Array  # RNG key of each request
+  log_prob_BxM: jax.Array  # log-probability of each step's insertions
+  stop_prob_BxM: jax.Array  # probability of stopping, as seen at each step
+  cache: Any = ()  # key/value cache of a causal model; its arrays have positions as their second axis
+  memo: Any = ()  # other per-row state of a family
 
 
 def most_steps(cfg) -> int:
-  """Steps of a row, at most."""
+  """Return the largest number of decoding steps that insert a token into a row."""
   return min(cfg.max_length if cfg.max_steps is None else cfg.max_steps, cfg.max_length)
 
 
 def request_keys(rng, prompt: Prompt):
-  """A key for each row, from its request alone."""
+  """Return an RNG key for each row, which depends only on `rng` and the row's request number."""
   return jax.vmap(functools.partial(jax.random.fold_in, rng))(prompt.request_B)
 
 
+def step_keys(rows: Rows, count: int):
+  """Return `count` arrays of RNG keys, one key a row, for the current step of each row."""
+  rng_B = jax.vmap(jax.random.fold_in)(rows.rng_B, rows.steps_B)
+  return jax.vmap(functools.partial(jax.random.split, num=count), out_axes=1)(rng_B)
+
+
+def open_gaps(rows: Rows):
+  """Return a BxL mask of the positions that may still receive a token on their right."""
+  return (rows.room_BxL > 0) & (jnp.arange(rows.tokens_BxL.shape[1])[None] < rows.length_B[:, None])
+
+
 def buffers(start: int, cfg) -> list[int]:
-  """The lengths a row's buffer takes on its way from `start` positions to the longest."""
+  """Return the buffer sizes that a row of `start` tokens passes through: min_buffer, doubled up to `cfg.capacity`."""
   size, sizes = cfg.min_buffer, []
   while size < min(start, cfg.capacity):
     size *= 2
@@ -60,7 +73,7 @@ def buffers(start: int, cfg) -> list[int]:
 
 
 def begin(rng, prompt: Prompt, cfg, size: int, *, cache=(), memo=()) -> Rows:
-  """Rows that hold their prompts, in a buffer of `size` positions."""
+  """Return rows that hold their prompts, in a buffer of `size` positions."""
   count = prompt.tokens_BxL.shape[0]
   trace_BxM = jnp.zeros((count, most_steps(cfg) + 1), jnp.float32)
   open_BxL = jnp.asarray(prompt.open_BxL, bool).at[:, 0].set(False)
@@ -85,8 +98,37 @@ def begin(rng, prompt: Prompt, cfg, size: int, *, cache=(), memo=()) -> Rows:
   )
 
 
+def begin_without_cache(forward, rng, prompt: Prompt, cfg, size: int) -> Rows:
+  """Start decoding for a model that needs neither a cache nor a forward pass over the prompt."""
+  del forward
+  return begin(rng, prompt, cfg, size)
+
+
+def advance(rows: Rows, *, go_B, stops_B, inserted_B, log_prob_B, stop_prob_B, **arrays) -> Rows:
+  """Return the rows after a decoding step.
+
+  Args:
+    rows: the rows before the step.
+    go_B: whether the step inserts into the row; the others become inactive.
+    stops_B: whether the model ends the row.
+    inserted_B: number of tokens inserted into the row.
+    log_prob_B: log-probability of the step's insertions, recorded in the rows with `go_B`.
+    stop_prob_B: probability of stopping, recorded in the rows that were active.
+    **arrays: new values of other fields of `Rows`.
+  """
+  return rows._replace(
+    length_B=rows.length_B + inserted_B,
+    active_B=go_B,
+    steps_B=rows.steps_B + go_B,
+    stopped_B=rows.stopped_B | stops_B,
+    log_prob_BxM=note(rows.log_prob_BxM, rows.steps_B, log_prob_B, go_B),
+    stop_prob_BxM=note(rows.stop_prob_BxM, rows.steps_B, stop_prob_B, rows.active_B),
+    **arrays,
+  )
+
+
 def resize(rows: Rows, size: int) -> Rows:
-  """The same rows in a buffer of `size` positions."""
+  """Pad or cut the rows to a buffer of `size` positions."""
   return rows._replace(
     tokens_BxL=fit(rows.tokens_BxL, size, 0),
     order_BxL=fit(rows.order_BxL, size, -1),
@@ -98,29 +140,32 @@ def resize(rows: Rows, size: int) -> Rows:
 
 
 def finish(rows: Rows, cfg) -> Sampled:
-  """What has been sampled, with L = max_length and M = the largest number of steps, and one for the pass that stops."""
-  made = {name: getattr(rows, name) for name in Sampled._fields}
+  """Return the rows as a `Sampled`, with tokens and order padded or cut to max_length positions."""
+  fields = {name: getattr(rows, name) for name in Sampled._fields}
   cut = {'tokens_BxL': fit(rows.tokens_BxL, cfg.max_length, 0), 'order_BxL': fit(rows.order_BxL, cfg.max_length, -1)}
-  return Sampled(**{**made, **cut})
+  return Sampled(**{**fields, **cut})
 
 
 def one_more(length_B, cfg):
-  """A step adds one token."""
+  """Return the length of each row after a step that inserts one token."""
   del cfg
   return length_B + 1
 
 
 class Growth(NamedTuple):
-  """The functions of a family whose rows grow, see above."""
+  """The decoding functions of a family; the module docstring gives their signatures."""
 
-  begin: Any
-  step: Any
-  needed: Any = one_more
-  finish: Any = finish
+  begin: Callable[..., Rows]
+  step: Callable[..., Rows]
+  needed: Callable[..., Any] = one_more
+  finish: Callable[..., Sampled] = finish
 
 
 def sample(growth: Growth, forward, rng, prompt: Prompt, cfg) -> Sampled:
-  """Repeat a family's step until no row is active: a chain of while loops over growing buffers, without a host sync."""
+  """Decode until no row is active: one while loop for each buffer size, without synchronizing with the host.
+
+  A loop ends when no row is active, or when an active row might outgrow the buffer in its next step.
+  """
   sizes = buffers(prompt.tokens_BxL.shape[1] + cfg.capacity - cfg.max_length, cfg)
   rows = growth.begin(forward, rng, prompt, cfg, sizes[0])
   for size in sizes:
@@ -135,12 +180,12 @@ def sample(growth: Growth, forward, rng, prompt: Prompt, cfg) -> Sampled:
 
 
 def fit(array, size: int, fill):
-  """Pad or cut the second axis to `size` positions."""
+  """Pad (with `fill`) or cut the second axis of an array to `size` positions."""
   extra = max(0, size - array.shape[1])
   return jnp.pad(array, ((0, 0), (0, extra)) + ((0, 0),) * (array.ndim - 2), constant_values=fill)[:, :size]
 
 
 def note(trace_BxM, steps_B, value_B, where_B):
-  """Write each row's value at its step, in the rows with `where`."""
+  """Write each row's value into column `steps_B` of a trace, in the rows where `where_B` is true."""
   row_B = jnp.arange(steps_B.shape[0])
   return trace_BxM.at[row_B, steps_B].set(jnp.where(where_B, value_B, trace_BxM[row_B, steps_B]))

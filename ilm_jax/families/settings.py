@@ -1,8 +1,9 @@
-"""From the `sampling` part of a config to a family's SampleConfig: each family takes the settings that it knows."""
+"""Build a family's SampleConfig from a config's `sampling` part, and describe a SampleConfig in words."""
 
 from ilm_jax.types import Rule, UserError
 
-RULES = ('gap', 'token', 'joint')
+RULES = ('gap', 'token', 'joint')  # settings whose value is a Rule
+# The sampling settings of all families; a family ignores those that its SampleConfig lacks.
 KNOWN = frozenset([
   *['max_length', 'max_steps', 'min_buffer', 'force_first', 'two_stage', *RULES],
   *['stop_threshold', 'stop_temperature', 'gaps', 'gap_threshold', 'parallel', 'end_threshold'],
@@ -14,20 +15,20 @@ def sample_config(cls, sampling, **others):
   """Build a SampleConfig.
 
   Args:
-    cls: a NamedTuple; its fields are the settings that the family knows.
-    sampling: settings by name; rules are dicts of temperature, top_k and top_p, or Rules. Settings of other families
-      are passed over.
-    **others: fields that the model and the task decide.
+    cls: the family's SampleConfig, a NamedTuple; its fields are the settings that the family knows.
+    sampling: settings by name; a rule is a Rule or a dict of temperature, top_k and top_p. Settings of other families
+      are ignored.
+    **others: fields that the model and the task determine.
 
   Raises:
-    UserError: a name that no family knows, or a value that can't be meant.
+    UserError: an unknown setting, or a value out of range.
   """
   settings = dict(sampling)
   for name in sorted(set(settings) - KNOWN - set(cls._fields)):
     expected = ', '.join(sorted(KNOWN & set(cls._fields)))
     raise UserError(f'unknown sampling setting {name!r}: expected one of {expected}')
-  if twice := sorted(set(settings) & set(others)):
-    raise UserError(f'sampling.{twice[0]} cannot be set: the model and the task decide it')
+  if reserved := sorted(set(settings) & set(others)):
+    raise UserError(f'sampling.{reserved[0]} cannot be set: the model and the task decide it')
   if settings.pop('two_stage', settings.get('joint') is None):
     settings['joint'] = None
   for name in RULES:
@@ -42,21 +43,29 @@ def sample_config(cls, sampling, **others):
 
 
 def make_rule(value, name: str) -> Rule:
-  """A Rule from a dict of its fields; refuses what can't be meant."""
+  """Build a Rule from a dict of its fields, or check a Rule.
+
+  Args:
+    value: a Rule or a dict.
+    name: the setting's name, for error messages.
+
+  Raises:
+    UserError: an unknown field, or a value out of range.
+  """
   fields = value._asdict() if isinstance(value, Rule) else dict(value)
-  if odd := sorted(set(fields) - set(Rule._fields)):
-    raise UserError(f'unknown setting {name}.{odd[0]}: expected one of {", ".join(Rule._fields)}')
+  if unknown := sorted(set(fields) - set(Rule._fields)):
+    raise UserError(f'unknown setting {name}.{unknown[0]}: expected one of {", ".join(Rule._fields)}')
   rule = Rule(**fields)
   if rule.temperature < 0 or rule.top_k < 0 or not 0 < rule.top_p <= 1:
     raise UserError(
-      f'{name} has temperature={rule.temperature}, top_k={rule.top_k}, top_p={rule.top_p}: expected a temperature '
-      'from 0 (greedy), top_k from 0 (all), and top_p above 0 and at most 1 (all)'
+      f'{name} has temperature={rule.temperature}, top_k={rule.top_k}, top_p={rule.top_p}: expected a temperature of '
+      'at least 0 (0: greedy), top_k of at least 0 (0: no limit), and top_p above 0 and at most 1 (1: no limit)'
     )
   return rule
 
 
 def describe(cfg) -> str:
-  """The settings of a SampleConfig in a few words: all that decide what is drawn."""
+  """Return a one-line description of a SampleConfig: every setting that affects what is drawn."""
 
   def words(value):
     if not isinstance(value, Rule):
@@ -69,9 +78,9 @@ def describe(cfg) -> str:
   hidden = {'closed_tokens', 'score_draws', 'min_buffer', 'compute', 'vocab_chunk'}
   if getattr(cfg, 'joint', None) is not None:
     hidden |= {'gap', 'token'}
-  sampled = ('stop_threshold',)
+  shown_if_none = ('stop_threshold',)  # None means that the stop is sampled; in other settings it means "not used"
   return '; '.join(
     f'{name} {words(value)}'
     for name, value in cfg._asdict().items()
-    if name not in hidden and value is not False and (value is not None or name in sampled)
+    if name not in hidden and value is not False and (value is not None or name in shown_if_none)
   )

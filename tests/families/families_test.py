@@ -1,4 +1,4 @@
-"""What is asked of every family, whatever it does: a new one is one entry of FAMILIES and passes this file."""
+"""The contract that every family in FAMILIES must fulfil; a new family is tested here without further code."""
 
 import functools
 import pickle
@@ -13,7 +13,7 @@ from ilm_jax.configs import default
 from ilm_jax.data import pipeline
 from ilm_jax.inference import static_batching
 from ilm_jax.models import transformer
-from ilm_jax.special_tokens import BOS, CLS, EOS, PAD, SPECIAL
+from ilm_jax.special_tokens import BOS, CLS, PAD, SPECIAL
 from ilm_jax.types import Score, UserError
 
 V, LENGTH = 17, 16
@@ -23,15 +23,15 @@ CORRUPTED = {'tokens', 'open', 'target_gap', 'target_token', 'length', 'free'}
 
 def make_config(name):
   cfg = default.get_config()
-  cfg.family, _, told = name.partition(' ')
-  cfg.model.open_gap_embedding = bool(told)
+  cfg.family, _, open_gap_embedding = name.partition(' with ')
+  cfg.model.open_gap_embedding = bool(open_gap_embedding)
   cfg.corrupt.length = LENGTH
   return cfg
 
 
-@pytest.fixture(scope='module', params=[*families.FAMILIES, 'ilm told'])
+@pytest.fixture(scope='module', params=[*families.FAMILIES, 'ilm with open_gap_embedding'])
 def made(request):
-  """(the family, its config, a Forward with random weights)."""
+  """Return (family, its config, a Forward with random weights)."""
   cfg = make_config(request.param)
   family = families.get(cfg.family)
   settings = {
@@ -48,12 +48,14 @@ def example(rng, prompt=3, answer=5):
   return {'tokens': tokens, 'fixed': np.arange(len(tokens)) < prompt + 2}
 
 
-def corrupted(family, cfg, number=6):
+def examples_of(number=6):
   rng = np.random.default_rng(0)
-  examples = [example(rng, prompt=i % 3, answer=i) for i in range(number)]
-  return [
-    family.corrupt(np.random.default_rng(i), e, cfg.corrupt, u=(i + 0.5) / number) for i, e in enumerate(examples)
-  ]
+  return [example(rng, prompt=i % 3, answer=i) for i in range(number)]
+
+
+def corrupted(family, cfg, examples):
+  corrupt = functools.partial(family.corrupt, cfg=cfg.corrupt)
+  return [corrupt(np.random.default_rng(i), e, u=(i + 0.5) / len(examples)) for i, e in enumerate(examples)]
 
 
 def loss_cfg(cfg):
@@ -70,21 +72,24 @@ def losses(made, batch, params=None):
   return family.loss(outputs, batch, loss_cfg(cfg))
 
 
-def test_the_corruption_is_a_function_of_its_generator_and_fits_the_packing(made):
+def test_corruption_depends_only_on_the_generator_and_can_be_packed(made):
   family, cfg, _ = made
-  again = corrupted(family, cfg)
-  for first, second in zip(corrupted(family, cfg), again, strict=True):
+  examples = examples_of()
+  for first, second in zip(corrupted(family, cfg, examples), corrupted(family, cfg, examples), strict=True):
     assert first.keys() >= CORRUPTED
     for name in first:
       np.testing.assert_array_equal(first[name], second[name])
     assert len(first['open']) == len(first['tokens'])
     assert len(first['target_gap']) == len(first['target_token'])
     assert all(0 <= gap < len(first['tokens']) for gap in first['target_gap'])
-  assert pickle.loads(pickle.dumps(functools.partial(family.corrupt, cfg=cfg.corrupt)))  # it goes to workers
+  for used, fresh in zip(examples, examples_of(), strict=True):
+    for name in used:
+      np.testing.assert_array_equal(used[name], fresh[name], err_msg='corruption changed its input')
+  assert pickle.loads(pickle.dumps(functools.partial(family.corrupt, cfg=cfg.corrupt)))  # data workers receive it
 
 
-def test_packed_losses_equal_unpacked_ones(made):
-  examples = corrupted(*made[:2])
+def test_packed_losses_equal_unpacked_losses(made):
+  examples = corrupted(*made[:2], examples_of())
   packed = pipeline.pack(examples, list(range(6)), pipeline.Shape(3, 2 * LENGTH, 4 * LENGTH, 3))
   assert packed['segment_BxL'].max() > 1
   one = pipeline.Shape(1, LENGTH, 2 * LENGTH, 1)
@@ -93,19 +98,19 @@ def test_packed_losses_equal_unpacked_ones(made):
   together, apart = run(packed), run(alone)
   assert {'loss'} <= together.keys() == apart.keys()
   for name in together:
-    np.testing.assert_allclose(together[name], apart[name], rtol=2e-5, err_msg=name)
+    np.testing.assert_allclose(together[name], apart[name], rtol=2e-5, atol=1e-5, err_msg=name)
     assert float(together[name][1]) > 0
 
 
-def test_the_gradient_reaches_every_parameter_that_the_outputs_depend_on(made):
-  batch = pipeline.pack(corrupted(*made[:2]), list(range(6)), pipeline.Shape(6, LENGTH, 2 * LENGTH, 1))
+def test_every_parameter_has_a_nonzero_gradient(made):
+  batch = pipeline.pack(corrupted(*made[:2], examples_of()), list(range(6)), pipeline.Shape(6, LENGTH, 2 * LENGTH, 1))
   grads = jax.jit(jax.grad(lambda params: losses(made, batch, params)['loss'][0]))(made[2].params)
   for path, grad in jax.tree_util.tree_flatten_with_path(grads)[0]:
     assert np.isfinite(grad).all()
     assert np.abs(grad).max() > 0, jax.tree_util.keystr(path)
 
 
-make_sampler = functools.cache(static_batching.Sampler)  # keeps what was compiled
+make_sampler = functools.cache(static_batching.Sampler)  # the tests of a family share compiled samplers
 
 
 def sample(made, prompts, requests=None, batch_size=8, **settings):
@@ -123,7 +128,7 @@ def prompts_of(number):
   return [static_batching.prompt_of(example(rng, prompt=i % 4, answer=4)) for i in range(number)]
 
 
-def test_answers_keep_what_was_given_and_hold_no_special_tokens(made):
+def test_completions_keep_the_prompt_and_contain_no_special_tokens(made):
   prompts = prompts_of(12)
   some = False
   for prompt, row in zip(prompts, sample(made, prompts), strict=True):
@@ -136,46 +141,57 @@ def test_answers_keep_what_was_given_and_hold_no_special_tokens(made):
   assert some
 
 
-def test_an_answer_depends_on_its_request_alone(made):
-  prompts = prompts_of(9)
+def test_a_completion_depends_only_on_its_request(made):
+  prompts = prompts_of(8)
   together = sample(made, prompts)
   alone = sample(made, prompts[5:6], requests=[5], batch_size=1, min_buffer=64)[0]
   for name in ('tokens', 'order', 'stopped'):
     np.testing.assert_array_equal(together[5][name], alone[name])
   np.testing.assert_allclose(together[5]['log_prob'], alone['log_prob'], atol=2e-4)
-  again = sample(made, prompts[5:6] * 4, requests=[5, 6, 7, 5], batch_size=4)
-  np.testing.assert_array_equal(again[0]['tokens'], again[3]['tokens'])
+  again = sample(made, [prompts[i] for i in (5, 5, 7, 5)], requests=[5, 6, 7, 5])
+  for row in (again[0], again[3]):
+    np.testing.assert_array_equal(row['tokens'], together[5]['tokens'])
 
 
-def test_the_score_says_what_it_is(made):
+def test_a_score_is_finite_and_says_its_kind(made):
   family, cfg, forward = made
-  special = tuple(range(len(SPECIAL)))
   sampling_cfg = {**cfg.sampling.to_dict(), 'max_length': LENGTH}
+  special = tuple(range(len(SPECIAL)))
   sample_cfg = family.SampleConfig.create(sampling_cfg, closed_tokens=special, compute='float32', vocab_chunk=6)
   rng = np.random.default_rng(0)
   examples = [example(rng, prompt=1, answer=n) for n in (0, 3)]
   tokens_BxL, fixed_BxL = np.full((2, LENGTH), PAD, np.int32), np.ones((2, LENGTH), bool)
   for i, e in enumerate(examples):
     tokens_BxL[i, : len(e['tokens'])], fixed_BxL[i, : len(e['tokens'])] = e['tokens'], e['fixed']
-  args = forward, jax.random.key(0), tokens_BxL, fixed_BxL, np.array([len(e['tokens']) for e in examples]), sample_cfg
-  if cfg.family == 'it':
+  length_B, kinds = np.array([len(e['tokens']) for e in examples]), []
+
+  def score(rng, **options):
+    scored = family.score(forward, rng, tokens_BxL, fixed_BxL, length_B, sample_cfg, **options)
+    assert isinstance(scored, Score)
+    kinds.append(scored.kind)
+    return scored.nll_B, scored.tokens_B
+
+  if family.score is None:
     with pytest.raises(UserError, match='no likelihood'):
-      family.score(*args)
+      family.check_score(None, 0)
     return
-  scored = family.score(*args)
-  assert isinstance(scored, Score) and scored.kind in ('exact', 'bound', 'importance-weighted')
-  assert np.isfinite(scored.nll_B).all() and (np.asarray(scored.nll_B) > 0).all()
-  if cfg.family != 'mdm':  # which pays for the padding of the shorter one
-    assert scored.nll_B[1] > scored.nll_B[0]
-  assert np.asarray(scored.tokens_B).tolist() == [0, 3]
+  nll_B, tokens_B = jax.device_get(jax.jit(score)(jax.random.key(0)))
+  assert kinds[0] in ('exact', 'bound', 'importance-weighted')
+  assert np.isfinite(nll_B).all() and (nll_B > 0).all()
+  if cfg.family != 'mdm':  # the score of an MDM includes the padding, and the shorter text has more of it
+    assert nll_B[1] > nll_B[0]
+  assert tokens_B.tolist() == [0, 3]
   with pytest.raises(UserError, match="kind='guess'"):
-    family.score(*args, kind='guess')
+    score(jax.random.key(0), kind='guess')
 
 
-def test_unknown_families_and_settings_are_refused(made):
+def test_unknown_families_are_refused():
   with pytest.raises(UserError, match=r"config.family='gpt': expected one of ilm, arm"):
     families.get('gpt')
-  for odd, message in (
+
+
+def test_unknown_sampling_settings_and_values_out_of_range_are_refused(made):
+  for settings, message in (
     ({'temprature': 1}, "unknown sampling setting 'temprature'"),
     ({'token': {'topk': 1}}, r'unknown setting sampling\.token\.topk'),
     ({'token': {'temperature': -1.0}}, r'sampling\.token has temperature=-1\.0.*expected a temperature'),
@@ -184,8 +200,4 @@ def test_unknown_families_and_settings_are_refused(made):
     ({'compute': 'float32'}, r'sampling\.compute cannot be set'),
   ):
     with pytest.raises(UserError, match=message):
-      made[0].SampleConfig.create({'max_length': 9, **odd}, closed_tokens=(), compute='float32')
-
-
-def test_the_end_symbol_is_the_tokenizers():
-  assert SPECIAL[EOS] == '[EOS]' and SPECIAL[PAD] == '[PAD]'
+      made[0].SampleConfig.create({'max_length': 9, **settings}, closed_tokens=(), compute='float32')

@@ -1,4 +1,4 @@
-"""Several insertions in a step, and the least and most tokens of a gap, against growing Python lists."""
+"""Greedy decoding of the insertion family against growing Python lists: gap limits, several insertions in a step."""
 
 import functools
 import math
@@ -8,24 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tables
+from ml_collections import ConfigDict
 
 from ilm_jax.families import drawing, ilm
 from ilm_jax.models import numerics
-from ilm_jax.types import UNLIMITED, Prompt, Rule, UserError
+from ilm_jax.types import GREEDY, UNLIMITED, Rule, UserError
 
 V, CLS, BOS = 9, 1, 2
 CLOSED = (0, 1, 2)
 CFG = ilm.SampleConfig(max_length=16, stop_threshold=0.6, closed_tokens=CLOSED, min_buffer=4)
 TABLE = tables.Forward(vocab=V)
 
-
-@functools.partial(jax.jit, static_argnames='cfg')
-def sample(prompt, rng, cfg):
-  return ilm.sample(TABLE, rng, prompt, cfg)
+sample = jax.jit(functools.partial(ilm.sample, TABLE), static_argnames='cfg')
 
 
 def requests(number=40, limits=True):
-  """(tokens, open, least, most) of rows with gaps anywhere."""
+  """Make (tokens, open, least, most) of rows with open gaps anywhere, with or without limits on their tokens."""
   rng, rows = np.random.default_rng(0), []
   for _ in range(number):
     n = int(rng.integers(2, 9))
@@ -36,38 +34,33 @@ def requests(number=40, limits=True):
   return rows
 
 
-def prompt_of(rows, size=10):
-  def stack(which, fill, kind):
-    out = np.full((len(rows), size), fill, kind)
-    for i, row in enumerate(rows):
-      out[i, : len(row[which])] = row[which]
-    return out
-
-  arrays = [stack(0, 0, np.int32), stack(1, False, bool), stack(2, 0, np.int32), stack(3, UNLIMITED, np.int32)]
-  length_B = np.array([len(row[0]) for row in rows])
-  return Prompt(arrays[0], length_B, arrays[1], np.arange(len(rows)), least_BxL=arrays[2], most_BxL=arrays[3])
-
-
 def grow(row, cfg):
-  """Sample one row greedily; each token carries the number of its gap, each gap counts what came into it."""
+  """Decode one row greedily with Python lists.
+
+  Returns:
+    (items, steps, stopped): an item is (token, number of its gap, step that inserted it).
+  """
   tokens, opens, least, most = row
   items = [(token, i if open_ else None, -1) for i, (token, open_) in enumerate(zip(tokens, opens, strict=True))]
   count, steps = dict.fromkeys(range(len(tokens)), 0), 0
+  allowed = [token for token in range(V) if token not in cfg.closed_tokens]
   while True:
-    logits, p_stop = tables.Forward(vocab=V).look_up([token for token, *_ in items])
+    logits, p_stop = TABLE.look_up([token for token, *_ in items])
     may = [k for k, (_, gap, _) in enumerate(items) if gap is not None and count[gap] < most[gap]]
     lacking = [k for k in may if count[items[k][1]] < least[items[k][1]]]
     lack = sum(least[gap] - count[gap] for gap in {items[k][1] for k in lacking})
     room = min(cfg.max_length - len(items), (cfg.max_steps or cfg.max_length) - steps)
     bound = most
-    if p_stop >= cfg.stop_threshold and not lack:
+    if p_stop >= cfg.stop_threshold and not lack and not (cfg.force_first and steps == 0):
       return items, steps, True
     if lack and (p_stop >= cfg.stop_threshold or room <= lack):
       may, bound = lacking, least
     if not may or room <= 0:
       return items, steps, False
-    allowed = [token for token in range(V) if token not in CLOSED]
-    total = {k: math.log(sum(math.exp(logits[k, token]) for token in allowed)) for k in may}
+    if cfg.joint is None:
+      total = {k: math.log(sum(math.exp(logits[k, token]) for token in allowed)) for k in may}
+    else:
+      total = {k: max(logits[k, token] for token in allowed) for k in may}
     best = sorted(may, key=lambda k: (-total[k], k))[: cfg.gaps or None]
     if cfg.gap_threshold:
       best = [k for k in best if total[k] >= total[best[0]] + math.log(cfg.gap_threshold)]
@@ -88,39 +81,53 @@ def grow(row, cfg):
     steps += 1
 
 
-@pytest.mark.parametrize('limits', [False, True], ids=['unlimited', 'limits'])
 @pytest.mark.parametrize(
-  'settings',
+  ('settings', 'limits'),
   [
-    {},
-    {'max_steps': 4},
-    {'gaps': 2},
-    {'gaps': 3, 'gap_threshold': 0.3},
-    {'gaps': 0},
-    {'gaps': 0, 'gap_threshold': 0.7},
-    {'gaps': 40},
+    ({}, True),
+    ({'joint': GREEDY}, True),
+    ({'max_steps': 4}, True),
+    ({'force_first': True, 'stop_threshold': 0.2}, False),
+    ({'closed_tokens': (), 'stop_threshold': 1.0}, False),
+    ({'gaps': 2}, True),
+    ({'gaps': 3, 'gap_threshold': 0.3}, True),
+    ({'gaps': 0, 'gap_threshold': 0.7}, False),
+    ({'gaps': 0}, False),
+    ({'gaps': 40}, True),
   ],
   ids=str,
 )
-def test_rows_are_those_of_growing_lists(settings, limits):
+def test_decoding_equals_growing_a_list(settings, limits):
   cfg, rows = CFG._replace(**settings), requests(limits=limits)
-  out = jax.device_get(sample(prompt_of(rows), jax.random.key(0), cfg))
-  many, limited = 0, 0
+  out = jax.device_get(sample(jax.random.key(0), tables.make_prompt(rows, size=10), cfg=cfg))
+  several, limited, full = 0, 0, 0
   for i, row in enumerate(rows):
     items, steps, stopped = grow(row, cfg)
-    assert out.tokens_BxL[i, : out.length_B[i]].tolist() == [token for token, *_ in items]
-    assert out.order_BxL[i, : out.length_B[i]].tolist() == [step for *_, step in items]
+    rest = [0] * (cfg.max_length - len(items))
+    assert out.tokens_BxL[i].tolist() == [token for token, *_ in items] + rest
+    assert out.order_BxL[i].tolist() == [step for *_, step in items] + [-1] * len(rest)
     assert (out.steps_B[i], out.stopped_B[i]) == (steps, stopped)
-    many += len(items) - len(row[0]) > steps
+    several += len(items) - len(row[0]) > steps
+    full += len(items) == cfg.max_length
     limited += not stopped and len(items) < cfg.max_length and steps < (cfg.max_steps or 99) and row[1].any()
     if len(row[0]) + row[2][row[1]].sum() <= cfg.max_length and row[2][row[1]].sum() <= (cfg.max_steps or 99):
       inside = {gap: sum(item[1:] != (gap, -1) and item[1] == gap for item in items) for gap in np.flatnonzero(row[1])}
       assert all(row[2][gap] <= number <= row[3][gap] for gap, number in inside.items())
-  assert bool(many) == (cfg.gaps != 1) and bool(limited) == limits
+  assert bool(several) == (cfg.gaps != 1) and bool(limited) == limits and (full or cfg.max_steps)
+
+
+def test_with_a_gap_threshold_every_step_inserts_a_token():
+  cfg = CFG._replace(gaps=3, gap_threshold=0.9, gap=Rule(), token=Rule(), stop_threshold=1.0)
+  out = jax.device_get(sample(jax.random.key(0), tables.make_prompt(requests(limits=False), size=10), cfg=cfg))
+  for row, steps in zip(out.order_BxL.tolist(), out.steps_B.tolist(), strict=True):
+    assert set(row) - {-1} == set(range(steps))
+
+
+# --- drawing without replacement --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('rule', [Rule(), Rule(0.7, top_p=0.8)], ids=str)
-def test_one_gap_of_several_is_the_one_of_a_single_draw(rule):
+def test_the_first_of_several_draws_equals_a_single_draw(rule):
   logits = 2 * jax.random.normal(jax.random.key(0), (300, 7))
   logits = logits.at[:100, 3:].set(numerics.NEG_INF)
   rng_B = jax.random.split(jax.random.key(1), 300)
@@ -142,16 +149,28 @@ def test_several_draws_are_without_replacement():
       assert abs(share - expected) < 0.01
 
 
-def test_with_a_threshold_no_step_is_without_an_insertion():
-  cfg = CFG._replace(gaps=3, gap_threshold=0.9, gap=Rule(), token=Rule(), stop_threshold=1.0)
-  out = jax.device_get(sample(prompt_of(requests(limits=False)), jax.random.key(0), cfg))
-  for row, steps in zip(out.order_BxL.tolist(), out.steps_B.tolist(), strict=True):
-    assert set(row) - {-1} == set(range(steps))
+# --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def test_settings_that_cannot_be_meant_are_refused():
-  for odd, message in (({'gaps': -1}, 'gaps=-1'), ({'gap_threshold': 2.0}, 'gap_threshold=2.0')):
-    with pytest.raises(UserError, match=message):
-      ilm.SampleConfig.create({'max_length': 9, **odd})
-  with pytest.raises(UserError, match='drawn in two stages'):
-    ilm.SampleConfig.create({'max_length': 9, 'gaps': 2, 'two_stage': False, 'joint': {}})
+def test_settings_come_from_a_config():
+  sampling = ConfigDict({'max_length': 9, 'gap': {'temperature': 0.0}, 'token': {'top_p': 0.9}, 'stop_threshold': 0.0})
+  cfg = ilm.SampleConfig.create(sampling, closed_tokens=(0, 1))
+  assert cfg == ilm.SampleConfig(
+    max_length=9, gap=Rule(temperature=0.0), token=Rule(top_p=0.9), stop_threshold=None, closed_tokens=(0, 1)
+  )
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'stop_threshold': -0.1}, 'stop_threshold=-0.1: expected a probability'),
+    ({'stop_threshold': 1.5}, 'stop_threshold=1.5: expected a probability'),
+    ({'gaps': -1}, 'gaps=-1: expected a number of gaps'),
+    ({'gap_threshold': 2.0}, 'gap_threshold=2.0: expected a fraction'),
+    ({'gaps': 2, 'two_stage': False, 'joint': {}}, 'gaps=2 cannot be combined with sampling.joint'),
+  ],
+)
+def test_settings_out_of_range_are_refused_in_one_line(settings, message):
+  with pytest.raises(UserError, match=message) as error:
+    ilm.SampleConfig.create({'max_length': 9, **settings})
+  assert '\n' not in str(error.value)
