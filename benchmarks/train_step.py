@@ -33,14 +33,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import _report
-from ilm_jax import families
+from ilm_jax import families, tasks
 from ilm_jax.configs import default, star
 from ilm_jax.data import pipeline
 from ilm_jax.distributed import sharding
 from ilm_jax.families import ilm
 from ilm_jax.models import numerics, transformer, vocabulary
 from ilm_jax.special_tokens import BOS, CLS, SPECIAL
-from ilm_jax.tasks import star as star_task
 from ilm_jax.training import experiment, optimizer, train_step
 
 VARIANTS = ('padded', 'packed', 'padded-dense', 'packed-dense')
@@ -89,8 +88,9 @@ def star_hard(vocab_size: int) -> Mix:
   """Return the graphs, vocabulary and row shape of the config star:hard."""
   del vocab_size
   cfg = star.get_config('hard')
-  source, words = star_task.source(cfg.task, 'train'), star_task.tokenizer(cfg.task).vocab_size
-  return Mix(source, words, star_task.longest(cfg.task), cfg.data.row_length, cfg.data.segments)
+  task = tasks.get(cfg.task.name)
+  source, words = task.source(cfg.task, 'train'), task.tokenizer(cfg.task).vocab_size
+  return Mix(source, words, task.longest(cfg.task), cfg.data.row_length, cfg.data.segments)
 
 
 MIXES = {

@@ -92,7 +92,8 @@ def test_each_configuration_is_measured_by_a_child_process(monkeypatch, tmp_path
       code = train_step.main(command[3:])
     return subprocess.CompletedProcess(command, code, stdout=out.getvalue())
 
-  monkeypatch.setattr(subprocess, 'run', run_here)
+  # Not subprocess.run itself, with which run_file asks git for the commit.
+  monkeypatch.setattr(train_step, 'subprocess', types.SimpleNamespace(run=run_here, PIPE=subprocess.PIPE))
   assert train_step.main(flags) == 0
   child = [sys.executable, '-m', 'benchmarks.train_step', *flags]
   assert commands == [[*child, '--one=lm1b:padded'], [*child, '--one=lm1b:packed-dense']]

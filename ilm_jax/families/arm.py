@@ -88,8 +88,8 @@ class SampleConfig(NamedTuple):
   fim: bool = False  # whether the model was trained with fill-in-the-middle
   closed_tokens: tuple[int, ...] = ()  # ids of tokens that are never generated
   min_buffer: int = 64  # initial cache length in tokens; it doubles up to `capacity` as rows grow
-  compute: str = 'float32'
-  vocab_chunk: int = 2048
+  compute: str = 'float32'  # precision of the matrix products in the vocabulary head
+  vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
 
   @property
   def capacity(self) -> int:

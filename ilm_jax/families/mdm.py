@@ -144,8 +144,8 @@ class SampleConfig(NamedTuple):
   noise_eps: float = 1e-3  # eps of the noise schedule in training
   score_draws: int = 32  # number of random maskings from which `score` estimates the bound of a string
   min_buffer: int = 64  # minimum length of the prompt buffer
-  compute: str = 'float32'
-  vocab_chunk: int = 2048
+  compute: str = 'float32'  # precision of the matrix products in the vocabulary head
+  vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
 
   @classmethod
   def create(cls, sampling, *, closed_tokens=(), **others) -> 'SampleConfig':

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ilm_jax.data import pipeline
 from ilm_jax.families import arm, corruption, drawing
-from ilm_jax.models import numerics, transformer
+from ilm_jax.models import transformer
 from ilm_jax.special_tokens import BOS, CLS, EOS
 from ilm_jax.types import GREEDY, Prompt, Rule, UserError
 
@@ -111,13 +111,11 @@ sample = jax.jit(arm.sample, static_argnames=('forward', 'cfg'))
 
 
 @functools.partial(jax.jit, static_argnames=('forward', 'cfg'))
-def next_token(forward, tokens_1xL, length, rng, cfg, first):
+def next_token(forward, tokens_1xL, length, rng, cfg):
   """Return (log-probabilities, drawn token) of the next token, from a forward pass over the whole row."""
   outputs = forward(tokens_1xL, length[None])
   logits = (outputs.hidden_BxLxD[:, length - 1] @ outputs.unembed_VxD.T).at[:, jnp.array(cfg.closed_tokens)].set(-1e30)
-  log_prob = jax.nn.log_softmax(logits[0])
-  end = jnp.where(first & cfg.force_first, numerics.NEG_INF, logits[:, EOS])
-  return log_prob, drawing.choose(rng[None], logits.at[:, EOS].set(end), cfg.token)[0]
+  return jax.nn.log_softmax(logits[0]), drawing.choose(rng[None], logits, cfg.token)[0]
 
 
 def decode_without_cache(forward, rng, row, request, cfg):
@@ -127,7 +125,7 @@ def decode_without_cache(forward, rng, row, request, cfg):
   while True:
     tokens_1xL, length = rows_of([row], cfg.max_length)[0], jnp.array(len(row))
     step_rng = jax.random.fold_in(request_rng, len(log_probs))
-    log_prob, token = jax.device_get(next_token(forward, tokens_1xL, length, step_rng, cfg, not log_probs))
+    log_prob, token = jax.device_get(next_token(forward, tokens_1xL, length, step_rng, cfg))
     end_probs.append(np.exp(log_prob[EOS]))
     if token == EOS or len(row) == cfg.max_length or len(log_probs) == max_steps:
       return row, log_probs, end_probs, token == EOS
@@ -142,12 +140,12 @@ BASE = arm.SampleConfig(max_length=21, closed_tokens=CLOSED, min_buffer=4, token
   'model, settings',
   [
     ('transformer', {}),
-    ('transformer', {'token': Rule(top_p=0.8), 'force_first': True}),
+    ('transformer', {'token': Rule(top_p=0.8)}),
     ('table', {'token': GREEDY}),
     ('table', {'token': Rule(0.7, top_k=3)}),
     ('table', {'max_steps': 4}),
   ],
-  ids=['transformer', 'nucleus-force-first', 'greedy', 'top-k', 'max-steps'],
+  ids=['transformer', 'nucleus', 'greedy', 'top-k', 'max-steps'],
 )
 def test_decoding_with_a_cache_equals_decoding_without(forward, model, settings):
   forward = forward if model == 'transformer' else tables.Forward(vocab=V)
@@ -165,6 +163,16 @@ def test_decoding_with_a_cache_equals_decoding_without(forward, model, settings)
     assert out.order_BxL[i].tolist() == [-1] * len(row) + list(range(n)) + [-1] * (21 - len(expected))
     np.testing.assert_allclose(out.log_prob_BxM[i, :n], log_probs, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(out.stop_prob_BxM[i, : n + 1], end_probs, rtol=1e-4, atol=1e-6)
+
+
+def test_force_first_rules_out_empty_completions():
+  table, prompt = tables.Forward(vocab=V, scale=512), prompt_of([[CLS, BOS]] * 30)
+  cfg = BASE._replace(max_length=8, min_buffer=8)
+
+  def some_are_empty(cfg):
+    return bool((sample(table, jax.random.key(0), prompt, cfg).steps_B == 0).any())
+
+  assert some_are_empty(cfg) and not some_are_empty(cfg._replace(force_first=True))
 
 
 def test_the_end_token_can_always_be_generated():
