@@ -13,7 +13,7 @@ from ilm_jax.runs.run_file import as_json, flatten
 from ilm_jax.types import UserError
 
 IDENTITY = ('family', 'task', 'model', 'seed')  # sections of the config that must not change ...
-FREE = (  # ... except these settings, which change neither the data nor the parameters
+FREE = (  # ... except these, which do not change what is trained
   *('task.num_validation', 'task.num_test', 'task.label', 'task.num_workers', 'task.cache'),
   *('task.corpus', 'task.tokenizer.path', 'model.remat', 'model.scan_layers'),
 )
