@@ -234,7 +234,7 @@ class Command:
 
   def send_signal(self, number: int) -> None:
     """Send a signal; it has no effect if the command has ended."""
-    if self.returncode is None:  # its id is then not in use again, because nobody has waited for it
+    if self.returncode is None:  # the system does not reuse the id of a process before `wait` has seen its end
       os.kill(self.pid, number)
 
   def kill(self) -> None:
@@ -270,7 +270,7 @@ class Commands:
     """Start a command.
 
     Args:
-      module: the module whose `main()` to call.
+      module: name of the module whose `main()` is called.
       arguments: of the command.
       stdin: its standard input.
       cwd: its working directory.

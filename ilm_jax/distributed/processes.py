@@ -127,7 +127,7 @@ def start(
         'does not set one): give --coordinator=HOST:PORT, --num_processes and --process_id'
       ) from None
     return  # the environment looked like that of several processes, but this is the only one
-  except Exception as error:  # the runtime raises types of its own
+  except Exception as error:  # the runtime raises its own error types
     raise PeerLost(f'{timed_out} ({" ".join(str(error).split())[:200]})') from error
   finally:
     timer.cancel()

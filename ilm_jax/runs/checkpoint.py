@@ -181,7 +181,7 @@ class Checkpoints:
     """Return call(); raise any error as a UserError that names the last complete checkpoint."""
     try:
       return call()
-    except Exception as error:  # Orbax raises OSError, ValueError and types of its own
+    except Exception as error:  # Orbax raises OSError, ValueError and its own error types
       raise UserError(
         f'a checkpoint could not be written to {self.folder} ({reason(error)}): {self.last_complete()}; '
         'make room (or fix the named cause) and start the same command again'

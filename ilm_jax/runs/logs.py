@@ -95,7 +95,7 @@ def make_progress(writer, steps: int, every_seconds: float):
 
 
 def read_records(path):
-  """Yield (event, byte offset of its end) for each record of an event file, up to an incomplete last record."""
+  """Yield (event, byte offset after its record) for each record of an event file; skip an incomplete last record."""
   from google.protobuf.message import DecodeError
   from tensorboardX.proto.event_pb2 import Event
 

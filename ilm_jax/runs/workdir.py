@@ -12,8 +12,8 @@ from ilm_jax.runs import run_file
 from ilm_jax.runs.run_file import as_json, flatten
 from ilm_jax.types import UserError
 
-IDENTITY = ('family', 'task', 'model', 'seed')  # sections of the config that must not change ...
-FREE = (  # ... except these, which do not change what is trained
+IDENTITY = ('family', 'task', 'model', 'seed')  # sections of the config that must not change when a run resumes
+FREE = (  # settings of those sections that may change when a run resumes
   *('task.num_validation', 'task.num_test', 'task.label', 'task.num_workers', 'task.cache'),
   *('task.corpus', 'task.tokenizer.path', 'model.remat', 'model.scan_layers'),
 )

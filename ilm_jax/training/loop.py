@@ -137,7 +137,7 @@ def _train(exp: Experiment, workdir, signals: Signals, evaluator: evaluate.Evalu
 
 
 def log_sizes(exp: Experiment, state: TrainState) -> None:
-  """Log the size of the model and of the state, and where the state lies; warn if answers cannot be sampled whole."""
+  """Log the size of the model, and the size and placement of the state; warn if sampling.max_length is too small."""
   cfg = exp.cfg
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
   bytes_per_device = sum(map(sharding.bytes_here, jax.tree.leaves(state)))

@@ -48,7 +48,7 @@ def check_same_tokenizer(workdir, cfg) -> None:
 
 
 def warm_start(workdir, state: TrainState, abstract: TrainState) -> TrainState:
-  """Return a fresh state with the weights of another run; step, optimizer and moving average start anew.
+  """Return a fresh state with the weights of another run; step, optimizer and moving average are reset.
 
   Args:
     workdir: the folder of the other run.

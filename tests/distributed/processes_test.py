@@ -157,7 +157,7 @@ def assert_close(found: dict, expected: dict) -> None:
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, commands):
   """The workdir of a run of thirty steps on one device of one process."""
-  workdir = tmp_path_factory.mktemp('alone') / 'run'
+  workdir = tmp_path_factory.mktemp('trained') / 'run'
   changes = {'steps': 30, 'sampling.token.temperature': 1.0}
   with Group(commands, workdir, processes=1, devices=1, changes=changes, hold=0) as run:
     assert run.wait() == [0], run.log()
@@ -165,7 +165,7 @@ def trained(tmp_path_factory, commands):
 
 
 @pytest.fixture(scope='module')
-def alone(trained):
+def expected_losses(trained):
   """The losses of the run of one process: step -> loss."""
   return losses(trained)
 
@@ -208,15 +208,15 @@ def graphs_of(number: int) -> list[str]:
   return [tasks.get('star').decode(e['tokens'][e['fixed']], cfg).removesuffix('=') for e in examples]
 
 
-@pytest.mark.parametrize('who', [
+@pytest.mark.parametrize('signaled', [
   pytest.param((0,), id='coordinator', marks=pytest.mark.long), pytest.param((1,), id='worker'),
   pytest.param((0, 1), id='both', marks=pytest.mark.long),
 ])  # fmt: skip
-def test_two_processes_train_as_one_and_stop_at_the_same_step(tmp_path, commands, alone, who):
+def test_two_processes_train_as_one_and_stop_at_the_same_step(tmp_path, commands, expected_losses, signaled):
   workdir = tmp_path / 'run'
   with Group(commands, workdir, changes={'steps': 1000}) as run:
     run.wait_for_step(8)
-    for index in who:
+    for index in signaled:
       run.processes[index].send_signal(signal.SIGTERM)
     assert run.wait() == [75, 75], run.log()
     assert "mesh {'data': 8" in run.log()
@@ -227,13 +227,13 @@ def test_two_processes_train_as_one_and_stop_at_the_same_step(tmp_path, commands
   with Group(commands, workdir, processes=1, devices=2, changes={'steps': 30, 'mesh.fsdp': 2}) as run:
     assert run.wait() == [0], run.log()
   assert f'resuming at step {saved}' in run.log()
-  assert_close(losses(workdir), alone)
+  assert_close(losses(workdir), expected_losses)
   starts = json.loads((workdir / 'run.json').read_text())['starts']
   assert [start['processes'] for start in starts] == [2, 1]
 
 
 @pytest.mark.long
-def test_a_killed_run_resumes_on_any_number_of_devices_and_processes(tmp_path, commands, trained, alone):
+def test_a_killed_run_resumes_on_any_number_of_devices_and_processes(tmp_path, commands, trained, expected_losses):
   workdir = tmp_path / 'run'
   for number, (count, devices, mesh) in enumerate((
     (1, 8, {'mesh.fsdp': 4}), (1, 4, {'mesh.tensor': 2}), (1, 2, {}), (1, 1, {}),
@@ -247,7 +247,7 @@ def test_a_killed_run_resumes_on_any_number_of_devices_and_processes(tmp_path, c
   with Group(commands, workdir, processes=1, devices=8, changes={'steps': 30}, hold=0) as run:
     assert run.wait() == [0], run.log()
   assert_same_examples(workdir, trained, range(26, 31))
-  assert_close(losses(workdir), alone)
+  assert_close(losses(workdir), expected_losses)
 
 
 @pytest.mark.long
@@ -274,11 +274,11 @@ def test_a_killed_run_ends_with_the_same_bits_on_the_same_mesh(tmp_path, command
 
 @pytest.mark.long
 @pytest.mark.parametrize('axes', [{'mesh.fsdp': 8}, {'mesh.tensor': 2}])
-def test_losses_do_not_depend_on_a_mesh_across_processes(tmp_path, commands, alone, axes):
+def test_losses_do_not_depend_on_a_mesh_across_processes(tmp_path, commands, expected_losses, axes):
   workdir, changes = tmp_path / 'run', {'steps': 30, **axes}
   with Group(commands, workdir, changes=changes) as run:
     assert run.wait() == [0, 0], run.log()
-  assert_close(losses(workdir), alone)
+  assert_close(losses(workdir), expected_losses)
   result = json.loads((workdir / 'eval.json').read_text())
   (workdir / 'eval.json').unlink()
   with Group(commands, workdir, words=[*small.flags(workdir, {**RUN, **changes}), '--mode=eval']) as run:
@@ -288,28 +288,30 @@ def test_losses_do_not_depend_on_a_mesh_across_processes(tmp_path, commands, alo
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('who', [0, 1], ids=['coordinator', 'worker'])
+@pytest.mark.parametrize('signaled', [0, 1], ids=['coordinator', 'worker'])
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP], ids=['killed', 'stopped'])
-def test_a_process_that_dies_or_hangs_ends_the_run_and_it_can_resume(tmp_path, commands, alone, number, who):
+def test_a_process_that_dies_or_hangs_ends_the_run_and_it_can_resume(
+  tmp_path, commands, expected_losses, number, signaled
+):
   workdir = tmp_path / 'run'
   default_timeout = {'distributed.heartbeat_timeout': default.get_config().distributed.heartbeat_timeout}
   with Group(commands, workdir, changes={'steps': 100_000, **default_timeout}) as run:
     run.wait_for_step(8)
-    run.processes[who].send_signal(number)
-    assert run.processes[1 - who].wait(60) in (134, -signal.SIGABRT), run.log(1 - who)
-    log = run.log(1 - who)
+    run.processes[signaled].send_signal(number)
+    assert run.processes[1 - signaled].wait(60) in (134, -signal.SIGABRT), run.log(1 - signaled)
+    log = run.log(1 - signaled)
     assert 'start all again with the same command' in log or 'another task died' in log
   with Group(commands, workdir, changes={'steps': 30}) as run:
     assert run.wait() == [0, 0], run.log()
     assert 'resuming at step' in run.log()
-  assert_close(losses(workdir), alone)
+  assert_close(losses(workdir), expected_losses)
 
 
 def test_two_processes_generate_the_same_answers_as_one(tmp_path, commands, trained):
   graphs = graphs_of(20)
-  expected = answers(tmp_path / 'one', commands, trained, graphs)
+  expected = answers(commands, tmp_path / 'one', trained, graphs)
   assert len({tuple(record['tokens'][-4:]) for record in expected.values()}) > 10
-  found = answers(tmp_path / 'two', commands, trained, graphs, processes=2, devices=4, mesh='data=4,tensor=2')
+  found = answers(commands, tmp_path / 'two', trained, graphs, processes=2, devices=4, mesh='data=4,tensor=2')
   assert_same(found, expected)
 
 
@@ -319,9 +321,9 @@ def test_two_processes_generate_the_same_answers_as_one(tmp_path, commands, trai
 ])  # fmt: skip
 def test_two_hundred_answers_do_not_depend_on_the_mesh(tmp_path, commands, trained, processes, devices, mesh):
   graphs = graphs_of(200)
-  expected = answers(tmp_path / 'one', commands, trained, graphs)
+  expected = answers(commands, tmp_path / 'one', trained, graphs)
   assert_same(
-    answers(tmp_path / 'many', commands, trained, graphs, processes=processes, devices=devices, mesh=mesh), expected
+    answers(commands, tmp_path / 'many', trained, graphs, processes=processes, devices=devices, mesh=mesh), expected
   )
 
 
@@ -465,15 +467,15 @@ def test_an_environment_without_a_coordinator_means_one_process_or_is_refused(mo
 
 def test_errors_of_a_lost_process_are_recognized(monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  gone = jax.errors.JaxRuntimeError('Gloo AllReduce failed: Connection closed by peer')
-  assert processes.is_peer_lost(gone)
+  peer_lost = jax.errors.JaxRuntimeError('Gloo AllReduce failed: Connection closed by peer')
+  assert processes.is_peer_lost(peer_lost)
   assert processes.is_peer_lost(jax.errors.JaxRuntimeError('NCCL: remote process exited or there was a network error'))
   for fault in ('RESOURCE_EXHAUSTED: out of memory', 'NCCL error: Duplicate GPU detected', '503 UNAVAILABLE'):
     assert not processes.is_peer_lost(jax.errors.JaxRuntimeError(fault))
   assert not processes.is_peer_lost(OSError('Connection closed by peer'))  # an error of a bucket
   wrapped = UserError('--workdir=/home/heartbeat cannot be written')
   assert not processes.is_peer_lost(wrapped)
-  wrapped.__cause__ = gone
+  wrapped.__cause__ = peer_lost
   assert processes.is_peer_lost(wrapped)
   monkeypatch.setattr(jax, 'process_count', lambda: 1)
-  assert not processes.is_peer_lost(gone)
+  assert not processes.is_peer_lost(peer_lost)

@@ -61,11 +61,11 @@ def assert_ends_as(workdir, undisturbed, abstract):
   small.assert_same_bits(state, expected)
   results = [json.loads((path / 'eval.json').read_text()) for path in (workdir, undisturbed)]
   assert results[0]['metrics'] == results[1]['metrics'] and results[0]['step'] == results[1]['step']
-  ours, theirs = logs.read_scalars(workdir), logs.read_scalars(undisturbed)
+  actual, wanted = logs.read_scalars(workdir), logs.read_scalars(undisturbed)
   for name in ('train/learning_rate', 'train/loss'):
-    assert [step for step, _ in ours[name]] == [step for step, _ in theirs[name]], name
-  for name in theirs:
-    assert not name.startswith('validation/') or ours[name] == theirs[name], name
+    assert [step for step, _ in actual[name]] == [step for step, _ in wanted[name]], name
+  for name in wanted:
+    assert not name.startswith('validation/') or actual[name] == wanted[name], name
 
 
 # --- killed and stopped processes -------------------------------------------------------------------------------------
@@ -384,10 +384,10 @@ def test_a_checkpoint_with_other_shapes_is_refused_not_moved_away(finished, abst
 
 
 def test_a_checkpoint_is_read_onto_any_mesh(finished, abstract):
-  alone = last_state(finished, abstract)
+  on_one_device = last_state(finished, abstract)
   *_, on_mesh = small.uninitialized(data=2, fsdp=2, tensor=2)
   shared = last_state(finished, on_mesh)
-  small.assert_same_bits(shared, alone)
+  small.assert_same_bits(shared, on_one_device)
   for array, wanted in zip(jax.tree.leaves(shared[1:]), jax.tree.leaves(on_mesh[1:]), strict=True):
     assert array.sharding == wanted.sharding
 

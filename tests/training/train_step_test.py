@@ -18,7 +18,7 @@ SHARED = {'task.num_nodes': 25, 'model.num_heads': 4, 'optimizer.ema_decay': 0.2
 
 
 @pytest.fixture(scope='module')
-def alone():
+def one_device_steps():
   """States and metrics of three updates on one device."""
   return take_steps(SHARED, 3)
 
@@ -190,8 +190,8 @@ def test_schedules_follow_their_formulas(kind, warmup):
     np.testing.assert_allclose(schedule(step), expected, rtol=1e-5, atol=1e-7, err_msg=f'step {step}')
 
 
-def test_the_decay_of_the_moving_average_is_ramped_up(alone):
-  states, _ = alone
+def test_the_decay_of_the_moving_average_is_ramped_up(one_device_steps):
+  states, _ = one_device_steps
   average = leaves(states[0].params)
   for t in range(1, 4):
     decay = min(0.24, (1 + t) / (10 + t))  # 2/11, then the final decay, 0.24
@@ -225,11 +225,11 @@ def spell(axes) -> str:
 
 
 @pytest.mark.parametrize('axes', MESHES, ids=spell)
-def test_the_loss_does_not_depend_on_the_mesh(axes, alone):
+def test_the_loss_does_not_depend_on_the_mesh(axes, one_device_steps):
   made = steps_of(SHARED, **axes)
   states, pairs, _ = made.run(made.batches(3))
-  assert_close_steps(pairs, alone[1])
-  small.assert_same_bits(states[0], alone[0][0])
+  assert_close_steps(pairs, one_device_steps[1])
+  small.assert_same_bits(states[0], one_device_steps[0][0])
 
 
 def assert_close_steps(pairs, expected):
