@@ -70,7 +70,7 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
   else:
     special_ids, source = tuple(range(len(SPECIAL))), None
   family_settings = family.model_settings(cfg)
-  check_model_settings(cfg, family_settings, task)
+  check_model_settings(cfg, family, family_settings, task)
   model_cfg = transformer.ModelConfig.create(vocab_size, **{**cfg.model.to_dict(), **family_settings})
   mesh = sharding.make_mesh(cfg.mesh, devices)
   if warning := sharding.check_model(model_cfg, mesh):
@@ -114,11 +114,12 @@ def check_choices(cfg, family, task) -> None:
     scoring_models.check(cfg.eval.perplexity_model)
 
 
-def check_model_settings(cfg, family_settings: dict, task) -> None:
+def check_model_settings(cfg, family, family_settings: dict, task) -> None:
   """Raise UserError if the config asks for a model input that the family does not provide.
 
   Args:
     cfg: the config.
+    family: the family.
     family_settings: the model settings that the family decides.
     task: the task.
   """

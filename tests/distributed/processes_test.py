@@ -214,12 +214,12 @@ def graphs_of(number: int) -> list[str]:
 ])  # fmt: skip
 def test_two_processes_train_as_one_and_stop_at_the_same_step(tmp_path, commands, expected_losses, signaled):
   workdir = tmp_path / 'run'
-  with Group(commands, workdir, changes={'steps': 1000}) as run:
+  with Group(commands, workdir, devices=2, changes={'steps': 1000}) as run:
     run.wait_for_step(8)
     for index in signaled:
       run.processes[index].send_signal(signal.SIGTERM)
     assert run.wait() == [75, 75], run.log()
-    assert "mesh {'data': 8" in run.log()
+    assert "mesh {'data': 4" in run.log()
     assert 'step 8' not in run.log(1)  # only process 0 logs progress
   (saved,) = re.findall(r'saved at step (\d+)', run.log())
   assert checkpoints(workdir)[-1] == int(saved) < 25
@@ -311,7 +311,7 @@ def test_two_processes_generate_the_same_answers_as_one(tmp_path, commands, trai
   graphs = graphs_of(20)
   expected = answers(commands, tmp_path / 'one', trained, graphs)
   assert len({tuple(record['tokens'][-4:]) for record in expected.values()}) > 10
-  found = answers(commands, tmp_path / 'two', trained, graphs, processes=2, devices=4, mesh='data=4,tensor=2')
+  found = answers(commands, tmp_path / 'two', trained, graphs, processes=2, devices=2, mesh='data=2,tensor=2')
   assert_same(found, expected)
 
 
