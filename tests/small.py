@@ -1,20 +1,24 @@
-"""A very small run, for the tests of training, of resuming and of the commands. Every setting that matters is here."""
+"""A very small run, shared by the tests of training, resuming and the commands, and helpers to start commands."""
 
 import contextlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 from unittest import mock
 
 import jax
+import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from ilm_jax.configs import star
 from ilm_jax.data import pipeline
 from ilm_jax.distributed import sharding
 from ilm_jax.distributed.sharding import make_mesh
+from ilm_jax.runs.run_file import as_json, flatten
 from ilm_jax.training import optimizer, train_step
 from ilm_jax.training.experiment import build
 
@@ -22,7 +26,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 SETTINGS = {
   'steps': 60,
-  'stop_at': 2.0,  # never
+  'stop_at': 2.0,  # above the highest exact match, 1: training never stops early
   'model.num_layers': 1,
   'model.num_heads': 2,
   'model.d_model': 16,
@@ -71,49 +75,70 @@ SETTINGS = {
   'checkpoint_every': 5,
   'keep': 2,
 }
-STILL = {'model.dropout': 0.0, 'model.attention_dropout': 0.0}  # no noise but the corruption's
+STILL = {'model.dropout': 0.0, 'model.attention_dropout': 0.0}  # the loss is then a function of weights and batch
 
 
 def config(changes=()):
-  """The config as a ConfigDict; `changes` maps dotted names to values."""
+  """Return the config of the small run as a ConfigDict; `changes` maps dotted names of settings to values."""
   cfg = star.get_config('tiny')
   for name, value in {**SETTINGS, **dict(changes)}.items():
-    part, _, key = name.rpartition('.')
-    (cfg[part] if part else cfg)[key] = value
+    section, _, key = name.rpartition('.')
+    (cfg[section] if section else cfg)[key] = value
   return cfg
 
 
 def flags(workdir=None, changes=()) -> list[str]:
-  """The config as the arguments of main."""
+  """Return the config of the small run as command line arguments of ilm_jax.main."""
   settings = {**SETTINGS, **dict(changes)}
-  where = [] if workdir is None else [f'--workdir={workdir}']
-  return ['--config=configs/star.py:tiny', *where, *(f'--config.{name}={value}' for name, value in settings.items())]
+  workdir_flag = [] if workdir is None else [f'--workdir={workdir}']
+  setting_flags = [f'--config.{name}={value}' for name, value in settings.items()]
+  return ['--config=configs/star.py:tiny', *workdir_flag, *setting_flags]
 
 
 def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1):
-  """A mesh of the first devices."""
+  """Return a mesh of the given axis sizes over the first devices."""
   sizes = {'data': data, 'fsdp': fsdp, 'tensor': tensor}
   return make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
 
 
-def experiment(changes=(), **axes):
-  """(what the config builds, its optimizer, its schedule, a fresh state, the state's shapes and shardings)."""
+def uninitialized(changes=(), **axes):
+  """Build the small run on a mesh; return (experiment, optimizer, schedule, shapes and shardings of the state)."""
   cfg = config(changes)
   with mock.patch.object(sharding, 'make_mesh', lambda *_: mesh(**axes)):
     exp = build(cfg)
   tx, schedule = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
+  return exp, tx, schedule, train_step.abstract_state(exp, tx)
+
+
+def experiment(changes=(), **axes):
+  """Build the small run on a mesh; return (experiment, optimizer, schedule, state, shapes and shardings of it)."""
+  exp, tx, schedule, _ = uninitialized(changes, **axes)
   return exp, tx, schedule, *train_step.init_state(exp, tx)
 
 
 def batches(exp, steps: int):
-  """The first batches of the real pipeline, on the host."""
+  """Return the first training batches of the input pipeline, as numpy arrays."""
   cfg = exp.cfg
   source = exp.task.source(cfg.task, 'train')
   return list(pipeline.train_batches(source, exp.family.corrupt, cfg, start=0, stop=steps))
 
 
+def leaves(tree) -> dict[str, np.ndarray]:
+  """Return path -> array on the host of a tree of arrays."""
+  named = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(x) for path, x in named}
+
+
+def assert_same_bits(actual, expected) -> None:
+  """Assert that two trees have the same paths, and arrays of the same dtypes and bits."""
+  actual, expected = leaves(actual), leaves(expected)
+  assert actual.keys() == expected.keys()
+  for name, array in expected.items():
+    assert actual[name].dtype == array.dtype and actual[name].tobytes() == array.tobytes(), f'{name} differs'
+
+
 def environment(cache) -> dict[str, str]:
-  """One device; programs compiled quickly, and kept in `cache`: a second start is then a matter of seconds."""
+  """Return the environment of a command: CPU, fast compilation, compiled programs cached in a folder."""
   settings = {
     'JAX_PLATFORMS': 'cpu',
     'JAX_COMPILATION_CACHE_DIR': str(cache),
@@ -123,7 +148,15 @@ def environment(cache) -> dict[str, str]:
 
 
 def start(arguments, cache, *, module: str = 'ilm_jax.main', before: str = '', **options) -> subprocess.Popen:
-  """Start a command as a user would; `before` is shell run in its place first (`ulimit -f 16; `)."""
+  """Start `python -m MODULE ARGUMENTS`.
+
+  Args:
+    arguments: of the command.
+    cache: folder of the compilation cache.
+    module: the module to run.
+    before: shell code to run first, such as 'ulimit -f 16;'.
+    **options: of subprocess.Popen.
+  """
   command = [sys.executable, '-m', module, *map(str, arguments)]
   if before:
     command = ['bash', '-c', f'{before} exec "$@"', '-', *command]
@@ -132,59 +165,134 @@ def start(arguments, cache, *, module: str = 'ilm_jax.main', before: str = '', *
 
 
 def run(arguments, cache, *, text: str | None = None, **options) -> tuple[int, str, str]:
-  """Run a command to its end; returns (exit code, standard output, standard error)."""
+  """Run `python -m MODULE ARGUMENTS` as `start` does; return (exit code, standard output, standard error)."""
   process = start(arguments, cache, stdin=subprocess.PIPE, **options)
   out, err = process.communicate(text, timeout=300)
   return process.returncode, out, err
 
 
+# Reads one JSON request per line and answers each with one line; a command runs in a forked child.
 SERVER = """
-import importlib, json, os, sys, traceback
+import importlib, json, os, resource, sys, traceback
+import jax
 import ilm_jax.inference.api, ilm_jax.generate, ilm_jax.main, ilm_jax.training.loop
+
+def run(job):
+  try:
+    for number, name in enumerate(job['files']):
+      os.dup2(os.open(name, os.O_RDWR), number)
+    sys.stdin = open(0, encoding='utf-8', closefd=False)
+    os.chdir(job['cwd'])
+    os.environ.update(job['env'])
+    if job['devices']:
+      jax.config.update('jax_num_cpu_devices', job['devices'])
+    if job['file_limit']:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (job['file_limit'], job['file_limit']))
+    sys.argv = job['argv']
+    code = importlib.import_module(job['module']).main()
+  except SystemExit as error:
+    code = error.code
+  except BaseException:
+    traceback.print_exc()
+    code = 99
+  sys.exit(code)
 
 for line in sys.stdin:
   job = json.loads(line)
-  pid = os.fork()
-  if not pid:
-    code = 99
-    try:
-      for number, name in enumerate(job['files']):
-        os.dup2(os.open(name, os.O_RDWR), number)
-      sys.stdin = open(0, encoding='utf-8', closefd=False)
-      os.chdir(job['cwd'])
-      sys.argv = job['argv']
-      code = importlib.import_module(job['module']).main()
-    except BaseException:
-      traceback.print_exc()
-    finally:
-      sys.stdout.flush()
-      sys.stderr.flush()
-      os._exit(code)
-  print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+  if 'wait' in job:
+    pid, status = os.waitpid(job['wait'], 0 if job['block'] else os.WNOHANG)
+    print(os.waitstatus_to_exitcode(status) if pid else 'running', flush=True)
+  else:
+    print(os.fork() or run(job), flush=True)
 """
 
 
-class Commands:
-  """Runs `python -m MODULE ARGUMENTS` many times, in children of a process that has imported everything already."""
+class Command:
+  """A running command; has the methods of subprocess.Popen that the tests use."""
 
-  def __init__(self, folder):
-    self.folder = pathlib.Path(folder)
+  def __init__(self, commands: 'Commands', pid: int, out: pathlib.Path, err: pathlib.Path):
+    self.commands, self.pid, self.out, self.err, self.returncode = commands, pid, out, err, None
+
+  def poll(self) -> int | None:
+    """Return the exit code, or None while the command runs."""
+    return self._wait(block=False)
+
+  def wait(self, timeout: float | None = None) -> int:
+    """Wait for the end of the command and return its exit code; a negative code is the number of a signal."""
+    end = None if timeout is None else time.monotonic() + timeout
+    while self._wait(block=end is None) is None:
+      if time.monotonic() > end:
+        raise subprocess.TimeoutExpired(f'process {self.pid}', timeout)
+      time.sleep(0.01)
+    return self.returncode
+
+  def _wait(self, *, block: bool) -> int | None:
+    if self.returncode is None:
+      answer = self.commands.ask({'wait': self.pid, 'block': block})
+      self.returncode = None if answer == 'running' else int(answer)
+    return self.returncode
+
+  def send_signal(self, number: int) -> None:
+    """Send a signal; it has no effect if the command has ended."""
+    if self.returncode is None:  # the system does not reuse the id of a process before `wait` has seen its end
+      os.kill(self.pid, number)
+
+  def kill(self) -> None:
+    """Send SIGKILL, unless the command has ended."""
+    self.send_signal(signal.SIGKILL)
+
+
+class Commands:
+  """Runs `python -m MODULE ARGUMENTS` in forked children of one process that has imported everything already."""
+
+  def __init__(self, folder, cache=None):
+    """Start the process.
+
+    Args:
+      folder: for the input and output of commands.
+      cache: folder of the compilation cache; `folder/cache` by default.
+    """
+    self.folder, self.count = pathlib.Path(folder), 0
     self.process = subprocess.Popen(
       [sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-      env=environment(self.folder / 'cache'),
+      env=environment(cache or self.folder / 'cache'),
     )  # fmt: skip
 
-  def __call__(self, module: str, arguments, *, stdin: bytes | str = '', cwd=ROOT) -> tuple[int, str, str]:
-    """Run a command to its end; returns (exit code, standard output, standard error)."""
-    files = [self.folder / name for name in ('stdin', 'stdout', 'stderr')]
+  def ask(self, request: dict) -> str:
+    """Send a request to the process and return its answer."""
+    self.process.stdin.write(json.dumps(request) + '\n')
+    self.process.stdin.flush()
+    return self.process.stdout.readline().strip()
+
+  def start(
+    self, module: str, arguments, *, stdin: bytes | str = '', cwd=ROOT, devices: int = 0, file_limit: int = 0, env=()
+  ) -> Command:
+    """Start a command.
+
+    Args:
+      module: name of the module whose `main()` is called.
+      arguments: of the command.
+      stdin: its standard input.
+      cwd: its working directory.
+      devices: number of virtual CPU devices; one by default.
+      file_limit: maximum size of a file that it may write, in bytes; no limit by default.
+      env: further environment variables.
+    """
+    self.count += 1
+    files = [self.folder / f'{self.count}.{name}' for name in ('stdin', 'stdout', 'stderr')]
     for file in files:
       file.write_bytes(b'')
     files[0].write_bytes(stdin.encode() if isinstance(stdin, str) else stdin)
-    argv = [f'{module}.py', *map(str, arguments)]
-    job = {'module': module, 'argv': argv, 'files': list(map(str, files)), 'cwd': str(cwd)}
-    self.process.stdin.write(json.dumps(job) + '\n')
-    self.process.stdin.flush()
-    return int(self.process.stdout.readline()), files[1].read_text(), files[2].read_text()
+    pid = self.ask({
+      'module': module, 'argv': [f'{module}.py', *map(str, arguments)], 'files': list(map(str, files)),
+      'cwd': str(cwd), 'devices': devices, 'file_limit': file_limit, 'env': dict(env),
+    })  # fmt: skip
+    return Command(self, int(pid), *files[1:])
+
+  def __call__(self, module: str, arguments, **options) -> tuple[int, str, str]:
+    """Run a command to its end, see `start`; return (exit code, standard output, standard error)."""
+    command = self.start(module, arguments, **options)
+    return command.wait(), command.out.read_text(), command.err.read_text()
 
   def close(self):
     """End the process."""
@@ -192,9 +300,45 @@ class Commands:
     self.process.wait(60)
 
 
+# Settings that no compiled program depends on, with a constant learning rate.
+LOOP_SETTINGS = (
+  *('steps', 'stop_at', 'log_every', 'checkpoint_every', 'keep', 'init_from'),
+  *('eval.every', 'eval.mode', 'eval.metric', 'eval.checkpoint'),
+)
+
+
+@contextlib.contextmanager
+def shared_programs():
+  """Context manager: `loop.train` traces its programs once for all runs in this process with equal settings."""
+  from ilm_jax.training import loop
+
+  made, real = {}, {name: getattr(loop, name) for name in ('compile_step', 'init_state', 'make_evaluator')}
+
+  def once(name, exp, *args):
+    settings = {key: value for key, value in flatten(as_json(exp.cfg)).items() if key not in LOOP_SETTINGS}
+    devices = [device.id for device in exp.mesh.devices.flat]
+    key = json.dumps([name, settings, dict(exp.mesh.shape), devices])
+    if key not in made:
+      made[key] = real[name](exp, *args)
+      if name == 'init_state':  # the training step reuses the memory of a state, so keep a copy on the host
+        made[key] = jax.device_get(made[key][0]), made[key][1]
+    return made[key]
+
+  def init_state(exp, tx):
+    state, abstract = once('init_state', exp, tx)
+    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract)), abstract
+
+  with (
+    mock.patch.object(loop, 'compile_step', lambda *args: once('compile_step', *args)),
+    mock.patch.object(loop, 'init_state', init_state),
+    mock.patch.object(loop, 'make_evaluator', lambda exp: once('make_evaluator', exp)),
+  ):
+    yield
+
+
 @contextlib.contextmanager
 def kept_programs(folder):
-  """Compile quickly, and keep programs in a folder, so that what several tests run is compiled once."""
+  """Context manager: compile fast, and cache compiled programs in a folder, which several test modules can share."""
   settings = {
     'jax_compilation_cache_dir': str(folder),
     'jax_persistent_cache_min_compile_time_secs': 0.2,

@@ -1,8 +1,7 @@
-"""`ilm_jax.main` that leaves each training batch it takes in the folder $SEEN; at step $HOLD it waits to be killed."""
+"""`ilm_jax.main`, but each training batch is saved in the folder $SEEN, and after step $HOLD it waits to be killed."""
 
 import os
 import pathlib
-import sys
 import time
 
 import numpy as np
@@ -10,19 +9,22 @@ import numpy as np
 import ilm_jax.main
 from ilm_jax.data import pipeline
 
-read = pipeline.train_batches
+train_batches = pipeline.train_batches
 
 
 def watched(source, corrupt, cfg, *, start, stop, part):
+  """Yield the batches of `pipeline.train_batches`, after saving each as STEP-PROCESS.npz."""
   folder, hold = pathlib.Path(os.environ['SEEN']), int(os.environ['HOLD'])
   folder.mkdir(parents=True, exist_ok=True)
-  for step, batch in enumerate(read(source, corrupt, cfg, start=start, stop=stop, part=part), start + 1):
+  batches = train_batches(source, corrupt, cfg, start=start, stop=stop, part=part)
+  for step, batch in enumerate(batches, start + 1):
     np.savez(folder / f'{step}-{part[0]}.npz', **batch)
     yield batch
     while step == hold:
       time.sleep(1)
 
 
-if __name__ == '__main__':
+def main() -> int:
+  """Run `ilm_jax.main` on watched batches; return its exit code."""
   pipeline.train_batches = watched
-  sys.exit(ilm_jax.main.main())
+  return ilm_jax.main.main()

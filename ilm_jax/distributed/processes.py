@@ -1,4 +1,4 @@
-"""Several hosts: how the processes of a run find each other, agree, share a folder and stop together.
+"""Several processes (usually one per host): how they start, agree, share a folder and stop together.
 
 With one process, every function here returns at once.
 """
@@ -24,34 +24,35 @@ from jax.experimental import multihost_utils
 from ilm_jax.console import fail
 from ilm_jax.types import UserError
 
-WAIT = 60  # seconds for a file to be seen by all
-LOST = 134  # exit code of a process that goes down with another one, as the runtime's own abort has it
-SIGNS = (
-  'closed by peer',
-  'remote process exited',
-  'reset by peer',
-  'heartbeat',
-  'coordination service',
-  'tasks are unhealthy',
-)  # of a lost host
+FILE_TIMEOUT = 60  # seconds until a new file must be visible to all processes
+PEER_LOST = 134  # exit code if another process is lost; the abort of the JAX runtime gives the same one
+PEER_LOST_SIGNS = (  # parts of the runtime's error messages if another process is lost
+  *('closed by peer', 'remote process exited', 'reset by peer', 'heartbeat'),
+  *('coordination service', 'tasks are unhealthy'),
+)
 FLAGS = ('coordinator', 'num_processes', 'process_id')
-HOSTS = ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES')
-COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')  # processes, where Slurm or Open MPI started them
+TPU_HOSTS = ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES')  # environment variables with a host list
+PROCESS_COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')  # set by Slurm and Open MPI: number of processes
 
 
-class Absent(UserError):
-  """Another host has not come, or is gone: to be tried again, with all of them."""
+class PeerLost(UserError):
+  """Another process did not start, or died, or sees other files: starting all of them again may succeed."""
 
-  code = LOST
+  code = PEER_LOST
 
 
-def several(env=os.environ, devices=('/dev/accel0', '/dev/vfio/0')) -> bool:
-  """May the environment (Slurm, Open MPI, TPU VMs, GKE with TPUs) say who the processes of this run are?"""
-  if any(env.get(name, '1') not in ('', '1') for name in COUNTS):
+def environment_names_peers(env=os.environ, devices=('/dev/accel0', '/dev/vfio/0')) -> bool:
+  """Return whether the environment may describe the processes of this run (Slurm, Open MPI, TPU VMs, GKE with TPUs).
+
+  Args:
+    env: the environment variables.
+    devices: device files of which one exists on a TPU VM.
+  """
+  if any(env.get(name, '1') not in ('', '1') for name in PROCESS_COUNTS):
     return True
   if env.get('JAX_PLATFORMS', 'tpu').split(',')[0] != 'tpu':
     return False
-  if 'MEGASCALE_COORDINATOR_ADDRESS' in env or any(',' in env.get(name, '') for name in HOSTS):
+  if 'MEGASCALE_COORDINATOR_ADDRESS' in env or any(',' in env.get(name, '') for name in TPU_HOSTS):
     return True
   return 'TPU_SKIP_MDS_QUERY' not in env and any(Path(name).exists() for name in devices)
 
@@ -65,48 +66,50 @@ def start(
   initialization_timeout: int = 300,
   heartbeat_timeout: int = 30,
 ) -> None:
-  """Join the other processes of the run, if there are any; before anything else asks for a device.
+  """Connect to the other processes of the run, if there are any. Call it before JAX uses a device.
 
   Args:
-    coordinator: HOST:PORT of process 0. Without it the environment is asked, and where it is silent this is the only
-      process.
-    num_processes: of the run.
-    process_id: of this one, 0 ... num_processes - 1.
-    saving: will `told_to_stop` be asked? Without it SIGTERM ends a process, as it does elsewhere.
-    initialization_timeout: how long to wait for the others.
-    heartbeat_timeout: a process that is silent for so long is taken for dead, and the runtime ends the others.
+    coordinator: HOST:PORT of process 0. Without it, the environment decides; if that names no other processes, this is
+      the only one.
+    num_processes: number of processes of the run.
+    process_id: index of this process, 0 ... num_processes - 1.
+    saving: whether this process will call `stop_requested` at every step. If not, SIGTERM ends it at once.
+    initialization_timeout: seconds to wait for the other processes.
+    heartbeat_timeout: seconds of silence after which a process counts as dead, and the runtime ends the others.
 
   Raises:
-    UserError: some of the three without the others, values that can't be, or a coordinator that can't be reached.
+    UserError: only some of the first three arguments are given, their values are impossible, or the coordinator cannot
+      be reached.
   """
   given = dict(zip(FLAGS, (coordinator, num_processes, process_id), strict=True))
   missing = [name for name, value in given.items() if value is None]
   if len(missing) == len(given):
-    if not several():
+    if not environment_names_peers():
       return
     given = {}
   elif missing:
-    there = next(name for name in given if name not in missing)
-    raise UserError(f'--{there} needs {" and ".join(f"--{name}" for name in missing)} too')
+    present = next(name for name in given if name not in missing)
+    raise UserError(f'--{present} needs {" and ".join(f"--{name}" for name in missing)} too')
   elif num_processes < 1 or not 0 <= process_id < num_processes:
     raise UserError(f'--process_id={process_id} --num_processes={num_processes}: expected 0 ... {num_processes - 1}')
   elif not coordinator.rpartition(':')[2].isdigit() or coordinator.startswith(':'):
     raise UserError(f'--coordinator={coordinator}: expected HOST:PORT of process 0')
   elif process_id:
-    await_port(coordinator, initialization_timeout)
+    wait_for_port(coordinator, initialization_timeout)
   names = {'coordinator': 'coordinator_address'}
   options = {names.get(name, name): value for name, value in given.items()}
   if given:
     options['cluster_detection_method'] = 'deactivate'
   jax.config.update('jax_enable_preemption_service', saving)
-  where = coordinator or 'the coordinator that the environment names'
-  nobody = Absent(
-    f'no run came about at {where} within {initialization_timeout} s: is every process started, and can each reach that address?'
+  address = coordinator or 'the coordinator that the environment names'
+  timed_out = PeerLost(
+    f'the processes did not all connect to {address} within {initialization_timeout} s: is every process started, and '
+    'can each reach that address?'
   )
-  # The runtime aborts the process when the others do not come; this says so first.
-  alarm = threading.Timer(initialization_timeout, lambda: _exit(fail(nobody)))
-  alarm.daemon = True
-  alarm.start()
+  # The runtime would abort this process without a clear message, so this timer ends it first.
+  timer = threading.Timer(initialization_timeout, lambda: _exit(fail(timed_out)))
+  timer.daemon = True
+  timer.start()
   try:
     jax.distributed.initialize(
       **options,
@@ -117,23 +120,24 @@ def start(
   except ValueError:
     if given:
       raise
-    if counts := [f'{name}={os.environ[name]}' for name in COUNTS if os.environ.get(name, '1') not in ('', '1')]:
+    counts = [f'{name}={os.environ[name]}' for name in PROCESS_COUNTS if os.environ.get(name, '1') not in ('', '1')]
+    if counts:
       raise UserError(
-        f'{counts[0]}: this is one of several processes, but JAX does not recognise where they meet (Open MPI 5 does '
-        'not say so): give --coordinator=HOST:PORT, --num_processes and --process_id'
+        f'{counts[0]}: this is one of several processes, but JAX finds no coordinator in the environment (Open MPI 5 '
+        'does not set one): give --coordinator=HOST:PORT, --num_processes and --process_id'
       ) from None
-    return  # what looked like one of several was not
-  except Exception as error:  # of the runtime's own types
-    raise Absent(f'{nobody} ({" ".join(str(error).split())[:200]})') from error
+    return  # the environment looked like that of several processes, but this is the only one
+  except Exception as error:  # the runtime raises its own error types
+    raise PeerLost(f'{timed_out} ({" ".join(str(error).split())[:200]})') from error
   finally:
-    alarm.cancel()
+    timer.cancel()
   if jax.process_index():
-    logging.set_verbosity(logging.WARNING)  # the first host speaks for all
+    logging.set_verbosity(logging.WARNING)  # only the first process logs progress
   logging.info('%d processes with %d devices', jax.process_count(), jax.device_count())
 
 
-def await_port(address: str, seconds: float) -> None:
-  """Wait until somebody listens at HOST:PORT; the runtime itself would abort the process when nobody does."""
+def wait_for_port(address: str, seconds: float) -> None:
+  """Wait until a process listens at HOST:PORT, or raise PeerLost; the runtime would abort without a clear message."""
   host, _, port = address.rpartition(':')
   end = time.monotonic() + seconds
   while True:
@@ -142,30 +146,30 @@ def await_port(address: str, seconds: float) -> None:
       return
     except OSError as error:
       if time.monotonic() > end:
-        raise Absent(
+        raise PeerLost(
           f'--coordinator={address} cannot be reached ({error.strerror or error}; tried for {seconds} s): is process 0 '
           'started there, and is the port open?'
         ) from None
     time.sleep(0.2)
 
 
-def first() -> bool:
-  """Is this the process that writes what only one may write?"""
+def is_first() -> bool:
+  """Return whether this is process 0, which writes the files and logs of the run."""
   return jax.process_index() == 0
 
 
 def which() -> tuple[int, int]:
-  """(index of this process, number of them)."""
+  """Return (index of this process, number of processes)."""
   return jax.process_index(), jax.process_count()
 
 
 def digest(value) -> str:
-  """A short text that stands for a value, of things that repr spells the same everywhere."""
+  """Return a short hash of a value; its repr must be the same on every machine."""
   return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def gather(text: str) -> list[str]:
-  """The texts of all hosts, in order; all must call it."""
+  """Return the texts of all processes, in order; every process must call it (a collective operation)."""
   if jax.process_count() == 1:
     return [text]
   raw = np.frombuffer(text.encode(), np.uint8)
@@ -175,108 +179,111 @@ def gather(text: str) -> list[str]:
   return [bytes(row[:length].astype(np.uint8)).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
-def everywhere(error: UserError) -> UserError:
-  """Note that every host raises this error."""
+def raised_by_all(error: UserError) -> UserError:
+  """Mark an error as one that every process raises, so that each may exit normally; return it."""
   error.everywhere = True
   return error
 
 
 @contextlib.contextmanager
-def together():
-  """A UserError of one host in the body is one of every host, after the body: none goes on, or waits, alone.
+def raise_on_all():
+  """Context manager: if one process raises a UserError in the body, all processes raise it after the body.
 
-  The body must hold no collective operation: one that failed on a host alone would meet the one at the end here.
+  Otherwise the others would wait for the failed process forever. The body must contain no collective operation: it
+  would be paired with the one that this function makes at the end.
   """
-  wrong = None
+  own_error = None
   try:
     yield
   except UserError as error:
-    wrong = error
-  said = gather('' if wrong is None else str(wrong))
-  if wrong is not None:
-    raise everywhere(wrong)
-  for host, text in enumerate(said):
-    if text:
-      raise everywhere(UserError(f'host {host}: {text}'))
+    own_error = error
+  messages = gather('' if own_error is None else str(own_error))
+  if own_error is not None:
+    raise raised_by_all(own_error)
+  for process, message in enumerate(messages):
+    if message:
+      raise raised_by_all(UserError(f'process {process}: {message}'))
 
 
 def agree(what: dict, error=UserError, advice: str = 'start all with the same command and code') -> None:
-  """Refuse to go on where hosts were started with other settings or other code than the first.
+  """Raise an error in all processes if a value differs between them.
 
   Args:
-    what: flat, of things that JSON can hold.
-    error: to raise where they differ.
-    advice: what to do then.
+    what: name -> value, of values that JSON can hold.
+    error: class of the error.
+    advice: end of the error message, what to do.
   """
-  said = [json.loads(text) for text in gather(json.dumps(what))]
-  for host, other in enumerate(said):
-    for name in sorted(said[0].keys() | other.keys()):
-      if (ours := said[0].get(name)) != (theirs := other.get(name)):
-        raise everywhere(error(f'host {host} has {name}={theirs}, host 0 has {ours}: {advice}'))
+  first, *others = (json.loads(text) for text in gather(json.dumps(what)))
+  for process, other in enumerate(others, 1):
+    for name in sorted(first.keys() | other.keys()):
+      if first.get(name) != other.get(name):
+        message = f'process {process} has {name}={other.get(name)}, process 0 has {first.get(name)}: {advice}'
+        raise raised_by_all(error(message))
 
 
-def share(folder) -> None:
-  """Refuse a folder that is not the same one on every host."""
+def check_shared(folder) -> None:
+  """Raise UserError if a file that process 0 writes into the folder does not become visible to all processes."""
   if jax.process_count() == 1:
     return
   name = gather(secrets.token_hex(8))[0]
   path = epath.Path(folder) / f'.seen-by-all-{name}'
-  with together():
-    if first():
+  with raise_on_all():
+    if is_first():
       try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('')
       except OSError as error:
         raise UserError(f'the workdir {folder} cannot be written ({error.strerror or error})') from error
-  end = time.monotonic() + WAIT
-  while not path.exists() and time.monotonic() < end:  # network file systems remember for a while what was not there
+  end = time.monotonic() + FILE_TIMEOUT
+  while not path.exists() and time.monotonic() < end:  # network file systems cache for a while that a file is missing
     time.sleep(0.5)
-  blind = [str(host) for host, seen in enumerate(gather('x' if path.exists() else '')) if not seen]
-  if first():
+  blind = [str(process) for process, seen in enumerate(gather('x' if path.exists() else '')) if not seen]
+  if is_first():
     path.unlink(missing_ok=True)
   if blind:
-    raise everywhere(
+    raise raised_by_all(
       UserError(
-        f'--workdir={folder}: host {", ".join(blind)} does not see what host 0 writes there: give a folder that all '
-        'hosts share, or a bucket (gs://...)'
+        f'--workdir={folder}: process {", ".join(blind)} does not see the files that process 0 writes there: give a '
+        'folder that all hosts share, or a bucket (gs://...)'
       )
     )
 
 
 def barrier(name: str) -> None:
-  """Wait for all."""
+  """Wait until every process has called this with the same name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
-def told_to_stop(step: int) -> bool:
-  """Has any host received SIGTERM (or a notice of preemption)? All are told at the same step.
+def stop_requested(step: int) -> bool:
+  """Return whether a process has received SIGTERM or a preemption notice; all processes return True at the same step.
 
-  Call it once at every step of the run.
+  Every process must call it once at every step.
   """
   return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
-def lost(error: BaseException | None) -> bool:
-  """Is it the end of another host that this error of the runtime, or the cause of a message, is about?"""
+def is_peer_lost(error: BaseException | None) -> bool:
+  """Return whether an error of the JAX runtime, or the cause of a UserError, says that another process is lost."""
   if jax.process_count() == 1:
     return False
   if isinstance(error, UserError):
-    return error.__cause__ is not None and lost(error.__cause__)
-  return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+    return error.__cause__ is not None and is_peer_lost(error.__cause__)
+  return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error).lower() for sign in PEER_LOST_SIGNS)
 
 
 def _exit(code: int) -> None:
-  """End this process at once, without waiting for the others."""
+  """End this process at once, without the runtime's wait for the other processes."""
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
 
 
 def end_together(call) -> int:
-  """Return what `call` returns; where it fails on this host alone, end the process at once, so that the others notice.
+  """Return call(); if it fails in this process only, end the process at once.
 
-  (The runtime would wait for all to end together, and the others wait for this one.)
+  A normal exit would wait for the other processes, and they wait for this one; after an abrupt end the runtime ends
+  them.
   """
   if jax.process_count() == 1:
     return call()
@@ -287,12 +294,12 @@ def end_together(call) -> int:
   except Exception as error:
     if getattr(error, 'everywhere', False):
       raise
-    code = LOST if lost(error) else error.code if isinstance(error, UserError) else 1
+    code = PEER_LOST if is_peer_lost(error) else error.code if isinstance(error, UserError) else 1
     if not isinstance(error, UserError):
       traceback.print_exc()
-    if code == LOST:
-      fail(f'another host ended or cannot be reached ({str(error)[:160]}): start all again with the same command, they '
-           'go on from the last complete checkpoint')  # fmt: skip
+    if code == PEER_LOST:
+      fail(f'another process ended or cannot be reached ({str(error)[:160]}): start all again with the same command; '
+           'training resumes from the last complete checkpoint')  # fmt: skip
     elif isinstance(error, UserError):
       fail(error)
   _exit(code)

@@ -1,4 +1,4 @@
-"""The folder of a run (its workdir): checkpoints, event files, run.json, and the lock that protects it.
+"""The folder of a run (its workdir): checkpoints, event files, run.json, and the lock against a second process.
 
-Imports `types`, `metrics` and `distributed`. Start with `run_file.py`, then `checkpoint.py`.
+May import `types`, `metrics` and `distributed`. Start with `run_file.py`, then `checkpoint.py`.
 """

@@ -1,7 +1,7 @@
-"""Checkpoints: Orbax, asynchronous, the latest ones and the best on validation.
+"""Checkpoints, saved asynchronously with Orbax: the latest ones, and the best on the validation split.
 
-A checkpoint holds the items `params`, `ema_params` and `opt_state` of a step, separately, so that a reader of weights
-needs neither the optimizer nor the mesh they were trained on.
+A checkpoint holds the items `params`, `ema_params` and `opt_state` of a step, separately, so that the weights can be
+read without the optimizer and onto any mesh.
 """
 
 import json
@@ -19,38 +19,42 @@ from ilm_jax.distributed import processes
 from ilm_jax.types import UserError
 
 ITEMS = ('params', 'ema_params', 'opt_state')
-
-
-PASSING = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'Input/output error')
+TRANSIENT = (  # words of errors that say nothing about the checkpoint itself
+  'RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'Input/output error',
+)  # fmt: skip
 
 
 class ShapeError(UserError):
-  """A checkpoint of another model. `what` lacks the advice, which depends on who reads."""
+  """The arrays of a checkpoint do not have the shapes of the model.
 
-  def __init__(self, what: str):
-    super().__init__(f'{what}; use the config it was trained with, or another --workdir')
-    self.what = what
+  Attributes:
+    difference: the message without advice on what to do, for callers that give their own.
+  """
+
+  def __init__(self, difference: str):
+    super().__init__(f'{difference}; use the config it was trained with, or another --workdir')
+    self.difference = difference
 
 
 class Checkpoints:
   """The checkpoints of a workdir."""
 
   def __init__(self, workdir, *, keep: int = 2, metric: str = 'exact_match', mode: str = 'max', read_only=False):
-    """Open (and, to write, create) the folder.
+    """Open the folder of the checkpoints; unless read_only, create it and remove incomplete files.
 
     Args:
-      workdir: of the run, local or a bucket.
-      keep: how many of the latest to keep.
-      metric: of the validation; the checkpoint where it is best is kept too.
-      mode: is 'max' best, or 'min'?
-      read_only: never write or delete anything.
+      workdir: the folder of the run, local or in a bucket.
+      keep: number of latest checkpoints to keep.
+      metric: validation metric that decides which checkpoint is best; the best one is kept too.
+      mode: whether the maximum ('max') or the minimum ('min') of the metric is best.
+      read_only: whether to never write or delete anything.
     """
-    self.folder = epath.Path(workdir).resolve() / 'checkpoints'  # Orbax takes absolute paths alone
+    self.folder = epath.Path(workdir).resolve() / 'checkpoints'  # Orbax accepts absolute paths only
     self.metric, self.mode = metric, mode
     if not read_only:
-      if processes.first():
-        self._mend()
-      processes.barrier('mended')
+      if processes.is_first():
+        self._remove_incomplete_files()
+      processes.barrier('incomplete files removed')
 
     def score(metrics):
       return metrics.get(metric, math.inf if mode == 'min' else -math.inf)
@@ -61,9 +65,9 @@ class Checkpoints:
     policies = [checkpoint_managers.LatestN(keep), best]
     verbosity = logging.get_verbosity()
     if read_only:
-      logging.set_verbosity(logging.ERROR)  # Orbax warns that read-only means that nothing will be written
+      logging.set_verbosity(logging.ERROR)  # hides Orbax's warning that nothing will be written
     options = ocp.CheckpointManagerOptions(
-      best_fn=score,  # without it, Orbax would not write the metrics
+      best_fn=score,  # Orbax writes metrics only if this is given
       preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
       create=not read_only,
       read_only=read_only,
@@ -74,34 +78,41 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
     logging.set_verbosity(verbosity)
 
-  def _mend(self) -> None:
-    """Remove what a killed save or a failing disk left behind."""
+  def _remove_incomplete_files(self) -> None:
+    """Remove incomplete checkpoints and metrics, which a killed process or a full disk leaves behind."""
     if not self.folder.exists():
       return
     for path in self.folder.glob('*orbax-checkpoint-tmp*'):
-      logging.warning('passed over (and removed) the incomplete checkpoint %s', path)
+      logging.warning('removed the incomplete checkpoint %s', path)
       path.rmtree()
     for path in self.folder.glob('*/metrics/metrics'):
       try:
         json.loads(path.read_text())
       except ValueError:
-        logging.warning('passed over (and removed) the metrics in %s, which are no JSON', path)
+        logging.warning('removed the metrics in %s, which are not valid JSON', path)
         path.unlink()
 
   def steps(self) -> list[int]:
-    """Steps of the complete checkpoints."""
+    """Return the steps of the complete checkpoints, in ascending order."""
     return sorted(self._manager.all_steps())
 
   def metrics(self, step: int) -> dict | None:
-    """The validation metrics saved with a step."""
+    """Return the validation metrics saved with a checkpoint, or None if it has none."""
     try:
       return dict(self._manager.metrics(step) or {}) or None
     except ValueError:
-      logging.warning('passed over the metrics of step %d in %s, which are no JSON', step, self.folder)
+      logging.warning('ignored the metrics of step %d in %s, which are not valid JSON', step, self.folder)
       return None
 
   def find(self, which) -> int:
-    """The step of 'best' (the latest, where nothing was validated), 'latest' or a number."""
+    """Return the step of a checkpoint.
+
+    Args:
+      which: 'latest', a step, or 'best'; 'best' is the latest one if no checkpoint has metrics.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
     steps = self.steps()
     if not steps:
       raise UserError(f'no checkpoint in {self.folder}: expected the workdir of a run that has saved one')
@@ -122,7 +133,10 @@ class Checkpoints:
     return step
 
   def save(self, step: int, state, metrics: dict | None = None) -> None:
-    """Start saving a state; to a step that was saved without its metrics, the metrics are added."""
+    """Start saving a state with its validation metrics.
+
+    If the step is already saved, the state is not saved again; its metrics are added if it has none.
+    """
     if step in self.steps():
       if metrics:
         self._guard(lambda: self._add_metrics(step, metrics))
@@ -133,12 +147,12 @@ class Checkpoints:
 
   def _add_metrics(self, step: int, metrics: dict) -> None:
     self._manager.wait_until_finished()
-    there = self.metrics(step)
-    processes.barrier('metrics read')  # all have looked before the first writes
-    if there:
+    has_metrics = self.metrics(step) is not None
+    processes.barrier('metrics read')  # every process must look before the first one writes
+    if has_metrics:
       return
     path = self.folder / str(step) / 'metrics' / 'metrics'
-    if processes.first():
+    if processes.is_first():
       path.parent.mkdir(exist_ok=True)
       part = path.parent / '.metrics.part'
       part.write_text(json.dumps(metrics))
@@ -147,32 +161,34 @@ class Checkpoints:
     self._manager.reload()
 
   def check(self) -> None:
-    """Raise what went wrong in an asynchronous save.
+    """Raise UserError if an asynchronous save has failed.
 
-    Orbax's own check would take the error away from its finalizing thread, which would then delete older checkpoints.
+    Orbax's `check_for_errors` clears the error before its finalizing thread sees it, and that thread would then delete
+    older checkpoints; so this waits for saves that have ended instead.
     """
     if not self._manager.is_saving_in_progress():
       self.wait()
 
   def wait(self) -> None:
-    """Wait until what was saved is on disk."""
+    """Wait until all saves have ended; raise UserError if one failed."""
     self._guard(self._manager.wait_until_finished)
 
   def close(self) -> None:
-    """Wait, and let go of the threads."""
+    """Wait until all saves have ended, and stop Orbax's threads."""
     self._guard(self._manager.close)
 
   def _guard(self, call):
+    """Return call(); raise any error as a UserError that names the last complete checkpoint."""
     try:
       return call()
-    except Exception as error:  # Orbax raises many types: OSError, ValueError, its own
+    except Exception as error:  # Orbax raises OSError, ValueError and its own error types
       raise UserError(
         f'a checkpoint could not be written to {self.folder} ({reason(error)}): {self.last_complete()}; '
-        'make room (or mend what it says) and start the same command again'
+        'make room (or fix the named cause) and start the same command again'
       ) from error
 
   def last_complete(self) -> str:
-    """Say which checkpoint to go back to, once a save under way has ended."""
+    """Wait for a save in progress; return a phrase that names the last complete checkpoint, for error messages."""
     try:
       self._manager.wait_until_finished()
     except Exception as error:
@@ -184,19 +200,38 @@ class Checkpoints:
   # --- reading ---
 
   def restore(self, step: int, item: str, abstract):
-    """Read one item of a checkpoint onto the shapes and shardings of `abstract`; refuse other shapes."""
-    self._compare(step, item, abstract)
+    """Read one item of a checkpoint.
+
+    Args:
+      step: step of the checkpoint.
+      item: one of ITEMS.
+      abstract: shapes, dtypes and shardings of the arrays to return.
+
+    Raises:
+      ShapeError: the saved arrays have other shapes.
+    """
+    self._check_shapes(step, item, abstract)
     args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
     return self._manager.restore(step, args=args)[item]
 
   def has(self, step: int, item: str) -> bool:
-    """Was the item saved at the step?"""
+    """Return whether the checkpoint of a step holds an item."""
     return (self.folder / str(step) / item).exists()
 
   def restore_latest(self, abstract_state):
-    """Read the latest state that can be read, or None; damaged checkpoints are set aside with a warning."""
+    """Return the latest state that can be read, or None if there is none.
+
+    A damaged checkpoint is moved to `damaged-checkpoint-STEP` in the workdir, with a warning, and the one before it is
+    read.
+
+    Args:
+      abstract_state: shapes, dtypes and shardings of the state.
+
+    Raises:
+      UserError: reading failed for a reason that may pass, such as missing permissions; or the shapes differ.
+    """
     for step in reversed(self.steps()):
-      state, wrong = None, None
+      state, damage = None, None
       try:
         items = {name: getattr(abstract_state, name) for name in ITEMS}
         items = {name: None if item is None else self.restore(step, name, item) for name, item in items.items()}
@@ -204,29 +239,38 @@ class Checkpoints:
       except UserError:
         raise
       except Exception as error:
-        wrong = error
-        if passing(error):
+        damage = error
+        if is_transient(error):
           raise UserError(
-            f'the checkpoint of step {step} in {self.folder} could not be read ({reason(error)}), which says nothing '
-            'about its being whole: mend that, and start the same command again (nothing was changed)'
+            f'the checkpoint of step {step} in {self.folder} could not be read ({reason(error)}); it may be intact: '
+            'fix the named cause and start the same command again (nothing was changed)'
           ) from error
-      reasons = [text for text in processes.gather('' if wrong is None else reason(wrong)) if text]
+      reasons = [text for text in processes.gather('' if damage is None else reason(damage)) if text]
       if not reasons:
         return state
-      if processes.first():
+      if processes.is_first():
         self._set_aside(step, reasons[0])
       processes.barrier('set aside')
       self._manager.reload()
     return None
 
   def _set_aside(self, step: int, why: str) -> None:
-    taken = len(list(self.folder.parent.glob(f'damaged-checkpoint-{step}*')))
-    aside = self.folder.parent / (f'damaged-checkpoint-{step}' + (f'-{taken + 1}' if taken else ''))
-    logging.warning('passed over the incomplete checkpoint of step %d, set aside as %s (%s)', step, aside, why)
+    """Move a damaged checkpoint out of the folder of the checkpoints, so that it is neither read nor deleted."""
+    earlier = len(list(self.folder.parent.glob(f'damaged-checkpoint-{step}*')))
+    aside = self.folder.parent / (f'damaged-checkpoint-{step}' + (f'-{earlier + 1}' if earlier else ''))
+    logging.warning('moved the damaged checkpoint of step %d to %s (%s)', step, aside, why)
     (self.folder / str(step)).rename(aside)
 
   def restore_weights(self, step: int, abstract_params):
-    """Read the weights that evaluation uses: the moving average where there is one."""
+    """Return the weights to evaluate: the moving average if the checkpoint has one, else the parameters.
+
+    Args:
+      step: step of the checkpoint.
+      abstract_params: shapes, dtypes and shardings of the parameters.
+
+    Raises:
+      UserError: the checkpoint is damaged, or has other shapes.
+    """
     try:
       return self.restore(step, 'ema_params' if self.has(step, 'ema_params') else 'params', abstract_params)
     except UserError:
@@ -237,13 +281,13 @@ class Checkpoints:
         f'{", ".join(map(str, self.steps()))}'
       ) from error
 
-  def _compare(self, step: int, item: str, abstract) -> None:
+  def _check_shapes(self, step: int, item: str, abstract) -> None:
+    """Raise ShapeError if the saved shapes of an item differ from those of `abstract`."""
     metadata = self._manager.item_metadata(step)
     metadata = metadata.get(item) if metadata is not None else None
     if metadata is None:
-      return  # unreadable: the restore will say why
-    saved = _shapes(metadata)
-    wanted = _shapes(abstract)
+      return  # the metadata cannot be read; `restore` will raise an error that says why
+    saved, wanted = _shapes(metadata), _shapes(abstract)
     for name in sorted(saved.keys() | wanted.keys()):
       if saved.get(name) != wanted.get(name):
         raise ShapeError(
@@ -252,22 +296,22 @@ class Checkpoints:
         )
 
 
-def passing(error: Exception) -> bool:
-  """May reading succeed another time (no memory, no permission, a failing network or disk), the data being whole?"""
+def is_transient(error: Exception) -> bool:
+  """Return whether a read error may be unrelated to the data: no memory, no permission, a failing network or disk."""
   if isinstance(error, MemoryError) or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError)):
     return True
-  return any(word in str(error) for word in PASSING)
+  return any(word in str(error) for word in TRANSIENT)
 
 
 def reason(error: Exception) -> str:
-  """What went wrong, in a line: the words of the operating system where they can be found in the libraries' own."""
+  """Return a one-line description of an error: the operating system's message if there is one, else type and text."""
   text = ' '.join(str(error).split())
   system = re.search(r"([^:]+) \[os_error_code='\d+'\]", text)
   return system[1].strip() if system else f'{type(error).__name__}: {text[:200]}'
 
 
 def _shapes(tree) -> dict[str, tuple]:
-  """Path -> shape, the paths spelled the same for lists, tuples, dicts and named tuples."""
+  """Return path -> shape of a tree; a path reads the same for lists, tuples, dicts and named tuples."""
   out = {}
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     shape = getattr(leaf, 'shape', None)

@@ -1,6 +1,6 @@
-"""Training logs: TensorBoard event files, written through CLU and read back.
+"""TensorBoard event files of a run: written through CLU, read back, and cut when a run resumes.
 
-CLU's own summary writer needs TensorFlow. Where that is not installed, a writer over tensorboardX takes its place.
+CLU's own summary writer needs TensorFlow. Without TensorFlow, a writer over tensorboardX replaces it.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from etils import epath
 
 
 def _import_clu():
-  """Import CLU's writers and periodic actions; install our summary writer first where TensorFlow is absent."""
+  """Return CLU's modules (metric_writers, periodic_actions), with our SummaryWriter if there is no TensorFlow."""
   name = 'clu.metric_writers.summary_writer'
   if importlib.util.find_spec('tensorflow') is None and name not in sys.modules:
     module = types.ModuleType(name)
@@ -29,13 +29,13 @@ def _import_clu():
 
 
 class SummaryWriter:
-  """The part of CLU's MetricWriter that a run uses, written as it comes (CLU makes it asynchronous)."""
+  """The methods of CLU's MetricWriter that a run uses; they write at once, and CLU calls them in a thread."""
 
   def __init__(self, logdir: str):
     from tensorboardX.event_file_writer import EventsWriter
 
     epath.Path(logdir).mkdir(parents=True, exist_ok=True)
-    # Our own suffix keeps two starts within one second apart.
+    # The suffix makes the names of two files differ that were started within the same second.
     self._events = EventsWriter(os.path.join(logdir, 'events'), f'.{os.getpid()}.{time.time_ns() % 10**9}')
 
   def _write(self, step: int, summary):
@@ -63,7 +63,7 @@ class SummaryWriter:
       self._write(0, summary)
 
   def write_summaries(self, step: int, values, metadata=None):
-    raise TypeError('raw summaries need TensorFlow')
+    raise TypeError('only scalars, texts and hyperparameters can be written without TensorFlow')
 
   write_images = write_videos = write_audios = write_histograms = write_summaries
 
@@ -75,13 +75,18 @@ class SummaryWriter:
 
 
 def make_writer(workdir, *, silent: bool = False):
-  """An asynchronous writer to the console and, unless silent (hosts other than the first), to event files."""
+  """Return CLU's asynchronous writer to the console and to event files.
+
+  Args:
+    workdir: folder of the event files.
+    silent: whether to write no event files, as all processes but the first must.
+  """
   metric_writers, _ = _import_clu()
   return metric_writers.create_default_writer(None if silent else str(workdir), just_logging=silent)
 
 
 def make_progress(writer, steps: int, every_seconds: float):
-  """CLU's ReportProgress: steps per second and an ETA on the console."""
+  """Return CLU's ReportProgress, which logs steps per second and the remaining time."""
   _, periodic_actions = _import_clu()
   return periodic_actions.ReportProgress(num_train_steps=steps, writer=writer, every_secs=every_seconds)
 
@@ -90,35 +95,36 @@ def make_progress(writer, steps: int, every_seconds: float):
 
 
 def read_records(path):
-  """Yield (event, end offset) for each intact record of an event file; a cut last record is passed over."""
+  """Yield (event, byte offset after its record) for each record of an event file; skip an incomplete last record."""
   from google.protobuf.message import DecodeError
   from tensorboardX.proto.event_pb2 import Event
 
-  data, at = epath.Path(path).read_bytes(), 0
-  while at + 12 <= len(data):
-    (size,) = struct.unpack_from('<Q', data, at)
-    end = at + 12 + size + 4
+  data, start = epath.Path(path).read_bytes(), 0
+  while start + 12 <= len(data):  # 8 bytes of size, 4 of checksum, the event, 4 of checksum
+    (size,) = struct.unpack_from('<Q', data, start)
+    end = start + 12 + size + 4
     if end > len(data):
       return
     try:
-      yield Event.FromString(data[at + 12 : end - 4]), end
+      yield Event.FromString(data[start + 12 : end - 4]), end
     except DecodeError:
       return
-    at = end
+    start = end
 
 
 def forget_after(workdir, step: int, *, validated: bool = True) -> None:
-  """Cut from the event files what was written after `step`: those steps will be run, and written, again.
+  """Remove from the event files everything written after `step`, because those steps will be run and written again.
 
-  Step 0 begins anew, with its hyperparameters: then nothing stays.
+  For step 0, all event files are removed: the hyperparameters will be written again, too.
 
   Args:
-    workdir: of the run.
-    step: to start from.
-    validated: was the evaluation of `step` saved with it? If not, it is cut too.
+    workdir: the folder of the run.
+    step: the step that training resumes from.
+    validated: whether the checkpoint of `step` holds its validation metrics; if not, the events of that evaluation are
+      removed too.
   """
   for path in sorted(epath.Path(workdir).glob('events.out.tfevents.*')):
-    keep = 0
+    keep = 0  # bytes of the file to keep
     for event, end in read_records(path):
       unsaved = not validated and any(value.tag.startswith('validation/') for value in event.summary.value)
       if event.step > step or step == 0 or (event.step == step and unsaved):
@@ -134,7 +140,7 @@ def forget_after(workdir, step: int, *, validated: bool = True) -> None:
 
 
 def read_scalars(workdir) -> dict[str, list[tuple[int, float]]]:
-  """The scalars of all event files: name -> [(step, value), ...] in order of writing."""
+  """Return the scalars of all event files of a run: name -> [(step, value), ...] in order of writing."""
   out = {}
   for path in sorted(epath.Path(workdir).glob('events.out.tfevents.*')):
     for event, _ in read_records(path):
@@ -147,7 +153,7 @@ def read_scalars(workdir) -> dict[str, list[tuple[int, float]]]:
 
 
 def wall_seconds(workdir) -> float:
-  """Seconds of training: of each start, from the first record of its event file to the last one that still counts."""
+  """Return the seconds a run took: the sum over event files, one per start, from first to last remaining record."""
   total = 0.0
   for path in sorted(epath.Path(workdir).glob('events.out.tfevents.*')):
     times = [event.wall_time for event, _ in read_records(path)]

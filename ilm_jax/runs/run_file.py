@@ -1,6 +1,6 @@
-"""The file run.json of a run: its config, and what each start ran on; configs as plain dictionaries.
+"""run.json of a run (its config, and the machine and code of each start), and configs as plain dictionaries.
 
-Settings that were renamed since a run was started are read under their new names (`RENAMED`).
+Settings that were renamed after a run was started are read under their new names (`RENAMED`).
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from ilm_jax.types import UserError
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ('ilm_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'clu', 'ml-collections', 'numpy')
 
-RENAMED = {  # old name of a setting -> its name today
+RENAMED = {  # former name of a setting -> its present name
   'hosts.start_seconds': 'distributed.initialization_timeout',
   'hosts.heartbeat_seconds': 'distributed.heartbeat_timeout',
   'data.workers': 'data.num_workers',
@@ -42,14 +42,14 @@ RENAMED = {  # old name of a setting -> its name today
 
 
 def migrate(config: dict) -> dict:
-  """Return a config under today's names of its settings."""
+  """Return a config with former names of settings replaced by their present names."""
   flat = flatten(config)
   renamed = {RENAMED.get(name, name): value for name, value in flat.items()}
   return config if renamed.keys() == flat.keys() else unflatten(renamed)
 
 
 def as_json(cfg) -> dict:
-  """A config as a plain dict that JSON can hold."""
+  """Return a config as nested dictionaries that JSON can hold; tuples become lists."""
   return {
     key: as_json(value) if isinstance(value, ConfigDict) else list(value) if isinstance(value, tuple) else value
     for key, value in ((key, cfg[key]) for key in cfg)
@@ -57,7 +57,7 @@ def as_json(cfg) -> dict:
 
 
 def flatten(tree: dict, prefix: str = '') -> dict:
-  """Nested dicts as one, with dotted names."""
+  """Return nested dictionaries as one dictionary with dotted names; `prefix` is put before each name."""
   out = {}
   for key, value in tree.items():
     out |= flatten(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
@@ -77,7 +77,7 @@ def unflatten(flat: dict) -> dict:
 
 
 def read_config(workdir):
-  """The config of the run in a workdir, as a plain dict."""
+  """Return the config of the run in a workdir, as nested dictionaries; raise UserError if there is no run."""
   path = epath.Path(workdir) / 'run.json'
   if not path.exists():
     raise UserError(f'{workdir}: expected the workdir of a run, but there is no run.json in it')
@@ -88,21 +88,21 @@ def read_config(workdir):
 
 
 def commit() -> str:
-  """The commit of the code that runs, `+changes` behind it when the tree is not clean; 'unknown' outside git."""
+  """Return the git commit of this package, followed by `+changes` if files differ; 'unknown' outside its repository."""
 
   def git(*args):
     return subprocess.run(['git', '-C', str(PACKAGE), *args], capture_output=True, text=True, check=True).stdout.strip()
 
   try:
     if os.path.realpath(git('rev-parse', '--show-toplevel')) != os.path.realpath(PACKAGE.parent):
-      return 'unknown'  # installed inside somebody else's repository
+      return 'unknown'  # the package is installed inside the repository of another project
     return git('rev-parse', 'HEAD') + ('+changes' if git('status', '--porcelain', '--untracked-files=no') else '')
   except (OSError, subprocess.CalledProcessError):
     return 'unknown'
 
 
 def code() -> dict[str, str]:
-  """What runs here, of things that must be the same on all hosts: commit, the package's files, versions."""
+  """Return what must be equal in all processes of a run: commit, a hash of the package's files, library versions."""
   files = hashlib.sha256()
   for path in sorted(PACKAGE.rglob('*.py')):
     files.update(f'{path.relative_to(PACKAGE)}\n{path.stat().st_size}\n'.encode() + path.read_bytes())
@@ -114,7 +114,7 @@ def code() -> dict[str, str]:
 
 
 def version(name: str) -> str:
-  """Of an installed package."""
+  """Return the version of an installed package, or 'unknown'."""
   try:
     return metadata.version(name)
   except metadata.PackageNotFoundError:
@@ -128,7 +128,11 @@ def command_line() -> list[str]:
 
 
 def describe_start(step: int) -> dict:
-  """What is worth knowing of one start of a run."""
+  """Return the record of one start of a run in run.json: time, code, command, hardware, versions.
+
+  Args:
+    step: the step that this start continues from.
+  """
   import jax
 
   devices = jax.devices()
@@ -147,7 +151,7 @@ def describe_start(step: int) -> dict:
 
 
 def parse_run(text: str) -> dict | None:
-  """What a run.json says; None where it is not what a run writes."""
+  """Return the content of a run.json, its config under present names of settings, or None if it is malformed."""
   try:
     run = json.loads(text)
     if not isinstance(run['config'], dict) or not isinstance(run['starts'], list):
@@ -158,18 +162,18 @@ def parse_run(text: str) -> dict | None:
 
 
 def read_run(workdir) -> dict | None:
-  """The run.json of a workdir, if there is one."""
+  """Return the content of the run.json of a workdir; None, with a warning if it is malformed, if there is none."""
   path = epath.Path(workdir) / 'run.json'
   if not path.exists():
     return None
   run = parse_run(path.read_text())
   if run is None:
-    logging.warning('%s is not what a run writes: passed over', path)
+    logging.warning('ignored %s, which is not what a run writes', path)
   return run
 
 
 def write_json(path, value) -> None:
-  """Write a JSON file in one move: a reader sees the old one or the new one."""
+  """Write a JSON file atomically: a reader sees the old file or the new one."""
   path = epath.Path(path)
   part = path.parent / f'.{path.name}.{os.getpid()}.part'
   part.write_text(json.dumps(value, indent=2) + '\n')

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write there, and what must not change between two starts."""
+"""The lock on the folder of a run, and the settings that must not change between two starts of a run."""
 
 import contextlib
 import fcntl
@@ -12,8 +12,8 @@ from ilm_jax.runs import run_file
 from ilm_jax.runs.run_file import as_json, flatten
 from ilm_jax.types import UserError
 
-IDENTITY = ('family', 'task', 'model', 'seed')  # what makes a run another run ...
-FREE = (  # ... but these; where files are is not what they are
+IDENTITY = ('family', 'task', 'model', 'seed')  # sections of the config that must not change when a run resumes
+FREE = (  # settings of those sections that may change when a run resumes
   *('task.num_validation', 'task.num_test', 'task.label', 'task.num_workers', 'task.cache'),
   *('task.corpus', 'task.tokenizer.path', 'model.remat', 'model.scan_layers'),
 )
@@ -21,31 +21,34 @@ FREE = (  # ... but these; where files are is not what they are
 
 @contextlib.contextmanager
 def claim(workdir, cfg):
-  """Make the workdir and hold it, or refuse it: it can't be written, or another run or another process is in it.
+  """Context manager: create the workdir and lock it against other processes.
 
-  Nothing is overwritten.
+  Raises:
+    UserError: the workdir cannot be written, another process uses it, or it holds a different run. Nothing has been
+      overwritten then.
   """
   path = epath.Path(workdir)
   with contextlib.ExitStack() as held:
-    with processes.together():
-      if processes.first():
+    with processes.raise_on_all():
+      if processes.is_first():
         with _writable(workdir):
           path.mkdir(parents=True, exist_ok=True)
-        held.enter_context(locked(workdir))
+        held.enter_context(lock(workdir))
         with _writable(workdir):
           probe = path / f'.writable-{os.getpid()}'
           probe.write_text('')
           probe.unlink()
         if run_file.read_run(workdir) is None and any(path.glob('checkpoints/*')):
           raise UserError(
-            f'{workdir} holds checkpoints but no run.json that says whose they are: give another --workdir'
+            f'{workdir} holds checkpoints but no run.json that says which run they belong to: give another --workdir'
           )
-        same_run(workdir, cfg)
+        check_same_run(workdir, cfg)
     yield
 
 
 @contextlib.contextmanager
 def _writable(workdir):
+  """Context manager: raise OSError as a UserError that asks for another workdir."""
   try:
     yield
   except OSError as error:
@@ -54,8 +57,8 @@ def _writable(workdir):
 
 
 @contextlib.contextmanager
-def locked(workdir):
-  """Keep a second process of this machine out of a folder (not of a bucket) while this one writes there."""
+def lock(workdir):
+  """Context manager: lock a local folder against other processes of this machine; raise UserError if one holds it."""
   if '://' in str(workdir):
     yield
     return
@@ -66,8 +69,8 @@ def locked(workdir):
   except BlockingIOError:
     os.close(folder)
     raise UserError(f'another process is training in {workdir}: wait for it, or give another --workdir') from None
-  except OSError as error:  # a network file system without locks
-    logging.warning('%s cannot be locked (%s): see to it that no other process trains there', workdir, error.strerror)
+  except OSError as error:  # some network file systems have no locks
+    logging.warning('%s cannot be locked (%s): make sure that no other process trains there', workdir, error.strerror)
   try:
     yield
   finally:
@@ -75,8 +78,8 @@ def locked(workdir):
 
 
 @contextlib.contextmanager
-def writing(workdir):
-  """Say in one line that a file of the run could not be written."""
+def explain_write_errors(workdir):
+  """Context manager: raise OSError as a UserError that asks to make room and start again."""
   try:
     yield
   except OSError as error:
@@ -85,17 +88,17 @@ def writing(workdir):
     ) from error
 
 
-def same_run(workdir, cfg) -> None:
-  """Refuse a workdir in which a run of another family, task, model or seed lives; warn of other changes."""
+def check_same_run(workdir, cfg) -> None:
+  """Raise UserError if the workdir holds a run of another family, task, model or seed; warn about other changes."""
   run = run_file.read_run(workdir)
   if run is None:
     return
   old, new = flatten(run['config']), flatten(as_json(cfg))
-  both = (old.keys() & new.keys()) - set(FREE)  # an older run lacks the settings that came later
-  changed = [key for key in sorted(both) if old[key] != new[key]]
-  for part in IDENTITY:
+  common = (old.keys() & new.keys()) - set(FREE)  # old runs lack settings that were added later
+  changed = [key for key in sorted(common) if old[key] != new[key]]
+  for section in IDENTITY:
     for key in changed:
-      if key.split('.')[0] == part:
+      if key.split('.')[0] == section:
         raise UserError(
           f'{workdir} holds a run with {key}={old.get(key)}, this one has {key}={new.get(key)}: '
           'give another --workdir (nothing was overwritten)'
@@ -104,7 +107,7 @@ def same_run(workdir, cfg) -> None:
   if average in changed and not (old.get(average) and new.get(average)):
     raise UserError(
       f'{workdir} holds a run with {average}={old.get(average)}, this one has {new.get(average)}: a moving average '
-      'cannot come or go within a run; give another --workdir'
+      'cannot be added or removed during a run; give another --workdir'
     )
   for key in changed:
     logging.warning('this start changes %s from %s to %s', key, old.get(key), new.get(key))

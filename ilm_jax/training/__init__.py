@@ -1,4 +1,4 @@
-"""Training: what a config names (`experiment.py`), one step (`train_step.py`), and the loop around it (`loop.py`).
+"""Training: the parts that a config names (`experiment.py`), one update (`train_step.py`), and the loop (`loop.py`).
 
-Imports every room but `aot`. Start with `train_step.py`.
+May import every room except `aot`. Start with `train_step.py`, then `loop.py`.
 """

@@ -1,4 +1,4 @@
-"""What a config names, built and checked: the parts that training and evaluation share."""
+"""Build and check what a config names: family, task, model, mesh. Training and evaluation start here."""
 
 from typing import Any, NamedTuple
 
@@ -19,18 +19,18 @@ from ilm_jax.types import UserError
 
 
 class Experiment(NamedTuple):
-  """What a config names, built: the parts that training and evaluation share."""
+  """The parts that a config names and that training and evaluation share."""
 
   cfg: ConfigDict
   family: Any
   task: Any
   model_cfg: transformer.ModelConfig
-  sample_cfg: Any
-  loss_cfg: ConfigDict
+  sample_cfg: Any  # settings of the family's sampler
+  loss_cfg: ConfigDict  # settings of the family's loss
   mesh: jax.sharding.Mesh
 
 
-LEAST = {  # the smallest value of settings that have one
+MINIMUM = {  # setting -> its smallest allowed value
   'seed': 0, 'steps': 1, 'keep': 1, 'log_every': 0, 'checkpoint_every': 0, 'report_seconds': 0,
   'task.seed': 0, 'task.num_train': 0, 'task.num_validation': 1, 'task.num_test': 1,
   'loss.vocab_chunk': 1, 'loss.stop_weight': 0,
@@ -43,43 +43,18 @@ LEAST = {  # the smallest value of settings that have one
 }  # fmt: skip
 
 
-def check_ranges(cfg) -> None:
-  """Refuse numbers that can't be meant, before anything is computed or written."""
-  values = flatten(as_json(cfg))
-  for name, least in LEAST.items():
-    if values.get(name) is not None and values[name] < least:
-      raise UserError(f'{name}={values[name]}: expected at least {least}')
-  which = str(cfg.eval.checkpoint)
-  if which not in ('best', 'latest') and not which.isdigit():
-    raise UserError(f"eval.checkpoint={which!r}: expected 'best', 'latest' or a step")
-
-
-def check_choices(cfg, family, task) -> None:
-  """Refuse words that mean nothing, and likelihoods that a family does not have."""
-  if cfg.eval.score != 'none':
-    family.check_score(cfg.eval.score or None, task.longest_answer(cfg.task))
-  if cfg.loss.length_weight not in ('none', 'elbo'):
-    raise UserError(f'loss.length_weight={cfg.loss.length_weight!r}: expected none or elbo')
-  if cfg.loss.length_weight == 'elbo' and cfg.family != 'ilm':
-    raise UserError(f'loss.length_weight=elbo is the bound of family=ilm: leave it out with family={cfg.family}')
-  if cfg.eval.mode not in ('max', 'min'):
-    raise UserError(f'eval.mode={cfg.eval.mode!r}: expected max or min')
-  if cfg.eval.metric == 'exact_match' and task.score is None:
-    raise UserError(
-      f'eval.metric=exact_match: the task {cfg.task.name} has no right answers: use eval.metric=loss and eval.mode=min'
-    )
-  if cfg.eval.get('perplexity_model', ''):
-    scoring_models.check(cfg.eval.perplexity_model)
-
-
 def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> Experiment:
-  """Build what the config names; refuses what doesn't fit together, before anything is computed or written.
+  """Build the parts that a config names, and check that they fit together.
 
   Args:
-    cfg: the config; a task may note in its part what it found (the fingerprint of a tokenizer).
-    workdir: of the run, which may carry files of the task.
-    devices: of the mesh; all by default.
-    vocab_size: of a vocabulary that is not there, nor any data: what is built can be compiled, not run.
+    cfg: the config; the task may record in its section what it found (the fingerprint of a tokenizer).
+    workdir: the folder of the run; a task may read its own files there.
+    devices: the devices of the mesh; all devices by default.
+    vocab_size: size of the vocabulary, to build without a tokenizer and without data: the result can be compiled, but
+      not trained.
+
+  Raises:
+    UserError: a setting is wrong, or two of them do not fit; nothing has been computed or written by then.
   """
   check_ranges(cfg)
   optimizer.make_schedule(cfg.optimizer, cfg.steps)
@@ -90,11 +65,66 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
     tokenizer = task.tokenizer(cfg.task)
     vocab_size, special_ids = tokenizer.vocab_size, tokenizer.special_ids
     source = task.source(cfg.task, 'train') if cfg.loss.length_weight == 'elbo' else None
-    task.source(cfg.task, 'test')
+    task.source(cfg.task, 'test')  # raises UserError if the data are missing
   else:
     special_ids, source = tuple(range(len(SPECIAL))), None
-  decided = family.model_settings(cfg)
-  if cfg.model.get('conditioning') not in (None, 'none') and 'conditioning' not in decided:
+  family_settings = family.model_settings(cfg)
+  check_model_settings(cfg, family, family_settings, task)
+  model_cfg = transformer.ModelConfig.create(vocab_size, **{**cfg.model.to_dict(), **family_settings})
+  mesh = sharding.make_mesh(cfg.mesh, devices)
+  if warning := sharding.check_model(model_cfg, mesh):
+    logging.warning('%s', warning)
+  check_batch_divides(cfg, mesh)
+  check_examples_fit(cfg, family, task)
+  sample_cfg = families.make_sample_config(
+    family, cfg, cfg.sampling, closed_tokens=special_ids, compute=model_cfg.compute
+  )
+  loss_cfg = ConfigDict({**cfg.loss.to_dict(), 'compute': model_cfg.compute})
+  loss_cfg.mean_weight = 1.0 if source is None else mean_length_weight(cfg, family, source)
+  return Experiment(cfg, family, task, model_cfg, sample_cfg, loss_cfg, mesh)
+
+
+def check_ranges(cfg) -> None:
+  """Raise UserError if a number of the config is below its minimum, or `eval.checkpoint` names no checkpoint."""
+  values = flatten(as_json(cfg))
+  for name, minimum in MINIMUM.items():
+    if values.get(name) is not None and values[name] < minimum:
+      raise UserError(f'{name}={values[name]}: expected at least {minimum}')
+  which = str(cfg.eval.checkpoint)
+  if which not in ('best', 'latest') and not which.isdigit():
+    raise UserError(f"eval.checkpoint={which!r}: expected 'best', 'latest' or a step")
+
+
+def check_choices(cfg, family, task) -> None:
+  """Raise UserError if an option of the loss or the evaluation is unknown, or the family or task does not have it."""
+  if cfg.eval.score != 'none':
+    family.check_score(cfg.eval.score or None, task.longest_answer(cfg.task))
+  if cfg.loss.length_weight not in ('none', 'elbo'):
+    raise UserError(f'loss.length_weight={cfg.loss.length_weight!r}: expected none or elbo')
+  if cfg.loss.length_weight not in family.length_weights:
+    raise UserError(
+      f'loss.length_weight={cfg.loss.length_weight} is not supported by family={cfg.family}: leave it out'
+    )
+  if cfg.eval.mode not in ('max', 'min'):
+    raise UserError(f'eval.mode={cfg.eval.mode!r}: expected max or min')
+  if cfg.eval.metric == 'exact_match' and task.score is None:
+    raise UserError(
+      f'eval.metric=exact_match: the task {cfg.task.name} has no right answers: use eval.metric=loss and eval.mode=min'
+    )
+  if cfg.eval.get('perplexity_model', ''):
+    scoring_models.check(cfg.eval.perplexity_model)
+
+
+def check_model_settings(cfg, family, family_settings: dict, task) -> None:
+  """Raise UserError if the config asks for a model input that the family does not provide.
+
+  Args:
+    cfg: the config.
+    family: the family.
+    family_settings: the model settings that the family decides.
+    task: the task.
+  """
+  if cfg.model.get('conditioning') not in (None, 'none') and 'conditioning' not in family_settings:
     raise UserError(
       f'model.conditioning={cfg.model.conditioning!r}: the family {cfg.family} knows no noise level: leave it out'
     )
@@ -105,41 +135,39 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
       )
     if not cfg.corrupt.close_prompt:
       raise UserError(
-        'model.open_gap_embedding=True needs corrupt.close_prompt=True: a sampler closes the gaps of what is given, and so must '
-        'the training'
+        'model.open_gap_embedding=True needs corrupt.close_prompt=True: sampling closes the gaps of the prompt, so '
+        'training must close them too'
       )
     if not cfg.corrupt.infill_rate and task.score is None:
-      logging.warning('model.open_gap_embedding=True with corrupt.infill_rate=0: no gap of a whole text is closed, so nothing is '
-                      'learned of it')  # fmt: skip
-  settings = {**cfg.model.to_dict(), **decided}
-  model_cfg = transformer.ModelConfig.create(vocab_size, **settings)
-  mesh = sharding.make_mesh(cfg.mesh, devices)
-  if said := sharding.check_model(model_cfg, mesh):
-    logging.warning('%s', said)
-  shape = pipeline.shape_of(cfg.data)
+      logging.warning('model.open_gap_embedding=True has no effect with corrupt.infill_rate=0 in training on text: '
+                      'all gaps of a training example are open')  # fmt: skip
+
+
+def check_batch_divides(cfg, mesh) -> None:
+  """Raise UserError if the batch does not divide into groups, hosts, devices and accumulation steps."""
+  rows, parts = cfg.data.rows, cfg.optimizer.accumulation_steps
+  pipeline.shape_of(cfg.data)  # raises UserError if the batch does not divide into groups
   pipeline.my_groups(cfg.data.groups, *sharding.my_part(mesh))
-  sharding.check_rows(cfg.data.rows, mesh, 'data.rows')
-  if cfg.data.rows % cfg.optimizer.accumulation_steps:
-    fits = pipeline.nearest(cfg.data.rows, cfg.optimizer.accumulation_steps)
-    raise UserError(f'data.rows={cfg.data.rows} does not divide into optimizer.accumulation_steps={cfg.optimizer.accumulation_steps} '
-                    f'parts: use data.rows={fits}')  # fmt: skip
-  sharding.check_rows(
-    cfg.data.rows // cfg.optimizer.accumulation_steps, mesh, 'data.rows / optimizer.accumulation_steps'
-  )
-  longest, most = family.sizes(cfg, task.longest(cfg.task), task.longest_answer(cfg.task))
-  if shape.length < longest:
-    raise UserError(f'data.row_length={shape.length} is shorter than the longest example, {longest} tokens: raise it')
-  if shape.targets < most:
-    raise UserError(f'data.targets={shape.targets} is less than the targets of the longest example, {most}: raise it')
-  sample_cfg = families.make_sample_config(
-    family, cfg, cfg.sampling, closed_tokens=special_ids, compute=model_cfg.compute
-  )
-  loss_cfg = ConfigDict({**cfg.loss.to_dict(), 'compute': model_cfg.compute})
-  loss_cfg.mean_weight = 1.0 if source is None else mean_weight(cfg, family, source)
-  return Experiment(cfg, family, task, model_cfg, sample_cfg, loss_cfg, mesh)
+  sharding.check_rows(rows, mesh, 'data.rows')
+  if rows % parts:
+    raise UserError(f'data.rows={rows} does not divide into optimizer.accumulation_steps={parts} '
+                    f'parts: use data.rows={pipeline.nearest(rows, parts)}')  # fmt: skip
+  sharding.check_rows(rows // parts, mesh, 'data.rows / optimizer.accumulation_steps')
 
 
-def mean_weight(cfg, family, source, examples: int = 1_000) -> float:
-  """The mean over the first training examples, corrupted, of 1 + the number of their free tokens."""
+def check_examples_fit(cfg, family, task) -> None:
+  """Raise UserError if the longest example does not fit into one row, or its targets into the target list of a row."""
+  shape = pipeline.shape_of(cfg.data)
+  length, targets = family.sizes(cfg, task.longest(cfg.task), task.longest_answer(cfg.task))
+  if shape.length < length:
+    raise UserError(f'data.row_length={shape.length} is shorter than the longest example, {length} tokens: raise it')
+  if shape.targets < targets:
+    raise UserError(
+      f'data.targets={shape.targets} is less than the targets of the longest example, {targets}: raise it'
+    )
+
+
+def mean_length_weight(cfg, family, source, examples: int = 1_000) -> float:
+  """Return the mean of 1 + the number of free tokens over the first training examples, as the family corrupts them."""
   made = (family.corrupt(np.random.default_rng(i), source[i], cfg.corrupt) for i in range(min(examples, len(source))))
   return float(np.mean([1 + example['free'] for example in made]))

@@ -1,4 +1,4 @@
-"""AdamW with the reference's decay mask, clipping, schedules and exponential moving average."""
+"""AdamW with the reference's weight decay mask, gradient clipping, schedules and an exponential moving average."""
 
 import jax
 import jax.numpy as jnp
@@ -10,33 +10,46 @@ SCHEDULES = ('constant', 'cosine', 'linear')
 
 
 def make_schedule(cfg, steps: int) -> optax.Schedule:
-  """Learning rate of each update: a linear warm-up, then constant, or decayed to `final_fraction` at the last step."""
+  """Return the learning rate schedule: linear warmup, then constant, or decay to `final_fraction` of the peak.
+
+  Args:
+    cfg: the `optimizer` section of the config.
+    steps: number of updates of the run; the decay ends there.
+
+  Raises:
+    UserError: the schedule is unknown.
+  """
   peak, warmup = cfg.learning_rate, cfg.warmup_steps
-  rest = max(1, steps - warmup)
+  decay_steps = max(1, steps - warmup)
   if cfg.schedule not in SCHEDULES:
     raise UserError(f'optimizer.schedule={cfg.schedule!r}: expected one of {", ".join(SCHEDULES)}')
-  after = {
+  after_warmup = {
     'constant': optax.constant_schedule(peak),
-    'cosine': optax.cosine_decay_schedule(peak, rest, cfg.final_fraction),
-    'linear': optax.linear_schedule(peak, peak * cfg.final_fraction, rest),
+    'cosine': optax.cosine_decay_schedule(peak, decay_steps, cfg.final_fraction),
+    'linear': optax.linear_schedule(peak, peak * cfg.final_fraction, decay_steps),
   }[cfg.schedule]
   if not warmup:
-    return after
-  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+    return after_warmup
+  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after_warmup], [warmup])
 
 
-def decays(path) -> bool:
-  """Weight decay is for all parameters but biases and norms; embedding and unembedding are decayed."""
+def is_decayed(path) -> bool:
+  """Return whether weight decay applies to a parameter: to all but biases and norms; embeddings are decayed."""
   names = jax.tree_util.keystr(path)
   return 'bias' not in names and 'norm' not in names
 
 
 def make_optimizer(cfg, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """Return (AdamW behind a clipping of the global norm, its schedule)."""
+  """Return (AdamW after gradient clipping by global norm, learning rate schedule).
+
+  Args:
+    cfg: the `optimizer` section of the config.
+    steps: number of updates of the run.
+  """
   schedule = make_schedule(cfg, steps)
 
   def mask(params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: decays(path), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_decayed(path), params)
 
   adamw = optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=mask)
   clip = optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity()
@@ -44,6 +57,13 @@ def make_optimizer(cfg, steps: int) -> tuple[optax.GradientTransformation, optax
 
 
 def update_ema(ema, params, update, decay: float):
-  """Move the average towards the parameters; `update` counts from 1 and ramps the decay: min(decay, (1+t)/(10+t))."""
+  """Return the moving average after an update, with decay min(decay, (1 + t) / (10 + t)) at update t.
+
+  Args:
+    ema: the average before the update.
+    params: the parameters after the update.
+    update: number of the update, counted from 1.
+    decay: the final decay.
+  """
   rate = 1.0 - jnp.minimum(decay, (1.0 + update) / (10.0 + update))
   return jax.tree.map(lambda old, new: old + rate * (new - old), ema, params)

@@ -1,4 +1,4 @@
-"""One update: the state of a run, and the pure, jitted function that moves it on."""
+"""The training state, and the pure, jitted function that makes one update."""
 
 from typing import Any, NamedTuple
 
@@ -12,28 +12,28 @@ from ilm_jax.training.experiment import Experiment
 
 
 class TrainState(NamedTuple):
-  """All that a run has to remember."""
+  """Everything that a checkpoint must hold; random keys and batches are derived from the step."""
 
-  step: Any  # number of updates made
+  step: Any  # number of updates made so far
   params: Any
   opt_state: Any
   ema_params: Any  # None without a moving average
 
 
-def _create(exp: Experiment, tx):
-  """Make a fresh state, boxed with logical axis names."""
+def _initializer(exp: Experiment, tx):
+  """Return the function () -> fresh state, its parameters boxed with their logical axis names."""
 
-  def create():
+  def initialize():
     params = transformer.init(exp.model_cfg, jax.random.fold_in(jax.random.key(exp.cfg.seed), 0x494E4954))
     ema = jax.tree.map(jnp.copy, params) if exp.cfg.optimizer.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
 
-  return create
+  return initialize
 
 
 def abstract_state(exp: Experiment, tx) -> TrainState:
-  """Shapes, types and shardings of a state."""
-  boxed = jax.eval_shape(_create(exp, tx))
+  """Return the shapes, dtypes and shardings of a state, without computing it."""
+  boxed = jax.eval_shape(_initializer(exp, tx))
   shardings = sharding.state_shardings(boxed, exp.mesh)
   return jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), transformer.unbox(boxed), shardings
@@ -41,21 +41,26 @@ def abstract_state(exp: Experiment, tx) -> TrainState:
 
 
 def init_state(exp: Experiment, tx) -> tuple[TrainState, TrainState]:
-  """Make a fresh state on the mesh; returns (state, its shapes and shardings)."""
-  abstract, create = abstract_state(exp, tx), _create(exp, tx)
+  """Return (fresh state on the mesh, its shapes, dtypes and shardings)."""
+  abstract, initialize = abstract_state(exp, tx), _initializer(exp, tx)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  return jax.jit(lambda: transformer.unbox(create()), out_shardings=shardings)(), abstract
+  return jax.jit(lambda: transformer.unbox(initialize()), out_shardings=shardings)(), abstract
 
 
 def make_step(exp: Experiment, tx, schedule):
-  """The pure function (state, batch) -> (state, metrics) of one update.
+  """Return the pure function (state, batch) -> (state, metrics) of one update; metrics are (total, weight) pairs.
 
-  The gradient is that of the *total* loss, divided once by the total weight: with gradient accumulation, totals and
-  weights of the parts are summed first, so the update equals that of the whole batch.
+  The gradient of the *total* loss is divided once by the total weight. Gradient accumulation sums totals and weights
+  over the microbatches first, so the update equals that of the whole batch.
+
+  Args:
+    exp: the experiment.
+    tx: the optimizer.
+    schedule: the learning rate schedule, which is reported only.
   """
-  cfg, parts = exp.cfg, exp.cfg.optimizer.accumulation_steps
+  cfg, microbatches = exp.cfg, exp.cfg.optimizer.accumulation_steps
   root = jax.random.fold_in(jax.random.key(cfg.seed), 0x44524F50)
-  drops = exp.model_cfg.dropout > 0 or exp.model_cfg.attention_dropout > 0
+  has_dropout = exp.model_cfg.dropout > 0 or exp.model_cfg.attention_dropout > 0
 
   def total_loss(params, batch, rng):
     outputs = transformer.apply_batch(exp.model_cfg, params, batch, rng=rng)
@@ -65,23 +70,23 @@ def make_step(exp: Experiment, tx, schedule):
   gradient = jax.grad(total_loss, has_aux=True)
 
   def whole(params, batch, rng):
-    return gradient(params, batch, rng if drops else None)
+    return gradient(params, batch, rng if has_dropout else None)
 
   def accumulated(params, batch, rng):
-    # Row r goes to part r % parts, so that each device keeps its rows.
-    batch = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    # Row r goes to microbatch r % microbatches, so that no row moves to another device.
+    batch = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(carry, item):
-      index, part = item
-      return jax.tree.map(jnp.add, carry, whole(params, part, jax.random.fold_in(rng, index))), None
+      index, microbatch = item
+      return jax.tree.map(jnp.add, carry, whole(params, microbatch, jax.random.fold_in(rng, index))), None
 
     first = jax.tree.map(lambda x: x[0], batch)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(whole, params, first, rng))
-    return jax.lax.scan(add, zeros, (jnp.arange(parts), batch))[0]
+    return jax.lax.scan(add, zeros, (jnp.arange(microbatches), batch))[0]
 
   def step(state: TrainState, batch):
     rng = jax.random.fold_in(root, state.step)
-    grads, pairs = (whole if parts == 1 else accumulated)(state.params, batch, rng)
+    grads, pairs = (whole if microbatches == 1 else accumulated)(state.params, batch, rng)
     weight = jnp.maximum(pairs['loss'][1], 1e-9)
     grads = jax.tree.map(lambda g: g / weight, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -89,21 +94,26 @@ def make_step(exp: Experiment, tx, schedule):
     ema = state.ema_params
     if ema is not None:
       ema = optimizer.update_ema(ema, params, state.step + 1, cfg.optimizer.ema_decay)
-    pairs |= batch_pairs(batch, cfg.data.batch_size)
-    pairs |= {'gradient_norm': (norm_of(grads), 1.0), 'update_norm': (norm_of(updates), 1.0)}
+    pairs |= packing_metrics(batch, cfg.data.batch_size)
+    pairs |= {'gradient_norm': (global_norm(grads), 1.0), 'update_norm': (global_norm(updates), 1.0)}
     pairs |= {'learning_rate': (schedule(state.step), 1.0)}
     return TrainState(state.step + 1, params, opt_state, ema), pairs
 
   return step
 
 
-def norm_of(tree):
-  """The Euclidean norm of all the numbers of a tree."""
+def global_norm(tree):
+  """Return the Euclidean norm of all numbers of a tree."""
   return jnp.sqrt(sum(jnp.square(x).sum() for x in jax.tree.leaves(tree)))  # vdot would gather sharded arrays
 
 
-def batch_pairs(batch, batch_size: int) -> dict:
-  """What the packing achieved: tokens before and after the corruption, share of positions in use, what did not fit."""
+def packing_metrics(batch, batch_size: int) -> dict:
+  """Return metrics of a packed batch: tokens before and after corruption, share of used positions, dropped examples.
+
+  Args:
+    batch: the packed batch.
+    batch_size: number of examples that were to be packed.
+  """
   kept = (batch['segment_BxL'] > 0).sum().astype(jnp.float32)
   placed = (batch['example_id_BxS'] >= 0).sum()
   return {
@@ -115,7 +125,14 @@ def batch_pairs(batch, batch_size: int) -> dict:
 
 
 def compile_step(exp: Experiment, tx, schedule, abstract: TrainState):
-  """Jit the step, with the state donated and everything placed on the mesh."""
+  """Return the jitted training step on the mesh of the experiment; it donates the state, and so overwrites it.
+
+  Args:
+    exp: the experiment.
+    tx: the optimizer.
+    schedule: the learning rate schedule.
+    abstract: shapes, dtypes and shardings of the state.
+  """
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return jax.jit(
     sharding.on(exp.mesh)(make_step(exp, tx, schedule)),

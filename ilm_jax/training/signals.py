@@ -1,0 +1,72 @@
+"""SIGTERM and Ctrl-C during a run, and the exit codes of a run."""
+
+import os
+import signal
+
+import jax
+from absl import logging
+
+from ilm_jax.distributed import processes
+
+FINISHED, PREEMPTED, INTERRUPTED = 0, 75, 130  # exit codes: done; stopped by SIGTERM; stopped by Ctrl-C
+
+
+class Signals:
+  """Context manager that records SIGTERM and Ctrl-C, so that the training loop can save before it stops.
+
+  A second Ctrl-C raises KeyboardInterrupt. Before training has begun there is nothing new to save, so the first signal
+  ends the process.
+
+  With several processes, the JAX runtime handles SIGTERM: it chooses a step at which all processes stop. A Ctrl-C is
+  forwarded to the runtime as a SIGTERM. An evaluation in progress is completed first.
+
+  Attributes:
+    begun: whether training has begun; the caller sets it.
+    code: the exit code, once all processes know that they stop; None before.
+  """
+
+  def __init__(self, saving: bool = True):
+    """Choose the signals to handle.
+
+    Args:
+      saving: whether the caller will save a state. If not, and there are several processes, no handler is installed.
+    """
+    self._handled = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,) if saving else ()
+    self.begun = not saving
+    self.code = None
+    self._own_code = None  # exit code for the last signal that this process received
+    self._old_handlers = {}
+
+  def __enter__(self):
+    for number in self._handled:
+      self._old_handlers[number] = signal.signal(number, self._receive)
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._old_handlers.items():
+      signal.signal(number, handler)
+
+  def _receive(self, number, _):
+    previous, self._own_code = self._own_code, PREEMPTED if number == signal.SIGTERM else INTERRUPTED
+    if number == signal.SIGINT and (previous == INTERRUPTED or not self.begun):
+      raise KeyboardInterrupt
+    if not self.begun:
+      self.code = self._own_code
+      logging.info('SIGTERM before the first step: exiting; run the same command to start again')
+      raise SystemExit(PREEMPTED)
+    logging.info('%s: saving a checkpoint, then exiting', signal.Signals(number).name)
+    if jax.process_count() == 1:
+      self.code = self._own_code
+    else:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def received(self) -> bool:
+    """Return whether the run must stop, as far as this process knows."""
+    return self.code is not None
+
+  def agree_to_stop(self, step: int) -> bool:
+    """Return whether the run must stop after this step; every process must call it once at every step."""
+    if self.code is None and processes.stop_requested(step):
+      codes = processes.gather(str(self._own_code or PREEMPTED))
+      self.code = INTERRUPTED if str(INTERRUPTED) in codes else PREEMPTED
+    return self.received()
