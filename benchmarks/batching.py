@@ -18,7 +18,7 @@ from benchmarks.train_step import lm1b_length
 from ilm_jax import families
 from ilm_jax.families import ilm
 from ilm_jax.inference.continuous_batching import ContinuousSampler
-from ilm_jax.inference.static_batching import Sampler
+from ilm_jax.inference.static_batching import StaticSampler
 from ilm_jax.special_tokens import BOS, CLS, SPECIAL
 from ilm_jax.types import GREEDY
 
@@ -42,7 +42,7 @@ def make_sample_config(args, gaps: int = 1) -> ilm.SampleConfig:
     gap=GREEDY,
     token=GREEDY,
     stop_threshold=1.0,
-    closed_tokens=tuple(range(len(SPECIAL))),
+    suppressed_tokens=tuple(range(len(SPECIAL))),
     min_buffer=args.min_buffer,
     compute=args.compute,
   )
@@ -58,7 +58,7 @@ def timed(call) -> tuple[list[dict], float]:
 def compare_batching(args, params, requests: list[dict]) -> dict:
   """Time both kinds of batching in turns, after one turn that compiles."""
   cfg, key, family = make_sample_config(args), jax.random.key(0), families.get('ilm')
-  static = Sampler(args.model_cfg, family, cfg, args.slots)
+  static = StaticSampler(args.model_cfg, family, cfg, args.slots)
   continuous = ContinuousSampler(args.model_cfg, family, cfg, args.slots)
   calls = {
     'static': lambda: enumerate(static(params, key, requests)),

@@ -29,7 +29,7 @@ from benchmarks import _report
 from ilm_jax import families
 from ilm_jax.families import arm, ilm
 from ilm_jax.families.growing import buffers
-from ilm_jax.inference.static_batching import Sampler
+from ilm_jax.inference.static_batching import StaticSampler
 from ilm_jax.models import transformer
 from ilm_jax.special_tokens import BOS, CLS, SPECIAL
 from ilm_jax.types import GREEDY, Prompt, Rule
@@ -79,10 +79,10 @@ def measure(args, params, samplers: dict, compilations, *, rows: int, length: in
       max_steps=number,
       token=Rule(top_p=args.top_p) if args.top_p else GREEDY,
       stop_threshold=1.0,
-      closed_tokens=tuple(range(len(SPECIAL))),
+      suppressed_tokens=tuple(range(len(SPECIAL))),
       compute=args.compute,
     )
-    samplers[rows, number] = Sampler(args.model_cfg, families.get('ilm'), sample_cfg, rows)
+    samplers[rows, number] = StaticSampler(args.model_cfg, families.get('ilm'), sample_cfg, rows)
   sampler, rng = samplers[rows, number], np.random.default_rng(length)
   start = max(2, length - number - 1)  # rows end one token below `length`, so that the last pass needs no larger buffer
   seconds, compiled, calls = [], 0, 0
@@ -162,7 +162,7 @@ def sample_without_cache(forward, tokens_BxL, length_B, number: int, cfg):
 def measure_arm(args, params, *, rows: int, length: int) -> dict:
   """Time the generation of the last --insert tokens of rows of a length, with and without the cache, in turns."""
   cfg = arm.SampleConfig(
-    max_length=length, max_steps=args.insert, closed_tokens=tuple(range(len(SPECIAL))), compute=args.compute
+    max_length=length, max_steps=args.insert, suppressed_tokens=tuple(range(len(SPECIAL))), compute=args.compute
   )
   forward = transformer.Forward(args.arm_cfg, params)
   rng, start = np.random.default_rng(length), length - args.insert

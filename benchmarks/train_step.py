@@ -113,7 +113,7 @@ def shape_of(mix: Mix, packed: bool, groups: list[list[dict]]) -> pipeline.Shape
     return pipeline.Shape(examples, mix.block, targets=mix.block, segments=1)
   shape = pipeline.Shape(examples, mix.row_length, targets=2 * mix.row_length, segments=mix.segments)
   sizes = [[(len(e['tokens']), len(e['target_token'])) for e in group] for group in groups]
-  rows = max(max(pipeline.place(group, shape)) + 1 for group in sizes)
+  rows = max(max(pipeline.assign_rows(group, shape)) + 1 for group in sizes)
   return dataclasses.replace(shape, rows=rows)
 
 
@@ -182,7 +182,7 @@ def measure(args, name: str, variant: str) -> dict:
   tx, schedule = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
   state, abstract = train_step.init_state(exp, tx)
   packs = [pipeline.pack(group, list(range(len(group))), shape) for group in groups[:TIMED_GROUPS]]
-  batches = itertools.cycle([sharding.put_batch(batch, exp.mesh) for batch in packs])
+  batches = itertools.cycle([sharding.put_global_batch(batch, exp.mesh) for batch in packs])
 
   start = time.perf_counter()
   step = train_step.compile_step(exp, tx, schedule, abstract).lower(state, next(batches)).compile()

@@ -116,8 +116,8 @@ def read_requests(values) -> tuple[list[Request], list[UserError]]:
   requests, errors, lines_of_ids = [], [], {}
   for number, line in enumerate(lines):
     offset, next_offset = next_offset, next_offset + len(line) + 1
-    if number == 0 and line.startswith(corpora.MARK):
-      offset, line = len(corpora.MARK), line[len(corpora.MARK) :]
+    if number == 0 and line.startswith(corpora.BYTE_ORDER_MARK):
+      offset, line = len(corpora.BYTE_ORDER_MARK), line[len(corpora.BYTE_ORDER_MARK) :]
     where = f'{name}, line {number + 1}'
     try:
       if text := corpora.decode(line, where, offset).strip():

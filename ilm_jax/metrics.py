@@ -46,7 +46,7 @@ def order_statistics(steps, landmark: int | None = None) -> Metrics:
   return pairs
 
 
-def wilson(successes: float, trials: float, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: float, z: float = 1.959964) -> tuple[float, float]:
   """Return the Wilson interval (low, high) of a proportion; the default z gives 95 %."""
   if not trials:
     return 0.0, 1.0
@@ -57,8 +57,8 @@ def wilson(successes: float, trials: float, z: float = 1.959964) -> tuple[float,
   return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def percent(total: float, weight: float) -> str:
+def format_proportion(total: float, weight: float) -> str:
   """Format a proportion as `99.60 % (996 of 1000; 95 % interval 98.98 - 99.84)`."""
-  low, high = (100 * bound for bound in wilson(total, weight))
+  low, high = (100 * bound for bound in wilson_interval(total, weight))
   share = 100 * total / max(weight, 1)
   return f'{share:.2f} % ({total:.0f} of {weight:.0f}; 95 % interval {low:.2f} - {high:.2f})'

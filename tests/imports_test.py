@@ -10,7 +10,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STARTS_JAX = {'jax', 'flax', 'optax', 'orbax'}
 
-# The rooms from the lowest to the highest. A module imports its own room and rooms above it in this list; a name without
+# The rooms from the lowest to the highest: a module imports its own room and rooms earlier in this list. A name without
 # a slash is a module of the top level.
 ROOMS = [
   *['types', 'special_tokens', 'console', 'metrics', 'plugins', 'configs'],

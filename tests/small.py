@@ -75,7 +75,7 @@ SETTINGS = {
   'checkpoint_every': 5,
   'keep': 2,
 }
-STILL = {'model.dropout': 0.0, 'model.attention_dropout': 0.0}  # the loss is then a function of weights and batch
+NO_DROPOUT = {'model.dropout': 0.0, 'model.attention_dropout': 0.0}  # the loss is then a function of weights and batch
 
 
 def config(changes=()):
@@ -337,7 +337,7 @@ def shared_programs():
 
 
 @contextlib.contextmanager
-def kept_programs(folder):
+def compilation_cache_in(folder):
   """Context manager: compile fast, and cache compiled programs in a folder, which several test modules can share."""
   settings = {
     'jax_compilation_cache_dir': str(folder),

@@ -98,7 +98,7 @@ def lower_sampling(exp, slots: int):
   sampler = continuous_batching.ContinuousSampler(exp.model_cfg, exp.family, exp.sample_cfg, slots, mesh=exp.mesh)
   if sampler.growth is None:
     return None
-  return sampler.lower(transformer.abstract(exp.model_cfg, exp.mesh), jax.random.key(0), slots)
+  return sampler.lower(transformer.abstract_params(exp.model_cfg, exp.mesh), jax.random.key(0), slots)
 
 
 # --- the compiler and its log -----------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def run(cfg, topology: str | None, log: Path) -> int:
         f'{flops / len(devices) / 1e9:,.3g} GFLOP per device', flush=True)  # fmt: skip
   predict = functools.partial(roofline, flops=flops, useful=useful, devices=len(devices), chip=chip)
   compile_and_print(lower_training(exp), devices, chip, log, predict)
-  slots = _SLOTS.value or 8 * sharding.row_parts(exp.mesh)
+  slots = _SLOTS.value or 8 * sharding.num_row_shards(exp.mesh)
   lowered = lower_sampling(exp, slots)
   if lowered is None:
     print(f'decoding: {cfg.family} has no step for continuous batching; not compiled')

@@ -139,7 +139,7 @@ def _open(folder: str, name: str, make=None):
   return _builders().token_sequences(make=make, data_dir=str(pathlib.Path(folder, name)))
 
 
-def prepared(folder: str, name: str, make) -> Prepared:
+def open_or_prepare_sequences(folder: str, name: str, make) -> Prepared:
   """Open prepared token sequences, writing them first if they are missing.
 
   Args:
@@ -221,7 +221,7 @@ class Documents:
     return Documents, (self.place,)
 
 
-def documents(folder, name: str, make) -> Documents:
+def open_or_prepare_documents(folder, name: str, make) -> Documents:
   """Open prepared documents, writing them first if they are missing.
 
   Args:

@@ -37,7 +37,7 @@ class Shape:
     }
 
 
-def place(sizes: list[tuple[int, int]], shape: Shape) -> list[int]:
+def assign_rows(sizes: list[tuple[int, int]], shape: Shape) -> list[int]:
   """Assign examples to rows by first-fit decreasing bin packing.
 
   Examples are placed from the largest to the smallest, where the size of an example is the fraction of a row's
@@ -77,7 +77,7 @@ def pack(examples: list[dict], ids: list[int], shape: Shape) -> Batch:
   """
   batch = shape.empty()
   filled = [(0, 0, 0)] * shape.rows  # (positions, targets, segments) already used in each row
-  rows = place([(len(e['tokens']), len(e['target_token'])) for e in examples], shape)
+  rows = assign_rows([(len(e['tokens']), len(e['target_token'])) for e in examples], shape)
   for example, index, row in zip(examples, ids, rows, strict=True):
     if row < 0:
       continue
@@ -119,13 +119,13 @@ def shape_of(data, groups: int | None = None) -> Shape:
   groups = data.groups if groups is None else groups
   for name, total in (('batch_size', data.batch_size), ('rows', data.rows)):
     if total % groups:
-      multiples = nearest(total, groups)
+      multiples = nearest_multiples(total, groups)
       raise UserError(f'data.{name}={total} is not a multiple of data.groups={groups}: use data.{name}={multiples}')
   targets = data.targets or 2 * data.row_length
   return Shape(data.rows // groups, data.row_length, targets, data.segments)
 
 
-def nearest(value: int, divisor: int) -> str:
+def nearest_multiples(value: int, divisor: int) -> str:
   """Return the multiples of `divisor` just below and above `value`, as text for an error message ("16 or 20")."""
   below = value // divisor * divisor
   return f'{below} or {below + divisor}' if below else str(divisor)

@@ -19,7 +19,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from ilm_jax.data.packing import Shape, concatenate, nearest, pack, place, shape_of  # noqa: F401 (also used from here)
+from ilm_jax.data.packing import Shape, assign_rows, concatenate, nearest_multiples, pack, shape_of  # noqa: F401 (also used from here)
 from ilm_jax.types import Batch, UserError
 
 STREAMS = {'train': 0, 'validation': 1}  # keeps the random numbers of training and validation apart
@@ -88,14 +88,14 @@ class Packed:
   batch_size: int  # examples per step, over all processes
   groups: int  # groups per step, over all processes
   shape: Shape  # packing shape of one group
-  my_groups: tuple[int, int]  # half-open range of the groups that this process reads
+  groups_of_process: tuple[int, int]  # half-open range of the groups that this process reads
 
   def __reduce__(self):
     return _unpickle, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
   def __call__(self, step: int) -> Batch:
     """Return this process's rows of a step (0, 1, ...)."""
-    return concatenate([self.group(int(step), g) for g in range(*self.my_groups)])
+    return concatenate([self.group(int(step), g) for g in range(*self.groups_of_process)])
 
   def group(self, step: int, group: int) -> Batch:
     """Return the packed rows of one group of a step."""
@@ -116,7 +116,7 @@ def _unpickle(*fields) -> Packed:
   return Packed(*fields)
 
 
-def my_groups(groups: int, host: int, hosts: int) -> tuple[int, int]:
+def groups_of_process(groups: int, host: int, hosts: int) -> tuple[int, int]:
   """Return the half-open range of groups that one process reads.
 
   Args:
@@ -160,7 +160,7 @@ def train_batches(source, corrupt, cfg, *, start: int, stop: int, part: tuple[in
     batch_size=data.batch_size,
     groups=data.groups,
     shape=shape_of(data),
-    my_groups=my_groups(data.groups, *part),
+    groups_of_process=groups_of_process(data.groups, *part),
   )
   dataset = grain.MapDataset.range(start, stop).map(make)
   dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch))

@@ -78,7 +78,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 # --- inside a jitted function -----------------------------------------------------------------------------------------
 
 
-def on(mesh: Mesh | None):
+def with_mesh(mesh: Mesh | None):
   """Return a decorator for a function to be jitted: while it is traced, `constrain` and `gather` use this mesh."""
 
   def decorate(function):
@@ -226,7 +226,7 @@ def check_model(cfg, mesh: Mesh) -> str | None:
   )
 
 
-def placement(tree) -> list[str]:
+def describe_placement(tree) -> list[str]:
   """Describe where the arrays of a training state are, one line per kind of array (the same name in every block).
 
   A line gives the number of arrays, their name, shape and PartitionSpec, and the bytes of one array on a device.
@@ -234,7 +234,7 @@ def placement(tree) -> list[str]:
   kinds = {}
   for path, array in jax.tree_util.tree_flatten_with_path(tree)[0]:
     name = re.sub(r'block_\d+', 'block_*', jax.tree_util.keystr(path, simple=True, separator='/'))
-    kinds.setdefault((name, array.shape, str(array.sharding.spec)), []).append(bytes_here(array))
+    kinds.setdefault((name, array.shape, str(array.sharding.spec)), []).append(bytes_per_device(array))
   return [
     f'{len(sizes):4d} x {name} {"x".join(map(str, shape)) or "scalar"} {spec[spec.index("(") :]} '
     f'{sizes[0]:,} bytes a device'
@@ -242,7 +242,7 @@ def placement(tree) -> list[str]:
   ]
 
 
-def bytes_here(array) -> int:
+def bytes_per_device(array) -> int:
   """Return the bytes of an array on each of its devices."""
   return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
@@ -250,21 +250,21 @@ def bytes_here(array) -> int:
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def row_parts(mesh: Mesh) -> int:
+def num_row_shards(mesh: Mesh) -> int:
   """Return the number of shards that the rows of a batch are split into."""
   return math.prod(mesh.shape[axis] for axis in RULES['rows'])
 
 
 def check_rows(rows: int, mesh: Mesh, name: str) -> None:
   """Raise UserError if the rows of a batch do not divide over the mesh; `name` is the setting to change."""
-  count = row_parts(mesh)
+  count = num_row_shards(mesh)
   if rows % count:
     below = rows // count * count
     fits = f'{below} or {below + count}' if below else str(count)
     raise UserError(f'{name}={rows} does not divide over {count} devices (mesh.data x mesh.fsdp): use {fits}')
 
 
-def my_part(mesh: Mesh) -> tuple[int, int]:
+def process_shard(mesh: Mesh) -> tuple[int, int]:
   """Return (index, count): which of `count` equal parts of a batch's rows is on this process's devices.
 
   Processes that a tensor axis spans hold the same rows and get the same index.
@@ -272,7 +272,7 @@ def my_part(mesh: Mesh) -> tuple[int, int]:
   Raises:
     UserError: if the rows of this process are not contiguous.
   """
-  shards = row_parts(mesh)
+  shards = num_row_shards(mesh)
   where = rows_sharding(mesh).addressable_devices_indices_map((shards,))
   mine = sorted({index[0].indices(shards)[0] for index in where.values()})
   if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
@@ -283,13 +283,13 @@ def my_part(mesh: Mesh) -> tuple[int, int]:
   return mine[0] // len(mine), shards // len(mine)
 
 
-def put_part(batch, mesh: Mesh):
-  """Turn this process's part of a batch (see `my_part`) into global arrays on the mesh."""
+def put_process_batch(batch, mesh: Mesh):
+  """Turn this process's part of a batch (see `process_shard`) into global arrays on the mesh."""
   sharding = rows_sharding(mesh)
   return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in batch.items()}
 
 
-def put_batch(batch, mesh: Mesh):
+def put_global_batch(batch, mesh: Mesh):
   """Turn a whole batch, the same on every process, into global arrays on the mesh."""
   sharding = rows_sharding(mesh)
   arrays = {name: np.asarray(x) for name, x in batch.items()}

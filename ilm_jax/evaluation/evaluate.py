@@ -22,7 +22,9 @@ class Scores(NamedTuple):
 
   pairs: Metrics  # (total, weight) of each metric
   texts: list[str]  # the first `eval.print_samples` answers, formatted for printing
-  places_NxN: np.ndarray = np.zeros((0, 0), int)  # number of tokens by [decoding step, position in the final answer]
+  order_counts_NxN: np.ndarray = np.zeros(
+    (0, 0), int
+  )  # number of tokens by [decoding step, position in the final answer]
   samples: tuple[str, ...] = ()  # all answers as plain text; empty if the task scores answers as right or wrong
 
 
@@ -53,16 +55,16 @@ class Evaluator:
 
   def __init__(self, cfg, *, model_cfg, family, task, sample_cfg, loss_cfg, mesh):
     self.cfg, self.family, self.task, self.mesh = cfg, family, task, mesh
-    parts = sharding.row_parts(mesh)
+    parts = sharding.num_row_shards(mesh)
     sample_batch = min(cfg.eval.batch_size, cfg.eval.samples or cfg.eval.batch_size)
     # Batches are rounded up to a multiple of the mesh's batch shards; the rows added are padding.
     self.rows, sampler_rows = (-(-count // parts) * parts for count in (cfg.eval.batch_size, sample_batch))
-    self.sampler = static_batching.Sampler(model_cfg, family, sample_cfg, sampler_rows, mesh)
+    self.sampler = static_batching.StaticSampler(model_cfg, family, sample_cfg, sampler_rows, mesh)
     self.tokenizer = task.tokenizer(cfg.task)
     self.sources = {}
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    @sharding.on(mesh)
+    @sharding.with_mesh(mesh)
     def loss(params, batch):
       return family.loss(transformer.apply_batch(model_cfg, params, batch), batch, loss_cfg)
 
@@ -70,7 +72,7 @@ class Evaluator:
     self._kind = None  # kind of the likelihood; set when `score` is traced
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    @sharding.on(mesh)
+    @sharding.with_mesh(mesh)
     def score(params, rng, rows):
       args = rows['tokens_BxL'], rows['fixed_BxL'], rows['length_B']
       options = {'kind': cfg.eval.score or None, 'longest': task.longest_answer(cfg.task)}
@@ -90,7 +92,7 @@ class Evaluator:
     """Compute the loss and its parts on a split, with a fixed, stratified corruption."""
     total = {}
     for batch in pipeline.validation_batches(self.source(split), self.family.corrupt, self.cfg):
-      total = metrics_lib.add(total, jax.device_get(self._loss(params, sharding.put_batch(batch, self.mesh))))
+      total = metrics_lib.add(total, jax.device_get(self._loss(params, sharding.put_global_batch(batch, self.mesh))))
     return total
 
   def likelihood(self, params, split: str, *, interrupted=lambda: False) -> Likelihood | None:
@@ -107,7 +109,7 @@ class Evaluator:
       examples = [source[i] for i in range(first, min(first + size, len(source)))]
       rows = self.rows_of(examples, self.rows)
       rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.cfg.seed), 0x4C4C), first)
-      scored = jax.device_get(self._score(params, rng, sharding.put_batch(rows, self.mesh)))
+      scored = jax.device_get(self._score(params, rng, sharding.put_global_batch(rows, self.mesh)))
       parts.append([array[: len(examples)] for array in scored])
     return Likelihood(self._kind, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
@@ -127,7 +129,7 @@ class Evaluator:
       batch['length_B'][row] = n
     return batch
 
-  def answers(self, params, split: str, *, progress: bool = False, interrupted=lambda: False) -> Scores | None:
+  def sample_answers(self, params, split: str, *, progress: bool = False, interrupted=lambda: False) -> Scores | None:
     """Sample an answer to every prompt of a split, or to the first `eval.samples`, and score it if the task can.
 
     Args:
@@ -137,7 +139,7 @@ class Evaluator:
       interrupted: called after each example; if it returns true, the evaluation stops and returns None.
     """
     source, total, texts, samples = self.source(split), {}, [], []
-    places_NxN = np.zeros((max(self.sampler.cfg.max_length, self.sampler.cfg.max_steps or 0),) * 2, np.int64)
+    order_counts_NxN = np.zeros((max(self.sampler.cfg.max_length, self.sampler.cfg.max_steps or 0),) * 2, np.int64)
     count = min(len(source), self.cfg.eval.samples or len(source))
     examples = [source[i] for i in range(count)]
     rng = jax.random.fold_in(jax.random.key(self.cfg.seed), 0x53)
@@ -155,7 +157,7 @@ class Evaluator:
       landmark = self.task.landmark(row['tokens'], self.cfg.task)
       pairs |= metrics_lib.order_statistics(steps, landmark)
       if self.task.score is not None:  # for free texts this matrix would be large and uninformative
-        np.add.at(places_NxN, (steps, np.arange(len(steps))), 1)
+        np.add.at(order_counts_NxN, (steps, np.arange(len(steps))), 1)
       else:
         samples.append(self.task.decode(row['tokens'], self.cfg.task))
       total = metrics_lib.add(total, pairs)
@@ -171,8 +173,8 @@ class Evaluator:
           '%s: %d of %d answers, %.0f per second, %.0f s left', split, done, len(examples), rate, seconds_left
         )
     # Cut off the steps and positions that no answer reached.
-    used = int(max(np.flatnonzero(places_NxN.sum(0) + places_NxN.sum(1)), default=-1)) + 1
-    return Scores(total, texts, places_NxN[:used, :used], tuple(samples))
+    used = int(max(np.flatnonzero(order_counts_NxN.sum(0) + order_counts_NxN.sum(1)), default=-1)) + 1
+    return Scores(total, texts, order_counts_NxN[:used, :used], tuple(samples))
 
 
 def show(task, tokenizer, row, example, cfg) -> str:

@@ -153,7 +153,7 @@ class RunTokenizer:
       raise UserError(f'--tokenizer={error}') from None
     if cfg.task.name != 'text':
       raise UserError(f'--tokenizer={workdir} is a run of task.name={cfg.task.name}: expected task.name=text')
-    text.settle(cfg.task, workdir)
+    text.resolve_assets(cfg.task, workdir)
     self.tokenizer, self.max_length = text.tokenizer(cfg.task), cfg.sampling.max_length
 
   def gap_lengths(self, gapped: GappedText) -> list[int] | None:
@@ -196,7 +196,7 @@ def make_requests(
         yield gapped, gap_lengths
 
   requests = []
-  for number, (gapped, gap_lengths) in enumerate(corpora.draw(candidates(), count, seed)):
+  for number, (gapped, gap_lengths) in enumerate(corpora.sample_uniformly(candidates(), count, seed)):
     request = {'id': number, 'infill': gapped.parts, 'truth': gapped.text, 'fillings': gapped.fillings}
     requests.append({**request, 'least': gap_lengths, 'most': gap_lengths} if lengths else request)
   return requests

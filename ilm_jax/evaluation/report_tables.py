@@ -149,7 +149,7 @@ def order_table(rows: list[Row]) -> list[str]:
 def pooled(pairs) -> str:
   """Format the accuracy in % over all (correct, total) pairs together, with its 95 % Wilson interval."""
   total, weight = (sum(column) for column in zip(*pairs, strict=True))
-  low, high = metrics.wilson(total, weight)
+  low, high = metrics.wilson_interval(total, weight)
   return f'{100 * total / weight:.1f} ({100 * low:.1f} – {100 * high:.1f})'
 
 

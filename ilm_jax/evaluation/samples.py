@@ -158,7 +158,7 @@ def read_references(values, count: int) -> list[str]:
   documents = corpora.read_split(
     path, values.split, values.documents, detokenised=values.detokenize, flag='--reference'
   )  # fmt: skip
-  texts = corpora.draw(documents, count, values.seed)
+  texts = corpora.sample_uniformly(documents, count, values.seed)
   if not texts:
     raise UserError(f'--reference={path} contains no documents in its {values.split} split')
   return texts

@@ -113,7 +113,7 @@ class ArmScoringModel(ScoringModel):
     self.name, self.batch_size, self.lm = name, batch_size, lm
     self.prefix = np.array([CLS, BOS], np.int32)
     self.max_tokens = lm.sample_cfg.max_length - len(self.prefix)
-    cfg = lm.sample_cfg._replace(closed_tokens=tuple(i for i in lm.sample_cfg.closed_tokens if i != UNK))
+    cfg = lm.sample_cfg._replace(suppressed_tokens=tuple(i for i in lm.sample_cfg.suppressed_tokens if i != UNK))
 
     @jax.jit
     def next_losses(params, tokens_BxL, length_B):

@@ -70,7 +70,7 @@ def proportion(successes, trials, independent: int | None = None) -> Estimate:
   if not trials:
     return Estimate(None)
   independent = trials if independent is None else independent
-  return Estimate(successes / trials, *metrics.wilson(successes / trials * independent, independent))
+  return Estimate(successes / trials, *metrics.wilson_interval(successes / trials * independent, independent))
 
 
 def entropy(ids) -> float:

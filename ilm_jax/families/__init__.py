@@ -21,9 +21,9 @@ def get(name: str) -> Family:
   return find(name, table=FAMILIES, attribute='FAMILY', kind=Family, setting='config.family')
 
 
-def make_sample_config(family: Family, cfg, sampling, *, closed_tokens, compute: str):
+def make_sample_config(family: Family, cfg, sampling, *, suppressed_tokens, compute: str):
   """Return a family's SampleConfig from a config, with `sampling` in place of the config's own `sampling` section."""
   decided = family.sample_settings(cfg)
   return family.SampleConfig.create(
-    sampling, closed_tokens=closed_tokens, compute=compute, vocab_chunk=cfg.loss.vocab_chunk, **decided
+    sampling, suppressed_tokens=suppressed_tokens, compute=compute, vocab_chunk=cfg.loss.vocab_chunk, **decided
   )

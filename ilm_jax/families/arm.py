@@ -19,7 +19,7 @@ import numpy as np
 from ilm_jax.families import corruption as _corrupt
 from ilm_jax.families import drawing, growing
 from ilm_jax.families.contract import Family
-from ilm_jax.families.growing import Rows, note
+from ilm_jax.families.growing import Rows, record
 from ilm_jax.families.settings import sample_config
 from ilm_jax.models import numerics, vocabulary
 from ilm_jax.special_tokens import EOS, MASK
@@ -86,7 +86,7 @@ class SampleConfig(NamedTuple):
   token: Rule = GREEDY  # how to draw each token
   force_first: bool = False  # do not allow [EOS] as the first generated token
   fim: bool = False  # whether the model was trained with fill-in-the-middle
-  closed_tokens: tuple[int, ...] = ()  # ids of tokens that are never generated
+  suppressed_tokens: tuple[int, ...] = ()  # ids of tokens that are never generated
   min_buffer: int = 64  # initial cache length in tokens; it doubles up to `capacity` as rows grow
   compute: str = 'float32'  # precision of the matrix products in the vocabulary head
   vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
@@ -99,8 +99,8 @@ class SampleConfig(NamedTuple):
   @classmethod
   def create(cls, sampling, **others) -> 'SampleConfig':
     """Build the settings from the `sampling` part of a config; [EOS] can always be generated."""
-    closed = tuple(token for token in others.pop('closed_tokens', ()) if token != EOS)
-    return sample_config(cls, sampling, closed_tokens=closed, **others)
+    closed = tuple(token for token in others.pop('suppressed_tokens', ()) if token != EOS)
+    return sample_config(cls, sampling, suppressed_tokens=closed, **others)
 
 
 def check_prompt(given: dict, cfg: SampleConfig) -> None:
@@ -122,8 +122,8 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   before its last token is filled there instead of continued.
 
   Args:
-    forward: a `transformer.Forward`: `cache(rows, size)` makes an empty cache, and `cached(tokens_BxN, start_B, cache)`
-      returns (Outputs, updated cache).
+    forward: a `transformer.Forward`: `empty_cache(rows, size)` makes an empty cache, and `apply_cached(tokens_BxN,
+      start_B, cache)` returns (Outputs, updated cache).
     rng: the key shared by all requests; step t of request r draws with fold_in(fold_in(rng, r), t).
     prompt: given tokens, and the gaps that are open.
     cfg: sampling settings.
@@ -144,7 +144,9 @@ def begin(forward, rng, prompt: Prompt, cfg: SampleConfig, size: int) -> Rows:
     memo = Layout.of(start_B, start_B, length_B)  # the middle is still empty
     prompt = prompt._replace(tokens_BxL=memo.arrange(prompt.tokens_BxL), length_B=memo.length_B)
   count, given = prompt.tokens_BxL.shape
-  cache = forward.cached(prompt.tokens_BxL, jnp.zeros(count, jnp.int32), forward.cache(count, max(size, given)))[1]
+  cache = forward.apply_cached(
+    prompt.tokens_BxL, jnp.zeros(count, jnp.int32), forward.empty_cache(count, max(size, given))
+  )[1]
   return growing.resize(growing.begin(rng, prompt, cfg, size, cache=cache, memo=memo), size)
 
 
@@ -219,17 +221,17 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   rng_B = jax.vmap(jax.random.fold_in)(rows.rng_B, rows.steps_B)
   row_B = jnp.arange(rng_B.shape[0])
   last_B = jnp.maximum(rows.length_B - 1, 0)
-  outputs, cache = forward.cached(rows.tokens_BxL[row_B, last_B][:, None], last_B, rows.cache)
+  outputs, cache = forward.apply_cached(rows.tokens_BxL[row_B, last_B][:, None], last_B, rows.cache)
 
   logits_BxV = logits(outputs.hidden_BxLxD[:, 0], outputs.unembed_VxD, cfg)
   log_prob_BxV = jax.nn.log_softmax(logits_BxV, axis=-1)
-  min_steps_B = jnp.maximum(rows.lack_BxL.max(axis=1), int(cfg.force_first))
+  min_steps_B = jnp.maximum(rows.min_left_BxL.max(axis=1), int(cfg.force_first))
   logits_BxV = logits_BxV.at[:, EOS].set(jnp.where(rows.steps_B < min_steps_B, numerics.NEG_INF, logits_BxV[:, EOS]))
   token_B = drawing.choose(rng_B, logits_BxV, cfg.token)
 
   max_length_B = cfg.max_length + (rows.memo.masks_B if cfg.fim else 0)
   may_grow_B = (rows.length_B < max_length_B) & (rows.steps_B < growing.most_steps(cfg))
-  may_grow_B &= rows.steps_B < rows.room_BxL.max(axis=1)
+  may_grow_B &= rows.steps_B < rows.max_left_BxL.max(axis=1)
   ends_B = rows.active_B & (token_B == EOS)
   continue_B = rows.active_B & ~ends_B & may_grow_B
 
@@ -245,8 +247,8 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
     active_B=continue_B,
     steps_B=rows.steps_B + continue_B,
     stopped_B=rows.stopped_B | ends_B,
-    log_prob_BxM=note(rows.log_prob_BxM, rows.steps_B, log_prob_BxV[row_B, token_B], continue_B),
-    stop_prob_BxM=note(rows.stop_prob_BxM, rows.steps_B, end_prob_B, rows.active_B),
+    log_prob_BxM=record(rows.log_prob_BxM, rows.steps_B, log_prob_BxV[row_B, token_B], continue_B),
+    stop_prob_BxM=record(rows.stop_prob_BxM, rows.steps_B, end_prob_B, rows.active_B),
     cache=cache,
   )
 
@@ -256,7 +258,7 @@ GROWTH = growing.Growth(begin, step, finish=finish)
 
 def logits(hidden, unembed_VxD, cfg: SampleConfig):
   """Return vocabulary logits, with NEG_INF for the tokens that are never generated."""
-  bias_V = vocabulary.closed_bias(unembed_VxD.shape[0], cfg.closed_tokens)
+  bias_V = vocabulary.suppressed_bias(unembed_VxD.shape[0], cfg.suppressed_tokens)
   return vocabulary.vocab_logits(hidden, unembed_VxD, bias_V, compute=cfg.compute)
 
 
@@ -282,7 +284,7 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
     tokens_BxL: complete rows in reading order, starting with [CLS].
     fixed_BxL: True for given tokens, which precede the free tokens or, with `cfg.fim`, surround them.
     length_B: number of tokens per row.
-    cfg: sampling settings, of which `closed_tokens`, `fim`, `compute` and `vocab_chunk` are used.
+    cfg: sampling settings, of which `suppressed_tokens`, `fim`, `compute` and `vocab_chunk` are used.
     kind: None or 'exact'.
     longest: not used.
   """
@@ -311,10 +313,10 @@ def next_losses(forward, tokens_BxL, length_B, cfg: SampleConfig):
     forward: (tokens_BxL, length_B) -> Outputs.
     tokens_BxL: complete rows in model order.
     length_B: number of tokens per row, in model order.
-    cfg: sampling settings, of which `closed_tokens`, `compute` and `vocab_chunk` are used.
+    cfg: sampling settings, of which `suppressed_tokens`, `compute` and `vocab_chunk` are used.
   """
   outputs = forward(tokens_BxL, length_B)
-  bias_V = vocabulary.closed_bias(outputs.unembed_VxD.shape[0], cfg.closed_tokens)
+  bias_V = vocabulary.suppressed_bias(outputs.unembed_VxD.shape[0], cfg.suppressed_tokens)
   lse_BxL = vocabulary.vocab_logsumexp(
     outputs.hidden_BxLxD, outputs.unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute
   )

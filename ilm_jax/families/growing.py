@@ -26,8 +26,8 @@ class Rows(NamedTuple):
 
   tokens_BxL: jax.Array  # token ids, 0 on padding
   order_BxL: jax.Array  # step that inserted each token, -1 for given tokens and padding
-  room_BxL: jax.Array  # how many more tokens the gap right of each position may receive; 0: the gap is closed
-  lack_BxL: jax.Array  # how many more tokens the gap right of each position must receive
+  max_left_BxL: jax.Array  # how many more tokens the gap right of each position may receive; 0: the gap is closed
+  min_left_BxL: jax.Array  # how many more tokens the gap right of each position must receive
   gap_BxL: jax.Array  # number of the prompt's gap that each position belongs to; its positions share room and lack
   length_B: jax.Array  # number of tokens in each row
   active_B: jax.Array  # whether the row is still being decoded
@@ -58,7 +58,7 @@ def step_keys(rows: Rows, count: int):
 
 def open_gaps(rows: Rows):
   """Return a BxL mask of the positions that may still receive a token on their right."""
-  return (rows.room_BxL > 0) & (jnp.arange(rows.tokens_BxL.shape[1])[None] < rows.length_B[:, None])
+  return (rows.max_left_BxL > 0) & (jnp.arange(rows.tokens_BxL.shape[1])[None] < rows.length_B[:, None])
 
 
 def buffers(start: int, cfg) -> list[int]:
@@ -78,14 +78,14 @@ def begin(rng, prompt: Prompt, cfg, size: int, *, cache=(), memo=()) -> Rows:
   trace_BxM = jnp.zeros((count, most_steps(cfg) + 1), jnp.float32)
   open_BxL = jnp.asarray(prompt.open_BxL, bool).at[:, 0].set(False)
   gap_BxL = jnp.cumsum(open_BxL, axis=1)
-  room_BxL = jnp.full(open_BxL.shape, UNLIMITED) if prompt.most_BxL is None else jnp.asarray(prompt.most_BxL)
-  lack_BxL = jnp.zeros(open_BxL.shape, jnp.int32) if prompt.least_BxL is None else jnp.asarray(prompt.least_BxL)
+  max_left_BxL = jnp.full(open_BxL.shape, UNLIMITED) if prompt.most_BxL is None else jnp.asarray(prompt.most_BxL)
+  min_left_BxL = jnp.zeros(open_BxL.shape, jnp.int32) if prompt.least_BxL is None else jnp.asarray(prompt.least_BxL)
   return Rows(
-    tokens_BxL=fit(jnp.asarray(prompt.tokens_BxL, jnp.int32), size, 0),
+    tokens_BxL=pad_or_cut(jnp.asarray(prompt.tokens_BxL, jnp.int32), size, 0),
     order_BxL=jnp.full((count, size), -1, jnp.int32),
-    room_BxL=fit(jnp.where(open_BxL, room_BxL, 0).astype(jnp.int32), size, 0),
-    lack_BxL=fit(jnp.where(open_BxL, lack_BxL, 0).astype(jnp.int32), size, 0),
-    gap_BxL=fit(jnp.where(open_BxL, gap_BxL, 0).astype(jnp.int32), size, 0),
+    max_left_BxL=pad_or_cut(jnp.where(open_BxL, max_left_BxL, 0).astype(jnp.int32), size, 0),
+    min_left_BxL=pad_or_cut(jnp.where(open_BxL, min_left_BxL, 0).astype(jnp.int32), size, 0),
+    gap_BxL=pad_or_cut(jnp.where(open_BxL, gap_BxL, 0).astype(jnp.int32), size, 0),
     length_B=jnp.asarray(prompt.length_B, jnp.int32),
     active_B=jnp.asarray(prompt.length_B) > 0,
     steps_B=jnp.zeros(count, jnp.int32),
@@ -121,8 +121,8 @@ def advance(rows: Rows, *, go_B, stops_B, inserted_B, log_prob_B, stop_prob_B, *
     active_B=go_B,
     steps_B=rows.steps_B + go_B,
     stopped_B=rows.stopped_B | stops_B,
-    log_prob_BxM=note(rows.log_prob_BxM, rows.steps_B, log_prob_B, go_B),
-    stop_prob_BxM=note(rows.stop_prob_BxM, rows.steps_B, stop_prob_B, rows.active_B),
+    log_prob_BxM=record(rows.log_prob_BxM, rows.steps_B, log_prob_B, go_B),
+    stop_prob_BxM=record(rows.stop_prob_BxM, rows.steps_B, stop_prob_B, rows.active_B),
     **arrays,
   )
 
@@ -130,19 +130,22 @@ def advance(rows: Rows, *, go_B, stops_B, inserted_B, log_prob_B, stop_prob_B, *
 def resize(rows: Rows, size: int) -> Rows:
   """Pad or cut the rows to a buffer of `size` positions."""
   return rows._replace(
-    tokens_BxL=fit(rows.tokens_BxL, size, 0),
-    order_BxL=fit(rows.order_BxL, size, -1),
-    room_BxL=fit(rows.room_BxL, size, 0),
-    lack_BxL=fit(rows.lack_BxL, size, 0),
-    gap_BxL=fit(rows.gap_BxL, size, 0),
-    cache=jax.tree.map(lambda array: fit(array, size, 0), rows.cache),
+    tokens_BxL=pad_or_cut(rows.tokens_BxL, size, 0),
+    order_BxL=pad_or_cut(rows.order_BxL, size, -1),
+    max_left_BxL=pad_or_cut(rows.max_left_BxL, size, 0),
+    min_left_BxL=pad_or_cut(rows.min_left_BxL, size, 0),
+    gap_BxL=pad_or_cut(rows.gap_BxL, size, 0),
+    cache=jax.tree.map(lambda array: pad_or_cut(array, size, 0), rows.cache),
   )
 
 
 def finish(rows: Rows, cfg) -> Sampled:
   """Return the rows as a `Sampled`, with tokens and order padded or cut to max_length positions."""
   fields = {name: getattr(rows, name) for name in Sampled._fields}
-  cut = {'tokens_BxL': fit(rows.tokens_BxL, cfg.max_length, 0), 'order_BxL': fit(rows.order_BxL, cfg.max_length, -1)}
+  cut = {
+    'tokens_BxL': pad_or_cut(rows.tokens_BxL, cfg.max_length, 0),
+    'order_BxL': pad_or_cut(rows.order_BxL, cfg.max_length, -1),
+  }
   return Sampled(**{**fields, **cut})
 
 
@@ -179,13 +182,13 @@ def sample(growth: Growth, forward, rng, prompt: Prompt, cfg) -> Sampled:
   return growth.finish(rows, cfg)
 
 
-def fit(array, size: int, fill):
+def pad_or_cut(array, size: int, fill):
   """Pad (with `fill`) or cut the second axis of an array to `size` positions."""
   extra = max(0, size - array.shape[1])
   return jnp.pad(array, ((0, 0), (0, extra)) + ((0, 0),) * (array.ndim - 2), constant_values=fill)[:, :size]
 
 
-def note(trace_BxM, steps_B, value_B, where_B):
+def record(trace_BxM, steps_B, value_B, where_B):
   """Write each row's value into column `steps_B` of a trace, in the rows where `where_B` is true."""
   row_B = jnp.arange(steps_B.shape[0])
   return trace_BxM.at[row_B, steps_B].set(jnp.where(where_B, value_B, trace_BxM[row_B, steps_B]))

@@ -126,7 +126,7 @@ class SampleConfig(NamedTuple):
   stop_threshold: float | None = 0.9  # stop when p(stop) >= this; None (0 in a config): stop with probability p(stop)
   stop_temperature: float = 1.0  # divides the logits of the stop head
   force_first: bool = False  # insert at least one token before stopping
-  closed_tokens: tuple[int, ...] = ()  # token ids that are never inserted (special tokens)
+  suppressed_tokens: tuple[int, ...] = ()  # token ids that are never inserted (special tokens)
   min_buffer: int = 64  # positions of the smallest buffer; buffers double up to max_length as rows grow
   compute: str = 'float32'  # number format of the vocabulary head
   vocab_chunk: int = 2048  # vocabulary entries processed at a time
@@ -186,12 +186,12 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   stop_prob_B, wants_stop_B = _stop_decision(outputs, stop_rng_B, cfg)
 
   left_B = jnp.minimum(cfg.max_length - rows.length_B, growing.most_steps(cfg) - rows.steps_B)
-  lacking_BxL = open_BxL & (rows.lack_BxL > 0)
+  lacking_BxL = open_BxL & (rows.min_left_BxL > 0)
   first_BxL = rows.gap_BxL != jnp.roll(rows.gap_BxL, 1, axis=1)  # the first position of each gap, to count it once
-  lack_B = jnp.where(lacking_BxL & first_BxL, rows.lack_BxL, 0).sum(axis=1)
+  lack_B = jnp.where(lacking_BxL & first_BxL, rows.min_left_BxL, 0).sum(axis=1)
   only_lacking_B = (lack_B > 0) & (wants_stop_B | (left_B <= lack_B))
   open_BxL &= lacking_BxL | ~only_lacking_B[:, None]
-  limit_BxL = jnp.where(only_lacking_B[:, None], rows.lack_BxL, rows.room_BxL)
+  limit_BxL = jnp.where(only_lacking_B[:, None], rows.min_left_BxL, rows.max_left_BxL)
 
   stops_B = wants_stop_B & (lack_B == 0)
   if cfg.force_first:
@@ -242,7 +242,7 @@ def _within_limits(rows: Rows, gap_BxG, ok_BxG, limit_BxL, lack_B, cfg: SampleCo
   ok_BxG &= before_BxG < jnp.take_along_axis(limit_BxL, gap_BxG, axis=1)
 
   # Insertions beyond the minimum of their gap may not use the room that other gaps need to reach their minimum.
-  required_BxG = before_BxG < jnp.take_along_axis(rows.lack_BxL, gap_BxG, axis=1)
+  required_BxG = before_BxG < jnp.take_along_axis(rows.min_left_BxL, gap_BxG, axis=1)
   spare_B = cfg.max_length - rows.length_B - lack_B
   ok_BxG &= required_BxG | (jnp.cumsum(ok_BxG & ~required_BxG, axis=1) <= spare_B[:, None])
   return ok_BxG & (jnp.cumsum(ok_BxG, axis=1) <= (cfg.max_length - rows.length_B)[:, None])
@@ -267,8 +267,8 @@ def _insert(rows: Rows, gap_BxG, token_BxG, go_BxG) -> dict:
   return {
     'tokens_BxL': insert(rows.tokens_BxL, token_BxG),
     'order_BxL': insert(rows.order_BxL, jnp.broadcast_to(rows.steps_B[:, None], gap_BxG.shape)),
-    'room_BxL': inherit(rows.room_BxL - used_BxL),
-    'lack_BxL': inherit(rows.lack_BxL - used_BxL),
+    'max_left_BxL': inherit(rows.max_left_BxL - used_BxL),
+    'min_left_BxL': inherit(rows.min_left_BxL - used_BxL),
     'gap_BxL': inherit(rows.gap_BxL),
   }
 
@@ -288,7 +288,7 @@ def choose_pair(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_
     (gap_B, token_B, log_prob_B): the last is the pair's log-probability under the model, whatever the rules.
   """
   vocab = outputs.unembed_VxD.shape[0]
-  bias_V = vocabulary.closed_bias(vocab, cfg.closed_tokens)
+  bias_V = vocabulary.suppressed_bias(vocab, cfg.suppressed_tokens)
   lse_BxL = _gap_logits(outputs, open_BxL, bias_V, cfg)
 
   if cfg.joint is None:
@@ -311,7 +311,7 @@ def choose_pairs(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token
     (gap_BxG, token_BxG, log_prob_BxG, ok_BxG): best gap first; ok is false where a row has fewer open gaps, or where
     the gap is below the threshold; log-probabilities are the pairs' under the model, whatever the rules.
   """
-  bias_V = vocabulary.closed_bias(outputs.unembed_VxD.shape[0], cfg.closed_tokens)
+  bias_V = vocabulary.suppressed_bias(outputs.unembed_VxD.shape[0], cfg.suppressed_tokens)
   lse_BxL = _gap_logits(outputs, open_BxL, bias_V, cfg)
   count = min(cfg.gaps or open_BxL.shape[1], open_BxL.shape[1])
   candidate_BxL = lse_BxL

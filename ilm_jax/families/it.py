@@ -75,7 +75,7 @@ class SampleConfig(NamedTuple):
     None  # a gap is finished if p([EOS]) > this; None (0 in a config): if [EOS] is the argmax
   )
   force_first: bool = False  # insert at least one token
-  closed_tokens: tuple[int, ...] = ()  # token ids that are never inserted (special tokens)
+  suppressed_tokens: tuple[int, ...] = ()  # token ids that are never inserted (special tokens)
   min_buffer: int = 64  # positions of the smallest buffer; buffers double up to max_length as rows grow
   compute: str = 'float32'  # number format of the vocabulary head
   vocab_chunk: int = 2048  # vocabulary entries processed at a time
@@ -90,7 +90,7 @@ class SampleConfig(NamedTuple):
     """Build from a config's `sampling` part; raise UserError for values out of range."""
     if sampling.get('end_threshold') == 0:
       sampling = {**sampling, 'end_threshold': None}
-    others['closed_tokens'] = tuple({*others.get('closed_tokens', ()), EOS})
+    others['suppressed_tokens'] = tuple({*others.get('suppressed_tokens', ()), EOS})
     made = settings.sample_config(cls, sampling, **others)
     if made.end_threshold is not None and not 0 < made.end_threshold < 1:
       raise UserError(
@@ -126,7 +126,7 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   gap_rng_B, token_rng_B = growing.step_keys(rows, 2)
   open_BxL = growing.open_gaps(rows)
   outputs = forward(rows.tokens_BxL, rows.length_B, open_BxL=open_BxL)
-  closed_V = vocabulary.closed_bias(outputs.unembed_VxD.shape[0], cfg.closed_tokens)
+  closed_V = vocabulary.suppressed_bias(outputs.unembed_VxD.shape[0], cfg.suppressed_tokens)
   total_BxL, end_prob_BxL, finished_BxL = _gap_states(outputs, closed_V, cfg)
   if cfg.force_first:
     finished_BxL &= rows.steps_B[:, None] > 0
@@ -155,7 +155,7 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
     log_prob_B=jnp.where(go_BxL, logit_BxL - total_BxL, 0.0).sum(axis=1),
     stop_prob_B=jnp.where(open_BxL, end_prob_BxL, 1.0).min(axis=1),
     tokens_BxL=drawing.insert_all(rows.tokens_BxL, token_BxL, go_BxL),
-    room_BxL=drawing.insert_all(rows.room_BxL, rows.room_BxL, go_BxL),
+    max_left_BxL=drawing.insert_all(rows.max_left_BxL, rows.max_left_BxL, go_BxL),
     gap_BxL=drawing.insert_all(rows.gap_BxL, rows.gap_BxL, go_BxL),
     order_BxL=drawing.insert_all(rows.order_BxL, jnp.broadcast_to(rows.steps_B[:, None], open_BxL.shape), go_BxL),
   )

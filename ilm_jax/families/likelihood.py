@@ -47,7 +47,7 @@ def _evaluate(forward, tokens_BxL, fixed_BxL, length_B, keep_BxL, cfg) -> _Parti
   open_BxL &= index_BxL < count_B[:, None]
   outputs = forward(jnp.where(index_BxL < count_B[:, None], kept_BxL, 0), count_B, open_BxL=open_BxL)
 
-  bias_V = vocabulary.closed_bias(outputs.unembed_VxD.shape[0], cfg.closed_tokens)
+  bias_V = vocabulary.suppressed_bias(outputs.unembed_VxD.shape[0], cfg.suppressed_tokens)
   lse_BxL = vocabulary.vocab_logsumexp(
     outputs.hidden_BxLxD, outputs.unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute
   )
@@ -96,7 +96,7 @@ def bound(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int = 2) 
     tokens_BxL: complete rows, starting with [CLS].
     fixed_BxL: true for given tokens, false for the free tokens to be scored.
     length_B: number of tokens of each row.
-    cfg: a SampleConfig, of which `closed_tokens`, `compute` and `vocab_chunk` are used.
+    cfg: a SampleConfig, of which `suppressed_tokens`, `compute` and `vocab_chunk` are used.
     samples: number of samples to average; a standard error needs at least 2.
   """
   free_BxL, free_B = _free(tokens_BxL, fixed_BxL, length_B)
@@ -151,7 +151,7 @@ def exact(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, most: int = MOST_E
     tokens_BxL: complete rows, starting with [CLS].
     fixed_BxL: true for given tokens, false for the free tokens to be scored.
     length_B: number of tokens of each row.
-    cfg: a SampleConfig, of which `closed_tokens`, `compute` and `vocab_chunk` are used.
+    cfg: a SampleConfig, of which `suppressed_tokens`, `compute` and `vocab_chunk` are used.
     most: largest number of free tokens of a row (static); a row with more gets NaN.
   """
   del rng

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from ilm_jax.families import corruption as _corrupt
 from ilm_jax.families import drawing
 from ilm_jax.families.contract import Family
-from ilm_jax.families.growing import fit
+from ilm_jax.families.growing import pad_or_cut
 from ilm_jax.families.settings import sample_config
 from ilm_jax.models import numerics, vocabulary
 from ilm_jax.special_tokens import MASK, PAD
@@ -140,7 +140,7 @@ class SampleConfig(NamedTuple):
   order: str = 'ancestral'  # which [MASK]s each step reveals, one of ORDERS
   length: str = 'predicted'  # 'given': Prompt.free_B is the number of tokens to generate
   token: Rule = Rule()  # how to draw each token
-  closed_tokens: tuple[int, ...] = (MASK,)  # ids of tokens that are never generated
+  suppressed_tokens: tuple[int, ...] = (MASK,)  # ids of tokens that are never generated
   noise_eps: float = 1e-3  # eps of the noise schedule in training
   score_draws: int = 32  # number of random maskings from which `score` estimates the bound of a string
   min_buffer: int = 64  # minimum length of the prompt buffer
@@ -148,12 +148,12 @@ class SampleConfig(NamedTuple):
   vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
 
   @classmethod
-  def create(cls, sampling, *, closed_tokens=(), **others) -> 'SampleConfig':
+  def create(cls, sampling, *, suppressed_tokens=(), **others) -> 'SampleConfig':
     """Build the settings from the `sampling` part of a config.
 
     [MASK] is never generated; [PAD] can be generated with length='predicted', where it marks the end of the text.
     """
-    made = sample_config(cls, sampling, closed_tokens=closed_tokens, **others)
+    made = sample_config(cls, sampling, suppressed_tokens=suppressed_tokens, **others)
     for name, allowed in (('order', ORDERS), ('length', LENGTHS)):
       if getattr(made, name) not in allowed:
         raise UserError(f'sampling.{name}={getattr(made, name)!r}: expected one of {", ".join(allowed)}')
@@ -161,8 +161,8 @@ class SampleConfig(NamedTuple):
       raise UserError(f'sampling.max_steps={made.max_steps}: expected at least 1')
     if made.score_draws < 2 or made.score_draws % 2:
       raise UserError(f'sampling.score_draws={made.score_draws}: expected an even number of at least 2')
-    closed = {*closed_tokens, MASK} - ({PAD} if made.length == 'predicted' else set())
-    return made._replace(closed_tokens=tuple(sorted(closed)))
+    closed = {*suppressed_tokens, MASK} - ({PAD} if made.length == 'predicted' else set())
+    return made._replace(suppressed_tokens=tuple(sorted(closed)))
 
 
 def check_prompt(given: dict, cfg: SampleConfig) -> None:
@@ -221,7 +221,7 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   # A model that predicts the length always reads padded rows, also if the end of the text is given.
   input_length_B = jnp.where(given_B > 0, size, 0) if cfg.length == 'predicted' else length_B
   given_BxL, inside_BxL = index_1xL < given_B[:, None], index_1xL < length_B[:, None]
-  tokens_BxL = jnp.where(given_BxL, fit(prompt.tokens_BxL.astype(jnp.int32), size, PAD), MASK)
+  tokens_BxL = jnp.where(given_BxL, pad_or_cut(prompt.tokens_BxL.astype(jnp.int32), size, PAD), MASK)
   tokens_BxL = jnp.where(inside_BxL, tokens_BxL, PAD)
 
   request_rng_B = jax.vmap(functools.partial(jax.random.fold_in, rng))(prompt.request_B)
@@ -293,7 +293,7 @@ def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B, given_BxL):
     the difference of its two largest probabilities ('margin'), or its negative entropy ('entropy').
   """
   unembed_VxD = outputs.unembed_VxD
-  bias_V = vocabulary.closed_bias(unembed_VxD.shape[0], (*cfg.closed_tokens, MASK))
+  bias_V = vocabulary.suppressed_bias(unembed_VxD.shape[0], (*cfg.suppressed_tokens, MASK))
 
   def draw(position_inputs):
     hidden_BxD, position, given_B = position_inputs
@@ -365,8 +365,8 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
   index_1xL = jnp.arange(size)[None]
   string_BxL = index_1xL < length_B[:, None]
   total_B = jnp.where(length_B > 0, cfg.max_length, 0) if cfg.length == 'predicted' else length_B
-  tokens_BxL = jnp.where(string_BxL, fit(tokens_BxL, size, PAD), PAD)
-  fixed_BxL = string_BxL & fit(fixed_BxL, size, False)
+  tokens_BxL = jnp.where(string_BxL, pad_or_cut(tokens_BxL, size, PAD), PAD)
+  fixed_BxL = string_BxL & pad_or_cut(fixed_BxL, size, False)
   free_BxL = (index_1xL < total_B[:, None]) & ~fixed_BxL
   free_B = free_BxL.sum(axis=1)
   index_BxL = jnp.broadcast_to(index_1xL, (rows, size))
@@ -385,7 +385,7 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
 
     noise_Bx1 = noise_level(time_B, cfg.noise_eps)[:, None]
     hidden_BxLxD, unembed_VxD, _ = forward(jnp.where(masked_BxL, MASK, tokens_BxL), total_B, noise_Bx1)
-    bias_V = vocabulary.closed_bias(unembed_VxD.shape[0], (*cfg.closed_tokens, MASK))
+    bias_V = vocabulary.suppressed_bias(unembed_VxD.shape[0], (*cfg.suppressed_tokens, MASK))
     lse_BxL = vocabulary.vocab_logsumexp(hidden_BxLxD, unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute)
     z_BxL = vocabulary.target_logits(hidden_BxLxD, unembed_VxD, index_BxL, tokens_BxL, compute=cfg.compute)
     loss_BxL = jnp.where(bias_V[tokens_BxL] < 0, jnp.inf, lse_BxL - z_BxL)

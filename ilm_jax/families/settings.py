@@ -75,7 +75,7 @@ def describe(cfg) -> str:
     rest = f', top {value.top_k}' if value.top_k else ''
     return f'temperature {value.temperature}{rest}' + (f', nucleus {value.top_p}' if value.top_p < 1 else '')
 
-  hidden = {'closed_tokens', 'score_draws', 'min_buffer', 'compute', 'vocab_chunk'}
+  hidden = {'suppressed_tokens', 'score_draws', 'min_buffer', 'compute', 'vocab_chunk'}
   if getattr(cfg, 'joint', None) is not None:
     hidden |= {'gap', 'token'}
   shown_if_none = ('stop_threshold',)  # None means that the stop is sampled; in other settings it means "not used"

@@ -140,12 +140,14 @@ class LanguageModel:
       is_partial_rule = name in settings_lib.RULES and isinstance(value, dict)
       settings[name] = {**(settings.get(name) or {}), **value} if is_partial_rule else value
     self.sample_cfg = families.make_sample_config(
-      self.family, cfg, settings, closed_tokens=self.tokenizer.special_ids, compute=model_cfg.compute
+      self.family, cfg, settings, suppressed_tokens=self.tokenizer.special_ids, compute=model_cfg.compute
     )
     self.batch_size = batch_size
     self.sampler = continuous_batching.ContinuousSampler(model_cfg, self.family, self.sample_cfg, batch_size, mesh=mesh)
     replicated = {} if mesh is None else {'out_shardings': sharding.replicated(mesh)}
-    self._scorer = jax.jit(sharding.on(mesh)(self._score_rows), static_argnames=('kind', 'longest'), **replicated)
+    self._scorer = jax.jit(
+      sharding.with_mesh(mesh)(self._score_rows), static_argnames=('kind', 'longest'), **replicated
+    )
     self._score_kinds = {}  # (kind, longest) -> Score.kind; filled when `_score_rows` is traced
 
   @classmethod
@@ -155,14 +157,14 @@ class LanguageModel:
       mesh = sharding.make_mesh(sharding.read_mesh(mesh))
     cfg = ConfigDict(run_file.read_config(workdir))
     family, task = families.get(cfg.family), tasks.get(cfg.task.name)
-    task.settle(cfg.task, workdir)
+    task.resolve_assets(cfg.task, workdir)
     model_settings = {**cfg.model.to_dict(), **family.model_settings(cfg)}
     model_cfg = transformer.ModelConfig.create(task.tokenizer(cfg.task).vocab_size, **model_settings)
     if mesh is not None and (message := sharding.check_model(model_cfg, mesh)):
       logging.warning('%s', message)
     checkpoints = checkpoint.Checkpoints(workdir, metric=cfg.eval.metric, mode=cfg.eval.mode, read_only=True)
     step = checkpoints.find(which)
-    params = checkpoints.restore_weights(step, transformer.abstract(model_cfg, mesh))
+    params = checkpoints.restore_weights(step, transformer.abstract_params(model_cfg, mesh))
     return cls(cfg, model_cfg, params, step=step, mesh=mesh, **settings)
 
   # --- sampling -------------------------------------------------------------------------------------------------------
@@ -257,7 +259,7 @@ class LanguageModel:
     """
     usual = 1 if self.family.fills == 'limits' else 0
     with errors_of(f'text {number + 1}'):
-      return infilling.read(text, marker=marker, least=least, most=most, default_least=usual)
+      return infilling.parse_request(text, marker=marker, least=least, most=most, default_least=usual)
 
   def encode(self, request, number: int = 0) -> dict:
     """Return the sampler's input for a request: 'tokens', 'open', and for some requests 'free', 'least' and 'most'.

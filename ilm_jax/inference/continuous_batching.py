@@ -67,12 +67,12 @@ class ContinuousSampler:
     self.family, self.cfg, self.mesh = family, sample_cfg, mesh
     self.growth = family.growth
     if self.growth is None:
-      self.batches = static_batching.Sampler(model_cfg, family, sample_cfg, slots, mesh)
+      self.batches = static_batching.StaticSampler(model_cfg, family, sample_cfg, slots, mesh)
       return
     row_shards = 1
     if mesh is not None:
       sharding.check_rows(slots, mesh, 'batch_size')
-      row_shards = sharding.row_parts(mesh)
+      row_shards = sharding.num_row_shards(mesh)
     self.sizes = growing.buffers(1, sample_cfg)
     self.slots = [max(row_shards, slots * self.sizes[0] // size // row_shards * row_shards) for size in self.sizes]
     self.refill, self.row_shards = refill, row_shards
@@ -85,7 +85,7 @@ class ContinuousSampler:
       sharded = {'out_shardings': sharding.rows_sharding(mesh)}
 
     @functools.partial(jax.jit, static_argnames='size')
-    @sharding.on(mesh)
+    @sharding.with_mesh(mesh)
     def begin(params, rng, prompt, size):
       """Return rows that hold a batch of prompts in buffers of `size` positions."""
       return growth.begin(transformer.Forward(model_cfg, params), rng, prompt, cfg, size)
@@ -111,7 +111,7 @@ class ContinuousSampler:
       return rows._replace(rng_B=keys_B)
 
     @functools.partial(jax.jit, donate_argnums=1, **rows_and_replicated)
-    @sharding.on(mesh)
+    @sharding.with_mesh(mesh)
     def advance(params, rows, min_exits):
       """Decode until `min_exits` rows have finished or are parked; returns the rows, and (active_B, parked_B)."""
       step = functools.partial(growth.step, transformer.Forward(model_cfg, params), cfg)
@@ -138,7 +138,7 @@ class ContinuousSampler:
     Args:
       params: parameters of the transformer.
       rng: random key, shared by all prompts.
-      prompts: an iterable of dicts, see `static_batching.Sampler`; it is read as slots become free.
+      prompts: an iterable of dicts, see `static_batching.StaticSampler`; it is read as slots become free.
       requests: a number for each prompt, by default 0, 1, ...; the randomness of a row depends on it and `rng` only.
 
     Yields:
@@ -227,7 +227,7 @@ class ContinuousSampler:
       indices, requests, prompts = map(list, zip(*entries, strict=True))
       batch = static_batching.pad(prompts, requests, batch_size, pool.size)
       if self.mesh is not None:
-        batch = type(batch)(**sharding.put_batch(batch._asdict(), self.mesh))
+        batch = type(batch)(**sharding.put_global_batch(batch._asdict(), self.mesh))
       slots, free = free[: len(entries)], free[len(entries) :]
       moves = {slot: row for row, slot in enumerate(slots)}
       self._move(self._begin(params, rng, batch, pool.size), pool, moves, indices)

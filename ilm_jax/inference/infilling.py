@@ -33,7 +33,7 @@ class Filled(NamedTuple):
   spans: list[tuple[int, int]]  # (start, end) offset of each filling in the text, in characters
 
 
-def read(text, *, marker: str = MARKER, least=None, most=None, default_least: int = 1) -> Gaps:
+def parse_request(text, *, marker: str = MARKER, least=None, most=None, default_least: int = 1) -> Gaps:
   """Return the infill request for a text with gaps, after checking it.
 
   Args:

@@ -10,7 +10,7 @@ from ilm_jax.models import transformer
 from ilm_jax.types import UNLIMITED, Prompt, Sampled, UserError
 
 
-class Sampler:
+class StaticSampler:
   """Samples prompts in static batches. The parameters are an argument, so one Sampler serves a whole training run.
 
   Args:
@@ -28,7 +28,7 @@ class Sampler:
     shardings = {} if mesh is None else {'out_shardings': sharding.replicated(mesh)}
 
     @functools.partial(jax.jit, **shardings)
-    @sharding.on(mesh)
+    @sharding.with_mesh(mesh)
     def run(params, rng, prompt):
       return family.sample(transformer.Forward(model_cfg, params), rng, prompt, sample_cfg)
 
@@ -57,7 +57,7 @@ class Sampler:
       chunk = prompts[first : first + self.batch_size]
       batch = pad(chunk, list(requests)[first : first + len(chunk)], self.batch_size, buffer_for(chunk, self.cfg))
       if self.mesh is not None:
-        batch = Prompt(**sharding.put_batch(batch._asdict(), self.mesh))
+        batch = Prompt(**sharding.put_global_batch(batch._asdict(), self.mesh))
       sampled = jax.device_get(self._run(params, rng, batch))
       for row in range(len(chunk)):
         yield cut(sampled, row)

@@ -112,7 +112,7 @@ def trajectories(lm, prompts: list[dict], *, seed: int = 0, report=lambda messag
 
   Args:
     lm: LanguageModel of a family with a stop head.
-    prompts: a dict for each text, see `static_batching.Sampler`.
+    prompts: a dict for each text, see `static_batching.StaticSampler`.
     seed: seed of the sampling rules.
     report: called with a progress message every 10 seconds.
 

@@ -26,7 +26,7 @@ __all__ = [
   'ModelConfig',
   'Outputs',
   'Transformer',
-  'abstract',
+  'abstract_params',
   'apply',
   'apply_batch',
   'apply_rows',
@@ -220,7 +220,7 @@ def init(cfg: ModelConfig, rng) -> Any:
   return Transformer(cfg).init(rng, one, one, one, one[:, :1], jnp.zeros((1, 1)), one)['params']
 
 
-def abstract(cfg: ModelConfig, mesh=None):
+def abstract_params(cfg: ModelConfig, mesh=None):
   """Return the parameters as `jax.ShapeDtypeStruct`s with shardings, the target for restoring a checkpoint.
 
   The shardings are those of the mesh; without a mesh, everything is on this process's first device.
@@ -270,11 +270,11 @@ class Forward(NamedTuple):
     """Run the model on rows that hold one sequence each, [CLS] first (S = 1); see `apply_rows`."""
     return apply_rows(self.cfg, self.params, tokens_BxL, length_B, noise_BxS, open_BxL)
 
-  def cache(self, rows: int, size: int) -> list[Cache]:
+  def empty_cache(self, rows: int, size: int) -> list[Cache]:
     """Return one empty key-value cache per block, for sequences of at most `size` tokens."""
     return [attention.empty_cache(self.cfg, rows, size) for _ in range(self.cfg.num_layers)]
 
-  def cached(self, tokens_BxN, start_B, cache) -> tuple[Outputs, list[Cache]]:
+  def apply_cached(self, tokens_BxN, start_B, cache) -> tuple[Outputs, list[Cache]]:
     """Run a causal model on the next N tokens of each row; the cache holds the earlier ones.
 
     Args:

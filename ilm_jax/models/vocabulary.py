@@ -17,7 +17,7 @@ from ilm_jax.models import numerics
 TABLE = ('vocab', None)  # logical axis names of the VxD input and output embeddings
 
 
-def closed_bias(vocab: int, tokens):
+def suppressed_bias(vocab: int, tokens):
   """Return a bias over the vocabulary that excludes the listed tokens: NEG_INF for them, 0 for the others."""
   return jnp.zeros(vocab, jnp.float32).at[jnp.array(tuple(tokens), jnp.int32)].set(numerics.NEG_INF)
 
@@ -67,7 +67,7 @@ def vocab_logsumexp(hidden, unembed_VxD, bias_V=None, *, chunk: int = 2048, comp
   Args:
     hidden: features, ...xD.
     unembed_VxD: output embedding.
-    bias_V: 0 or NEG_INF for each token (`closed_bias`); it gets no gradient.
+    bias_V: 0 or NEG_INF for each token (`suppressed_bias`); it gets no gradient.
     chunk: vocabulary entries per chunk.
     compute: compute type of the model.
 

@@ -37,7 +37,7 @@ def no_landmark(tokens: np.ndarray, cfg: ConfigDict) -> int | None:
 
 
 def nothing_to_keep(cfg: ConfigDict, folder: Any) -> None:
-  """Do nothing: the default of `Task.settle` and `Task.carry`."""
+  """Do nothing: the default of `Task.resolve_assets` and `Task.save_assets`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,9 @@ class Task:
       judged by their validation loss.
     chance: cfg -> exact match of a well-formed answer with random choices; None if unknown.
     landmark: (tokens, cfg) -> index in the answer of a token whose place in the decoding order is reported, or None.
-    settle: (cfg, workdir or None) -> None; finds what a run must carry with it (a tokenizer), in the workdir or by the
-      config, and records in the config which one it is.
-    carry: (cfg, workdir) -> None; writes that into the workdir.
+    resolve_assets: (cfg, workdir or None) -> None; finds what a run must carry with it (a tokenizer), in the workdir or
+      by the config, and records in the config which one it is.
+    save_assets: (cfg, workdir) -> None; writes that into the workdir.
   """
 
   name: str
@@ -72,5 +72,5 @@ class Task:
   score: Callable[[np.ndarray, np.ndarray, ConfigDict], dict[str, tuple[float, float]]] | None = None
   chance: Callable[[ConfigDict], float] | None = None
   landmark: Callable[[Any, ConfigDict], int | None] = no_landmark
-  settle: Callable[[ConfigDict, Any], None] = nothing_to_keep
-  carry: Callable[[ConfigDict, Any], None] = nothing_to_keep
+  resolve_assets: Callable[[ConfigDict, Any], None] = nothing_to_keep
+  save_assets: Callable[[ConfigDict, Any], None] = nothing_to_keep

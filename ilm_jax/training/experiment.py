@@ -61,7 +61,7 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
   family, task = families.get(cfg.family), tasks.get(cfg.task.name)
   check_choices(cfg, family, task)
   if vocab_size is None:
-    task.settle(cfg.task, workdir)
+    task.resolve_assets(cfg.task, workdir)
     tokenizer = task.tokenizer(cfg.task)
     vocab_size, special_ids = tokenizer.vocab_size, tokenizer.special_ids
     source = task.source(cfg.task, 'train') if cfg.loss.length_weight == 'elbo' else None
@@ -77,7 +77,7 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
   check_batch_divides(cfg, mesh)
   check_examples_fit(cfg, family, task)
   sample_cfg = families.make_sample_config(
-    family, cfg, cfg.sampling, closed_tokens=special_ids, compute=model_cfg.compute
+    family, cfg, cfg.sampling, suppressed_tokens=special_ids, compute=model_cfg.compute
   )
   loss_cfg = ConfigDict({**cfg.loss.to_dict(), 'compute': model_cfg.compute})
   loss_cfg.mean_weight = 1.0 if source is None else mean_length_weight(cfg, family, source)
@@ -147,11 +147,11 @@ def check_batch_divides(cfg, mesh) -> None:
   """Raise UserError if the batch does not divide into groups, hosts, devices and accumulation steps."""
   rows, parts = cfg.data.rows, cfg.optimizer.accumulation_steps
   pipeline.shape_of(cfg.data)  # raises UserError if the batch does not divide into groups
-  pipeline.my_groups(cfg.data.groups, *sharding.my_part(mesh))
+  pipeline.groups_of_process(cfg.data.groups, *sharding.process_shard(mesh))
   sharding.check_rows(rows, mesh, 'data.rows')
   if rows % parts:
     raise UserError(f'data.rows={rows} does not divide into optimizer.accumulation_steps={parts} '
-                    f'parts: use data.rows={pipeline.nearest(rows, parts)}')  # fmt: skip
+                    f'parts: use data.rows={pipeline.nearest_multiples(rows, parts)}')  # fmt: skip
   sharding.check_rows(rows // parts, mesh, 'data.rows / optimizer.accumulation_steps')
 
 

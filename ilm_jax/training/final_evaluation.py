@@ -34,7 +34,7 @@ def report(exp: Experiment, workdir, saved, step: int, abstract: TrainState, eva
   """
   began = time.monotonic()
   params = saved.restore_weights(step, abstract.params)
-  scores = evaluator.answers(params, 'test', progress=True, interrupted=signals.received)
+  scores = evaluator.sample_answers(params, 'test', progress=True, interrupted=signals.received)
   if scores is None:
     return signals.code
   values = metrics_lib.means({**evaluator.validation_loss(params, 'test'), **scores.pairs})
@@ -64,7 +64,7 @@ def report(exp: Experiment, workdir, saved, step: int, abstract: TrainState, eva
     'metrics': values,
     'judge': text_statistics.plain(judged),
     'pairs': {name: [float(x) for x in pair] for name, pair in scores.pairs.items()},
-    'order_places': scores.places_NxN.tolist(),
+    'order_places': scores.order_counts_NxN.tolist(),
     'seconds': time.monotonic() - began,
     'start': run_file.describe_start(step),
   }
@@ -86,7 +86,7 @@ def print_result(exp: Experiment, workdir, result: dict, scores, judged: dict | 
     print('\nSample texts, also as they were after 1/4, 1/2 and 3/4 of the decoding steps:\n')
   print('\n\n'.join(scores.texts))
   if has_answers:
-    print(f'\ntest exact match at step {step}: {metrics_lib.percent(*scores.pairs["exact_match"])}')
+    print(f'\ntest exact match at step {step}: {metrics_lib.format_proportion(*scores.pairs["exact_match"])}')
   else:
     print(f'\ntest {exp.cfg.eval.metric} at step {step}: {values[exp.cfg.eval.metric]:.4f}')
   if result['likelihood']:

@@ -43,7 +43,7 @@ def train(cfg, workdir) -> int:
       with processes.raise_on_all():
         warm_start.check_same_tokenizer(cfg.init_from, cfg)
       # Read the weights once now, so that a wrong `init_from` fails before the workdir is created.
-      warm_start.load_weights(cfg.init_from, transformer.abstract(exp.model_cfg, exp.mesh))
+      warm_start.load_weights(cfg.init_from, transformer.abstract_params(exp.model_cfg, exp.mesh))
     evaluator = make_evaluator(exp)
     with claim(workdir, cfg):
       with processes.raise_on_all():
@@ -110,7 +110,7 @@ def _train(exp: Experiment, workdir, signals: Signals, evaluator: evaluate.Evalu
   starts = [*run['starts'], run_file.describe_start(start)]
   with processes.raise_on_all(), explain_write_errors(workdir):
     if processes.is_first():
-      exp.task.carry(cfg.task, workdir)
+      exp.task.save_assets(cfg.task, workdir)
       logs.forget_after(workdir, start, validated=start in saved.steps() and saved.metrics(start) is not None)
       run_file.write_json(epath.Path(workdir) / 'run.json', {'config': as_json(cfg), 'starts': starts})
     writer = logs.make_writer(workdir, silent=not processes.is_first())
@@ -139,10 +139,10 @@ def log_sizes(exp: Experiment, state: TrainState) -> None:
   """Log the size of the model, and the size and placement of the state; warn if sampling.max_length is too small."""
   cfg = exp.cfg
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
-  bytes_per_device = sum(map(sharding.bytes_here, jax.tree.leaves(state)))
+  bytes_per_device = sum(map(sharding.bytes_per_device, jax.tree.leaves(state)))
   logging.info('%s on %s: %s parameters, mesh %s, a state of %.1f MB on each device', cfg.family, cfg.task.name,
                f'{parameters:,}', dict(exp.mesh.shape), bytes_per_device / 1e6)  # fmt: skip
-  for line in sharding.placement(state) if exp.mesh.size > 1 else ():
+  for line in sharding.describe_placement(state) if exp.mesh.size > 1 else ():
     logging.info('%s', line)
   if cfg.sampling.max_length < (longest := exp.task.longest(cfg.task)):
     logging.warning('sampling.max_length=%d is less than the longest example, %d tokens: its answer cannot be sampled',
@@ -189,12 +189,12 @@ class Loop:
     self.progress(start)
     batches = pipeline.train_batches(
       self.evaluator.source('train'), self.exp.family.corrupt, cfg,
-      start=start, stop=cfg.steps, part=sharding.my_part(self.exp.mesh),
+      start=start, stop=cfg.steps, part=sharding.process_shard(self.exp.mesh),
     )  # fmt: skip
     try:
       for step in range(start + 1, cfg.steps + 1):
         before = time.monotonic()
-        batch = sharding.put_part(next(batches), self.exp.mesh)
+        batch = sharding.put_process_batch(next(batches), self.exp.mesh)
         self.input_wait += time.monotonic() - before
         state, pairs = self.step_fn(state, batch)
         self.fetch_pending(step - 1)
@@ -270,7 +270,7 @@ class Loop:
     """Validate the averaged weights; return the means by name, or None if a signal ended the evaluation early."""
     began = time.monotonic()
     params = state.params if state.ema_params is None else state.ema_params
-    scores = self.evaluator.answers(params, 'validation', progress=True, interrupted=self.signals.received)
+    scores = self.evaluator.sample_answers(params, 'validation', progress=True, interrupted=self.signals.received)
     if scores is None:
       return None
     values = metrics_lib.means({**self.evaluator.validation_loss(params), **scores.pairs})

@@ -135,7 +135,7 @@ def compile_step(exp: Experiment, tx, schedule, abstract: TrainState):
   """
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return jax.jit(
-    sharding.on(exp.mesh)(make_step(exp, tx, schedule)),
+    sharding.with_mesh(exp.mesh)(make_step(exp, tx, schedule)),
     in_shardings=(shardings, sharding.rows_sharding(exp.mesh)),
     out_shardings=(shardings, sharding.replicated(exp.mesh)),
     donate_argnums=0,

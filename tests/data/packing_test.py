@@ -34,7 +34,7 @@ def test_placement_is_first_fit_decreasing_within_all_capacities():
   for _ in range(300):
     shape = random_shape(rng)
     sizes = [(int(rng.integers(1, 16)), int(rng.integers(0, 16))) for _ in range(rng.integers(0, 20))]
-    rows = packing.place(sizes, shape)
+    rows = packing.assign_rows(sizes, shape)
     assert rows == first_fit(sizes, shape)
     for row, number in collections.Counter(row for row in rows if row >= 0).items():
       inside = [size for size, r in zip(sizes, rows, strict=True) if r == row]
@@ -82,7 +82,7 @@ def count_left_out(cfg, steps, pool):
     at = rng.integers(0, pool, cfg.data.batch_size // cfg.data.groups)
     dropped = rng.integers(0, free[at] + 1)
     sizes = list(zip((fixed[at] + free[at] - dropped).tolist(), dropped.tolist(), strict=True))
-    missing += packing.place(sizes, shape).count(-1)
+    missing += packing.assign_rows(sizes, shape).count(-1)
   return missing
 
 

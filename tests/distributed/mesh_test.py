@@ -91,11 +91,11 @@ def test_a_vocabulary_that_does_not_divide_is_reported():
 
 def test_the_placement_of_a_state_lists_the_bytes_on_each_device():
   state = small.experiment({'model.num_layers': 2}, data=2, fsdp=2, tensor=2)[3]
-  lines = sharding.placement(state)
+  lines = sharding.describe_placement(state)
   assert "   2 x params/block_*/mlp_in/kernel 16x32 ('fsdp', 'tensor') 512 bytes a device" in lines
   total = sum(int(line.split()[0]) * int(line.split()[-4].replace(',', '')) for line in lines)
   held = [shard.data.nbytes for x in jax.tree.leaves(state) for shard in x.addressable_shards if shard.device.id == 0]
-  assert total == sum(held) == sum(map(sharding.bytes_here, jax.tree.leaves(state)))
+  assert total == sum(held) == sum(map(sharding.bytes_per_device, jax.tree.leaves(state)))
 
 
 def test_a_mesh_is_parsed_from_text():

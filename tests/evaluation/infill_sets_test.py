@@ -35,7 +35,7 @@ def test_parts_and_fillings_join_to_the_text(kind, unit):
     parts, fillings = gapped
     assert gapped.text == text and all(fillings) and ''.join(parts).strip()
     assert all(filling == filling.strip() for filling in fillings) and all(part.strip() for part in parts[1:-1])
-    infilling.read(parts)  # `ilm-jax generate` accepts the request
+    infilling.parse_request(parts)  # `ilm-jax generate` accepts the request
     counts[len(fillings)] += 1
     if unit == 'words':
       assert sum(len(filling.split()) for filling in fillings) == max(len(fillings), round(0.3 * len(text.split())))
@@ -76,7 +76,7 @@ def test_lengths_count_the_tokens_that_generate_inserts(tokenizer):
   requests = infill_sets.make_requests(sentences(60), **settings, lengths=True)
   assert len(requests) > 20
   for request in requests:
-    gaps = infilling.read(request['infill'], least=request['least'], most=request['most'])
+    gaps = infilling.parse_request(request['infill'], least=request['least'], most=request['most'])
     masked = infilling.encode(gaps, tokenizer, limit=96, masks=True)
     assert request['least'] == request['most'] and len(masked['tokens']) < 40
   run_tokenizer.max_length = 8

@@ -93,7 +93,7 @@ def test_a_row_pools_its_seeds_and_says_how_it_was_made(tmp_path, run_report):
   runs.append(write_run(tmp_path / 'oracle', family='arm', task={'label': 'star easy', 'order': 'oracle'}))
   code, out, err = run_report('--noplots', *runs)
   assert code == 0 and not err, err
-  low, high = metrics.wilson(270, 300)
+  low, high = metrics.wilson_interval(270, 300)
   half = 4.302653 * 10 / 3**0.5  # 97.5 % quantile of Student's distribution with 2 degrees of freedom
   assert cells(out, 'star easy', 'ilm')[2:] == [
     f'90.0 ({100 * low:.1f} – {100 * high:.1f})', '90.0, 100.0, 80.0', f'90.0 ({90 - half:.1f} – 100.0)',

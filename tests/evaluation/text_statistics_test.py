@@ -56,7 +56,7 @@ def test_statistics_of_texts_equal_loops_over_their_tokens(arm, tokenizer, expec
   for n in (1, 2, 3, 4):
     ngrams = Counter(str(row[i : i + n]) for row in rows for i in range(len(row)) if i + n <= len(row))
     assert result[f'distinct_{n}'].value == pytest.approx(len(ngrams) / sum(ngrams.values()))
-  assert result['repeated'] == (1 / 6, *metrics.wilson(1, 6))
+  assert result['repeated'] == (1 / 6, *metrics.wilson_interval(1, 6))
   for name in ('nll', 'perplexity', 'entropy', 'length'):
     assert result[name].low < result[name].value < result[name].high
   table = text_statistics.table({'samples': result})
@@ -87,7 +87,10 @@ def test_the_nll_change_is_the_mean_of_relative_changes_over_requests():
 def test_fillings_match_if_they_differ_only_in_spaces():
   made, true = [['a  b', 'c'], ['x', 'd']], [[' a b', 'c'], ['y', 'd']]
   result = text_statistics.matches([0, 1], made, true)
-  assert result == {'exact_match': (0.5, *metrics.wilson(1, 2)), 'filling_match': (0.75, *metrics.wilson(1.5, 2))}
+  assert result == {
+    'exact_match': (0.5, *metrics.wilson_interval(1, 2)),
+    'filling_match': (0.75, *metrics.wilson_interval(1.5, 2)),
+  }
   assert text_statistics.matches([0, 1, 0, 1], made * 2, true * 2) == result  # two answers count as one trial
 
 

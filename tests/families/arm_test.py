@@ -97,9 +97,9 @@ def test_passes_with_a_cache_give_the_features_of_one_whole_pass(forward, comput
   cfg = dataclasses.replace(MODEL, compute=compute)
   tokens_BxL = np.random.default_rng(0).integers(7, V, (3, 12)).astype(np.int32)
   model = transformer.Forward(cfg, forward.params)
-  run = jax.jit(lambda *args: model.cached(*args))
+  run = jax.jit(lambda *args: model.apply_cached(*args))
   whole = np.asarray(jax.jit(lambda *args: model(*args))(tokens_BxL, np.full(3, 12)).hidden_BxLxD, np.float32)
-  cache, parts, start = model.cache(3, 16), [], 0
+  cache, parts, start = model.empty_cache(3, 16), [], 0
   for size in (4, 1, 1, 4, 1, 1):
     outputs, cache = run(jnp.array(tokens_BxL[:, start : start + size]), jnp.full(3, start), cache)
     parts.append(outputs.hidden_BxLxD)
@@ -114,7 +114,9 @@ sample = jax.jit(arm.sample, static_argnames=('forward', 'cfg'))
 def next_token(forward, tokens_1xL, length, rng, cfg):
   """Return (log-probabilities, drawn token) of the next token, from a forward pass over the whole row."""
   outputs = forward(tokens_1xL, length[None])
-  logits = (outputs.hidden_BxLxD[:, length - 1] @ outputs.unembed_VxD.T).at[:, jnp.array(cfg.closed_tokens)].set(-1e30)
+  logits = (
+    (outputs.hidden_BxLxD[:, length - 1] @ outputs.unembed_VxD.T).at[:, jnp.array(cfg.suppressed_tokens)].set(-1e30)
+  )
   return jax.nn.log_softmax(logits[0]), drawing.choose(rng[None], logits, cfg.token)[0]
 
 
@@ -133,7 +135,7 @@ def decode_without_cache(forward, rng, row, request, cfg):
     log_probs.append(log_prob[token])
 
 
-BASE = arm.SampleConfig(max_length=21, closed_tokens=CLOSED, min_buffer=4, token=Rule())
+BASE = arm.SampleConfig(max_length=21, suppressed_tokens=CLOSED, min_buffer=4, token=Rule())
 
 
 @pytest.mark.parametrize(
@@ -176,8 +178,8 @@ def test_force_first_rules_out_empty_completions():
 
 
 def test_the_end_token_can_always_be_generated():
-  cfg = arm.SampleConfig.create({'max_length': 9, 'gap': {'temperature': 0.0}, 'token': {}}, closed_tokens=range(7))
-  assert cfg.closed_tokens == CLOSED
+  cfg = arm.SampleConfig.create({'max_length': 9, 'gap': {'temperature': 0.0}, 'token': {}}, suppressed_tokens=range(7))
+  assert cfg.suppressed_tokens == CLOSED
 
 
 # --- likelihood -------------------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ def score(forward, tokens_BxL, fixed_BxL, length_B, cfg):
 def test_probabilities_of_all_strings_sum_to_one():
   """Sum over all strings of up to 3 tokens over 3 words, plus the probability of the longer ones."""
   words, closed = (7, 8, 9), tuple(i for i in range(10) if i not in (EOS, 7, 8, 9))
-  model, cfg = CausalTable(10), arm.SampleConfig(max_length=9, closed_tokens=closed)
+  model, cfg = CausalTable(10), arm.SampleConfig(max_length=9, suppressed_tokens=closed)
   strings = [s for n in range(4) for s in itertools.product(words, repeat=n)]
   tokens_BxL, length_B = rows_of([[CLS, 8, BOS, *s] for s in strings], 7)
   fixed_BxL = np.arange(7)[None] < np.full((len(strings), 1), 3)

@@ -110,14 +110,14 @@ def test_every_parameter_has_a_nonzero_gradient(made):
     assert np.abs(grad).max() > 0, jax.tree_util.keystr(path)
 
 
-make_sampler = functools.cache(static_batching.Sampler)  # the tests of a family share compiled samplers
+make_sampler = functools.cache(static_batching.StaticSampler)  # the tests of a family share compiled samplers
 
 
 def sample(made, prompts, requests=None, batch_size=8, **settings):
   family, cfg, forward = made
   special = tuple(range(len(SPECIAL)))
   settings = {**cfg.sampling.to_dict(), 'max_length': LENGTH, 'min_buffer': 4, 'token': {}, 'gap': {}, **settings}
-  sample_cfg = family.SampleConfig.create(settings, closed_tokens=special, compute='float32', vocab_chunk=6)
+  sample_cfg = family.SampleConfig.create(settings, suppressed_tokens=special, compute='float32', vocab_chunk=6)
   assert hash(sample_cfg) == hash(sample_cfg._replace())
   sampler = make_sampler(forward.cfg, family, sample_cfg, batch_size)
   return list(sampler(forward.params, jax.random.key(0), prompts, requests))
@@ -157,7 +157,7 @@ def test_a_score_is_finite_and_says_its_kind(made):
   family, cfg, forward = made
   sampling_cfg = {**cfg.sampling.to_dict(), 'max_length': LENGTH}
   special = tuple(range(len(SPECIAL)))
-  sample_cfg = family.SampleConfig.create(sampling_cfg, closed_tokens=special, compute='float32', vocab_chunk=6)
+  sample_cfg = family.SampleConfig.create(sampling_cfg, suppressed_tokens=special, compute='float32', vocab_chunk=6)
   rng = np.random.default_rng(0)
   examples = [example(rng, prompt=1, answer=n) for n in (0, 3)]
   tokens_BxL, fixed_BxL = np.full((2, LENGTH), PAD, np.int32), np.ones((2, LENGTH), bool)
@@ -200,4 +200,4 @@ def test_unknown_sampling_settings_and_values_out_of_range_are_refused(made):
     ({'compute': 'float32'}, r'sampling\.compute cannot be set'),
   ):
     with pytest.raises(UserError, match=message):
-      made[0].SampleConfig.create({'max_length': 9, **settings}, closed_tokens=(), compute='float32')
+      made[0].SampleConfig.create({'max_length': 9, **settings}, suppressed_tokens=(), compute='float32')

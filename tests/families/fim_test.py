@@ -19,7 +19,7 @@ from ilm_jax.training import experiment
 from ilm_jax.types import GREEDY, Prompt, Rule, UserError
 
 HALF = ConfigDict({'fim_rate': 0.5})
-BASE = arm.SampleConfig(max_length=21, fim=True, closed_tokens=CLOSED, min_buffer=4, token=Rule())
+BASE = arm.SampleConfig(max_length=21, fim=True, suppressed_tokens=CLOSED, min_buffer=4, token=Rule())
 TABLE = tables.Forward(vocab=V)
 CAUSAL = CausalTable(V)
 
@@ -125,7 +125,7 @@ def test_the_middle_is_the_continuation_of_the_rearranged_prompt(gaps, settings)
 
 
 def test_prompts_with_gaps_that_cannot_be_filled_are_rejected():
-  sampler = static_batching.Sampler(None, families.get('arm'), BASE._replace(fim=False), 2)
+  sampler = static_batching.StaticSampler(None, families.get('arm'), BASE._replace(fim=False), 2)
   tokens = np.array([CLS, BOS, 7, 8])
   for gaps, message in (([1], 'can only continue a text, but this prompt has a gap'), ([1, 3], 'one gap.*got 2')):
     with pytest.raises(UserError, match=message):

@@ -16,7 +16,7 @@ from ilm_jax.types import GREEDY, UNLIMITED, Rule, UserError
 
 V, CLS, BOS = 9, 1, 2
 CLOSED = (0, 1, 2)
-CFG = ilm.SampleConfig(max_length=16, stop_threshold=0.6, closed_tokens=CLOSED, min_buffer=4)
+CFG = ilm.SampleConfig(max_length=16, stop_threshold=0.6, suppressed_tokens=CLOSED, min_buffer=4)
 TABLE = tables.Forward(vocab=V)
 
 sample = jax.jit(functools.partial(ilm.sample, TABLE), static_argnames='cfg')
@@ -43,7 +43,7 @@ def grow(row, cfg):
   tokens, opens, least, most = row
   items = [(token, i if open_ else None, -1) for i, (token, open_) in enumerate(zip(tokens, opens, strict=True))]
   count, steps = dict.fromkeys(range(len(tokens)), 0), 0
-  allowed = [token for token in range(V) if token not in cfg.closed_tokens]
+  allowed = [token for token in range(V) if token not in cfg.suppressed_tokens]
   while True:
     logits, p_stop = TABLE.look_up([token for token, *_ in items])
     may = [k for k, (_, gap, _) in enumerate(items) if gap is not None and count[gap] < most[gap]]
@@ -88,7 +88,7 @@ def grow(row, cfg):
     ({'joint': GREEDY}, True),
     ({'max_steps': 4}, True),
     ({'force_first': True, 'stop_threshold': 0.2}, False),
-    ({'closed_tokens': (), 'stop_threshold': 1.0}, False),
+    ({'suppressed_tokens': (), 'stop_threshold': 1.0}, False),
     ({'gaps': 2}, True),
     ({'gaps': 3, 'gap_threshold': 0.3}, True),
     ({'gaps': 0, 'gap_threshold': 0.7}, False),
@@ -154,9 +154,9 @@ def test_several_draws_are_without_replacement():
 
 def test_settings_come_from_a_config():
   sampling = ConfigDict({'max_length': 9, 'gap': {'temperature': 0.0}, 'token': {'top_p': 0.9}, 'stop_threshold': 0.0})
-  cfg = ilm.SampleConfig.create(sampling, closed_tokens=(0, 1))
+  cfg = ilm.SampleConfig.create(sampling, suppressed_tokens=(0, 1))
   assert cfg == ilm.SampleConfig(
-    max_length=9, gap=Rule(temperature=0.0), token=Rule(top_p=0.9), stop_threshold=None, closed_tokens=(0, 1)
+    max_length=9, gap=Rule(temperature=0.0), token=Rule(top_p=0.9), stop_threshold=None, suppressed_tokens=(0, 1)
   )
 
 

@@ -140,7 +140,7 @@ def grow(tokens, open_, cfg):
 )
 def test_decoding_equals_growing_a_list(settings):
   settings = {'max_length': 23, 'min_buffer': 4, **settings}
-  cfg = it.SampleConfig.create(settings, closed_tokens=CLOSED, vocab_chunk=4)
+  cfg = it.SampleConfig.create(settings, suppressed_tokens=CLOSED, vocab_chunk=4)
   rows, ended = prompts(), set()
   out = jax.device_get(sample(jax.random.key(0), tables.make_prompt(rows), cfg=cfg))
   for i, (tokens, open_) in enumerate(rows):
@@ -157,7 +157,7 @@ def test_decoding_equals_growing_a_list(settings):
 
 def test_parallel_draws_depend_on_the_request_alone_and_record_their_log_probability():
   settings = {'max_length': 20, 'parallel': True, 'token': {'temperature': 0.7}, 'min_buffer': 4}
-  cfg = it.SampleConfig.create(settings, closed_tokens=CLOSED)
+  cfg = it.SampleConfig.create(settings, suppressed_tokens=CLOSED)
   rows = prompts(10) + [([CLS, BOS], [False, True])] * 20
   together = jax.device_get(sample(jax.random.key(0), tables.make_prompt(rows), cfg=cfg))
   for i in (0, 3, 7):

@@ -17,7 +17,7 @@ from ilm_jax.types import UserError
 WORDS = (7, 8, 9)
 CLOSED = tuple(i for i in range(10) if i not in WORDS)
 FORWARD = tables.Forward(vocab=10, scale=512, stop_shift=4.0)
-CFG = ilm.SampleConfig(max_length=16, closed_tokens=CLOSED)
+CFG = ilm.SampleConfig(max_length=16, suppressed_tokens=CLOSED)
 SIZE = 10
 
 

@@ -17,7 +17,7 @@ from ilm_jax.types import GREEDY, Prompt, Rule
 
 @pytest.fixture(scope='module', autouse=True)
 def programs(tmp_path_factory):
-  with small.kept_programs(tmp_path_factory.mktemp('programs')):
+  with small.compilation_cache_in(tmp_path_factory.mktemp('programs')):
     yield
 
 
@@ -61,8 +61,8 @@ def denoise(tokens, tail_open, free, cfg):
     places = [i for i, token in enumerate(row) if token == MASK]
     noise = sigma(len(places) / masks, cfg.noise_eps)
     padded = tuple(row + [PAD] * (cfg.max_length - len(row)) if cfg.length == 'predicted' else row)
-    generated = log_probs(padded, noise, cfg.closed_tokens)
-    given = log_probs(padded, noise, (*cfg.closed_tokens, PAD))  # a [MASK] of the prompt is never filled with [PAD]
+    generated = log_probs(padded, noise, cfg.suppressed_tokens)
+    given = log_probs(padded, noise, (*cfg.suppressed_tokens, PAD))  # a [MASK] of the prompt is never filled with [PAD]
     log_p = {i: given[i] if i < len(tokens) else generated[i] for i in places}
     certainty = {}
     for i in places:
@@ -89,7 +89,7 @@ def denoise(tokens, tail_open, free, cfg):
 def test_the_most_certain_tokens_are_revealed_first_as_in_a_plain_loop(order, length, steps):
   closed = CLOSED if length == 'predicted' else (*CLOSED, PAD)
   cfg = mdm.SampleConfig(
-    max_length=11, max_steps=steps, order=order, length=length, token=GREEDY, closed_tokens=closed, noise_eps=0.01
+    max_length=11, max_steps=steps, order=order, length=length, token=GREEDY, suppressed_tokens=closed, noise_eps=0.01
   )
   rows, removed = random_rows(), 0
   out = jax.device_get(sample(make_prompt(rows), jax.random.key(0), cfg))
@@ -109,7 +109,7 @@ def test_the_most_certain_tokens_are_revealed_first_as_in_a_plain_loop(order, le
 
 @pytest.mark.parametrize(('order', 'steps'), [('ancestral', 1), ('ancestral', 7), ('top_probability', 30)])
 def test_no_mask_remains_after_the_last_step(order, steps):
-  cfg = mdm.SampleConfig(max_length=12, max_steps=steps, order=order, closed_tokens=(*CLOSED, PAD), length='given')
+  cfg = mdm.SampleConfig(max_length=12, max_steps=steps, order=order, suppressed_tokens=(*CLOSED, PAD), length='given')
   rows = random_rows(40, seed=1)
   out = jax.device_get(sample(make_prompt(rows), jax.random.key(3), cfg))
   assert not (out.tokens_BxL == MASK).any()
@@ -123,7 +123,7 @@ def test_no_mask_remains_after_the_last_step(order, steps):
 
 
 def test_an_unknown_number_of_tokens_counts_as_none_and_a_large_one_is_cut():
-  cfg = mdm.SampleConfig(max_length=6, length='given', closed_tokens=(*CLOSED, PAD))
+  cfg = mdm.SampleConfig(max_length=6, length='given', suppressed_tokens=(*CLOSED, PAD))
   out = sample(make_prompt([([CLS, BOS], True, -1), ([CLS, BOS], True, 50)]), jax.random.key(0), cfg)
   assert out.length_B.tolist() == [2, 6]
 
@@ -156,7 +156,7 @@ def test_ancestral_samples_follow_the_enumerated_distribution():
         p *= math.exp(log_probs(row, sigma(1 - times[j] / steps), closed, **EVEN)[2 + j, text[j]])
       exact[text, times] = p
   assert sum(exact.values()) == pytest.approx(1)
-  cfg = mdm.SampleConfig(max_length=6, max_steps=steps, length='given', closed_tokens=closed)
+  cfg = mdm.SampleConfig(max_length=6, max_steps=steps, length='given', suppressed_tokens=closed)
   out = jax.device_get(sample(make_prompt([([CLS, BOS], True, 2)] * number), jax.random.key(1), cfg, even_forward))
   pairs = zip(out.tokens_BxL[:, 2:4].tolist(), out.order_BxL[:, 2:4].tolist(), strict=True)
   outcomes = [(tuple(text), tuple(times)) for text, times in pairs]
@@ -171,7 +171,7 @@ def test_ancestral_samples_follow_the_enumerated_distribution():
 def test_a_row_depends_only_on_its_own_request():
   """Neighbours, position in the batch, batch size and prompt buffer change neither tokens nor their order."""
   rows, requests = random_rows(8, seed=3), [11, 3, 7, 2**31 - 1, 0, 5, 8, 2]
-  cfg = mdm.SampleConfig(max_length=12, max_steps=5, order='margin', token=Rule(top_p=0.9), closed_tokens=CLOSED)
+  cfg = mdm.SampleConfig(max_length=12, max_steps=5, order='margin', token=Rule(top_p=0.9), suppressed_tokens=CLOSED)
 
   def results(numbers, size=8):
     prompt = make_prompt([rows[i] for i in numbers], size=size, requests=[requests[i] for i in numbers])
@@ -188,7 +188,7 @@ def test_a_row_depends_only_on_its_own_request():
 
 
 def test_different_requests_and_seeds_give_different_samples():
-  cfg = mdm.SampleConfig(max_length=10, length='given', closed_tokens=(*CLOSED, PAD))
+  cfg = mdm.SampleConfig(max_length=10, length='given', suppressed_tokens=(*CLOSED, PAD))
   rows = [([CLS, BOS], True, 8)] * 12
   first = sample(make_prompt(rows), jax.random.key(0), cfg).tokens_BxL.tolist()
   assert len({tuple(row) for row in first}) > 8
@@ -199,7 +199,7 @@ def test_different_requests_and_seeds_give_different_samples():
 
 # --- the program ------------------------------------------------------------------------------------------------------
 
-CFG = mdm.SampleConfig(max_length=10, closed_tokens=CLOSED)
+CFG = mdm.SampleConfig(max_length=10, suppressed_tokens=CLOSED)
 
 
 def test_the_number_of_positions_drawn_together_does_not_matter(monkeypatch):

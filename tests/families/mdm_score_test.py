@@ -18,7 +18,7 @@ from ilm_jax.families import corruption, mdm
 
 @pytest.fixture(scope='module', autouse=True)
 def programs(tmp_path_factory):
-  with small.kept_programs(tmp_path_factory.mktemp('programs')):
+  with small.compilation_cache_in(tmp_path_factory.mktemp('programs')):
     yield
 
 
@@ -68,13 +68,13 @@ def score(tokens, fixed, length, cfg, forward=forward):
   return np.asarray(nll_B, np.float64), np.asarray(error_B, np.float64), tokens_B.tolist()
 
 
-GIVEN = mdm.SampleConfig(max_length=8, length='given', closed_tokens=(*CLOSED, PAD), score_draws=8)
+GIVEN = mdm.SampleConfig(max_length=8, length='given', suppressed_tokens=(*CLOSED, PAD), score_draws=8)
 noiseless_forward = functools.partial(forward, tilt=0.0)
 
 
 def test_the_score_is_unbiased_and_its_standard_error_is_right():
   text, rows = (6, 5, 7), 2_000
-  exact = exact_bound(text, GIVEN.closed_tokens)
+  exact = exact_bound(text, GIVEN.suppressed_tokens)
   nll_B, error_B, tokens_B = score([[CLS, BOS, *text]] * rows, [[1, 1, 0, 0, 0]] * rows, [5] * rows, GIVEN)
   spread = nll_B.std()
   assert spread > 0.05
@@ -84,7 +84,7 @@ def test_the_score_is_unbiased_and_its_standard_error_is_right():
 
 
 def test_the_bound_is_the_mean_over_orders_and_above_the_true_value():
-  closed = GIVEN.closed_tokens
+  closed = GIVEN.suppressed_tokens
   texts = list(itertools.product((5, 6, 7), repeat=3))
   orders = {text: order_log_probs(text, closed) for text in texts}
   total = sum(np.exp(logs).mean() for logs in orders.values())
@@ -100,12 +100,12 @@ def test_the_bound_is_the_mean_over_orders_and_above_the_true_value():
 def test_a_single_free_token_is_scored_exactly_without_noise_dependence():
   cfg = GIVEN._replace(score_draws=2)
   nll_B, error_B, _ = score([[CLS, BOS, 6]], [[1, 1, 0]], [3], cfg, noiseless_forward)
-  assert nll_B[0] == pytest.approx(masked_losses((6,), (0,), 0.0, cfg.closed_tokens, tilt=0.0)[0], abs=1e-5)
+  assert nll_B[0] == pytest.approx(masked_losses((6,), (0,), 0.0, cfg.suppressed_tokens, tilt=0.0)[0], abs=1e-5)
   assert error_B[0] < 1e-6
 
 
 def test_a_predicted_length_adds_the_cost_of_the_padding():
-  cfg = GIVEN._replace(length='predicted', max_length=6, closed_tokens=CLOSED)
+  cfg = GIVEN._replace(length='predicted', max_length=6, suppressed_tokens=CLOSED)
   row, fixed = [CLS, 7, BOS, 6], [1, 1, 1, 0]
   predicted = score([row], [fixed], [4], cfg)
   padded = score([[*row, PAD, PAD]], [[*fixed, 0, 0]], [6], cfg._replace(length='given'))
@@ -123,7 +123,7 @@ def test_impossible_strings_score_infinity_and_empty_rows_zero():
   assert np.isfinite(nll_B).tolist() == [True, False, False, True, True]
   assert (nll_B[0] > 0, nll_B[3], nll_B[4]) == (True, 0, 0) and error_B[1:].tolist() == [0] * 4
   assert tokens_B == [2, 2, 2, 0, 0]
-  short = GIVEN._replace(length='predicted', max_length=3, closed_tokens=CLOSED)
+  short = GIVEN._replace(length='predicted', max_length=3, suppressed_tokens=CLOSED)
   assert np.isinf(score(rows[:1], fixed[:1], [4], short)[0][0]), 'this row is longer than any sample'
 
 

@@ -24,7 +24,7 @@ PLAIN = ConfigDict({'length': 0, 'noise_eps': 1e-3})
 
 @pytest.fixture(scope='module', autouse=True)
 def programs(tmp_path_factory):
-  with small.kept_programs(tmp_path_factory.mktemp('programs')):
+  with small.compilation_cache_in(tmp_path_factory.mktemp('programs')):
     yield
 
 
@@ -246,12 +246,12 @@ def test_an_empty_batch_has_zero_loss_and_zero_gradient(params):
 
 def test_sample_settings_are_read_from_a_config():
   sampling_cfg = ConfigDict({'max_length': 9, 'token': {'top_p': 0.9}, 'stop_threshold': 0.5, 'order': 'margin'})
-  cfg = mdm.SampleConfig.create(sampling_cfg, closed_tokens=(0, 1, 4), noise_eps=0.01)
+  cfg = mdm.SampleConfig.create(sampling_cfg, suppressed_tokens=(0, 1, 4), noise_eps=0.01)
   assert cfg == mdm.SampleConfig(
-    max_length=9, order='margin', token=Rule(top_p=0.9), closed_tokens=(1, 2, 4), noise_eps=0.01
+    max_length=9, order='margin', token=Rule(top_p=0.9), suppressed_tokens=(1, 2, 4), noise_eps=0.01
   )
-  given = mdm.SampleConfig.create({'max_length': 9, 'length': 'given'}, closed_tokens=(0, 1, 4))
-  assert given.closed_tokens == (0, 1, 2, 4)
+  given = mdm.SampleConfig.create({'max_length': 9, 'length': 'given'}, suppressed_tokens=(0, 1, 4))
+  assert given.suppressed_tokens == (0, 1, 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_invalid_sample_settings_are_rejected_in_one_line(settings, line):
   assert error_line(mdm.SampleConfig.create, {'max_length': 9, **settings}, noise_eps=1e-3) == line
 
 
-MDM = {'family': 'mdm', **small.STILL}
+MDM = {'family': 'mdm', **small.NO_DROPOUT}
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_the_config_decides_the_model_and_the_sampler():
   default = experiment.build(small.config(MDM))
   assert (default.model_cfg.conditioning, default.model_cfg.residual) == ('adaln', 'input')
   assert not default.model_cfg.causal and not default.model_cfg.stop_head
-  assert default.sample_cfg.closed_tokens == (1, 2, 3, 4, 5, 6) and default.sample_cfg.noise_eps == 1e-3
+  assert default.sample_cfg.suppressed_tokens == (1, 2, 3, 4, 5, 6) and default.sample_cfg.noise_eps == 1e-3
   plain = experiment.build(small.config({**MDM, 'model.conditioning': 'none', 'model.final_norm': False}))
   assert plain.model_cfg.conditioning == 'none' and not plain.model_cfg.final_norm
   parity = {'model.residual': 'modulated', 'model.d_cond': 8, 'model.final_norm': False, 'corrupt.noise_eps': 0.01}
@@ -305,7 +305,7 @@ def test_the_config_decides_the_model_and_the_sampler():
   assert (reference.model_cfg.residual, reference.model_cfg.d_cond) == ('modulated', 8)
   assert reference.model_cfg.final_norm and reference.sample_cfg.noise_eps == 0.01
   given = {'sampling.length': 'given', 'corrupt.length': 0, 'sampling.max_length': 30}
-  assert PAD in experiment.build(small.config({**MDM, **given})).sample_cfg.closed_tokens
+  assert PAD in experiment.build(small.config({**MDM, **given})).sample_cfg.suppressed_tokens
 
 
 # --- with a transformer -----------------------------------------------------------------------------------------------
@@ -333,8 +333,8 @@ def test_a_training_step_uses_the_noise_level_and_equals_accumulated_parts():
 
 
 def test_prompts_must_give_the_number_of_tokens_if_the_length_is_given(params):
-  cfg = mdm.SampleConfig(max_length=8, length='given', closed_tokens=tuple(range(7)))
-  sampler = static_batching.Sampler(MODEL, families.get('mdm'), cfg, batch_size=3)
+  cfg = mdm.SampleConfig(max_length=8, length='given', suppressed_tokens=tuple(range(7)))
+  sampler = static_batching.StaticSampler(MODEL, families.get('mdm'), cfg, batch_size=3)
   prompt = {'tokens': np.array([CLS, BOS]), 'open': np.array([False, True])}
   line = error_line(lambda: list(sampler(params, jax.random.key(0), [prompt])))
   assert line.startswith("sampling.length='given' requires the number of tokens to generate ('free') in each prompt")

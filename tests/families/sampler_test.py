@@ -37,7 +37,7 @@ def prompts(number=30, seed=0):
 
 
 RANDOM = ilm.SampleConfig(
-  max_length=12, stop_threshold=None, gap=Rule(), token=Rule(top_p=0.9), closed_tokens=CLOSED, min_buffer=8
+  max_length=12, stop_threshold=None, gap=Rule(), token=Rule(top_p=0.9), suppressed_tokens=CLOSED, min_buffer=8
 )
 
 
@@ -186,7 +186,7 @@ def test_drawing_a_gap_then_a_token_equals_drawing_a_pair():
   exact = {pair: w / sum(weight.values()) for pair, w in weight.items()}
   prompt = make_prompt([(tokens, open_)] * MANY)
   cfg = ilm.SampleConfig(
-    max_length=6, max_steps=1, stop_threshold=1.0, gap=Rule(), token=Rule(), closed_tokens=CLOSED, min_buffer=8
+    max_length=6, max_steps=1, stop_threshold=1.0, gap=Rule(), token=Rule(), suppressed_tokens=CLOSED, min_buffer=8
   )
   for setting in (cfg, cfg._replace(joint=Rule())):
     out = jax.device_get(sample(prompt, jax.random.key(2), setting, flat))

@@ -42,7 +42,7 @@ def make_model(kind):
   params = jax.jit(lambda key: transformer.unbox(transformer.init(model_cfg, key)))(jax.random.key(0))
   params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
   sample_cfg = family.SampleConfig.create(
-    {**SAMPLING, **settings}, closed_tokens=tuple(range(len(SPECIAL))), compute='float32', **model_fields
+    {**SAMPLING, **settings}, suppressed_tokens=tuple(range(len(SPECIAL))), compute='float32', **model_fields
   )
   return model_cfg, params, family, sample_cfg
 
@@ -57,7 +57,7 @@ def make_sampler(kind, slots=8, **options):
 @functools.cache
 def make_static_sampler(kind):
   model_cfg, params, family, cfg = make_model(kind)
-  return functools.partial(static_batching.Sampler(model_cfg, family, cfg, 6), params, jax.random.key(7))
+  return functools.partial(static_batching.StaticSampler(model_cfg, family, cfg, 6), params, jax.random.key(7))
 
 
 def make_prompts(kind, number=30):

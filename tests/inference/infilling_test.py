@@ -74,12 +74,12 @@ def random_requests(number, seed=0):
 
 
 def test_a_text_is_split_at_its_markers():
-  gaps = infilling.read('Tom had a ___ . He was ___', least=[1, 0], most=5)
+  gaps = infilling.parse_request('Tom had a ___ . He was ___', least=[1, 0], most=5)
   assert gaps == (['Tom had a ', ' . He was ', ''], [1, 0], [5, 5])
-  assert infilling.read('a ___ b <x> c', marker='<x>') == (['a ___ b ', ' c'], [1], [UNLIMITED])
-  assert infilling.read('a ___ b ___', most=[0, 3])[1:] == ([0, 1], [0, 3])
-  assert infilling.read('a ___', most=10**12, default_least=0)[1:] == ([0], [UNLIMITED])
-  assert infilling.read(['', ' home ___']).parts == ['', ' home ___']
+  assert infilling.parse_request('a ___ b <x> c', marker='<x>') == (['a ___ b ', ' c'], [1], [UNLIMITED])
+  assert infilling.parse_request('a ___ b ___', most=[0, 3])[1:] == ([0, 1], [0, 3])
+  assert infilling.parse_request('a ___', most=10**12, default_least=0)[1:] == ([0], [UNLIMITED])
+  assert infilling.parse_request(['', ' home ___']).parts == ['', ' home ___']
 
 
 @pytest.mark.parametrize(
@@ -98,35 +98,35 @@ def test_a_text_is_split_at_its_markers():
 )
 def test_a_text_without_gaps_or_with_contradictory_limits_is_refused(text, settings, message):
   with pytest.raises(UserError, match=message):
-    infilling.read(text, **settings)
+    infilling.parse_request(text, **settings)
 
 
 def test_gaps_are_opened_after_the_last_token_of_each_part():
   tokenizer = tokenizers.WordTokenizer(WORDS)
-  gaps = infilling.read('the ___ ran home . ___', least=[2, 0], most=[4, None])
+  gaps = infilling.parse_request('the ___ ran home . ___', least=[2, 0], most=[4, None])
   prompt = infilling.encode(gaps, tokenizer, limit=96)
   assert prompt['tokens'].tolist() == [CLS, BOS, *tokenizer.encode('the ran home .')]
   assert np.flatnonzero(prompt['open']).tolist() == [2, 5]
   least, most = prompt['least'], prompt['most']
   assert (least[2], least[5], most[2], most[5]) == (2, 0, 4, UNLIMITED)
-  at_start = infilling.encode(infilling.read('___ ran', least=0), tokenizer, limit=96)
+  at_start = infilling.encode(infilling.parse_request('___ ran', least=0), tokenizer, limit=96)
   assert np.flatnonzero(at_start['open']).tolist() == [1] and 'least' not in at_start and 'most' not in at_start
-  masked = infilling.encode(infilling.read('the ___ ran', least=2, most=2), tokenizer, limit=9, masks=True)
+  masked = infilling.encode(infilling.parse_request('the ___ ran', least=2, most=2), tokenizer, limit=9, masks=True)
   assert masked['tokens'].tolist() == [CLS, BOS, *tokenizer.encode('the'), MASK, MASK, *tokenizer.encode('ran')]
   assert not masked['open'].any()
   with pytest.raises(UserError, match=r'gap 1: this model replaces a fixed number of \[MASK\] tokens'):
-    infilling.encode(infilling.read('the ___ ran', least=1), tokenizer, limit=9, masks=True)
+    infilling.encode(infilling.parse_request('the ___ ran', least=1), tokenizer, limit=9, masks=True)
 
 
 def test_given_tokens_and_minimum_fillings_may_reach_the_maximum_length_but_not_exceed_it():
   tokenizer = tokenizers.WordTokenizer(WORDS)
-  gaps = infilling.read('the ___ ran', least=2, most=2)
+  gaps = infilling.parse_request('the ___ ran', least=2, most=2)
   for masks in (False, True):
     assert len(infilling.encode(gaps, tokenizer, limit=6, masks=masks)['tokens']) == (6 if masks else 4)
     with pytest.raises(UserError, match=r'4 given tokens and at least 2 in the gaps do not fit within sampling.max_l'):
       infilling.encode(gaps, tokenizer, limit=5, masks=masks)
   with pytest.raises(UserError, match='do not fit'):
-    infilling.encode(infilling.read('the ___ ran', least=10**8, most=10**8), tokenizer, limit=50, masks=True)
+    infilling.encode(infilling.parse_request('the ___ ran', least=10**8, most=10**8), tokenizer, limit=50, masks=True)
 
 
 # --- decoding rows ----------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def random_row(prompt, tokenizer, rng):
 def test_decoding_preserves_the_parts_and_returns_the_inserted_tokens_as_fillings(tokenizer):
   rng, num_filled = np.random.default_rng(1), 0
   for parts in random_requests(500):
-    gaps = infilling.read(parts)
+    gaps = infilling.parse_request(parts)
     try:
       prompt = infilling.encode(gaps, tokenizer, limit=96)
     except UserError as error:
@@ -174,7 +174,7 @@ def test_decoding_preserves_the_parts_and_returns_the_inserted_tokens_as_filling
 
 
 def test_a_filling_is_separated_by_one_space_and_can_complete_a_word(sentencepiece, wordpiece):
-  gaps = infilling.read('the ___ ran')
+  gaps = infilling.parse_request('the ___ ran')
   for inserted, expected in ((' dog', 'the dog ran'), (' big dog', 'the big dog ran'), ('', 'the  ran')):
     left, ids, right = (sentencepiece.encode(text) for text in ('the', inserted, ' ran'))
     order = np.array([-1] * (2 + len(left)) + [0] * len(ids) + [-1] * len(right))
@@ -182,7 +182,7 @@ def test_a_filling_is_separated_by_one_space_and_can_complete_a_word(sentencepie
     assert infilling.decode(gaps, row, sentencepiece).text == expected
   row = {'tokens': np.array([CLS, BOS, *wordpiece.encode('sawing')]), 'order': np.array([-1, -1, -1, 0])}
   assert wordpiece.pieces(row['tokens'])[2:] == ['saw', '##ing']
-  assert infilling.decode(infilling.read('saw___'), row, wordpiece).text == 'sawing'
+  assert infilling.decode(infilling.parse_request('saw___'), row, wordpiece).text == 'sawing'
 
 
 # --- infilling with a model -------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_a_score_is_the_sum_of_the_token_log_probabilities(sentencepiece, small_
   for text, score in zip(texts, scores, strict=True):
     tokens = [CLS, BOS, *sentencepiece.encode(text)]
     out = forward(np.array([tokens + [0] * (20 - len(tokens))]), np.array([len(tokens)]))
-    closed = np.isin(np.arange(sentencepiece.vocab_size), lm.sample_cfg.closed_tokens)
+    closed = np.isin(np.arange(sentencepiece.vocab_size), lm.sample_cfg.suppressed_tokens)
     log_prob = jax.nn.log_softmax(np.where(closed[None], -np.inf, out.hidden_BxLxD[0] @ out.unembed_VxD.T))
     expected = -sum(float(log_prob[i, token]) for i, token in enumerate([*tokens[2:], EOS], 1))
     np.testing.assert_allclose(score.nll, expected, rtol=1e-5, atol=1e-5)

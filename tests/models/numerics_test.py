@@ -82,7 +82,7 @@ def test_devices_keep_only_their_shard_of_a_weight_for_the_backward_pass(compute
     return jax.lax.scan(layer, x, kernels)[0].sum()
 
   step = jax.jit(
-    sharding.on(mesh)(jax.grad(total)), in_shardings=(place, sharding.rows_sharding(mesh)), out_shardings=place
+    sharding.with_mesh(mesh)(jax.grad(total)), in_shardings=(place, sharding.rows_sharding(mesh)), out_shardings=place
   )
   program = step.lower(kernels, jnp.ones(shape)).compile().as_text()
   assert not re.findall(rf'\w+\[{layers},{width},{width}\]', program), 'the gathered weights of all layers are stored'

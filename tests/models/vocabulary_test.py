@@ -102,7 +102,7 @@ def test_a_sharded_vocabulary_head_gives_the_same_results_without_gathering_the_
   keys = jax.random.split(jax.random.key(0), 4)
   hidden, table = jax.random.normal(keys[0], (32, 6, 16)), jax.random.normal(keys[1], (vocab, 16))
   gap, token = jax.random.randint(keys[2], (32, 5), 0, 6), jax.random.randint(keys[3], (32, 5), 0, vocab)
-  bias = vocabulary.closed_bias(vocab, (0, vocab - 1))
+  bias = vocabulary.suppressed_bias(vocab, (0, vocab - 1))
 
   def total(hidden, table, gap, token):
     args = {'chunk': 5, 'compute': compute}
@@ -116,7 +116,7 @@ def test_a_sharded_vocabulary_head_gives_the_same_results_without_gathering_the_
   rows, table_spec = sharding.rows_sharding(mesh), sharding.spec_of(vocabulary.TABLE, table.shape, mesh)
   table_sharding = jax.sharding.NamedSharding(mesh, table_spec)
   compiled = jax.jit(
-    sharding.on(mesh)(function),
+    sharding.with_mesh(mesh)(function),
     in_shardings=(rows, table_sharding, rows, rows),
     out_shardings=((None, None), (rows, table_sharding)),
   ).lower(hidden, table, gap, token).compile()  # fmt: skip
@@ -135,5 +135,5 @@ def test_the_logit_of_a_token_outside_the_vocabulary_is_nan():
   hidden, table = jnp.ones((8, 2, 4)), jnp.ones((6, 4))
   gap, token = jnp.zeros((8, 2), jnp.int32), jnp.tile(jnp.array([[5, 6]]), (8, 1))
   for mesh in (None, small.mesh(data=2, fsdp=2, tensor=2)):
-    z = jax.jit(sharding.on(mesh)(vocabulary.target_logits))(hidden, table, gap, token)
+    z = jax.jit(sharding.with_mesh(mesh)(vocabulary.target_logits))(hidden, table, gap, token)
     np.testing.assert_array_equal(z, np.tile([[4.0, np.nan]], (8, 1)))

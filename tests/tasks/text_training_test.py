@@ -47,7 +47,7 @@ def run_config(path, cache, **changes):
 @pytest.fixture(scope='module', autouse=True)
 def one_device_and_kept_programs(tmp_path_factory):
   """Run on one device, and compile each program once."""
-  with small.kept_programs(tmp_path_factory.mktemp('programs')), pytest.MonkeyPatch.context() as patch:
+  with small.compilation_cache_in(tmp_path_factory.mktemp('programs')), pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, 'make_mesh', lambda *_: small.mesh())
     yield
 
@@ -119,7 +119,7 @@ def test_every_family_measures_a_loss_and_samples_text(corpus, cache, family):
   params = transformer.unbox(transformer.init(exp.model_cfg, small.jax.random.key(0)))
   total, weight = evaluator.validation_loss(params)['loss']
   assert 0.5 < total / weight / np.log(330) < 3, 'an untrained model should be about as good as guessing'
-  scores = evaluator.answers(params, 'validation')
+  scores = evaluator.sample_answers(params, 'validation')
   assert scores.pairs['length'][0] > 0 and ' tokens, ' in scores.texts[0]
   (batch,) = pipeline.train_batches(exp.task.source(cfg.task, 'train'), exp.family.corrupt, cfg, start=0, stop=1)
   assert (batch['example_id_BxS'] >= 0).sum() == 8, 'all examples should fit into the rows'

@@ -9,7 +9,7 @@ from ilm_jax.distributed import sharding
 @pytest.fixture(scope='module', autouse=True)
 def programs(tmp_path_factory):
   """Compile each program once for all tests of a module."""
-  with small.kept_programs(tmp_path_factory.getbasetemp() / 'programs'), small.shared_programs():
+  with small.compilation_cache_in(tmp_path_factory.getbasetemp() / 'programs'), small.shared_programs():
     yield
 
 

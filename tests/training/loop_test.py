@@ -120,7 +120,7 @@ def metrics_of_steps(count: int) -> list[dict]:
   state, _ = loop.init_state(exp, tx)
   step, out = loop.compile_step(exp, tx, schedule, abstract), []
   for batch in small.batches(exp, count):
-    state, pairs = step(state, sharding.put_batch(batch, exp.mesh))
+    state, pairs = step(state, sharding.put_global_batch(batch, exp.mesh))
     out.append(jax.device_get(pairs))
   return out
 
@@ -279,7 +279,7 @@ def planned(monkeypatch, values):
   def answers(self, params, split, **_):
     return evaluate.Scores({'exact_match': (next(plan) if split == 'validation' else 0.5, 1.0)}, ['an answer'])
 
-  monkeypatch.setattr(evaluate.Evaluator, 'answers', answers)
+  monkeypatch.setattr(evaluate.Evaluator, 'sample_answers', answers)
 
 
 def test_a_run_stops_at_its_goal_and_remembers_it(tmp_path, monkeypatch, one_device):

@@ -225,7 +225,7 @@ def test_an_evaluation_that_was_cut_short_is_repeated_on_resume(tmp_path, finish
       return real(self, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(evaluate.Evaluator, 'answers', answers)
+      patch.setattr(evaluate.Evaluator, 'sample_answers', answers)
       return loop.train(cfg, tmp_path)
 
   def metrics_of(step: int):

@@ -46,7 +46,7 @@ class Steps:
     state = jax.device_put(self.start, jax.tree.map(lambda x: x.sharding, self.abstract))
     states, pairs = [self.start], []
     for batch in batches:
-      state, found = self.step(state, sharding.put_batch(batch, self.exp.mesh))
+      state, found = self.step(state, sharding.put_global_batch(batch, self.exp.mesh))
       states.append(jax.device_get(state))
       pairs.append(jax.device_get(found))
     return states, pairs, state
@@ -75,7 +75,7 @@ def take_steps(changes, steps: int):
 
 # --- the step ---------------------------------------------------------------------------------------------------------
 
-NO_WARMUP = {**small.STILL, 'optimizer.warmup_steps': 0, 'optimizer.eps': 1e-3}
+NO_WARMUP = {**small.NO_DROPOUT, 'optimizer.warmup_steps': 0, 'optimizer.eps': 1e-3}
 
 GOLDEN = {  # update -> loss, gradient norm, root mean square of the update
   1: (5.579262, 10.163113, 0.006254112),
@@ -253,7 +253,7 @@ def assert_close_steps(pairs, expected):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('changes', [SHARED, {**SHARED, **small.STILL}], ids=['dropout', 'no dropout'])
+@pytest.mark.parametrize('changes', [SHARED, {**SHARED, **small.NO_DROPOUT}], ids=['dropout', 'no dropout'])
 @pytest.mark.parametrize('axes', MESHES, ids=spell)
 def test_twenty_losses_do_not_depend_on_the_mesh(axes, changes):
   made, batches = steps_of(changes, **axes), steps_of(changes).batches(20)
@@ -284,7 +284,7 @@ def test_state_and_batch_are_sharded_by_their_logical_axes(axes):
       assert len(array.sharding.device_set) == 8, name
       arrays += array.ndim > 0
     assert arrays == 4 * 23  # parameters, two moments of Adam, moving average
-  for name, array in sharding.put_batch(batch, made.exp.mesh).items():
+  for name, array in sharding.put_global_batch(batch, made.exp.mesh).items():
     shape = (8 // (data * fsdp), *batch[name].shape[1:])
     assert {shard.data.shape for shard in array.addressable_shards} == {shape}, name
 
@@ -321,7 +321,7 @@ def test_the_star_config_of_the_paper_fits_a_host_with_eight_devices():
 def test_every_program_has_sharding_constraints():
   """Without `sharding.on`, results would be equal, but XLA might choose slow shardings."""
   exp, tx, schedule, state = small.uninitialized({**SHARED, 'eval.score': 'bound'}, data=2, fsdp=2, tensor=2)
-  batch = sharding.put_batch(small.batches(exp, 1)[0], exp.mesh)
+  batch = sharding.put_global_batch(small.batches(exp, 1)[0], exp.mesh)
   evaluator = loop.make_evaluator(exp)
   rows = {'tokens_BxL': jnp.ones((8, 6), int), 'fixed_BxL': jnp.zeros((8, 6), bool), 'length_B': jnp.full(8, 6)}
   key, prompt = jax.random.key(0), static_batching.pad([], [], 8, 32)

@@ -30,7 +30,7 @@ from ilm_jax.types import UserError
 SPLITS = ('train', 'validation', 'test')
 DOCUMENTS = ('endoftext', 'paragraph', 'line')  # modes: what ends a document in a text file
 END = '<|endoftext|>'
-MARK = b'\xef\xbb\xbf'  # the UTF-8 byte order mark, which some editors write at the start of a file
+BYTE_ORDER_MARK = b'\xef\xbb\xbf'  # the UTF-8 byte order mark, which some editors write at the start of a file
 SHARES = 40  # hash buckets of documents: one is for validation, one for test, the others for training
 
 NAMES = {  # split -> pattern that marks a file or folder name as belonging to it; earlier patterns win
@@ -215,7 +215,7 @@ def read_split(path: str, split: str, mode: str, *, detokenised: bool = False, f
     raise UserError(str(error).replace('data.path=', f'{flag}=')) from None
 
 
-def draw(found, count: int, seed: int) -> list:
+def sample_uniformly(found, count: int, seed: int) -> list:
   """Draw at most `count` items of an iterable uniformly (reservoir sampling); returns them in their original order."""
   rng, kept = np.random.default_rng(seed), []
   for index, item in enumerate(found):
@@ -243,8 +243,8 @@ def _lines(stream):
   offset = 0
   for line in stream:
     start, offset = offset, offset + len(line)
-    if start == 0 and line.startswith(MARK):
-      start, line = len(MARK), line[len(MARK) :]
+    if start == 0 and line.startswith(BYTE_ORDER_MARK):
+      start, line = len(BYTE_ORDER_MARK), line[len(BYTE_ORDER_MARK) :]
     yield start, line.removesuffix(b'\n').removesuffix(b'\r')
 
 

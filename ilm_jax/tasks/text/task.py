@@ -199,7 +199,9 @@ class Source:
     words = tokenizer(cfg)
     identity = corpus_of(cfg).identity(split)
     name = f'text-{split}-{_hash(cfg, identity, words.fingerprint, cfg.length, cfg.split_long_documents)}'
-    self._stored = builders.documents(_cache(cfg), name, lambda counts: prepare(cfg, split, words, counts))
+    self._stored = builders.open_or_prepare_documents(
+      _cache(cfg), name, lambda counts: prepare(cfg, split, words, counts)
+    )
     limit = {'train': cfg.num_train, 'validation': cfg.num_validation, 'test': cfg.num_test}[split]
     self._size = min(limit or len(self._stored), len(self._stored))
     self.counts = self._stored.counts
@@ -238,7 +240,7 @@ def tokenizer(cfg) -> tokenizer_lib.Tokenizer:
   """Return the tokenizer of a config: the one at `tokenizer.path`, or SentencePiece trained on the corpus.
 
   Raises:
-    UserError: the config holds a fingerprint (see `settle`) and this tokenizer has a different one.
+    UserError: the config holds a fingerprint (see `resolve_assets`) and this tokenizer has a different one.
   """
   fingerprint = cfg.tokenizer.fingerprint
   if fingerprint not in _TOKENIZERS:
@@ -281,10 +283,10 @@ def trained(cfg) -> tokenizer_lib.Tokenizer:
 
 def draw(found, settings) -> list[str]:
   """Draw at most `settings.documents` texts uniformly with seed `settings.seed`; returns them in their order."""
-  return corpora.draw(found, settings.documents, settings.seed)
+  return corpora.sample_uniformly(found, settings.documents, settings.seed)
 
 
-def settle(cfg, folder) -> None:
+def resolve_assets(cfg, folder) -> None:
   """Find the tokenizer of a run and write its fingerprint into the config.
 
   Args:
@@ -318,7 +320,7 @@ def settle(cfg, folder) -> None:
   _TOKENIZERS[words.fingerprint] = words
 
 
-def carry(cfg, folder) -> None:
+def save_assets(cfg, folder) -> None:
   """Save the tokenizer in a run's folder."""
   tokenizer(cfg).save(epath.Path(folder) / FOLDER)
 
@@ -344,6 +346,6 @@ TASK = Task(
   longest_answer=longest_answer,
   encode_prompt=encode_prompt,
   decode=decode,
-  settle=settle,
-  carry=carry,
+  resolve_assets=resolve_assets,
+  save_assets=save_assets,
 )

@@ -63,10 +63,14 @@ class Source:
     self._generated = {}  # the token ids of the puzzles generated so far, by index
     if cfg.path:
       read = functools.partial(released_puzzles, cfg, split)
-      self._stored = builders.prepared(cfg.cache, _released_name(cfg, split), read) if cfg.cache else IdArrays(read())
+      self._stored = (
+        builders.open_or_prepare_sequences(cfg.cache, _released_name(cfg, split), read)
+        if cfg.cache
+        else IdArrays(read())
+      )
     elif cfg.cache:
       make = functools.partial(generate, self._recipe, self.size, cfg.num_workers)
-      self._stored = builders.prepared(cfg.cache, self._recipe.folder_name(self.size), make)
+      self._stored = builders.open_or_prepare_sequences(cfg.cache, self._recipe.folder_name(self.size), make)
     if self._stored is not None:
       self.size = len(self._stored)
 

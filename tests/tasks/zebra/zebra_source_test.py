@@ -146,14 +146,14 @@ def test_an_interrupted_preparation_leaves_no_half_written_cache(tmp_path, error
       closed.append(True)
 
   with pytest.raises(error):
-    builders.prepared(tmp_path, 'some', interrupted)
+    builders.open_or_prepare_sequences(tmp_path, 'some', interrupted)
   assert closed
   assert [file.name for file in tmp_path.rglob('*') if file.is_file()] == ['.token_sequences.lock']
   # A killed process cannot clean up: the next preparation removes its folder.
   killed = tmp_path / 'some' / builders.NAME / f'incomplete.ABCDEF_{builders.VERSION}'
   killed.mkdir()
   (killed / 'dataset_info.json').write_text('{')
-  made = builders.prepared(tmp_path, 'some', lambda: (row for row in rows))
+  made = builders.open_or_prepare_sequences(tmp_path, 'some', lambda: (row for row in rows))
   assert [made[i].tolist() for i in range(len(made))] == [row.tolist() for row in rows]
   assert not killed.exists()
 
