@@ -212,7 +212,7 @@ def copy(finished, tmp_path):
 
 
 def test_an_evaluation_that_was_cut_short_is_repeated_on_resume(tmp_path, finished, abstract, one_device):
-  cfg, real = small.config(SHORT), evaluate.Evaluator.answers
+  cfg, real = small.config(SHORT), evaluate.Evaluator.sample_answers
 
   def train_until(evaluation: int, number) -> int:
     """Train; send a signal at the beginning of the n-th evaluation; return the exit code."""

@@ -307,7 +307,7 @@ def test_an_evaluation_does_not_depend_on_the_mesh_and_its_batch_need_not_divide
     changes = {**SHARED, 'eval.batch_size': 3, 'eval.score': 'bound', 'task.num_test': 7}
     exp, *_, state, _ = small.experiment(changes, **axes)
     made = loop.make_evaluator(exp)
-    found.append((made.likelihood(state.params, 'test'), made.answers(state.params, 'test')))
+    found.append((made.likelihood(state.params, 'test'), made.sample_answers(state.params, 'test')))
   for one, other in zip(found[0][0][1:], found[1][0][1:], strict=True):
     np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
   assert found[0][1].texts == found[1][1].texts
@@ -319,7 +319,7 @@ def test_the_star_config_of_the_paper_fits_a_host_with_eight_devices():
 
 
 def test_every_program_has_sharding_constraints():
-  """Without `sharding.on`, results would be equal, but XLA might choose slow shardings."""
+  """Without `sharding.with_mesh`, results would be equal, but XLA might choose slow shardings."""
   exp, tx, schedule, state = small.uninitialized({**SHARED, 'eval.score': 'bound'}, data=2, fsdp=2, tensor=2)
   batch = sharding.put_global_batch(small.batches(exp, 1)[0], exp.mesh)
   evaluator = loop.make_evaluator(exp)
