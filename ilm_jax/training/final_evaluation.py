@@ -91,7 +91,7 @@ def print_result(exp: Experiment, workdir, result: dict, scores, judged: dict | 
     print(f'\ntest {exp.cfg.eval.metric} at step {step}: {values[exp.cfg.eval.metric]:.4f}')
   if result['likelihood']:
     error = (values['nll_variance'] / len(result['strings']['nll'])) ** 0.5
-    print(f'test -log p ({result["likelihood"]}): {values["nll"]:.4f} nats per string (standard error of the estimate '
+    print(f'test -log p, {result["likelihood"]}: {values["nll"]:.4f} nats per string (standard error of the estimate '
           f'{error:.4f}), {values["nll_per_token"]:.4f} per token')  # fmt: skip
   if judged:
     columns = {name: judged[name] for name in ('samples', 'test')}
