@@ -9,6 +9,7 @@ import re
 import shutil
 import string
 import subprocess
+import tempfile
 
 import jax
 import numpy as np
@@ -390,16 +391,16 @@ def test_a_browser_shows_the_text_after_each_step(small_lm, tmp_path):
   spelled = lm.tokenizer.spell(infilled.tokens)
   flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking', '--dump-dom']
   flags.append('--virtual-time-budget=5000')  # wait for the page's script, also on a busy machine
-  flags.append(f'--user-data-dir={tmp_path / "profile"}')
   for step in (0, 2, max(infilled.order) + 1):
     address = f'file://{tmp_path / "page.html"}#{step}'
-    process = subprocess.run(
-      ['chromium', *flags, address],
-      capture_output=True,
-      text=True,
-      timeout=120,
-      env={**os.environ, 'TMPDIR': str(tmp_path)},
-    )
+    with tempfile.TemporaryDirectory() as short:  # Chromium's socket does not work in folders with long paths
+      process = subprocess.run(
+        ['chromium', *flags, f'--user-data-dir={short}/profile', address],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, 'TMPDIR': short},
+      )
     page = Page(process.stdout)
     assert ''.join(page.words) == ''.join(s for s, o in zip(spelled, infilled.order, strict=True) if o < step)
     assert ''.join(page.latest) == ''.join(
