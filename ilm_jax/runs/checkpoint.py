@@ -163,8 +163,8 @@ class Checkpoints:
   def check(self) -> None:
     """Raise UserError if an asynchronous save has failed.
 
-    Waiting for saves that have already ended raises their errors. Orbax's `check_for_errors` would clear the error before
-    Orbax's finalizing thread sees it, and that thread would then delete older checkpoints.
+    This waits for saves that have ended, which raises their errors. Orbax's `check_for_errors` would clear an error
+    before Orbax's finalizing thread sees it, and that thread would then delete older checkpoints.
     """
     if not self._manager.is_saving_in_progress():
       self.wait()

@@ -126,21 +126,21 @@ def check_model_settings(cfg, family, family_settings: dict, task) -> None:
   """
   if cfg.model.get('conditioning') not in (None, 'none') and 'conditioning' not in family_settings:
     raise UserError(
-      f'model.conditioning={cfg.model.conditioning!r}: the family {cfg.family} knows no noise level: leave it out'
+      f'model.conditioning={cfg.model.conditioning!r}: family={cfg.family} is not conditioned on noise: leave it out'
     )
   if cfg.model.get('open_gap_embedding'):
     if not family.open_gap_embedding:
       raise UserError(
-        f'model.open_gap_embedding=True: the family {cfg.family} has no open and closed gaps: leave it out'
+        f'model.open_gap_embedding=True does not apply to family={cfg.family}, which does not close gaps: leave it out'
       )
     if not cfg.corrupt.close_prompt:
       raise UserError(
-        'model.open_gap_embedding=True needs corrupt.close_prompt=True: sampling closes the gaps of the prompt, so '
-        'training must close them too'
+        'model.open_gap_embedding=True needs corrupt.close_prompt=True: sampling inserts nothing into a prompt, so '
+        'training must close the gaps of the prompt too'
       )
     if not cfg.corrupt.infill_rate and task.score is None:
       logging.warning('model.open_gap_embedding=True has no effect with corrupt.infill_rate=0 in training on text: '
-                      'all gaps of a training example are open')  # fmt: skip
+                      'all gaps of a training example accept insertions')  # fmt: skip
 
 
 def check_batch_divides(cfg, mesh) -> None:
