@@ -131,7 +131,7 @@ def check_model_settings(cfg, family, family_settings: dict, task) -> None:
   if cfg.model.get('open_gap_embedding'):
     if not family.open_gap_embedding:
       raise UserError(
-        f'model.open_gap_embedding=True does not apply to family={cfg.family}, which does not close gaps: leave it out'
+        f'model.open_gap_embedding=True: family={cfg.family} cannot close gaps to insertions: leave it out'
       )
     if not cfg.corrupt.close_prompt:
       raise UserError(
