@@ -117,12 +117,9 @@ def remove_word_runs(text: str, rng: np.random.Generator, share: float, gaps: in
   kept = len(spans) - removed
   if kept < max(1, gaps - 1):
     return None
-  ends = [
-    0,
-    *sorted(1 + rng.choice(removed - 1, gaps - 1, replace=False)),
-    removed,
-  ]  # run i: removed words ends[i]:ends[i+1]
-  kept_before = sorted(rng.choice(kept + 1, gaps, replace=False))  # number of words before each run that stay
+  # Run i consists of the removed words ends[i]:ends[i+1]; kept_before[i] words that are not removed precede it.
+  ends = [0, *sorted(1 + rng.choice(removed - 1, gaps - 1, replace=False)), removed]
+  kept_before = sorted(rng.choice(kept + 1, gaps, replace=False))
   runs = []
   for i in range(gaps):
     first, last = kept_before[i] + ends[i], kept_before[i] + ends[i + 1] - 1  # word indices

@@ -155,7 +155,7 @@ def pooled(pairs) -> str:
 
 
 def mean_of_seeds(values: list[float]) -> str:
-  """Format the mean of accuracies (%) with its 95 % Student interval, clipped to 0 - 100; a dash for fewer than 3 values."""
+  """Format the mean of accuracies (%) with its 95 % Student interval, clipped to 0 - 100; a dash if fewer than 3."""
   if len(values) < 3:
     return '–'
   from scipy import stats

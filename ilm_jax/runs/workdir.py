@@ -110,4 +110,4 @@ def check_same_run(workdir, cfg) -> None:
       'cannot be added or removed during a run; give another --workdir'
     )
   for key in changed:
-    logging.warning('this start changes %s from %s to %s', key, old.get(key), new.get(key))
+    logging.warning('this start of the run changes %s from %s to %s', key, old.get(key), new.get(key))

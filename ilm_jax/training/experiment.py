@@ -54,7 +54,7 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
       not trained.
 
   Raises:
-    UserError: a setting is invalid, or two settings contradict each other. Nothing is computed or written before.
+    UserError: a setting is invalid, or two settings contradict each other. Nothing has been computed or written then.
   """
   check_ranges(cfg)
   optimizer.make_schedule(cfg.optimizer, cfg.steps)
@@ -163,7 +163,7 @@ def check_examples_fit(cfg, family, task) -> None:
     raise UserError(f'data.row_length={shape.length} is shorter than the longest example, {length} tokens: raise it')
   if shape.targets < targets:
     raise UserError(
-      f'data.targets={shape.targets} is less than the targets of the longest example, {targets}: raise it'
+      f'data.targets={shape.targets} is less than the {targets} loss targets of the longest example: raise it'
     )
 
 

@@ -140,7 +140,7 @@ def log_sizes(exp: Experiment, state: TrainState) -> None:
   cfg = exp.cfg
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
   bytes_per_device = sum(map(sharding.bytes_per_device, jax.tree.leaves(state)))
-  logging.info('%s on %s: %s parameters, mesh %s, a state of %.1f MB on each device', cfg.family, cfg.task.name,
+  logging.info('%s on %s: %s parameters, mesh %s, training state of %.1f MB per device', cfg.family, cfg.task.name,
                f'{parameters:,}', dict(exp.mesh.shape), bytes_per_device / 1e6)  # fmt: skip
   for line in sharding.describe_placement(state) if exp.mesh.size > 1 else ():
     logging.info('%s', line)
@@ -260,7 +260,7 @@ class Loop:
     values['epoch'] = step * self.cfg.data.batch_size / len(self.evaluator.source('train'))
     self.writer.write_scalars(step, {f'train/{name}': value for name, value in values.items()})
     logging.info(
-      'step %d  loss %.4f (tokens %.4f, stop %.4f)  %s kept tokens/s  %.0f %% waiting for input', step, values['loss'],
+      'step %d  loss %.4f (tokens %.4f, stop %.4f)  %s input tokens/s  %.0f %% waiting for data', step, values['loss'],
       values.get('token_loss', values['loss']), values.get('stop_loss', 0.0),
       f'{values["kept_tokens_per_second"]:,.0f}', 100 * values['input_wait'],
     )  # fmt: skip

@@ -34,7 +34,7 @@ def make_schedule(cfg, steps: int) -> optax.Schedule:
 
 
 def is_decayed(path) -> bool:
-  """Return whether weight decay applies to a parameter: True for all, embeddings included, but biases and norms."""
+  """Return whether weight decay applies to a parameter: True for all but biases and norm parameters."""
   names = jax.tree_util.keystr(path)
   return 'bias' not in names and 'norm' not in names
 
