@@ -1,12 +1,12 @@
-"""Exchange weights with the reference code (PyTorch), and check this code against its numbers.
+"""Export weights for the PyTorch reference code of the ILM paper, and check this code against its outputs.
 
-    ilm-jax convert --workdir=runs/hard --out=weights.safetensors    a run's best weights, under the reference's names
-    ilm-jax convert --check=tests/golden                             logits, losses and gradients against the
-    reference's
+    ilm-jax convert --workdir=runs/hard --out=weights.safetensors    export a run's best weights
+    ilm-jax convert --check=tests/golden                             compare logits, losses and gradients
 
-A folder of reference numbers holds ilm.npz, arm.npz or mdm.npz, and perhaps config.json with "num_heads"; tests/golden
-has an example and says in its README what the arrays are. --check prints the largest error of each kind, relative to
-the largest reference value, and exits with code 1 if one is above 1e-5.
+--workdir writes the weights under the names of the reference code. --check expects a folder with ilm.npz, arm.npz or
+mdm.npz, which hold outputs of the reference code, and optionally config.json with "num_heads"; the README of
+tests/golden describes the arrays. It prints the largest error of each quantity, relative to the largest reference
+value, and exits with code 1 if an error is above 1e-5.
 """
 
 import json
@@ -17,20 +17,20 @@ from absl import flags
 from ilm_jax.console import command, quiet
 from ilm_jax.types import UserError
 
-LIMIT = 1e-5  # largest accepted |difference| / max |reference|
+LIMIT = 1e-5  # largest accepted value of max |actual - expected| / max |expected|
 FAMILIES = ('ilm', 'arm', 'mdm')
 VOCAB_CHUNK = 2048
 
 
 def define(values: flags.FlagValues) -> None:
-  """Define the flags of this command."""
-  flags.DEFINE_string('check', None, 'Folder of reference numbers to compare with.', flag_values=values)
+  """Define the flags of `ilm-jax convert`."""
+  flags.DEFINE_string('check', None, 'Folder with outputs of the reference code to compare with.', flag_values=values)
   flags.DEFINE_string('workdir', None, 'Folder of the run whose weights to export.', flag_values=values)
   flags.DEFINE_string('checkpoint', 'best', "Checkpoint to export: 'best', 'latest' or a step.", flag_values=values)
   flags.DEFINE_string('out', None, 'File to write: *.npz or *.safetensors.', flag_values=values)
 
 
-# --- comparing with reference numbers ---------------------------------------------------------------------------------
+# --- comparing with the reference code --------------------------------------------------------------------------------
 
 
 def relative_error(actual, expected) -> float:
@@ -44,7 +44,7 @@ def relative_error(actual, expected) -> float:
 
 
 def ilm_batch(numbers) -> dict:
-  """Return the insertion model's reference inputs as a batch with one example in each row."""
+  """Convert the insertion model's inputs in ilm.npz to a batch with one example in each row."""
   import numpy as np
 
   used = numbers['gap_index'] >= 0
@@ -61,7 +61,7 @@ def ilm_batch(numbers) -> dict:
 
 
 def listed(place_of_row, width: int):
-  """Return (mask of used entries, entries) of lists of different lengths, as arrays with `width` columns."""
+  """Pad lists of different lengths to an array with `width` columns; return (mask of its used entries, the array)."""
   import numpy as np
 
   entries = np.zeros((len(place_of_row), width), np.int32)
@@ -72,7 +72,7 @@ def listed(place_of_row, width: int):
 
 
 def target_batch(numbers, selected, targets) -> dict:
-  """Return a batch with one example in each row, whose targets stand at the selected places."""
+  """Return a batch with one example in each row, with loss targets only where `selected` is true."""
   import numpy as np
 
   rows, length = numbers['input_ids'].shape
@@ -95,12 +95,12 @@ def target_batch(numbers, selected, targets) -> dict:
 
 
 def arm_batch(numbers) -> dict:
-  """Return the autoregressive model's reference inputs as a batch; `target_ids` are -100 where there is no target."""
+  """Convert the autoregressive model's inputs in arm.npz to a batch; a target id of -100 means no target."""
   return target_batch(numbers, numbers['target_ids'] != -100, numbers['target_ids'])
 
 
 def mdm_batch(numbers) -> dict:
-  """Return the masked diffusion model's reference inputs as a batch with noise levels and loss weights."""
+  """Convert the masked diffusion model's inputs in mdm.npz to a batch with noise levels and loss weights."""
   import numpy as np
 
   batch = target_batch(numbers, numbers['input_ids'] != numbers['clean_ids'], numbers['clean_ids'])
@@ -110,15 +110,15 @@ def mdm_batch(numbers) -> dict:
 
 
 def compare(name: str, numbers, num_heads: int | None = None) -> dict[str, float]:
-  """Compare this code with a family's reference numbers.
+  """Compare logits, loss and gradients of a family with outputs of the reference code.
 
   Args:
     name: 'ilm', 'arm' or 'mdm'.
-    numbers: the arrays of the family's file.
-    num_heads: of the model, if the weights do not determine it.
+    numbers: the arrays of the family's *.npz file.
+    num_heads: number of attention heads, if the weights do not determine it.
 
   Returns:
-    The relative errors by quantity: logits, stop logits, loss, and each gradient as `grad/NAME`.
+    A dict of relative errors: logits, stop logits, loss, and each parameter's gradient as `grad/NAME`.
   """
   import jax
   from ml_collections import ConfigDict
@@ -149,7 +149,7 @@ def compare(name: str, numbers, num_heads: int | None = None) -> dict[str, float
 
 
 def check(folder) -> int:
-  """Compare with every family's numbers in a folder and print the errors; returns 1 if one is above LIMIT."""
+  """Compare all families in a folder with the reference code, print the errors; return 1 if one is above LIMIT."""
   import numpy as np
   from etils import epath
 
@@ -166,7 +166,7 @@ def check(folder) -> int:
         numbers = dict(arrays)
       errors = compare(name, numbers, config.get('num_heads'))
     except (KeyError, ValueError) as error:
-      raise UserError(f'{path / name}.npz: not a file of reference numbers: {" ".join(str(error).split())}') from None
+      raise UserError(f'{path / name}.npz is not a file of reference outputs: {" ".join(str(error).split())}') from None
     grads = {key: value for key, value in errors.items() if key.startswith('grad/')}
     rows = {key: value for key, value in errors.items() if key not in grads}
     if grads:
@@ -183,7 +183,7 @@ def check(folder) -> int:
 
 
 def export(workdir, checkpoint: str, out: str) -> int:
-  """Write the weights of a run under the reference's names."""
+  """Write the weights of a run to a file, under the parameter names of the reference code; return the exit code."""
   import pathlib
 
   import numpy as np
@@ -214,7 +214,7 @@ def export(workdir, checkpoint: str, out: str) -> int:
 
 
 def run(values) -> int:
-  """Check or export, as the flags say."""
+  """Compare with the reference code (--check) or export weights (--workdir); return the exit code."""
   if bool(values.check) == bool(values.workdir):
     raise UserError('expected --check=FOLDER, or --workdir=FOLDER with --out=FILE')
   quiet()
@@ -226,7 +226,7 @@ def run(values) -> int:
 
 
 def main(argv=None) -> int:
-  """Run the command."""
+  """Run the command `ilm-jax convert`; return the exit code."""
   return command(__doc__, define, run, argv)
 
 

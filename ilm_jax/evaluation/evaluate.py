@@ -1,4 +1,4 @@
-"""Evaluates parameters on a split: validation loss, likelihood, and sampled answers with the task's scores."""
+"""Evaluate a model on a data split: validation loss, likelihood, and sampled answers scored by the task."""
 
 import functools
 import time
@@ -20,26 +20,26 @@ from ilm_jax.types import Metrics
 class Scores(NamedTuple):
   """Metrics of sampled answers, and some of the answers as text."""
 
-  pairs: Metrics  # (total, weight) of each metric
+  pairs: Metrics  # {metric: (total, weight)}
   texts: list[str]  # the first `eval.print_samples` answers, formatted for printing
   order_counts_NxN: np.ndarray = np.zeros(
     (0, 0), int
-  )  # number of tokens by [decoding step, position in the final answer]
+  )  # number of tokens inserted at each [decoding step, position in the final answer]
   samples: tuple[str, ...] = ()  # all answers as plain text; empty if the task scores answers as right or wrong
 
 
 class Likelihood(NamedTuple):
-  """Negative log-likelihood of each string with its end, in nats, or an estimate of an upper bound."""
+  """The negative log-likelihood of each string, including its end, in nats, or an estimated upper bound on it."""
 
   kind: str  # 'exact', 'bound' or 'importance-weighted'
   nll_N: np.ndarray
-  error_N: np.ndarray  # standard error of each estimate
-  tokens_N: np.ndarray  # number of tokens of each string, without the end
+  error_N: np.ndarray  # standard error of each nll_N; 0 if exact
+  tokens_N: np.ndarray  # number of tokens of each string, not counting its end
 
   def pairs(self) -> Metrics:
-    """Return `nll` in nats per string, `nll_per_token` (the end counts as a token) and `nll_variance`.
+    """Return the metrics `nll` (nats per string), `nll_per_token` (the end counts as a token) and `nll_variance`.
 
-    `nll_variance` is the mean squared standard error of a string's estimate: sqrt(nll_variance / number of strings) is
+    `nll_variance` is the mean of the squared standard errors of the strings: sqrt(nll_variance / number of strings) is
     the standard error of `nll` due to sampling.
     """
     count = float(len(self.nll_N))
@@ -51,13 +51,13 @@ class Likelihood(NamedTuple):
 
 
 class Evaluator:
-  """Evaluates parameters on the splits of a task; its functions are compiled once and serve a whole training run."""
+  """Evaluates parameters on the splits of a task; its functions are compiled once and reused throughout training."""
 
   def __init__(self, cfg, *, model_cfg, family, task, sample_cfg, loss_cfg, mesh):
     self.cfg, self.family, self.task, self.mesh = cfg, family, task, mesh
     parts = sharding.num_row_shards(mesh)
     sample_batch = min(cfg.eval.batch_size, cfg.eval.samples or cfg.eval.batch_size)
-    # Batches are rounded up to a multiple of the mesh's batch shards; the rows added are padding.
+    # Batch sizes are rounded up to a multiple of the number of batch shards; the additional rows are padding.
     self.rows, sampler_rows = (-(-count // parts) * parts for count in (cfg.eval.batch_size, sample_batch))
     self.sampler = static_batching.StaticSampler(model_cfg, family, sample_cfg, sampler_rows, mesh)
     self.tokenizer = task.tokenizer(cfg.task)
@@ -69,7 +69,7 @@ class Evaluator:
       return family.loss(transformer.apply_batch(model_cfg, params, batch), batch, loss_cfg)
 
     self._loss = loss
-    self._kind = None  # kind of the likelihood; set when `score` is traced
+    self._kind = None  # kind of likelihood that `score` computes; set when `score` is traced
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     @sharding.with_mesh(mesh)
@@ -83,20 +83,20 @@ class Evaluator:
     self._score = score
 
   def source(self, split: str):
-    """Return the examples of a split."""
+    """Return the examples of a data split, loaded at the first call."""
     if split not in self.sources:
       self.sources[split] = self.task.source(self.cfg.task, split)
     return self.sources[split]
 
   def validation_loss(self, params, split: str = 'validation') -> Metrics:
-    """Compute the loss and its parts on a split, with a fixed, stratified corruption."""
+    """Compute the loss and its components on a split; examples are corrupted with fixed, stratified randomness."""
     total = {}
     for batch in pipeline.validation_batches(self.source(split), self.family.corrupt, self.cfg):
       total = metrics_lib.add(total, jax.device_get(self._loss(params, sharding.put_global_batch(batch, self.mesh))))
     return total
 
   def likelihood(self, params, split: str, *, interrupted=lambda: False) -> Likelihood | None:
-    """Score the reference answers of a split; returns None as soon as `interrupted()` is true before a batch."""
+    """Compute the likelihood of the true answers of a split; return None if `interrupted()` is true before a batch."""
     source, size, parts = self.source(split), self.cfg.eval.batch_size, []
     start = last_log = time.monotonic()
     for first in range(0, len(source), size):
@@ -114,7 +114,7 @@ class Evaluator:
     return Likelihood(self._kind, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
   def rows_of(self, examples, rows: int) -> dict:
-    """Pad whole examples to a batch of `rows` rows; unused rows hold only [CLS] and [BOS]."""
+    """Pad uncorrupted examples to a batch of `rows` rows; unused rows contain only [CLS] and [BOS]."""
     length = max(self.sampler.cfg.max_length, max(len(example['tokens']) for example in examples))
     batch = {
       'tokens_BxL': np.zeros((rows, length), np.int32),
@@ -130,13 +130,13 @@ class Evaluator:
     return batch
 
   def sample_answers(self, params, split: str, *, progress: bool = False, interrupted=lambda: False) -> Scores | None:
-    """Sample an answer to every prompt of a split, or to the first `eval.samples`, and score it if the task can.
+    """Sample answers to the prompts of a split (the first `eval.samples` if set); score them if the task has a score.
 
     Args:
       params: parameters of the model.
       split: the split whose prompts are answered.
-      progress: log the rate and the remaining time every ten seconds.
-      interrupted: called after each example; if it returns true, the evaluation stops and returns None.
+      progress: whether to log the rate and the remaining time every ten seconds.
+      interrupted: function called after each example; if it returns true, sampling stops and None is returned.
     """
     source, total, texts, samples = self.source(split), {}, [], []
     order_counts_NxN = np.zeros((max(self.sampler.cfg.max_length, self.sampler.cfg.max_steps or 0),) * 2, np.int64)
@@ -156,7 +156,7 @@ class Evaluator:
       steps = row['order'][row['order'] >= 0].tolist()
       landmark = self.task.landmark(row['tokens'], self.cfg.task)
       pairs |= metrics_lib.order_statistics(steps, landmark)
-      if self.task.score is not None:  # for free texts this matrix would be large and uninformative
+      if self.task.score is not None:  # for text generation this matrix would be large and uninformative
         np.add.at(order_counts_NxN, (steps, np.arange(len(steps))), 1)
       else:
         samples.append(self.task.decode(row['tokens'], self.cfg.task))
@@ -172,16 +172,16 @@ class Evaluator:
         logging.info(
           '%s: %d of %d answers, %.0f per second, %.0f s left', split, done, len(examples), rate, seconds_left
         )
-    # Cut off the steps and positions that no answer reached.
+    # Remove the decoding steps and positions that no answer reached.
     used = int(max(np.flatnonzero(order_counts_NxN.sum(0) + order_counts_NxN.sum(1)), default=-1)) + 1
     return Scores(total, texts, order_counts_NxN[:used, :used], tuple(samples))
 
 
 def show(task, tokenizer, row, example, cfg) -> str:
-  """Format an answer for printing: right or wrong, then the tokens present after each decoding step.
+  """Format a sampled answer for printing: right or wrong, then the tokens present after each decoding step.
 
-  New tokens are in brackets. Of more than 12 steps, only steps 1, 2, 4, 8, ... and the last one are shown. Answers that
-  are not right or wrong are formatted by `show_text`.
+  New tokens are in brackets. If there are more than 12 steps, only steps 1, 2, 4, 8, ... and the last one are shown. If
+  the task has no right answers, the text is formatted by `show_text`.
   """
   tokens, order = row['tokens'], row['order']
   if task.score is None:
@@ -202,7 +202,7 @@ def show(task, tokenizer, row, example, cfg) -> str:
 
 
 def show_text(task, row, cfg) -> str:
-  """Format a text for printing: its length, whether the model stopped, the text, and three intermediate states."""
+  """Format a sampled text for printing: its length, what ended it, the text, and three intermediate states."""
   tokens, order = row['tokens'], row['order']
   steps = int(order.max(initial=-1)) + 1
   ended = 'stopped by the model' if row['stopped'] else 'stopped by the length or step limit'

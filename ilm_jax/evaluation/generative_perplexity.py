@@ -1,16 +1,16 @@
-"""Scores generated texts with another language model: generative perplexity, entropy, diversity, infilling quality.
+"""Score generated texts with another language model: generative perplexity, entropy, diversity, infilling quality.
 
     ilm-jax perplexity --model=runs/arm --samples=answers.jsonl [--out=perplexity.json]
     ilm-jax perplexity --model=hf:gpt2 --samples=answers.jsonl --reference=CORPUS
 
---samples is a file that `ilm-jax generate` wrote: one JSON object with "text" per line. Infilled texts also have
-"spans" and "fillings"; they have "truth", the true text, if their requests came from `ilm-jax infill-sets`. Otherwise
---requests names the file of requests, which are matched to the samples by "id".
+--samples is a file written by `ilm-jax generate`: one JSON object with "text" per line. Infilled texts also have
+"spans" and "fillings", and "truth", the true text, if their requests came from `ilm-jax infill-sets`. Otherwise
+--requests names the file of infill requests, which are matched to the samples by "id".
 
---model is the workdir of an ARM run, or hf:NAME for a causal model of Hugging Face, by name or path (pip install
-"ilm_jax[perplexity]"). Texts longer than the model's context are truncated to their first tokens; the output counts
-them, and texts without tokens. An infilled text is left out of the NLL change if it or its reference was truncated or
-has no tokens. ilm_jax/evaluation/text_statistics.py defines the statistics.
+--model is the workdir of an ARM run, or hf:NAME for a causal Hugging Face model, by name or path (pip install
+"ilm_jax[perplexity]"). Texts longer than the model's context are truncated to their first tokens. The output counts
+truncated texts and texts without tokens. The NLL change of infilled texts excludes those that are truncated or have no
+tokens, or whose reference text does. ilm_jax/evaluation/text_statistics.py defines the statistics.
 """
 
 import json
@@ -26,13 +26,13 @@ from ilm_jax.types import UserError
 
 
 def define(values: flags.FlagValues) -> None:
-  """Define this command's flags."""
+  """Define the flags of `ilm-jax perplexity`."""
   flags.DEFINE_string('model', None, 'Scoring model: the workdir of an ARM run, or hf:NAME.', flag_values=values)
-  flags.DEFINE_alias('judge', 'model', flag_values=values)  # the flag's name in earlier versions
-  flags.DEFINE_string('samples', None, 'JSONL file of samples.', flag_values=values)
-  with_truth = 'JSONL file of infill requests with "truth", if the samples have none.'
+  flags.DEFINE_alias('judge', 'model', flag_values=values)  # --judge is the former name of --model
+  flags.DEFINE_string('samples', None, 'JSONL file of samples, written by `ilm-jax generate`.', flag_values=values)
+  with_truth = 'JSONL file of infill requests with the true texts ("truth"), if the samples lack them.'
   flags.DEFINE_string('requests', None, with_truth, flag_values=values)
-  texts = 'True texts to score for comparison: a *.jsonl file, or a corpus (one document per sample is drawn).'
+  texts = 'Real texts to score for comparison: a *.jsonl file, or a corpus (one document is drawn per sample).'
   flags.DEFINE_string('reference', None, texts, flag_values=values)
   define_corpus_flags(values, 'test')
   flags.DEFINE_string('out', None, 'JSON file to write the results to.', flag_values=values)
@@ -41,12 +41,12 @@ def define(values: flags.FlagValues) -> None:
 
 
 def infill_statistics(model, samples: list[Sample], *, seed: int = 0) -> dict | None:
-  """Compute the statistics of the infilled texts among the samples; None if there are no infilled texts.
+  """Compute the statistics of the infilled texts among the samples; return None if there are none.
 
   Returns:
     A dict with counts (`answers`, `requests`, `left_out_truth`, `left_out_input`) and Estimates (`change_truth`,
-    `change_input`, `exact_match`, `filling_match`), see `text_statistics`. The entries that need the true text or the
-    true fillings are missing if the samples have none.
+    `change_input`, `exact_match`, `filling_match`), see `text_statistics`. Entries that need true texts or true
+    fillings are missing if the samples have no true texts or fillings.
   """
   from ilm_jax.evaluation import text_statistics
 
@@ -74,16 +74,16 @@ def infill_statistics(model, samples: list[Sample], *, seed: int = 0) -> dict | 
 
 
 def score_samples(model, samples: list[Sample], references: list[str], *, seed: int = 0) -> dict:
-  """Compute all statistics of samples and of reference texts.
+  """Compute all statistics of generated texts (samples) and of reference texts.
 
   Args:
     model: the scoring model.
     samples: the generated texts.
-    references: true texts to compare with; may be empty.
+    references: real texts to compare with; may be empty.
     seed: seed of the bootstrap.
 
   Returns:
-    {'samples': statistics, 'notes': lines to print}, with 'reference' and 'mauve' if there are reference texts, and
+    {'samples': statistics, 'notes': lines to print}; also 'reference' and 'mauve' if there are reference texts, and
     'infilling' if there are infilled texts.
   """
   from ilm_jax.evaluation import text_statistics
@@ -110,7 +110,7 @@ def score_samples(model, samples: list[Sample], references: list[str], *, seed: 
 
 
 def format_result(result: dict) -> str:
-  """Return the result of `score_samples` as text for the terminal."""
+  """Format the result of `score_samples` for the terminal."""
   from ilm_jax.evaluation import text_statistics
 
   columns = {name: result[name] for name in ('samples', 'reference') if name in result}
@@ -123,9 +123,9 @@ def format_result(result: dict) -> str:
 
 
 def run(values) -> int:
-  """Score the samples that the flags name; print the result and write it to --out."""
+  """Score the samples in --samples, print the statistics and write them to --out; return the exit code."""
   if not values.model:
-    raise UserError('--model is missing: expected the workdir of an ARM run, or hf:NAME for a model of Hugging Face')
+    raise UserError('--model is missing: expected the workdir of an ARM run, or hf:NAME for a Hugging Face model')
   if not values.samples:
     raise UserError('--samples is missing: expected a JSONL file that `ilm-jax generate` wrote')
   samples = read_samples(values.samples)
@@ -151,7 +151,7 @@ def run(values) -> int:
 
 
 def main(argv=None) -> int:
-  """Run the command `ilm-jax perplexity`; returns the exit code."""
+  """Run the command `ilm-jax perplexity`; return the exit code."""
   return command(__doc__, define, run, argv)
 
 

@@ -1,17 +1,18 @@
-"""Makes infill requests from a corpus: texts with one or several gaps, together with the true text.
+"""Make infill requests from a corpus: texts with one or several gaps, together with the true texts.
 
     ilm-jax infill-sets --path=CORPUS --kind=single --count=500 --out=requests.jsonl
     ilm-jax generate --workdir=runs/stories --prompts=requests.jsonl > answers.jsonl
     ilm-jax perplexity --model=runs/arm --samples=answers.jsonl
 
---kind=single removes one sentence from each text (--unit=sentence), or one run of consecutive words that is --share of
-the text (--unit=words, the default if every line is a document). --kind=multi removes two to five runs of words that
-are --share of the text together, with at least one word between two gaps. Texts that are too short are skipped.
+--kind=single removes one sentence from each text (--unit=sentence), or one run of consecutive words that makes up the
+fraction --share of the text (--unit=words, the default with --documents=line). --kind=multi removes two to five runs of
+words that together make up the fraction --share of the text, with at least one word between two gaps. Texts that are
+too short are skipped.
 
-Each line of the output is {"id", "infill": the parts around the gaps, "truth": the text, "fillings": the removed
-text}; parts and fillings join to the text exactly. The output depends only on the corpus, the flags and the seed.
---tokenizer=RUN skips texts that are too long for that run. --lengths adds "least" and "most", the number of tokens
-removed at each gap, which masked diffusion models need.
+Each output line is {"id", "infill": the parts around the gaps, "truth": the original text, "fillings": the removed
+texts}; parts and fillings join to the original text exactly. The output depends only on the corpus, the flags and the
+seed. --tokenizer=RUN skips texts that are too long for that run. --lengths adds "least" and "most", both the number of
+tokens removed at each gap, which masked diffusion models need.
 """
 
 import itertools
@@ -26,7 +27,7 @@ from absl import flags
 from ilm_jax.console import command, quiet
 from ilm_jax.types import UserError
 
-MAX_GAPS = 5  # gaps in a text of --kind=multi
+MAX_GAPS = 5  # maximum number of gaps in a text with --kind=multi
 
 
 class GappedText(NamedTuple):
@@ -37,28 +38,28 @@ class GappedText(NamedTuple):
 
   @property
   def text(self) -> str:
-    """Return the whole text."""
+    """Return the original text, without gaps."""
     return self.parts[0] + ''.join(a + b for a, b in zip(self.fillings, self.parts[1:], strict=True))
 
 
 def define_corpus_flags(values: flags.FlagValues, split: str) -> None:
-  """Define the flags that select documents of a corpus; `split` is the default split."""
+  """Define the flags that select documents of a corpus; `split` is the default of --split."""
   flags.DEFINE_string('split', split, 'Split of the corpus: train, validation or test.', flag_values=values)
-  separators = 'What separates documents in a *.txt file of the corpus: endoftext, line or paragraph.'
+  separators = 'Separator of documents in a *.txt file of the corpus: endoftext, line or paragraph.'
   flags.DEFINE_string('documents', 'endoftext', separators, flag_values=values)
   spaces = 'Remove the spaces around punctuation of the One Billion Word corpus.'
   flags.DEFINE_bool('detokenize', False, spaces, flag_values=values)
 
 
 def define(values: flags.FlagValues) -> None:
-  """Define this command's flags."""
+  """Define the flags of `ilm-jax infill-sets`."""
   flags.DEFINE_string('path', None, 'Corpus: a file, or a folder of *.txt or *.jsonl files.', flag_values=values)
   define_corpus_flags(values, 'validation')
-  flags.DEFINE_enum('kind', 'single', ['single', 'multi'], 'One gap in each text, or several.', flag_values=values)
-  flags.DEFINE_enum('unit', None, ['sentence', 'words'], 'What a single gap removes.', flag_values=values)
-  flags.DEFINE_float('share', 0.2, 'Share of the words that are removed.', flag_values=values)
+  flags.DEFINE_enum('kind', 'single', ['single', 'multi'], 'Make one gap in each text, or several.', flag_values=values)
+  flags.DEFINE_enum('unit', None, ['sentence', 'words'], 'What --kind=single removes from a text.', flag_values=values)
+  flags.DEFINE_float('share', 0.2, 'Fraction of the words of a text to remove.', flag_values=values)
   flags.DEFINE_integer('count', 500, 'Maximum number of requests.', lower_bound=1, flag_values=values)
-  flags.DEFINE_integer('seed', 0, 'Seed of the choice of texts and gaps.', lower_bound=0, flag_values=values)
+  flags.DEFINE_integer('seed', 0, 'Random seed for choosing texts and gaps.', lower_bound=0, flag_values=values)
   flags.DEFINE_string('tokenizer', None, 'Workdir of a run whose length limit the texts must fit.', flag_values=values)
   flags.DEFINE_bool('lengths', False, 'Add the number of tokens of each gap; needs --tokenizer.', flag_values=values)
   flags.DEFINE_string('out', None, 'JSONL file to write; standard output by default.', flag_values=values)
@@ -68,14 +69,14 @@ def define(values: flags.FlagValues) -> None:
 
 
 def remove_spans(text: str, spans) -> GappedText:
-  """Remove spans of characters, [start, end), which are sorted and do not touch."""
+  """Remove (start, end) spans of characters from a text; the spans must be sorted and separated by text."""
   bounds = [0, *(bound for span in spans for bound in span), len(text)]
   pieces = [text[start:end] for start, end in itertools.pairwise(bounds)]
   return GappedText(pieces[::2], pieces[1::2])
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
-  """Return the (start, end) of each sentence in a text, without the white space around it."""
+  """Return the (start, end) character offsets of each sentence in a text, without surrounding white space."""
   from ilm_jax.tasks.text.task import SENTENCE
 
   spans, start = [], 0
@@ -89,35 +90,36 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
-  """Return the (start, end) of each word of a text; words are separated by white space."""
+  """Return the (start, end) character offsets of each word in a text; words are separated by white space."""
   return [match.span() for match in re.finditer(r'\S+', text)]
 
 
 def remove_sentence(text: str, rng: np.random.Generator) -> GappedText | None:
-  """Remove a random sentence; None if the text has fewer than two."""
+  """Remove a random sentence from a text; return None if the text has fewer than two sentences."""
   spans = sentence_spans(text)
   return remove_spans(text, [spans[rng.integers(len(spans))]]) if len(spans) > 1 else None
 
 
 def remove_word_runs(text: str, rng: np.random.Generator, share: float, gaps: int) -> GappedText | None:
-  """Remove random runs of consecutive words, with at least one word between two runs.
+  """Remove random runs of consecutive words from a text, with at least one word between two runs.
 
   Args:
-    text: any text.
-    rng: draws the lengths of the runs, then their places: all placements of these runs are equally likely.
-    share: share of the words that are removed, rounded to whole words; at least one word per run.
-    gaps: number of runs.
+    text: the text.
+    rng: draws the lengths of the runs, then their positions; all placements of the runs are equally likely.
+    share: fraction of the words to remove, rounded to whole words; every run has at least one word.
+    gaps: number of runs to remove.
 
   Returns:
-    The text with gaps; None if it has too few words.
+    The text with gaps; None if the text has too few words.
   """
   spans = word_spans(text)
   removed = max(gaps, round(share * len(spans)))
   kept = len(spans) - removed
   if kept < max(1, gaps - 1):
     return None
-  ends = [0, *sorted(1 + rng.choice(removed - 1, gaps - 1, replace=False)), removed]  # run i: removed words ends[i:i+2]
-  kept_before = sorted(rng.choice(kept + 1, gaps, replace=False))  # number of kept words before each run
+  # Run i consists of the removed words ends[i]:ends[i+1]; kept_before[i] words that are not removed precede it.
+  ends = [0, *sorted(1 + rng.choice(removed - 1, gaps - 1, replace=False)), removed]
+  kept_before = sorted(rng.choice(kept + 1, gaps, replace=False))
   runs = []
   for i in range(gaps):
     first, last = kept_before[i] + ends[i], kept_before[i] + ends[i + 1] - 1  # word indices
@@ -126,7 +128,7 @@ def remove_word_runs(text: str, rng: np.random.Generator, share: float, gaps: in
 
 
 def make_gaps(text: str, rng: np.random.Generator, *, kind: str, unit: str, share: float) -> GappedText | None:
-  """Remove text as the flags --kind, --unit and --share say; None if the text is too short."""
+  """Make gaps in a text as --kind, --unit and --share specify; return None if the text is too short."""
   if kind == 'single':
     return remove_sentence(text, rng) if unit == 'sentence' else remove_word_runs(text, rng, share, 1)
   removed = round(share * len(word_spans(text)))
@@ -139,7 +141,7 @@ def make_gaps(text: str, rng: np.random.Generator, *, kind: str, unit: str, shar
 
 
 class RunTokenizer:
-  """The tokenizer of a text run and its maximum length."""
+  """The tokenizer of a run on text, and the maximum number of tokens (sampling.max_length) of that run."""
 
   def __init__(self, workdir: str):
     from ml_collections import ConfigDict
@@ -157,8 +159,8 @@ class RunTokenizer:
     self.tokenizer, self.max_length = text.tokenizer(cfg.task), cfg.sampling.max_length
 
   def gap_lengths(self, gapped: GappedText) -> list[int] | None:
-    """Count the tokens of each gap; None if the text is too long for the run, or a part or gap has no tokens."""
-    lengths, total = [], 2  # [CLS] and [BOS]
+    """Return the number of tokens of each gap; None if the text is too long, a gap is empty, or two gaps touch."""
+    lengths, total = [], 2  # total: tokens of the text, including [CLS] and [BOS]
     for part, filling in zip(gapped.parts, gapped.fillings, strict=False):
       before_space = part.rstrip(' ')  # the space before a gap is encoded with the filling: most tokens start with it
       given = len(self.tokenizer.encode(before_space))
@@ -176,14 +178,14 @@ class RunTokenizer:
 def make_requests(
   texts, *, count: int, seed: int, run_tokenizer: RunTokenizer | None = None, lengths: bool = False, **gaps
 ) -> list[dict]:
-  """Make at most `count` infill requests, from texts drawn at random among those that are long enough.
+  """Make at most `count` infill requests from texts that are drawn at random among those long enough for gaps.
 
   Args:
     texts: iterable of texts.
     count: maximum number of requests.
-    seed: seed of the gaps and of the choice of texts.
-    run_tokenizer: if given, texts that are too long for its run are skipped.
-    lengths: add `least` and `most`, the number of tokens of each gap; needs `run_tokenizer`.
+    seed: random seed for choosing texts and gaps.
+    run_tokenizer: if given, texts that are too long for this run are skipped.
+    lengths: whether to add `least` and `most`, the number of tokens of each gap; needs `run_tokenizer`.
     **gaps: `kind`, `unit` and `share`, see `make_gaps`.
   """
   from ilm_jax.tasks.text import corpora
@@ -203,7 +205,7 @@ def make_requests(
 
 
 def run(values) -> int:
-  """Make the requests that the flags describe and write them to --out or standard output."""
+  """Make infill requests as the flags specify, and write them to --out or standard output; return the exit code."""
   if not values.path:
     raise UserError('--path is missing: expected a corpus, which is a file or a folder of *.txt or *.jsonl files')
   if not 0 < values.share < 1:
@@ -246,7 +248,7 @@ def run(values) -> int:
 
 
 def main(argv=None) -> int:
-  """Run the command `ilm-jax infill-sets`; returns the exit code."""
+  """Run the command `ilm-jax infill-sets`; return the exit code."""
   return command(__doc__, define, run, argv)
 
 

@@ -1,10 +1,10 @@
-"""Prints tables of the results of finished runs, as Markdown.
+"""Print Markdown tables of the results of finished runs.
 
     ilm-jax report runs/a runs/b ... > RESULTS.md
 
-A table row combines the runs of one task, family, model, training and sampler that differ only in their seed. All
-numbers are read from the files that the runs wrote (run.json, eval.json, event files). A run that is not finished and
-evaluated is an error.
+A table row combines runs that differ only in their seed: same task, family, model, training and sampler. All numbers
+are read from the files that the runs wrote (run.json, eval.json, event files). A run that has not been finished and
+evaluated causes an error.
 """
 
 import functools
@@ -19,13 +19,13 @@ from ilm_jax.types import UserError
 
 
 def define(values: flags.FlagValues) -> None:
-  """Define this command's flags."""
+  """Define the flags of `ilm-jax report`."""
   flags.DEFINE_bool('mixed_commits', False, 'Allow runs of several commits in one table row.', flag_values=values)
   flags.DEFINE_bool('plots', True, 'Write plots (PNG) into the folder of each run.', flag_values=values)
 
 
 def run(arguments: list[str], values, workdirs: list[str]) -> int:
-  """Read the runs, plot them and print the report; `arguments` are the command-line arguments it quotes."""
+  """Read the runs, write plots and print the report, which quotes `arguments`, the arguments of this command."""
   if not workdirs:
     raise UserError('no runs given: expected the folders of runs, as in `ilm-jax report runs/a runs/b > RESULTS.md`')
   try:
@@ -42,7 +42,7 @@ def run(arguments: list[str], values, workdirs: list[str]) -> int:
 
 
 def main(argv=None) -> int:
-  """Run the command `ilm-jax report`; returns the exit code."""
+  """Run the command `ilm-jax report`; return the exit code."""
   argv = sys.argv if argv is None else argv
   return command(__doc__, define, functools.partial(run, argv[1:]), argv, positional=True)
 

@@ -1,4 +1,4 @@
-"""The plots that `ilm-jax report` writes into the folders of runs: learning curves and decoding order."""
+"""Plots that `ilm-jax report` writes into the workdirs of runs: learning curves and decoding order."""
 
 import json
 
@@ -10,7 +10,7 @@ from ilm_jax.types import UserError
 
 
 def plot(workdir: str) -> None:
-  """Plot validation metrics by training step (accuracy.png or loss.png) and the decoding order (order.png) of a run.
+  """Write the plots of a run: validation metrics by step (accuracy.png or loss.png), decoding order (order.png).
 
   Raises:
     UserError: matplotlib is not installed.
@@ -28,7 +28,7 @@ def plot(workdir: str) -> None:
 
 
 def plot_learning_curve(workdir: str) -> None:
-  """Plot validation accuracy if the task has right answers, else validation loss; and the training loss."""
+  """Plot training loss and validation accuracy by step, or validation loss if the task has no right answers."""
   from matplotlib import pyplot
 
   scalars = logs.read_scalars(workdir)
@@ -55,7 +55,7 @@ def plot_learning_curve(workdir: str) -> None:
 
 
 def plot_order(workdir: str, order_places) -> None:
-  """Plot the share of tokens by decoding step and position in the answer, from their counts [step, position]."""
+  """Plot how often each decoding step inserts at each answer position, given token counts [step, position]."""
   from matplotlib import pyplot
 
   share = np.array(order_places) / np.maximum(np.sum(order_places, axis=1, keepdims=True), 1)

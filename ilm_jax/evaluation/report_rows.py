@@ -1,4 +1,4 @@
-"""Reads finished runs for `ilm-jax report`, and groups the runs that differ only in their seed into table rows."""
+"""Read finished runs for `ilm-jax report`, and group runs that differ only in their seed into table rows."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ from etils import epath
 from ilm_jax.runs import logs, run_file
 from ilm_jax.types import UserError
 
-FREE_SETTINGS = (  # settings that do not change the results, or hardly: runs of one row may differ in them
+FREE_SETTINGS = (  # settings that (almost) do not affect results, so runs in one table row may differ in them
   *('seed', 'keep', 'log_every', 'report_seconds', 'checkpoint_every', 'eval.print_samples'),
   *('data.num_workers', 'data.prefetch', 'model.remat', 'model.scan_layers', 'mesh.data', 'mesh.fsdp', 'mesh.tensor'),
   *('distributed.initialization_timeout', 'distributed.heartbeat_timeout'),
@@ -25,12 +25,12 @@ class Run(NamedTuple):
   seed: int
   steps: int  # training steps of the evaluated weights
   budget: int  # training steps that the config allows
-  key: str  # all settings except FREE_SETTINGS, as JSON: equal for the runs of a row
-  correct: tuple[float, float] | None  # (correct answers, all answers); None if the task has no right answers
-  tokens: tuple[float, float] | None  # (correct tokens, all tokens); None if the task has no right answers
-  chance: float | None  # exact match of a random answer
-  kind: str | None  # kind of likelihood: 'exact', 'bound' or 'importance-weighted'
-  strings: dict | None  # lists 'nll' (nats), 'error' (its standard error) and 'tokens', one value per test string
+  key: str  # all settings except FREE_SETTINGS, as JSON; equal for all runs in a table row
+  correct: tuple[float, float] | None  # numbers of (correct, all) answers; None if the task has no right answers
+  tokens: tuple[float, float] | None  # numbers of (correct, all) tokens; None if the task has no right answers
+  chance: float | None  # expected exact match accuracy of random answers
+  kind: str | None  # kind of likelihood: 'exact', 'bound' or 'importance-weighted'; None if not measured
+  strings: dict | None  # per test string: lists 'nll' (nats), 'error' (standard error of nll) and 'tokens'
   parameters: int  # number of parameters of the model
   seconds: float  # training time
   hardware: str
@@ -91,7 +91,7 @@ def read(workdir: str) -> Run:
 
 
 def _family_name(config: dict) -> str:
-  """Return the family with the settings that make it another system in the tables."""
+  """Return the family's name for the tables, with the settings that distinguish variants of the family."""
   if config['family'] == 'arm' and config['task'].get('order') in ('oracle', 'solver'):
     return 'arm, oracle order'
   if config.get('loss', {}).get('length_weight', 'none') != 'none':
@@ -100,14 +100,14 @@ def _family_name(config: dict) -> str:
 
 
 def group(runs: list[Run], mixed_commits: bool) -> list[list[Run]]:
-  """Group runs into table rows: same task, family and settings, sorted by seed.
+  """Group runs into table rows of the same task, family and settings; sort each row by seed.
 
   Args:
-    runs: runs in the order in which their rows appear.
-    mixed_commits: allow several or unknown commits within a row.
+    runs: the runs; table rows appear in the order of their first run.
+    mixed_commits: whether to allow several or unknown git commits within a row.
 
   Raises:
-    UserError: two runs of a row have the same seed, or a row has several or unknown commits.
+    UserError: two runs in a row have the same seed, or a row has several or unknown git commits.
   """
   rows = {}
   for run in runs:

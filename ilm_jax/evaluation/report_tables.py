@@ -7,7 +7,7 @@ from ilm_jax import metrics
 from ilm_jax.evaluation.report_rows import Run, short_commit
 from ilm_jax.types import UserError
 
-Row = list[Run]  # runs that differ only in their seed
+Row = list[Run]  # one table row: runs that differ only in their seed
 
 PAPER = {  # sequence accuracy in %, arXiv 2505.05755, table 1 (one seed each)
   ('star easy', 'arm'): 32.3, ('star easy', 'arm, oracle order'): 100.0, ('star easy', 'mdm'): 100.0,
@@ -23,32 +23,33 @@ PLOTS = {'accuracy.png': 'accuracy by step', 'loss.png': 'loss by step', 'order.
 ACCURACY_TEXT = """
 ## Accuracy
 
-Accuracy in % on held-out test examples. *Pooled*: over the examples of all seeds, with a 95 % Wilson interval.
-*Mean of seeds*: with a 95 % Student interval, clipped to 0 and 100, for three or more seeds. All seeds of a row answer
-the same test examples, with the weights that were best on validation. *Paper*: arXiv 2505.05755, table 1, one seed; its
-model sizes and training budgets may differ from ours.
+Accuracy in % on held-out test examples. *Pooled*: accuracy over the examples of all seeds together, with a 95 % Wilson
+interval. *Mean of seeds*: mean of the accuracies of three or more seeds, with a 95 % Student interval, clipped to 0 and
+100. All seeds in a row answer the same test examples, with the weights that were best on the validation split. *Paper*:
+arXiv 2505.05755, table 1, one seed; its model sizes and training budgets may differ from ours.
 """
 
 LIKELIHOOD_TEXT = """
 ## Likelihood
 
 Negative log-likelihood (NLL) of held-out test strings in nats, averaged over the seeds, with 95 % intervals over the
-strings. The end token of a string is scored, and counts as a token. The NLL is *exact*, or an upper *bound* estimated
-by sampling, with the standard error of the estimated mean in the last column. A bound above another row's exact value
-does not show that the model is worse: the bound may be loose.
+strings. The end token of a string is scored, and counts as a token. The NLL is *exact*, or an upper *bound* on it that
+is estimated by sampling; the last column has the standard error of its mean. If a bound is above the exact NLL of
+another model, the model is not necessarily worse, because the bound may be loose.
 """
 
 ORDER_TEXT = """
 ## Decoding order
 
-Over the test answers. *Tau*: Kendall correlation between the step at which a token is inserted and its position (1:
-left to right). *Adjacent*: share of the tokens that are inserted next to the previously inserted one. *Junction*: when
-the node after the junction, which decides the arm, is inserted, from 0 (first step) to 1 (last step).
+Statistics of the sampled test answers. *Tau*: Kendall correlation between the step at which a token is inserted and
+its position (1: left to right). *Adjacent*: share of tokens that are inserted next to the previously inserted token.
+*Junction* (star graphs): when the node after the junction is inserted, which selects the arm of the star, as a fraction
+of the decoding steps from 0 (first) to 1 (last).
 """
 
 
 def report(rows: list[Row], command: str, date: str) -> str:
-  """Return the whole report as Markdown; `command` and `date` say how and when it was made."""
+  """Return the whole report as Markdown; it quotes the `command` and the `date` of its creation."""
   lines = ['# Results', '', f'Made by `{command}` on {date}.']
   if with_answers := [row for row in rows if row[0].correct]:
     lines += accuracy_table(with_answers)
@@ -63,13 +64,13 @@ def report(rows: list[Row], command: str, date: str) -> str:
 
 
 def table(columns: list[str], rows: list[list[str]]) -> list[str]:
-  """Return the lines of a Markdown table."""
+  """Format a Markdown table; return its lines."""
   header, *body = ('| ' + ' | '.join(cells) + ' |' for cells in [columns, *rows])
   return ['', header, '|---' * len(columns) + '|', *body]
 
 
 def accuracy_table(rows: list[Row]) -> list[str]:
-  """Return the lines of the accuracy section."""
+  """Return the lines of the report's accuracy section."""
   columns = ['task', 'family', 'sequence accuracy, pooled', 'each seed', 'mean of seeds', 'token accuracy', 'chance']
   cells = []
   for row in rows:
@@ -85,14 +86,14 @@ def accuracy_table(rows: list[Row]) -> list[str]:
 
 
 def likelihood_table(rows: list[Row]) -> list[str]:
-  """Return the lines of the likelihood section."""
+  """Return the lines of the report's likelihood section."""
   columns = ['task', 'family', 'NLL', 'per string', 'per token', 'per string, each seed', 'strings', 'standard error']
   cells = []
   for row in rows:
     for run in row:
       if not run.strings:
         raise UserError(
-          f'{run.workdir} has no likelihoods, but other runs of its row have: evaluate it again with --mode=eval'
+          f'{run.workdir} has no likelihoods, but other runs of its row have them: evaluate it again with --mode=eval'
         )
     nll_SxN = np.array([run.strings['nll'] for run in row])  # S seeds, N strings
     per_string, per_token = nll_intervals(nll_SxN.mean(0), np.array(row[0].strings['tokens']))
@@ -106,7 +107,7 @@ def likelihood_table(rows: list[Row]) -> list[str]:
 
 
 def training_table(rows: list[Row]) -> list[str]:
-  """Return the lines of the section on how each row was trained and sampled."""
+  """Return the lines of the report's section on training and sampling settings."""
   columns = [
     'task',
     'family',
@@ -127,12 +128,12 @@ def training_table(rows: list[Row]) -> list[str]:
       f'{row[0].parameters:,}', ', '.join(_duration(run.seconds) for run in row),
       ' + '.join(sorted({run.hardware for run in row})), ', '.join(map(short_commit, commits)), row[0].sampler,
     ])  # fmt: skip
-  text = 'Steps: those of the evaluated weights, and the training budget.'
+  text = 'Steps: training steps of the evaluated weights, of the maximum number of steps.'
   return ['', '## Training and sampling', '', text, *table(columns, cells)]
 
 
 def order_table(rows: list[Row]) -> list[str]:
-  """Return the lines of the decoding-order section."""
+  """Return the lines of the report's decoding-order section."""
   cells = []
   for row in rows:
     numbers = []
@@ -147,14 +148,14 @@ def order_table(rows: list[Row]) -> list[str]:
 
 
 def pooled(pairs) -> str:
-  """Format the accuracy in % over all (correct, total) pairs together, with its 95 % Wilson interval."""
+  """Format the accuracy in % over all (correct, total) pairs, added up, with its 95 % Wilson interval."""
   total, weight = (sum(column) for column in zip(*pairs, strict=True))
   low, high = metrics.wilson_interval(total, weight)
   return f'{100 * total / weight:.1f} ({100 * low:.1f} – {100 * high:.1f})'
 
 
 def mean_of_seeds(values: list[float]) -> str:
-  """Format the mean of accuracies in % with its 95 % Student interval, clipped to 0 - 100; a dash for fewer than 3."""
+  """Format the mean of accuracies (%) with its 95 % Student interval, clipped to 0 - 100; a dash if fewer than 3."""
   if len(values) < 3:
     return '–'
   from scipy import stats
@@ -165,15 +166,15 @@ def mean_of_seeds(values: list[float]) -> str:
 
 
 def nll_intervals(nll_N, tokens_N) -> tuple[tuple[float, float], tuple[float, float]]:
-  """Compute the mean NLL per string and per token, with half the width of their 95 % intervals.
+  """Compute the mean NLL per string and per token, with the half widths of their 95 % confidence intervals.
 
   Args:
     nll_N: NLL of each string, in nats.
-    tokens_N: number of tokens of each string, without the end token.
+    tokens_N: number of tokens of each string, not counting its end token.
 
   Returns:
-    ((mean, half width) per string, (mean, half width) per token). The mean per token is a ratio of sums, and its
-    interval is by linearization.
+    ((mean, half width) per string, (mean, half width) per token). The mean per token is a ratio of sums;
+    its interval is computed by linearization.
   """
   count, size_N = len(nll_N), np.asarray(tokens_N) + 1.0
 

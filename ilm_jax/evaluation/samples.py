@@ -1,4 +1,4 @@
-"""Readers for JSONL files of samples, infill requests and reference texts, as `ilm-jax perplexity` takes them."""
+"""Read the JSONL files of samples, infill requests and reference texts for `ilm-jax perplexity`."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,14 @@ from ilm_jax.types import UserError
 
 
 class Sample(NamedTuple):
-  """A generated text. The fields from `parts` on are None unless it answers an infill request."""
+  """A generated text. The fields `parts` and below are None unless the text answers an infill request."""
 
   text: str
   id: int | str | None = None  # id of the request; several samples may answer one request
-  parts: list[str] | None = None  # given text around the gaps, one more than fillings
-  fillings: list[str] | None = None  # generated fillings
-  truth: str | None = None  # true text, with its gaps filled
-  true_fillings: list[str] | None = None
+  parts: list[str] | None = None  # the given text around the gaps, one part more than there are gaps
+  fillings: list[str] | None = None  # generated text in each gap
+  truth: str | None = None  # the original text, before gaps were made
+  true_fillings: list[str] | None = None  # the original text in each gap
 
 
 def records(path: str, flag: str):
@@ -24,10 +24,10 @@ def records(path: str, flag: str):
 
   Args:
     path: the file.
-    flag: the flag that named the file, for error messages.
+    flag: name of the flag whose value is `path`, for error messages.
 
   Raises:
-    UserError: the file cannot be read, or a line is not a JSON object of valid UTF-8.
+    UserError: the file cannot be read, or a line is not a JSON object in valid UTF-8.
   """
   try:
     lines = Path(path).read_text('utf-8').split('\n')
@@ -51,10 +51,10 @@ def records(path: str, flag: str):
 
 
 def read_samples(path: str) -> list[Sample]:
-  """Read the samples that `ilm-jax generate` wrote.
+  """Read a JSONL file of samples written by `ilm-jax generate`.
 
   Raises:
-    UserError: the file cannot be read, holds no samples, or has a malformed line.
+    UserError: the file cannot be read, contains no samples, or has a malformed line.
   """
   samples, seen = [], {}
   for where, record in records(path, 'samples'):
@@ -74,7 +74,7 @@ def read_samples(path: str) -> list[Sample]:
 
 
 def _add_gaps(sample: Sample, record: dict, where: str) -> Sample:
-  """Add the fields of an infilled text, as they are in its record, to a sample."""
+  """Add parts, fillings and true text from a JSON record to the sample, an infilled text."""
   spans, fillings = record.get('spans'), record.get('fillings')
   try:
     bounds = [0, *(bound for start, end in spans for bound in (start, end)), len(sample.text)]
@@ -91,7 +91,7 @@ def _add_gaps(sample: Sample, record: dict, where: str) -> Sample:
 
 
 def _add_truth(sample: Sample, truth, where: str) -> Sample:
-  """Add the true text to a sample: a string, or a dict of `text` and `fillings`."""
+  """Add the true text (a string, or a dict with `text` and `fillings`) to a sample."""
   if truth is None:
     return sample
   fillings = truth.get('fillings') if isinstance(truth, dict) else None
@@ -106,14 +106,14 @@ def _add_truth(sample: Sample, truth, where: str) -> Sample:
 
 
 def _is_filled_with(text: str, parts: list[str], fillings) -> bool:
-  """Return whether parts and fillings, alternating, are the text."""
+  """Return whether the alternating parts and fillings join to the text."""
   if not isinstance(fillings, list) or len(fillings) != len(parts) - 1:
     return False
   return GappedText(parts, [str(filling) for filling in fillings]).text == text
 
 
 def add_requests(samples: list[Sample], path: str) -> list[Sample]:
-  """Add the true texts from a file of infill requests to the samples that answer them, matched by id."""
+  """Add the true texts in a file of infill requests to the samples that answer the requests, matched by id."""
   truths = {}
   for where, record in records(path, 'requests'):
     key = record.get('id')
@@ -140,7 +140,7 @@ def read_references(values, count: int) -> list[str]:
   """Read the reference texts: all texts of a *.jsonl file, or `count` documents drawn from a corpus.
 
   Args:
-    values: the command's flags `reference`, `split`, `documents`, `detokenize` and `seed`.
+    values: flags of `ilm-jax perplexity`: `reference`, `split`, `documents`, `detokenize` and `seed`.
     count: number of documents to draw from a corpus.
   """
   from ilm_jax.tasks.text import corpora

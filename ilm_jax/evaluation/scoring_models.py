@@ -1,10 +1,10 @@
 """Scoring models: language models that give the negative log-likelihood (NLL) of texts, for generative perplexity.
 
     model = scoring_models.get('runs/arm')   # an ARM run of this project, by its workdir
-    model = scoring_models.get('hf:gpt2')    # a causal model of Hugging Face, by name or path
+    model = scoring_models.get('hf:gpt2')    # a causal Hugging Face model, by name or path
     model.nll(['The dog ran home.'])         # [TextNLL(nll=..., ids=[...], truncated=False)]
 
-The NLL of a text is the sum over its tokens, the first one predicted from a start token ([BOS]). As in
+The NLL of a text is the sum over its tokens; the first token is predicted from a start token ([BOS]). As in
 arXiv 2505.05755, no end token is scored. Texts longer than the model's context are truncated to their first tokens.
 """
 
@@ -17,14 +17,14 @@ from absl import logging
 from ilm_jax.runs import run_file
 from ilm_jax.types import UserError
 
-HF_PREFIX = 'hf:'  # `hf:NAME` names a Hugging Face model; anything else is the workdir of a run
-MIN_PADDED_LENGTH = 32  # tokens; batches are padded to this length times a power of two
+HF_PREFIX = 'hf:'  # `hf:NAME` is a Hugging Face model; any other name is the workdir of a run
+MIN_PADDED_LENGTH = 32  # batches are padded to this number of tokens times a power of two
 
 
 class TextNLL(NamedTuple):
   """The negative log-likelihood of a text under a scoring model."""
 
-  nll: float  # sum over the scored tokens, in nats
+  nll: float  # sum of -log p over the scored tokens, in nats
   ids: list[int]  # the scored tokens, in the scoring model's vocabulary
   truncated: bool  # True if the text has more tokens than the model can score
 
@@ -35,10 +35,10 @@ class TextNLL(NamedTuple):
 
 
 class ScoringModel:
-  """Base class: sorts texts by length and scores them in padded batches."""
+  """Base class of scoring models: sorts texts by length and scores them in padded batches."""
 
   name: str
-  max_tokens: int  # longest text that is scored in full
+  max_tokens: int  # longer texts are truncated to this number of tokens
   batch_size: int
 
   def encode(self, text: str) -> list[int]:
@@ -46,11 +46,11 @@ class ScoringModel:
     raise NotImplementedError
 
   def token_nll(self, ids_BxL: np.ndarray, length_B: np.ndarray) -> np.ndarray:
-    """Return -log p of each token given the tokens before it, BxL; values beyond a row's length are arbitrary."""
+    """Return -log p of each token given the preceding tokens, BxL; values beyond a row's length are arbitrary."""
     raise NotImplementedError
 
   def nll(self, texts: list[str]) -> list[TextNLL]:
-    """Score texts, in their order; the result of a text does not depend on the other texts."""
+    """Return the NLL of each text, in the same order; the NLL of a text does not depend on the other texts."""
     encoded = [self.encode(text) for text in texts]
     rows = [ids[: self.max_tokens] for ids in encoded]
     out = [TextNLL(0.0, [], False)] * len(texts)
@@ -76,7 +76,7 @@ class ScoringModel:
     return out
 
   def padded_length(self, tokens: int) -> int:
-    """Return the length to which a batch is padded whose longest text has this many tokens."""
+    """Return the padded length of a batch, given the number of tokens of its longest text."""
     size = MIN_PADDED_LENGTH
     while size < tokens:
       size *= 2
@@ -84,14 +84,14 @@ class ScoringModel:
 
 
 class CachedScoringModel:
-  """Wraps a scoring model and keeps its results, so that a text that occurs several times is scored once."""
+  """Wraps a scoring model and caches its results, so that repeated texts are scored only once."""
 
   def __init__(self, model: ScoringModel):
     self.model, self.name, self.max_tokens = model, model.name, model.max_tokens
     self.cache: dict[str, TextNLL] = {}
 
   def nll(self, texts: list[str]) -> list[TextNLL]:
-    """Score texts; same result as the wrapped model's `nll`."""
+    """Return the NLL of each text, as the wrapped scoring model's `nll` does."""
     new = [text for text in dict.fromkeys(texts) if text not in self.cache]
     self.cache |= zip(new, self.model.nll(new), strict=True)
     return [self.cache[text] for text in texts]
@@ -101,7 +101,7 @@ class CachedScoringModel:
 
 
 class ArmScoringModel(ScoringModel):
-  """Scores with a LanguageModel of family=arm: exact likelihood, under its own tokenizer. [UNK] has a probability."""
+  """Scores texts with an autoregressive model of this project, under its own tokenizer; [UNK] tokens are scored too."""
 
   def __init__(self, lm, *, name: str = 'arm', batch_size: int = 16):
     import jax
@@ -123,7 +123,7 @@ class ArmScoringModel(ScoringModel):
 
   @classmethod
   def load(cls, workdir) -> 'ArmScoringModel':
-    """Load a run's best weights on validation."""
+    """Load the checkpoint of an ARM run that was best on the validation split."""
     from ilm_jax.inference import api
 
     check(workdir)
@@ -143,7 +143,7 @@ class ArmScoringModel(ScoringModel):
 
 
 class HuggingFaceScoringModel(ScoringModel):
-  """Scores with a causal model of transformers, in bfloat16 on a GPU and float32 on CPU.
+  """Scores texts with a causal Hugging Face model, in bfloat16 on a GPU and float32 on a CPU.
 
   The start token is the tokenizer's BOS, or its EOS if it has no BOS (GPT-2).
   """
@@ -151,7 +151,7 @@ class HuggingFaceScoringModel(ScoringModel):
   def __init__(self, name: str, *, batch_size: int = 8):
     torch, transformers = _import_hugging_face()
     try:
-      # split_special_tokens: a text that contains '</s>' is scored as these four characters, not as an end token
+      # split_special_tokens: the characters '</s>' in a text are scored as plain text, not as an end token
       self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, split_special_tokens=True)
       net = transformers.AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -170,7 +170,7 @@ class HuggingFaceScoringModel(ScoringModel):
     self.device = 'cuda' if on_gpu else 'cpu'
     self.net = net.to(device=self.device, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
     limits = self.tokenizer.model_max_length, getattr(net.config, 'max_position_embeddings', None)
-    self.max_tokens = min(int(limit) for limit in limits if limit) - 1  # the start token takes one position
+    self.max_tokens = min(int(limit) for limit in limits if limit) - 1  # the start token needs one of the positions
     self.name, self.batch_size, self.torch = HF_PREFIX + name, batch_size, torch
 
   def encode(self, text: str) -> list[int]:
@@ -210,7 +210,7 @@ def check(name) -> None:
   """Check the name of a scoring model without loading the model.
 
   Raises:
-    UserError: no run in that folder, a run of another family or task, or torch or transformers is not installed.
+    UserError: the folder contains no run, or a run of another family or task; or torch or transformers is missing.
   """
   if str(name).startswith(HF_PREFIX):
     _import_hugging_face()
@@ -223,7 +223,7 @@ def check(name) -> None:
   try:
     cfg = run_file.read_config(name)
   except UserError as error:
-    raise UserError(f'the scoring model {error}; for a model of Hugging Face, write {HF_PREFIX}NAME') from None
+    raise UserError(f'the scoring model {error}; for a Hugging Face model, write {HF_PREFIX}NAME') from None
   if cfg['family'] != 'arm':
     raise UserError(
       f'the scoring model {name} is a run of family={cfg["family"]}: expected family=arm, which has exact likelihoods, '
@@ -237,7 +237,7 @@ def check(name) -> None:
 
 
 def get(name) -> ScoringModel:
-  """Load a scoring model.
+  """Load a scoring model by its name.
 
   Args:
     name: the workdir of an ARM run, or `hf:` and the name or path of a Hugging Face model.

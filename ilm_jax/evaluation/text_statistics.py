@@ -1,18 +1,18 @@
-"""Statistics of generated texts under a scoring model (arXiv 2505.05755), with confidence intervals.
+"""Statistics of generated texts under a scoring model (as in arXiv 2505.05755), with confidence intervals.
 
-For texts x_i with n_i tokens in the scoring model's vocabulary (the start token not counted):
+For texts x_i with n_i tokens in the scoring model's vocabulary (not counting the start token):
 
     nll          mean_i of NLL(x_i) / n_i, in nats per token
     perplexity   exp(sum_i NLL(x_i) / sum_i n_i): generative perplexity
     entropy      mean_i of the entropy of the unigram distribution of x_i's tokens, in nats
     length       mean_i of n_i
-    distinct_n   distinct n-grams over all n-grams of all texts together, n = 1 .. 4
+    distinct_n   number of distinct n-grams / number of n-grams, over all texts together, for n = 1 .. 4
     repeated     share of the texts that are equal to an earlier text
 
 Texts without tokens have no NLL and no entropy; they are counted separately. Infilled texts are also compared with a
-reference: the true text, or the given parts of the text without fillings:
+reference text, which is the true text, or the given parts of the text without fillings:
 
-    change       100 mean_i of (NLL_i - NLL_ref,i) / NLL_ref,i, both per token, in %
+    change       100 mean_i of (NLL_i - NLL_ref,i) / NLL_ref,i in %, with both NLLs per token
 
 Intervals are 95 % percentile bootstrap intervals over the texts; those of proportions are Wilson intervals. For
 infilled texts, the sampling unit is the request, because several answers to one request are not independent.
@@ -26,13 +26,13 @@ import numpy as np
 from ilm_jax import metrics
 from ilm_jax.evaluation.scoring_models import TextNLL
 
-RESAMPLES = 2_000  # bootstrap resamples of an interval
+RESAMPLES = 2_000  # number of bootstrap resamples for each confidence interval
 NGRAMS = (1, 2, 3, 4)
 METHOD = f'95 % intervals: percentile bootstrap over texts, {RESAMPLES:,} resamples; Wilson for proportions'
 
 
 class Estimate(NamedTuple):
-  """A number with its 95 % interval; None where the number or the interval is undefined."""
+  """An estimate with its 95 % confidence interval (low, high); fields that are undefined are None."""
 
   value: float | None
   low: float | None = None
@@ -40,13 +40,13 @@ class Estimate(NamedTuple):
 
 
 def bootstrap(totals, weights=None, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-  """Estimate sum(totals) / sum(weights) with a bootstrap interval.
+  """Estimate sum(totals) / sum(weights) with a 95 % bootstrap interval.
 
   Args:
     totals: one number per text.
-    weights: one number per text; 1 by default, which gives the mean.
+    weights: one number per text; the default of 1 estimates the mean of `totals`.
     seed: seed of the resampling.
-    resamples: number of resamples of the texts, with replacement.
+    resamples: number of times that the texts are resampled with replacement.
 
   Returns:
     The estimate. The value is None if the weights sum to 0; the interval is None for fewer than two texts.
@@ -66,7 +66,7 @@ def bootstrap(totals, weights=None, *, seed: int = 0, resamples: int = RESAMPLES
 
 
 def proportion(successes, trials, independent: int | None = None) -> Estimate:
-  """Estimate a proportion with its Wilson interval; the interval counts `independent` trials (default: all)."""
+  """Estimate successes / trials with its Wilson interval for `independent` independent trials (default: all trials)."""
   if not trials:
     return Estimate(None)
   independent = trials if independent is None else independent
@@ -81,13 +81,13 @@ def entropy(ids) -> float:
 
 
 def distinct(rows: list[list[int]], n: int) -> float | None:
-  """Return the number of distinct n-grams over the number of n-grams; None if there are no n-grams."""
+  """Return (number of distinct n-grams) / (number of n-grams) of all rows; None if there are no n-grams."""
   ngrams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
   return len(set(ngrams)) / len(ngrams) if ngrams else None
 
 
 def describe(texts: list[str], scored: list[TextNLL], *, seed: int = 0) -> dict:
-  """Compute the statistics of a set of texts.
+  """Compute the statistics of a set of texts under a scoring model.
 
   Args:
     texts: the texts.
@@ -95,8 +95,8 @@ def describe(texts: list[str], scored: list[TextNLL], *, seed: int = 0) -> dict:
     seed: seed of the bootstrap.
 
   Returns:
-    {name: Estimate} for the statistics in the module's docstring, and three counts: `texts`, `empty` (without tokens)
-    and `cut` (truncated to the scoring model's context).
+    {name: Estimate} for the statistics in the module's docstring, and three counts: `texts`, `empty` (texts without
+    tokens) and `cut` (texts truncated to the scoring model's context).
   """
   nonempty = [text for text in scored if text.num_tokens]
   nll, tokens = np.array([text.nll for text in nonempty]), np.array([text.num_tokens for text in nonempty])
@@ -118,7 +118,7 @@ def describe(texts: list[str], scored: list[TextNLL], *, seed: int = 0) -> dict:
 
 
 def join_parts(parts: list[str]) -> str:
-  """Join the parts around gaps without fillings; merge the spaces on both sides of a gap, strip those at an end."""
+  """Join the text parts around gaps, without fillings; merge the two spaces around a gap; strip spaces at the ends."""
   text = parts[0]
   for part in parts[1:]:
     text += part.lstrip(' ') if not text or text[-1].isspace() else part
@@ -126,17 +126,17 @@ def join_parts(parts: list[str]) -> str:
 
 
 def change(requests: list, scored: list[TextNLL], references: list[TextNLL], *, seed: int = 0) -> dict:
-  """Compute the relative change of the NLL per token against references, in %.
+  """Compute by how many % the NLL per token of infilled texts is above that of their reference texts.
 
   Args:
-    requests: the id of the infill request that each text answers. The result is the mean over requests of the mean over
-      the answers to a request.
+    requests: for each text, the id of the infill request that it answers. The change is averaged over the answers to a
+      request, then over requests.
     scored: the NLL of each infilled text.
-    references: the NLL of each text's reference.
+    references: the NLL of each infilled text's reference text.
     seed: seed of the bootstrap.
 
   Returns:
-    {'change': Estimate, 'left_out': the number of texts left out because they or their references are empty or
+    {'change': Estimate, 'left_out': the number of texts that are excluded because the text or its reference is empty or
     truncated}.
   """
   changes, left_out = {}, 0
@@ -150,16 +150,16 @@ def change(requests: list, scored: list[TextNLL], references: list[TextNLL], *, 
 
 
 def matches(requests: list, fillings: list[list[str]], true_fillings: list[list[str]]) -> dict:
-  """Compare fillings with the true ones, ignoring white space.
+  """Compute how many generated fillings are equal to the true fillings, ignoring white space.
 
   Args:
-    requests: the id of the infill request that each text answers.
+    requests: for each text, the id of the infill request that it answers.
     fillings: the generated fillings of each text.
     true_fillings: the true fillings of each text.
 
   Returns:
-    {'exact_match': share of the texts whose fillings are all equal to the true ones, 'filling_match': share of all
-    fillings that are}, as Estimates.
+    {'exact_match': share of the texts whose fillings are all equal to the true fillings, 'filling_match': share of the
+    fillings that are equal to the true filling}, as Estimates.
   """
   equal = [
     [made.split() == true.split() for made, true in zip(text, true_text, strict=True)]
@@ -211,7 +211,7 @@ def _cell(value, name: str) -> str:
 
 
 def warnings(statistics: dict, name: str, model) -> list[str]:
-  """Return a line each if some texts of the set `name` were truncated or empty."""
+  """Return warnings, one per line, if texts of the set `name` were truncated to the model's context or are empty."""
   lines = []
   if statistics['cut']:
     lines.append(
@@ -226,14 +226,14 @@ def warnings(statistics: dict, name: str, model) -> list[str]:
 
 
 def values(statistics: dict) -> dict[str, float]:
-  """Return the defined estimates without their intervals."""
+  """Return {name: value} for all statistics whose estimate is defined, without confidence intervals."""
   return {
     name: item.value for name, item in statistics.items() if isinstance(item, Estimate) and item.value is not None
   }
 
 
 def plain(statistics):
-  """Convert statistics for JSON: each Estimate becomes {'value', 'low', 'high'}."""
+  """Convert statistics to plain dicts for JSON: each Estimate becomes a dict with 'value', 'low' and 'high'."""
   if isinstance(statistics, Estimate):
     return statistics._asdict()
   if isinstance(statistics, dict):
@@ -245,9 +245,9 @@ def plain(statistics):
 
 
 def mauve(texts: list[str], references: list[str]) -> tuple[float | None, str]:
-  """Return (MAUVE of texts against references, ''), or (None, why it was not computed).
+  """Return (MAUVE score of texts against references, ''), or (None, reason why it was not computed).
 
-  Uses the package mauve-text with its default settings.
+  MAUVE is computed by the package mauve-text with its default settings.
   """
   try:
     import mauve as library

@@ -1,9 +1,9 @@
 """The Python API of a trained model: `load`, and `LanguageModel` with `generate`, `infill`, `score` and `trace`.
 
 lm = ilm_jax.load('runs/stories')
-lm.generate(['Once upon a time'])                          completions of prompts; [''] for an unconditional sample
-lm.infill('Tom had a ___ . He was ___ .', n=3)             three ways to fill the gaps; all other text is preserved
-lm.score(['The dog ran home.'])                            negative log-likelihood, or a bound on it
+lm.generate(['Once upon a time'])                          completions of prompts; [''] gives an unconditional sample
+lm.infill('Tom had a ___ . He was ___ .', n=3)             three ways to fill the gaps; the given text is preserved
+lm.score(['The dog ran home.'])                            negative log-likelihood, or an upper bound on it
 lm.trace('Tom had a ___ .', path='trace.html')             an HTML page that animates the insertions
 """
 
@@ -28,15 +28,15 @@ from ilm_jax.types import UserError
 
 
 class Generation(NamedTuple):
-  """A prompt with its completion, and how the completion was decoded.
+  """A prompt with its completion, and a record of how the completion was decoded.
 
   Attributes:
     text: the prompt and its completion.
-    tokens: the tokenizer's pieces of the whole sequence, special tokens and prompt included.
-    order: the decoding step that inserted each token, from 0; -1 for tokens of the prompt.
-    probabilities: probability of each insertion, a (gap, token) pair, under the model at temperature 1.
-    stop_probabilities: p(stop) at each forward pass.
-    stopped: whether the model ended the text; False if a length limit did.
+    tokens: the tokens of the whole sequence as strings, including the special tokens and the prompt.
+    order: for each token, the decoding step that inserted it, counted from 0; -1 for tokens of the prompt.
+    probabilities: the model's probability of each insertion (gap and token together), at temperature 1.
+    stop_probabilities: the model's p(stop) at each forward pass.
+    stopped: True if the model ended the text, False if a length limit ended it.
   """
 
   text: str
@@ -48,11 +48,11 @@ class Generation(NamedTuple):
 
 
 class Infilling(NamedTuple):
-  """A text with its gaps filled, and how the fillings were decoded.
+  """A text with its gaps filled, and a record of how the fillings were decoded.
 
   Attributes:
-    text: the whole text.
-    fillings: the text in each gap.
+    text: the whole text, with its gaps filled.
+    fillings: the generated text in each gap.
     spans: (start, end) offset of each filling in `text`, in characters.
     tokens, order, probabilities, stop_probabilities, stopped: see `Generation`.
   """
@@ -68,11 +68,11 @@ class Infilling(NamedTuple):
 
 
 class TextScore(NamedTuple):
-  """Negative log-likelihood of a text, including its end, or an upper bound on it.
+  """The negative log-likelihood (NLL) of a text, including its end, or an upper bound on the NLL.
 
   Attributes:
-    nll: negative log-likelihood or bound, in nats.
-    error: standard error of the estimate, in nats; 0 if `nll` is exact.
+    nll: the negative log-likelihood, or the upper bound, in nats.
+    error: standard error of `nll` in nats, if it is estimated by sampling; 0 if it is exact.
     tokens: number of tokens of the text, not counting its end.
     kind: 'exact', 'bound' or 'importance-weighted'.
   """
@@ -84,20 +84,20 @@ class TextScore(NamedTuple):
 
 
 def load(workdir, checkpoint='best', *, mesh=None, **sampling_settings) -> 'LanguageModel':
-  """Load the model of a run.
+  """Load the trained model of a run for generation, infilling and scoring.
 
   Args:
     workdir: folder of the run, local or in a bucket.
-    checkpoint: 'best' (by the validation metric), 'latest', or a step.
+    checkpoint: 'best' (by the run's validation metric), 'latest', or a training step.
     mesh: device mesh as text, such as 'data=2,tensor=4', or 'data=-1' for all devices; None uses the first device.
-    **sampling_settings: sampling settings (fields of the family's SampleConfig) that override those of the run; a dict
-      overrides single fields of a rule: token={'top_p': 0.2}. Also `batch_size`, the number of decoding slots.
+    **sampling_settings: fields of the family's SampleConfig that override the run's sampling settings; a dict overrides
+      only some fields of a rule: token={'top_p': 0.2}. Also `batch_size`, the number of texts decoded at a time.
 
   Returns:
     The LanguageModel.
 
   Raises:
-    UserError: the run or the checkpoint does not exist, or a setting is unknown.
+    UserError: the run or the checkpoint does not exist, or a sampling setting is unknown.
   """
   return LanguageModel.load(workdir, checkpoint, mesh=mesh, **sampling_settings)
 
@@ -110,7 +110,7 @@ class LanguageModel:
     model_cfg: config of the transformer.
     params: weights of the transformer.
     step: training step of the checkpoint.
-    batch_size: number of decoding slots.
+    batch_size: number of texts decoded at a time.
     mesh: device mesh; None uses the first device.
     **sampling_settings: see `load`.
   """
@@ -148,11 +148,11 @@ class LanguageModel:
     self._scorer = jax.jit(
       sharding.with_mesh(mesh)(self._score_rows), static_argnames=('kind', 'longest'), **replicated
     )
-    self._score_kinds = {}  # (kind, longest) -> Score.kind; filled when `_score_rows` is traced
+    self._score_kinds = {}  # (kind, longest) -> kind of the computed likelihood; filled when `_score_rows` is traced
 
   @classmethod
   def load(cls, workdir, which='best', *, mesh=None, **settings) -> 'LanguageModel':
-    """Load the model of a run; see the function `load`."""
+    """Load the trained model of a run; see the function `load`."""
     if isinstance(mesh, str):
       mesh = sharding.make_mesh(sharding.read_mesh(mesh))
     cfg = ConfigDict(run_file.read_config(workdir))
@@ -170,11 +170,11 @@ class LanguageModel:
   # --- sampling -------------------------------------------------------------------------------------------------------
 
   def generate(self, prompts: list[str], *, seed: int = 0, ids: list[int] | None = None) -> list[Generation]:
-    """Complete prompts.
+    """Generate completions of prompts.
 
     Args:
       prompts: prompts in the text format of the task; '' asks for an unconditional sample.
-      seed: seed of the sampling rules.
+      seed: random seed of sampling.
       ids: a number for each prompt, by default its index. A completion depends on the seed, its number and its prompt,
         not on the other prompts.
 
@@ -196,15 +196,15 @@ class LanguageModel:
     Args:
       texts: one text with a marker at each gap; or a list of texts, each with markers or as a list of the parts around
         its gaps: ['Tom had a ___ .', ['He was ', ' .']].
-      n: number of samples for each text; None returns a single sample instead of a list.
+      n: number of samples for each text; None returns a single Infilling for each text instead of a list.
       marker: string that marks a gap.
-      least: minimum number of tokens in a gap, 1 by default (0 allows empty fillings); a number, or a list with one
-        number for each gap.
-      most: maximum number of tokens in a gap, in the same form; None: no limit.
-      seed: seed of the sampling rules.
+      least: minimum number of tokens in a gap, 1 by default (0 allows empty fillings): one number for all gaps, or a
+        list with a number for each gap.
+      most: maximum number of tokens in a gap, in the same form as `least`; None means no limit.
+      seed: random seed of sampling.
 
     Returns:
-      For one text, an Infilling, or a list of n if n is given; for a list of texts, a list of these.
+      For one text, an Infilling, or a list of n Infillings if n is given; for a list of texts, a list of these results.
 
     Raises:
       UserError: a text has no gap or is too long, the limits contradict each other, or the family cannot fill the gaps.
@@ -225,18 +225,18 @@ class LanguageModel:
     return infillings[0] if single else infillings
 
   def stream(self, requests, *, seed: int = 0, ids: list[int] | None = None):
-    """Serve prompts and infill requests together, by continuous batching.
+    """Decode prompts and infill requests together, by continuous batching.
 
     Args:
-      requests: prompts (strings) and infill requests (made by `gaps`), in any mixture.
-      seed: seed of the sampling rules.
+      requests: prompts (strings) and infill requests (made by `gaps`), in any order.
+      seed: random seed of sampling.
       ids: a number for each request, by default its index; see `generate`.
 
     Yields:
-      (index of the request, Generation or Infilling), in the order in which they finish.
+      (index of the request, Generation or Infilling), in the order in which requests finish.
 
     Raises:
-      UserError: a request cannot be served; nothing has been decoded by then.
+      UserError: a request is invalid or not supported by the family. All requests are checked before decoding starts.
     """
     requests = list(requests)
     if ids is not None and (len(ids) != len(requests) or not all(0 <= number < 2**31 for number in ids)):
@@ -248,28 +248,28 @@ class LanguageModel:
       yield index, self._result(requests[index], row)
 
   def gaps(self, text, *, marker: str = infilling.MARKER, least=None, most=None, number: int = 0) -> infilling.Gaps:
-    """Return an infill request for `stream`.
+    """Return a text with gaps as an infill request for `stream`.
 
     Args:
       text, marker, least, most: see `infill`.
       number: index of the text, for error messages.
 
     Raises:
-      UserError: the text has no gap, or the limits contradict each other.
+      UserError: the text has no gap, or the length limits contradict each other.
     """
     usual = 1 if self.family.fills == 'limits' else 0
     with errors_of(f'text {number + 1}'):
       return infilling.parse_request(text, marker=marker, least=least, most=most, default_least=usual)
 
   def encode(self, request, number: int = 0) -> dict:
-    """Return the sampler's input for a request: 'tokens', 'open', and for some requests 'free', 'least' and 'most'.
+    """Convert a request to the sampler's input: a dict as described in `static_batching.StaticSampler`.
 
     Args:
       request: a prompt, or an infill request made by `gaps`.
       number: index of the request, for error messages.
 
     Raises:
-      UserError: the request cannot be served.
+      UserError: the request is invalid or not supported by the family.
     """
     limit = self.sample_cfg.max_length
     if isinstance(request, infilling.Gaps):
@@ -296,7 +296,7 @@ class LanguageModel:
     return given
 
   def _result(self, request, row: dict):
-    """Return the Generation or Infilling of a sampled row."""
+    """Convert a sampled row of tokens to the Generation or Infilling that answers a request."""
     decoding = {
       'tokens': self.tokenizer.pieces(row['tokens']),
       'order': row['order'].tolist(),
@@ -316,7 +316,7 @@ class LanguageModel:
         list of the parts around its gaps.
       path: file to which the page is also written, if given.
       marker: string that marks a gap.
-      seed: seed of the sampling rules.
+      seed: random seed of sampling.
 
     Returns:
       The HTML of the page, which needs no network access.
@@ -333,26 +333,26 @@ class LanguageModel:
     return page
 
   def page(self, made: list) -> str:
-    """Return the HTML page of `trace` for existing Generations and Infillings."""
+    """Return an HTML page that animates the insertions of Generations and Infillings, as `trace` does."""
     return traces.page([traces.record(result, self.tokenizer.spell(result.tokens)) for result in made])
 
   # --- likelihood -----------------------------------------------------------------------------------------------------
 
   def score(self, texts: list[str], *, kind: str | None = None, seed: int = 0) -> list[TextScore]:
-    """Return the negative log-likelihood of whole texts, or a bound on it.
+    """Return the negative log-likelihood of whole texts, or an upper bound on it.
 
     Args:
       texts: texts of a run on a text corpus.
-      kind: 'exact', 'bound' or 'importance-weighted'; None chooses the family's default. Not every family has every
-        kind.
-      seed: seed of the estimates 'bound' and 'importance-weighted', which also depend on the position in the list.
+      kind: kind of likelihood: 'exact', 'bound' or 'importance-weighted'; None chooses the family's default. Not every
+        family supports every kind.
+      seed: random seed of 'bound' and 'importance-weighted', whose estimates also depend on a text's place in the list.
 
     Returns:
       A TextScore for each text, in the same order.
 
     Raises:
-      UserError: the family has no such likelihood, the task has prompts and answers, or a text is longer than
-        sampling.max_length or contains characters that the tokenizer does not know.
+      UserError: the family does not support this kind, the task has prompts and answers, or a text is longer than
+        sampling.max_length or contains characters unknown to the tokenizer.
     """
     if isinstance(texts, str):
       raise UserError('score: expected a list of texts, got one string')
@@ -367,12 +367,12 @@ class LanguageModel:
       if len(row) > limit:
         raise UserError(f'text {number + 1} has {len(row)} tokens, more than sampling.max_length={limit}; shorten it')
     self.family.check_score(kind, longest)
-    # `longest` is a static argument that only the exact likelihood of an insertion model uses: 0 avoids recompilation.
+    # Only the exact likelihood of insertion models uses `longest`, a static argument. Otherwise 0 avoids recompilation.
     options = {'kind': kind, 'longest': longest if kind == 'exact' else 0}
     out, batch_size = [], min(self.batch_size, 16)
     for first in range(0, len(rows), batch_size):
       chunk = rows[first : first + batch_size]
-      # Rows are padded to one of the sampler's few buffer sizes, so that few shapes are compiled.
+      # Rows are padded to one of the sampler's few buffer lengths, so that few shapes are compiled.
       size = next(size for size in growing.buffers(1, self.sample_cfg) if size >= max(map(len, chunk)))
       batch = {
         'tokens_BxL': np.full((batch_size, size), PAD, np.int32),
@@ -390,7 +390,7 @@ class LanguageModel:
     return out
 
   def _score_rows(self, params, rng, batch, *, kind, longest):
-    """Return the arrays of the family's Score of a batch; its kind, a string, is stored in `_score_kinds`."""
+    """Return the family's scores of a batch as arrays; store the kind of likelihood, a string, in `_score_kinds`."""
     forward = transformer.Forward(self.model_cfg, params)
     args = batch['tokens_BxL'], batch['fixed_BxL'], batch['length_B']
     scored = self.family.score(forward, rng, *args, self.sample_cfg, kind=kind, longest=longest)
@@ -400,7 +400,7 @@ class LanguageModel:
 
 @contextlib.contextmanager
 def errors_of(name: str):
-  """Put the name of a request in front of the message of a UserError."""
+  """Context manager: prefix the message of a UserError with the name of the request, such as 'prompt 3'."""
   try:
     yield
   except UserError as error:
@@ -408,5 +408,5 @@ def errors_of(name: str):
 
 
 def request_number(index: int, sample: int) -> int:
-  """Return the number that identifies a sample of a request; sample 0 has the number of the request itself."""
+  """Return the number that seeds the sampling of one sample of a request; for sample 0, the index of the request."""
   return index if not sample else int(np.random.SeedSequence([index, sample]).generate_state(1)[0] >> 1)

@@ -1,12 +1,12 @@
 """Continuous batching: requests wait in a queue, and finished rows on the device are replaced by new requests.
 
 The device holds one pool of slots for each buffer length. A row starts in the shortest buffer that fits its prompt. A
-row that outgrows its buffer is parked until the pool with the next longer buffers has a free slot. Twice as long
-buffers come with half as many slots, so that a forward pass costs about the same in every pool. The pool with the
-longest buffers among the full pools runs first, which keeps batches full as long as requests are waiting. The host
-synchronizes with the device only when slots of the running pool become free.
+row that outgrows its buffer is parked until the pool with the next longer buffers has a free slot. Doubling the buffer
+length halves the number of slots, so that a forward pass costs about the same in every pool. Among the full pools, the
+one with the longest buffers runs first, which keeps batches full as long as requests are waiting. The host synchronizes
+with the device only when slots of the running pool become free.
 
-No operation mixes rows, so the result of a request depends only on the seed, its number and its prompt.
+No operation mixes rows, so the result of a request depends only on the seed, the request's number and its prompt.
 """
 
 import collections
@@ -24,15 +24,15 @@ from ilm_jax.models import transformer
 
 
 class Pool:
-  """The slots for one buffer length, the rows in them, and the queue of requests that start there.
+  """A pool of decoding slots with one buffer length: the rows in its slots and its queue of waiting requests.
 
   Attributes:
     size: number of positions of each buffer.
     slots: number of rows.
-    rows: state of the rows on the device; None before the first request.
-    owner: for each slot, the index of the prompt whose row it holds; None if the slot is free.
-    parked: for each slot, whether its row has outgrown the buffer and waits for a slot of the next pool.
-    waiting: queue of (index of the prompt, request number, prompt).
+    rows: state of the rows on the device; None before the first request is admitted.
+    owner: for each slot, the index of the prompt that is decoded in it; None if the slot is free.
+    parked: for each slot, whether its row has outgrown the buffer and waits for a slot of the pool with longer buffers.
+    waiting: queue of requests, as (index of the prompt, request number, prompt).
   """
 
   def __init__(self, size: int, slots: int):
@@ -43,23 +43,23 @@ class Pool:
     self.waiting: collections.deque = collections.deque()
 
   def free(self) -> list[int]:
-    """Return the slots that hold no row."""
+    """Return the numbers of the slots that hold no row."""
     return [slot for slot, owner in enumerate(self.owner) if owner is None]
 
   def running(self) -> int:
-    """Return the number of rows that the next forward pass extends."""
+    """Return the number of rows that are being decoded, not counting parked rows."""
     return sum(owner is not None for owner in self.owner) - int(self.parked.sum())
 
 
 class ContinuousSampler:
-  """Samples a stream of prompts, and yields each row when it finishes. The parameters are an argument.
+  """Samples a stream of prompts by continuous batching, and yields each row when it finishes.
 
   Args:
     model_cfg: config of the transformer.
-    family: family of the model. A family whose rows do not grow is sampled in static batches of `slots` rows.
+    family: family of the model. If its rows do not grow while decoding, static batches of `slots` rows are used.
     sample_cfg: the family's sampling settings (`families.*.SampleConfig`).
     slots: number of slots of the pool with the shortest buffers.
-    refill: number of rows that must leave a pool before new rows enter it; by default an eighth of its slots.
+    refill: number of rows that must leave a pool before new rows are admitted; by default an eighth of its slots.
     mesh: device mesh over which the rows are sharded, if given.
   """
 
@@ -77,7 +77,7 @@ class ContinuousSampler:
     self.slots = [max(row_shards, slots * self.sizes[0] // size // row_shards * row_shards) for size in self.sizes]
     self.refill, self.row_shards = refill, row_shards
     growth, cfg = self.growth, sample_cfg
-    # Arrays that the host reads are replicated, so that each of several processes can read them.
+    # Arrays that the host reads are replicated, so that every process can read them.
     replicated, rows_and_replicated, sharded = {}, {}, {}
     if mesh is not None:
       replicated = {'out_shardings': sharding.replicated(mesh)}
@@ -87,12 +87,12 @@ class ContinuousSampler:
     @functools.partial(jax.jit, static_argnames='size')
     @sharding.with_mesh(mesh)
     def begin(params, rng, prompt, size):
-      """Return rows that hold a batch of prompts in buffers of `size` positions."""
+      """Return new rows for a batch of prompts, in buffers of `size` positions."""
       return growth.begin(transformer.Forward(model_cfg, params), rng, prompt, cfg, size)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def place(target, source, source_row_B):
-      """Return the rows `target` with row source_row_B[i] of `source` in slot i, unless source_row_B[i] is -1."""
+      """Return `target` with slot i replaced by row source_row_B[i] of `source`, unless source_row_B[i] is -1."""
       source = growing.resize(source, target.tokens_BxL.shape[1])
       moved = jax.tree.map(lambda array: array[jnp.maximum(source_row_B, 0)], source)
       moved = moved._replace(active_B=moved.length_B > 0)
@@ -104,7 +104,7 @@ class ContinuousSampler:
 
     @functools.partial(jax.jit, static_argnames=('size', 'slots'), **sharded)
     def empty(like, size, slots):
-      """Return inactive rows for a pool, with the structure of the rows `like`."""
+      """Return inactive rows for all slots of a new pool, with the tree structure and dtypes of the rows `like`."""
       keys_B = jax.random.split(like.rng_B[0], slots)
       shapes = jax.eval_shape(lambda rows: growing.resize(rows, size), like._replace(rng_B=()))
       rows = jax.tree.map(lambda array: jnp.zeros((slots, *array.shape[1:]), array.dtype), shapes)
@@ -113,7 +113,7 @@ class ContinuousSampler:
     @functools.partial(jax.jit, donate_argnums=1, **rows_and_replicated)
     @sharding.with_mesh(mesh)
     def advance(params, rows, min_exits):
-      """Decode until `min_exits` rows have finished or are parked; returns the rows, and (active_B, parked_B)."""
+      """Decode until `min_exits` rows have finished or are parked; return (rows, (active_B, parked_B))."""
       step = functools.partial(growth.step, transformer.Forward(model_cfg, params), cfg)
       size, num_active = rows.tokens_BxL.shape[1], rows.active_B.sum()
 
@@ -133,20 +133,20 @@ class ContinuousSampler:
     self._finish = jax.jit(lambda rows: growth.finish(rows, cfg), **replicated)
 
   def __call__(self, params, rng, prompts, requests=None):
-    """Sample one row for each prompt.
+    """Sample a completion of each prompt.
 
     Args:
       params: parameters of the transformer.
       rng: random key, shared by all prompts.
-      prompts: an iterable of dicts, see `static_batching.StaticSampler`; it is read as slots become free.
-      requests: a number for each prompt, by default 0, 1, ...; the randomness of a row depends on it and `rng` only.
+      prompts: an iterable of dicts, see `static_batching.StaticSampler`; it is consumed as slots become free.
+      requests: a number for each prompt, by default 0, 1, ...; only this number and `rng` determine a row's randomness.
 
     Yields:
-      (index of the prompt, dict of its row without padding; see `static_batching.cut`), in the order in which rows
-      finish.
+      (index of the prompt, dict of its sampled row without padding; see `static_batching.cut`), in the order in which
+      rows finish.
 
     Raises:
-      UserError: a prompt is too long, or the family cannot serve it.
+      UserError: a prompt is too long, or not supported by the family.
     """
     if self.growth is None:
       yield from enumerate(self.batches(params, rng, list(prompts), requests))
@@ -171,7 +171,7 @@ class ContinuousSampler:
         return
       full = [pool for pool in running if not pool.free()]
       pool = full[-1] if full else running[0]
-      # If no further rows can enter this pool, it runs until all its rows have finished or are parked.
+      # If no other row can enter this pool any more, it runs until all its rows have finished or are parked.
       more_shorter = any(other.size < pool.size and other.running() + other.parked.sum() for other in pools)
       more_waiting = any(other.waiting for other in pools if other.size <= pool.size)
       refill = self.refill or max(1, pool.slots // 8)
@@ -179,7 +179,7 @@ class ContinuousSampler:
       yield from self._run(params, pool, min_exits)
 
   def lower(self, params, rng, slots: int):
-    """Return the lowered decoding program of `slots` rows in the longest buffers, without running anything."""
+    """Lower (trace without running) the decoding program for `slots` rows with the longest buffers."""
     size = self.sizes[-1]
     prompt = static_batching.pad([], [], slots, size)
     rows = jax.eval_shape(functools.partial(self._begin, size=size), params, rng, prompt)
@@ -198,9 +198,9 @@ class ContinuousSampler:
 
     Args:
       source: rows to copy from.
-      pool: where the rows go.
-      moves: slot of the pool -> row of `source`.
-      owners: index of the prompt of each row of `source`.
+      pool: pool to copy to.
+      moves: {slot of `pool`: row of `source`}.
+      owners: for each row of `source`, the index of its prompt.
     """
     if pool.rows is None:
       pool.rows = self._empty(source, pool.size, pool.slots)
@@ -219,7 +219,7 @@ class ContinuousSampler:
       shorter.owner[row], shorter.parked[row] = None, False
 
   def _admit(self, params, rng, pool: Pool) -> None:
-    """Start waiting requests in the free slots of a pool, in batches of a fixed size."""
+    """Put waiting requests into the free slots of a pool, in batches of a fixed size."""
     free = pool.free()
     batch_size = max(self.row_shards, pool.slots // 8 // self.row_shards * self.row_shards)
     while free and pool.waiting:
@@ -233,7 +233,7 @@ class ContinuousSampler:
       self._move(self._begin(params, rng, batch, pool.size), pool, moves, indices)
 
   def _run(self, params, pool: Pool, min_exits: int):
-    """Decode the rows of a pool until `min_exits` of them have finished or are parked; yields the finished ones."""
+    """Decode the rows of a pool until `min_exits` of them have finished or are parked; yield the finished rows."""
     pool.rows, flags = self._advance(params, pool.rows, min_exits)
     active_B, parked_B = jax.device_get(flags)
     pool.parked |= parked_B

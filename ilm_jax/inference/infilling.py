@@ -1,9 +1,9 @@
-"""Infill requests: encode a text with gaps as a prompt with open gaps, and decode a sampled row to the filled text.
+"""Infill requests: encode a text with gaps for the sampler, and decode the sampled tokens to the filled text.
 
-A text with G gaps is given as the G + 1 parts around them, some of which may be empty. The result is part, filling,
+A text with G gaps is given as the G + 1 parts around the gaps, some of which may be empty. The result is part, filling,
 part, ..., with every part preserved character for character. Most tokenizers attach a space to the token that follows
-it. Therefore the spaces at the end of a part before a gap are not tokenized, and a filling is stripped of spaces that
-the parts next to it already have.
+it. Therefore the spaces at the end of a part before a gap are not tokenized, and spaces that the adjacent parts already
+contain are stripped from a filling.
 """
 
 from typing import NamedTuple
@@ -14,13 +14,13 @@ from ilm_jax.special_tokens import BOS, CLS, MASK
 from ilm_jax.types import UNLIMITED, UserError
 
 MARKER = '___'
-CONTEXT = 8  # number of tokens left of a filling that are decoded together with it
+CONTEXT = 8  # number of tokens to the left of a filling that are decoded together with it
 
 
 class Gaps(NamedTuple):
   """An infill request: a text with gaps, and limits on the length of each filling."""
 
-  parts: list[str]  # text around the gaps, one part more than there are gaps
+  parts: list[str]  # the given text around the gaps, one part more than there are gaps
   least: list[int]  # minimum number of tokens in each gap
   most: list[int]  # maximum number of tokens in each gap
 
@@ -29,20 +29,20 @@ class Filled(NamedTuple):
   """A text with its gaps filled."""
 
   text: str
-  fillings: list[str]  # text in each gap
+  fillings: list[str]  # generated text in each gap
   spans: list[tuple[int, int]]  # (start, end) offset of each filling in the text, in characters
 
 
 def parse_request(text, *, marker: str = MARKER, least=None, most=None, default_least: int = 1) -> Gaps:
-  """Return the infill request for a text with gaps, after checking it.
+  """Check a text with gaps and its length limits; return them as an infill request.
 
   Args:
     text: a text with a marker at each gap, or a list of the parts around the gaps.
     marker: string that marks a gap.
-    least: minimum number of tokens in a gap: one number, or a list with one for each gap; None: `default_least`, or
-      `most` if that is smaller.
-    most: maximum number of tokens in a gap, in the same form; None: no limit.
-    default_least: minimum number of tokens in gaps for which `least` gives none.
+    least: minimum number of tokens in a gap: one number, or a list with one for each gap; None means `default_least`,
+      or `most` if `most` is smaller.
+    most: maximum number of tokens in a gap, in the same form as `least`; None means no limit.
+    default_least: minimum number of tokens in a gap for which `least` is None.
 
   Raises:
     UserError: there is no gap, adjacent gaps have no text between them, or the limits contradict each other.
@@ -75,7 +75,7 @@ def parse_request(text, *, marker: str = MARKER, least=None, most=None, default_
 
 
 def _numbers(value, count: int, name: str) -> list:
-  """Return a limit of each gap, from one number for all gaps or a list with one for each."""
+  """Return a list with the length limit of each gap, given one number for all gaps or a list with one per gap."""
   values = list(value) if isinstance(value, (list, tuple)) else [value] * count
   if len(values) != count:
     raise UserError(f'{name}={values}: expected one number, or a list with one for each of the {count} gaps')
@@ -86,14 +86,14 @@ def _numbers(value, count: int, name: str) -> list:
 
 
 def encode(gaps: Gaps, tokenizer, *, limit: int, masks: bool = False) -> dict:
-  """Return the sampler's input for an infill request: tokens, open gaps, and limits if there are any.
+  """Convert an infill request to the sampler's input: tokens, open gaps (which accept insertions), and length limits.
 
   Args:
     gaps: the infill request.
     tokenizer: the model's tokenizer.
     limit: maximum number of tokens of the filled text.
-    masks: put [MASK] tokens into the gaps instead of opening them, for a model that replaces masks. Every gap then
-      needs a fixed number of tokens (least == most).
+    masks: if True, fill the gaps with [MASK] tokens instead of opening them, for a masked diffusion model. Every gap
+      then needs a fixed number of tokens (least == most).
 
   Raises:
     UserError: two gaps have no token between them, or the text with the minimum fillings exceeds the limit.
@@ -104,7 +104,7 @@ def encode(gaps: Gaps, tokenizer, *, limit: int, masks: bool = False) -> dict:
         raise UserError(
           f'gap {i}: this model replaces a fixed number of [MASK] tokens: set least and most to the same number'
         )
-  tokens, open_at = [CLS, BOS], []  # open_at: position of the last token before each gap
+  tokens, open_at = [CLS, BOS], []  # open_at: for each gap, the position of the last token before the gap
   for i, part in enumerate(gaps.parts):
     last = i == len(gaps.parts) - 1
     ids = tokenizer.encode(part if last else part.rstrip(' '))
@@ -136,7 +136,7 @@ def encode(gaps: Gaps, tokenizer, *, limit: int, masks: bool = False) -> dict:
 
 
 def decode(gaps: Gaps, row: dict, tokenizer) -> Filled:
-  """Return the filled text of a sampled row.
+  """Convert the sampled tokens of an infill request to the filled text.
 
   Args:
     gaps: the infill request.
@@ -162,13 +162,13 @@ def decode(gaps: Gaps, row: dict, tokenizer) -> Filled:
 
 
 def _fillings(gaps: Gaps, tokens: list[int], inserted: list[bool], tokenizer):
-  """Yield, for each gap, the ids of the tokens inserted into it and the ids of up to CONTEXT tokens left of it."""
-  num_given, found = 0, {}  # found: number of given tokens left of a gap -> (start position, ids of the filling)
+  """For each gap, yield (ids of the inserted tokens, ids of up to CONTEXT tokens to the left of the gap)."""
+  num_given, found = 0, {}  # found: {given tokens left of a gap: (start, ids of its filling)}
   for position, (token, is_inserted) in enumerate(zip(tokens, inserted, strict=True)):
     num_given += not is_inserted
     if is_inserted:
       found.setdefault(num_given, (position, []))[1].append(token)
-  num_left = 2  # given tokens left of the gap, starting with [CLS] and [BOS]
+  num_left = 2  # number of given tokens left of the gap, including [CLS] and [BOS]
   for part in gaps.parts[:-1]:
     num_left += len(tokenizer.encode(part.rstrip(' ')))
     position, ids = found.get(num_left, (0, []))

@@ -1,4 +1,4 @@
-"""Static batching: pad prompts to batches of a fixed size, and run a family's sampler on each in one jit."""
+"""Static batching: pad prompts to batches of a fixed size, and run a family's jitted sampler on each batch."""
 
 import functools
 
@@ -11,7 +11,7 @@ from ilm_jax.types import UNLIMITED, Prompt, Sampled, UserError
 
 
 class StaticSampler:
-  """Samples prompts in static batches. The parameters are an argument, so one Sampler serves a whole training run.
+  """Samples prompts in static batches. Calls take the parameters, so one sampler serves all steps of a training run.
 
   Args:
     model_cfg: config of the transformer.
@@ -35,20 +35,21 @@ class StaticSampler:
     self._run = run
 
   def __call__(self, params, rng, prompts: list[dict], requests=None):
-    """Sample one row for each prompt.
+    """Sample a completion of each prompt.
 
     Args:
       params: parameters of the transformer.
       rng: random key, shared by all prompts.
-      prompts: dicts of 'tokens' (int[n]) and 'open' (bool[n]: may a token be inserted to the right of this one?), and
-        optionally 'free' (number of tokens to generate), 'least' and 'most' (int[n]: limits of each open gap).
-      requests: a number for each prompt, by default 0, 1, ...; the randomness of a row depends on it and `rng` only.
+      prompts: dicts with 'tokens' (int[n]) and 'open' (bool[n]: whether tokens may be inserted right of this one),
+        and optionally 'free' (number of tokens to generate), 'least' and 'most' (int[n]: limits on the number of tokens
+        inserted there).
+      requests: a number for each prompt, by default 0, 1, ...; only this number and `rng` determine a row's randomness.
 
     Yields:
-      For each prompt in order, a dict of its row without padding; see `cut`.
+      For each prompt, in order, a dict of its sampled row without padding; see `cut`.
 
     Raises:
-      UserError: a prompt is too long, or the family cannot serve it.
+      UserError: a prompt is too long, or not supported by the family.
     """
     for prompt in prompts:
       check(prompt, self.family, self.cfg)
@@ -64,7 +65,7 @@ class StaticSampler:
 
 
 def check(given: dict, family, cfg) -> None:
-  """Raise UserError if a prompt is too long, or if the family cannot serve it."""
+  """Raise UserError if a prompt is longer than sampling.max_length, or not supported by the family."""
   if len(given['tokens']) > cfg.max_length:
     raise UserError(
       f'a prompt of {len(given["tokens"])} tokens is longer than sampling.max_length={cfg.max_length}: '
@@ -74,7 +75,7 @@ def check(given: dict, family, cfg) -> None:
 
 
 def buffer_for(prompts: list[dict], cfg) -> int:
-  """Return the number of positions of a buffer for the prompts, one of a few sizes so that few shapes are compiled."""
+  """Return a buffer length that fits all prompts, one of a few lengths so that few shapes are compiled."""
   longest = max(len(given['tokens']) for given in prompts)
   size = cfg.min_buffer
   while size < longest:
@@ -83,7 +84,7 @@ def buffer_for(prompts: list[dict], cfg) -> int:
 
 
 def pad(prompts: list[dict], requests: list[int], rows: int, size: int) -> Prompt:
-  """Return a batch of `rows` prompts, padded to `size` positions; rows without a prompt have length 0."""
+  """Pad prompts to a batch of `rows` rows with `size` positions; rows without a prompt have length 0."""
   shape = (rows, size)
   prompt = Prompt(
     tokens_BxL=np.zeros(shape, np.int32),
@@ -108,18 +109,18 @@ def pad(prompts: list[dict], requests: list[int], rows: int, size: int) -> Promp
 
 
 def cut(sampled: Sampled, row: int) -> dict:
-  """Return a dict of one row of a sampled batch, its arrays without padding."""
+  """Return one row of a sampled batch as a dict of arrays without padding."""
   length, steps = int(sampled.length_B[row]), int(sampled.steps_B[row])
   return {
     'tokens': sampled.tokens_BxL[row, :length],
     'order': sampled.order_BxL[row, :length],
     'log_prob': sampled.log_prob_BxM[row, :steps],
-    'stop_prob': sampled.stop_prob_BxM[row, : steps + 1],  # the last forward pass only decides to stop
+    'stop_prob': sampled.stop_prob_BxM[row, : steps + 1],  # the last forward pass inserts no token
     'stopped': bool(sampled.stopped_B[row]),
   }
 
 
 def prompt_of(example) -> dict:
-  """Return the fixed tokens of an example as a prompt whose only open gap is at its end."""
+  """Return the prompt of an example: its fixed tokens, where tokens may be inserted only at the end."""
   given = example['tokens'][example['fixed']]
   return {'tokens': given, 'open': np.arange(len(given)) == len(given) - 1, 'free': int((~example['fixed']).sum())}

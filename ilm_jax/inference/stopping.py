@@ -1,11 +1,11 @@
 """Compare stopping rules: `ilm-jax stopping --workdir=runs/stories` tabulates the text lengths that each rule produces.
 
 A stopping rule of an insertion model is a threshold on p(stop), or a temperature at which stopping is sampled. The
-command samples texts once without stopping and records p(stop) at every forward pass. The stopping rule has no
-influence on what is inserted, so the lengths under every rule follow from this single run.
+command samples texts once without stopping and records p(stop) at every forward pass. The stopping rule does not
+influence which tokens are inserted, so the lengths under every rule follow from these texts.
 
 The lengths are compared with those of the validation split, by their mean and by the Wasserstein distance between the
-two distributions, in tokens. The threshold and the temperature with the smallest distance are the fitted ones; the
+two distributions, in tokens. The fitted threshold and the fitted temperature are those with the smallest distance; the
 command prints the flags that set them.
 """
 
@@ -19,19 +19,19 @@ from absl import flags
 from ilm_jax.console import command, quiet
 from ilm_jax.types import UserError
 
-QUANTILES = np.linspace(0.005, 0.995, 100)  # probabilities at which two length distributions are compared
-THRESHOLDS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)  # thresholds on p(stop) that are always tabulated
-TEMPERATURES = (0.5, 1.0, 2.0)  # temperatures of sampled stopping that are always tabulated
+QUANTILES = np.linspace(0.005, 0.995, 100)  # probabilities at which the quantiles of text lengths are compared
+THRESHOLDS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)  # thresholds on p(stop) that are always in the table
+TEMPERATURES = (0.5, 1.0, 2.0)  # temperatures of sampled stopping that are always in the table
 
 
 class Lengths(NamedTuple):
   """The distribution of text lengths under a stopping rule.
 
   Attributes:
-    rule: name of the rule.
+    rule: name of the stopping rule.
     flag: command-line flags that select the rule.
-    prob_BxL: P(length = l), in inserted tokens, for each text.
-    limit: for each text, the probability that a length limit ends it instead of the rule.
+    prob_BxL: for each text, the probability that its length is l inserted tokens.
+    limit: for each text, the probability that a length limit ends it, not the stopping rule.
   """
 
   rule: str
@@ -40,27 +40,27 @@ class Lengths(NamedTuple):
   limit: np.ndarray
 
   def mean(self) -> float:
-    """Return the mean length."""
+    """Return the mean text length under this stopping rule, in tokens."""
     return float((self.prob_BxL.mean(axis=0) * np.arange(self.prob_BxL.shape[1])).sum())
 
   def quantiles(self) -> np.ndarray:
-    """Return the quantiles of the length at QUANTILES."""
+    """Return the quantiles of the text length at the probabilities QUANTILES."""
     cumulative_L = np.cumsum(self.prob_BxL.mean(axis=0))
     return np.searchsorted(cumulative_L, QUANTILES * cumulative_L[-1])
 
   def distance(self, real) -> float:
-    """Return the Wasserstein distance to real lengths, in tokens, approximated at QUANTILES."""
+    """Return the Wasserstein distance to the lengths of real texts, in tokens, approximated from quantiles."""
     return float(np.abs(self.quantiles() - np.quantile(real, QUANTILES, method='inverted_cdf')).mean())
 
 
 def apply_temperature(stop: np.ndarray, temperature: float) -> np.ndarray:
-  """Return p(stop) at a temperature, given p(stop) at temperature 1; probabilities of exactly 0 stay 0."""
+  """Return p(stop) at a temperature, given p(stop) at temperature 1; a p(stop) of exactly 0 stays 0."""
   clipped = stop.astype(np.float64).clip(1e-12, 1 - 1e-12)
   return np.where(stop > 0, 1 / (1 + ((1 - clipped) / clipped) ** (1 / temperature)), 0.0)
 
 
 def at_threshold(stops: list[np.ndarray], threshold: float, *, longest: int) -> Lengths:
-  """Return the lengths if texts stop as soon as p(stop) reaches a threshold.
+  """Return the distribution of text lengths if texts stop as soon as p(stop) reaches a threshold.
 
   Args:
     stops: for each text, p(stop) before each insertion and after the last one.
@@ -82,7 +82,7 @@ def at_threshold(stops: list[np.ndarray], threshold: float, *, longest: int) -> 
 
 
 def sampled(stops: list[np.ndarray], temperature: float, *, longest: int) -> Lengths:
-  """Return the lengths if stopping is sampled at a temperature; `stops` and `longest` as for `at_threshold`."""
+  """Return the distribution of text lengths if stopping is sampled at a temperature; arguments as in `at_threshold`."""
   prob_BxL = np.zeros((len(stops), longest + 1))
   limit = np.zeros(len(stops))
   for i, stop in enumerate(stops):
@@ -96,14 +96,14 @@ def sampled(stops: list[np.ndarray], temperature: float, *, longest: int) -> Len
 
 
 def fit(make, values, real) -> Lengths:
-  """Return the rule, among make(value) for each value, whose lengths have the smallest distance to the real ones."""
+  """Return the make(value), over all values, whose text lengths have the smallest distance to those of real texts."""
   return min(
     (make(value) for value in values), key=lambda rule: (rule.distance(real), abs(rule.mean() - np.mean(real)))
   )
 
 
 def candidates(stops: list[np.ndarray], number: int = 200) -> np.ndarray:
-  """Return thresholds to try when fitting: quantiles of the observed p(stop)."""
+  """Return the thresholds to try when fitting the threshold: quantiles of the observed p(stop)."""
   return np.unique(np.quantile(np.concatenate(stops).astype(np.float64), np.linspace(0, 1, number)).clip(1e-6, 1.0))
 
 
@@ -111,17 +111,17 @@ def trajectories(lm, prompts: list[dict], *, seed: int = 0, report=lambda messag
   """Sample texts that only stop at a length limit, and return p(stop) at each forward pass.
 
   Args:
-    lm: LanguageModel of a family with a stop head.
-    prompts: a dict for each text, see `static_batching.StaticSampler`.
-    seed: seed of the sampling rules.
-    report: called with a progress message every 10 seconds.
+    lm: a LanguageModel with a stop head.
+    prompts: a prompt dict for each text, see `static_batching.StaticSampler`.
+    seed: random seed of sampling.
+    report: function that is called with a progress message every 10 seconds.
 
   Returns:
-    For each text, p(stop) at temperature 1 before each insertion and after the last one. The first is 0 if the first
-    insertion is forced.
+    For each text, p(stop) at temperature 1 before each insertion and after the last one. The first value is 0 if the
+    first insertion is forced.
 
   Raises:
-    UserError: the model inserts several tokens in a decoding step.
+    UserError: the sampling settings allow several insertions in one decoding step.
   """
   import jax
 
@@ -143,7 +143,7 @@ def trajectories(lm, prompts: list[dict], *, seed: int = 0, report=lambda messag
 
 
 def rules_of(stops: list[np.ndarray], real, *, temperature: float = 1.0) -> list[Lengths]:
-  """Return the lengths under the standard rules, then under the fitted threshold and the fitted temperature.
+  """Return the length distributions under the standard stopping rules, the fitted threshold and the fitted temperature.
 
   Args:
     stops: for each text, p(stop) at temperature 1; see `trajectories`.
@@ -161,7 +161,7 @@ def rules_of(stops: list[np.ndarray], real, *, temperature: float = 1.0) -> list
 
 
 def table(rules: list[Lengths], real) -> str:
-  """Return a text table of the lengths under each rule and of the real lengths."""
+  """Format a plain-text table of the text lengths under each stopping rule and of the lengths of real texts."""
   lines = [f'{"rule":<38}{"mean length":>12}{"median":>8}{"10 - 90 %":>12}{"at limit":>9}{"distance":>10}']
 
   def line(name, mean, quantiles, limit, distance):
@@ -176,7 +176,7 @@ def table(rules: list[Lengths], real) -> str:
 
 
 def plot(rules: list[Lengths], real, path: str) -> None:
-  """Plot the cumulative distributions of the lengths to a file."""
+  """Plot the cumulative distributions of the text lengths under each stopping rule to a file."""
   try:
     import matplotlib
   except ImportError:
@@ -201,7 +201,7 @@ def plot(rules: list[Lengths], real, path: str) -> None:
 
 
 def define(values: flags.FlagValues) -> None:
-  """Define this command's flags."""
+  """Define the flags of `ilm-jax stopping`."""
   flags.DEFINE_string('workdir', None, 'Folder of the run whose model to use.', flag_values=values)
   flags.DEFINE_string('checkpoint', 'best', "Checkpoint: 'best', 'latest' or a step.", flag_values=values)
   flags.DEFINE_integer('count', 200, 'Number of texts to sample.', lower_bound=1, flag_values=values)
@@ -211,7 +211,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values) -> int:
-  """Sample texts, and print the table and the fitted flags; returns the exit code."""
+  """Sample texts, print the table of stopping rules and the fitted flags; return the exit code."""
   if not values.workdir:
     raise UserError('--workdir is missing: expected the folder of a run, such as --workdir=runs/stories')
   quiet()
@@ -237,7 +237,7 @@ def run(values) -> int:
 
 
 def main(argv=None) -> int:
-  """Run the command; returns the exit code."""
+  """Run the command `ilm-jax stopping`; return the exit code."""
   return command(__doc__, define, run, argv)
 
 

@@ -1,4 +1,4 @@
-"""Traces: a self-contained HTML page that animates the insertions of a text, with their probabilities and p(stop)."""
+"""Traces: a self-contained HTML page that animates how a text was generated, with the probability of each insertion."""
 
 import html
 import json
@@ -97,7 +97,7 @@ function choose(i) {
   pause();
   trace = all[i];
   $('slider').max = trace.steps;
-  go(location.hash ? +location.hash.slice(1) : trace.steps);  // page.html#7 shows the text after seven steps
+  go(location.hash ? +location.hash.slice(1) : trace.steps);  // page.html#7 shows the text after seven decoding steps
 }
 if (all.length > 1) {
   $('which').hidden = false;
@@ -111,11 +111,11 @@ choose(0);
 
 
 def record(generation, pieces: list[str]) -> dict:
-  """Return the page's data for one result.
+  """Return the data that the HTML page needs to animate one generated text.
 
   Args:
     generation: a Generation or an Infilling of `api`.
-    pieces: the characters of each of its tokens.
+    pieces: the text of each token of `generation`.
   """
   return {
     'name': generation.text[:60],
@@ -129,6 +129,6 @@ def record(generation, pieces: list[str]) -> dict:
 
 
 def page(records: list[dict], title: str = 'Insertion by insertion') -> str:
-  """Return an HTML page with one or several traces, made by `record`; it needs no network access."""
+  """Return an HTML page that animates one or several records, made by `record`; the page needs no network access."""
   data = json.dumps(records, ensure_ascii=False).replace('<', '\\u003c')
   return PAGE.replace('@TITLE@', html.escape(title)).replace('@DATA@', data)

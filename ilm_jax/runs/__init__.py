@@ -1,4 +1,5 @@
 """The folder of a run (its workdir): checkpoints, event files, run.json, and the lock against a second process.
 
-May import `types`, `metrics` and `distributed`. Start with `run_file.py`, then `checkpoint.py`.
+Of this package, it may import only `types`, `metrics` and `distributed`. Read `run_file.py` first, then
+`checkpoint.py`.
 """

@@ -1,7 +1,7 @@
-"""Checkpoints, saved asynchronously with Orbax: the latest ones, and the best on the validation split.
+"""Save and restore checkpoints with Orbax, asynchronously; keep the latest ones and the best by a validation metric.
 
-A checkpoint holds the items `params`, `ema_params` and `opt_state` of a step, separately, so that the weights can be
-read without the optimizer and onto any mesh.
+A checkpoint stores `params`, `ema_params` and `opt_state` as separate items, so that the weights can be read without
+the optimizer state and onto any device mesh.
 """
 
 import json
@@ -19,16 +19,16 @@ from ilm_jax.distributed import processes
 from ilm_jax.types import UserError
 
 ITEMS = ('params', 'ema_params', 'opt_state')
-TRANSIENT = (  # words of errors that say nothing about the checkpoint itself
+TRANSIENT = (  # substrings of read errors that do not mean that the checkpoint is damaged
   'RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'Input/output error',
 )  # fmt: skip
 
 
 class ShapeError(UserError):
-  """The arrays of a checkpoint do not have the shapes of the model.
+  """Error: the arrays of a checkpoint do not have the shapes that the model needs.
 
   Attributes:
-    difference: the message without advice on what to do, for callers that give their own.
+    difference: the error message without its advice to the user, for callers that append other advice.
   """
 
   def __init__(self, difference: str):
@@ -37,17 +37,17 @@ class ShapeError(UserError):
 
 
 class Checkpoints:
-  """The checkpoints of a workdir."""
+  """Save, list and restore the checkpoints of a run in its workdir."""
 
   def __init__(self, workdir, *, keep: int = 2, metric: str = 'exact_match', mode: str = 'max', read_only=False):
-    """Open the folder of the checkpoints; unless read_only, create it and remove incomplete files.
+    """Open the checkpoint folder of a run; unless read_only, create the folder and remove incomplete files.
 
     Args:
       workdir: the folder of the run, local or in a bucket.
-      keep: number of latest checkpoints to keep.
-      metric: validation metric that decides which checkpoint is best; the best one is kept too.
+      keep: number of most recent checkpoints to keep.
+      metric: validation metric that decides which checkpoint is best; the best checkpoint is also kept.
       mode: whether the maximum ('max') or the minimum ('min') of the metric is best.
-      read_only: whether to never write or delete anything.
+      read_only: if True, nothing is written or deleted.
     """
     self.folder = epath.Path(workdir).resolve() / 'checkpoints'  # Orbax accepts absolute paths only
     self.metric, self.mode = metric, mode
@@ -65,9 +65,9 @@ class Checkpoints:
     policies = [checkpoint_managers.LatestN(keep), best]
     verbosity = logging.get_verbosity()
     if read_only:
-      logging.set_verbosity(logging.ERROR)  # hides Orbax's warning that nothing will be written
+      logging.set_verbosity(logging.ERROR)  # hides Orbax's warning about read-only mode
     options = ocp.CheckpointManagerOptions(
-      best_fn=score,  # Orbax writes metrics only if this is given
+      best_fn=score,  # without `best_fn`, Orbax would not write the metrics
       preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
       create=not read_only,
       read_only=read_only,
@@ -79,7 +79,7 @@ class Checkpoints:
     logging.set_verbosity(verbosity)
 
   def _remove_incomplete_files(self) -> None:
-    """Remove incomplete checkpoints and metrics, which a killed process or a full disk leaves behind."""
+    """Remove incomplete checkpoints and metrics files that a killed process or a full disk has left behind."""
     if not self.folder.exists():
       return
     for path in self.folder.glob('*orbax-checkpoint-tmp*'):
@@ -105,13 +105,13 @@ class Checkpoints:
       return None
 
   def find(self, which) -> int:
-    """Return the step of a checkpoint.
+    """Return the step of the best, the latest or a given checkpoint.
 
     Args:
-      which: 'latest', a step, or 'best'; 'best' is the latest one if no checkpoint has metrics.
+      which: 'latest', a step, or 'best'; if no checkpoint has metrics, 'best' means the latest checkpoint.
 
     Raises:
-      UserError: there is no such checkpoint.
+      UserError: the checkpoint does not exist.
     """
     steps = self.steps()
     if not steps:
@@ -133,9 +133,9 @@ class Checkpoints:
     return step
 
   def save(self, step: int, state, metrics: dict | None = None) -> None:
-    """Start saving a state with its validation metrics.
+    """Start saving a training state with its validation metrics, asynchronously.
 
-    If the step is already saved, the state is not saved again; its metrics are added if it has none.
+    If this step already has a checkpoint, only the metrics are added to it, unless it already has metrics.
     """
     if step in self.steps():
       if metrics:
@@ -148,7 +148,7 @@ class Checkpoints:
   def _add_metrics(self, step: int, metrics: dict) -> None:
     self._manager.wait_until_finished()
     has_metrics = self.metrics(step) is not None
-    processes.barrier('metrics read')  # every process must look before the first one writes
+    processes.barrier('metrics read')  # no process may write metrics until all have checked whether metrics exist
     if has_metrics:
       return
     path = self.folder / str(step) / 'metrics' / 'metrics'
@@ -163,8 +163,8 @@ class Checkpoints:
   def check(self) -> None:
     """Raise UserError if an asynchronous save has failed.
 
-    Orbax's `check_for_errors` clears the error before its finalizing thread sees it, and that thread would then delete
-    older checkpoints; so this waits for saves that have ended instead.
+    This waits for saves that have ended, which raises their errors. Orbax's `check_for_errors` would clear an error
+    before Orbax's finalizing thread sees it, and that thread would then delete older checkpoints.
     """
     if not self._manager.is_saving_in_progress():
       self.wait()
@@ -174,11 +174,11 @@ class Checkpoints:
     self._guard(self._manager.wait_until_finished)
 
   def close(self) -> None:
-    """Wait until all saves have ended, and stop Orbax's threads."""
+    """Wait until all saves have ended, then stop Orbax's background threads."""
     self._guard(self._manager.close)
 
   def _guard(self, call):
-    """Return call(); raise any error as a UserError that names the last complete checkpoint."""
+    """Return call(); convert any exception to a UserError that names the last complete checkpoint."""
     try:
       return call()
     except Exception as error:  # Orbax raises OSError, ValueError and its own error types
@@ -188,7 +188,7 @@ class Checkpoints:
       ) from error
 
   def last_complete(self) -> str:
-    """Wait for a save in progress; return a phrase that names the last complete checkpoint, for error messages."""
+    """Wait for a save in progress, then return a phrase for error messages that names the last complete checkpoint."""
     try:
       self._manager.wait_until_finished()
     except Exception as error:
@@ -200,7 +200,7 @@ class Checkpoints:
   # --- reading ---
 
   def restore(self, step: int, item: str, abstract):
-    """Read one item of a checkpoint.
+    """Read one item of a checkpoint (parameters, averaged parameters or optimizer state).
 
     Args:
       step: step of the checkpoint.
@@ -208,27 +208,27 @@ class Checkpoints:
       abstract: shapes, dtypes and shardings of the arrays to return.
 
     Raises:
-      ShapeError: the saved arrays have other shapes.
+      ShapeError: the saved arrays have different shapes than `abstract`.
     """
     self._check_shapes(step, item, abstract)
     args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
     return self._manager.restore(step, args=args)[item]
 
   def has(self, step: int, item: str) -> bool:
-    """Return whether the checkpoint of a step holds an item."""
+    """Return whether the checkpoint of a step contains an item, such as 'ema_params'."""
     return (self.folder / str(step) / item).exists()
 
   def restore_latest(self, abstract_state):
-    """Return the latest state that can be read, or None if there is none.
+    """Return the training state of the latest readable checkpoint, or None if no checkpoint can be read.
 
-    A damaged checkpoint is moved to `damaged-checkpoint-STEP` in the workdir, with a warning, and the one before it is
-    read.
+    A damaged checkpoint is moved to `damaged-checkpoint-STEP` in the workdir, with a warning; then the previous
+    checkpoint is read.
 
     Args:
       abstract_state: shapes, dtypes and shardings of the state.
 
     Raises:
-      UserError: reading failed for a reason that may pass, such as missing permissions; or the shapes differ.
+      UserError: reading failed for a reason that may be temporary, such as a network error; or the shapes differ.
     """
     for step in reversed(self.steps()):
       state, damage = None, None
@@ -255,21 +255,21 @@ class Checkpoints:
     return None
 
   def _set_aside(self, step: int, why: str) -> None:
-    """Move a damaged checkpoint out of the folder of the checkpoints, so that it is neither read nor deleted."""
+    """Move a damaged checkpoint out of the checkpoint folder, so that it is neither read again nor deleted."""
     earlier = len(list(self.folder.parent.glob(f'damaged-checkpoint-{step}*')))
     aside = self.folder.parent / (f'damaged-checkpoint-{step}' + (f'-{earlier + 1}' if earlier else ''))
     logging.warning('moved the damaged checkpoint of step %d to %s (%s)', step, aside, why)
     (self.folder / str(step)).rename(aside)
 
   def restore_weights(self, step: int, abstract_params):
-    """Return the weights to evaluate: the moving average if the checkpoint has one, else the parameters.
+    """Return the weights of a checkpoint for evaluation: their moving average if it was saved, else the parameters.
 
     Args:
       step: step of the checkpoint.
       abstract_params: shapes, dtypes and shardings of the parameters.
 
     Raises:
-      UserError: the checkpoint is damaged, or has other shapes.
+      UserError: the checkpoint is damaged, or its arrays have different shapes.
     """
     try:
       return self.restore(step, 'ema_params' if self.has(step, 'ema_params') else 'params', abstract_params)
@@ -286,7 +286,7 @@ class Checkpoints:
     metadata = self._manager.item_metadata(step)
     metadata = metadata.get(item) if metadata is not None else None
     if metadata is None:
-      return  # the metadata cannot be read; `restore` will raise an error that says why
+      return  # the metadata cannot be read; `restore` will fail and report the reason
     saved, wanted = _shapes(metadata), _shapes(abstract)
     for name in sorted(saved.keys() | wanted.keys()):
       if saved.get(name) != wanted.get(name):
@@ -297,21 +297,21 @@ class Checkpoints:
 
 
 def is_transient(error: Exception) -> bool:
-  """Return whether a read error may be unrelated to the data: no memory, no permission, a failing network or disk."""
+  """Return whether a read error may be temporary (memory, permissions, network or disk), so the data may be intact."""
   if isinstance(error, MemoryError) or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError)):
     return True
   return any(word in str(error) for word in TRANSIENT)
 
 
 def reason(error: Exception) -> str:
-  """Return a one-line description of an error: the operating system's message if there is one, else type and text."""
+  """Return a one-line description of an exception: the operating system's message if any, else its type and text."""
   text = ' '.join(str(error).split())
   system = re.search(r"([^:]+) \[os_error_code='\d+'\]", text)
   return system[1].strip() if system else f'{type(error).__name__}: {text[:200]}'
 
 
 def _shapes(tree) -> dict[str, tuple]:
-  """Return path -> shape of a tree; a path reads the same for lists, tuples, dicts and named tuples."""
+  """Return {path: shape} for all arrays of a tree; lists, tuples, dicts and named tuples give the same paths."""
   out = {}
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     shape = getattr(leaf, 'shape', None)

@@ -1,6 +1,6 @@
-"""TensorBoard event files of a run: written through CLU, read back, and cut when a run resumes.
+"""Write TensorBoard event files with CLU, read them, and truncate them when a run resumes from a checkpoint.
 
-CLU's own summary writer needs TensorFlow. Without TensorFlow, a writer over tensorboardX replaces it.
+CLU's own summary writer needs TensorFlow. If TensorFlow is not installed, a writer based on tensorboardX replaces it.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from etils import epath
 
 
 def _import_clu():
-  """Return CLU's modules (metric_writers, periodic_actions), with our SummaryWriter if there is no TensorFlow."""
+  """Import CLU without TensorFlow, if necessary; return its modules (metric_writers, periodic_actions)."""
   name = 'clu.metric_writers.summary_writer'
   if importlib.util.find_spec('tensorflow') is None and name not in sys.modules:
     module = types.ModuleType(name)
@@ -29,13 +29,13 @@ def _import_clu():
 
 
 class SummaryWriter:
-  """The methods of CLU's MetricWriter that a run uses; they write at once, and CLU calls them in a thread."""
+  """Replacement for CLU's TensorFlow writer. Its methods write synchronously; CLU calls them in a background thread."""
 
   def __init__(self, logdir: str):
     from tensorboardX.event_file_writer import EventsWriter
 
     epath.Path(logdir).mkdir(parents=True, exist_ok=True)
-    # The suffix makes the names of two files differ that were started within the same second.
+    # The suffix keeps file names unique if two event files are started within the same second.
     self._events = EventsWriter(os.path.join(logdir, 'events'), f'.{os.getpid()}.{time.time_ns() % 10**9}')
 
   def _write(self, step: int, summary):
@@ -75,18 +75,18 @@ class SummaryWriter:
 
 
 def make_writer(workdir, *, silent: bool = False):
-  """Return CLU's asynchronous writer to the console and to event files.
+  """Return a CLU metric writer that writes to the console and, asynchronously, to event files.
 
   Args:
     workdir: folder of the event files.
-    silent: whether to write no event files, as all processes but the first must.
+    silent: if True, write no event files; only the first process of a run writes them.
   """
   metric_writers, _ = _import_clu()
   return metric_writers.create_default_writer(None if silent else str(workdir), just_logging=silent)
 
 
 def make_progress(writer, steps: int, every_seconds: float):
-  """Return CLU's ReportProgress, which logs steps per second and the remaining time."""
+  """Return CLU's ReportProgress hook, which logs training steps per second and the remaining time."""
   _, periodic_actions = _import_clu()
   return periodic_actions.ReportProgress(num_train_steps=steps, writer=writer, every_secs=every_seconds)
 
@@ -95,12 +95,12 @@ def make_progress(writer, steps: int, every_seconds: float):
 
 
 def read_records(path):
-  """Yield (event, byte offset after its record) for each record of an event file; skip an incomplete last record."""
+  """Yield (event, byte offset of the end of its record) for each event in a file; skip an incomplete last record."""
   from google.protobuf.message import DecodeError
   from tensorboardX.proto.event_pb2 import Event
 
   data, start = epath.Path(path).read_bytes(), 0
-  while start + 12 <= len(data):  # 8 bytes of size, 4 of checksum, the event, 4 of checksum
+  while start + 12 <= len(data):  # record: size (8 bytes), its checksum (4), the event, its checksum (4)
     (size,) = struct.unpack_from('<Q', data, start)
     end = start + 12 + size + 4
     if end > len(data):
@@ -113,18 +113,18 @@ def read_records(path):
 
 
 def forget_after(workdir, step: int, *, validated: bool = True) -> None:
-  """Remove from the event files everything written after `step`, because those steps will be run and written again.
+  """Remove the events after `step` from the event files of a run that resumes at `step` and will write them again.
 
-  For step 0, all event files are removed: the hyperparameters will be written again, too.
+  For step 0, all event files are deleted, because the hyperparameters will be written again as well.
 
   Args:
     workdir: the folder of the run.
     step: the step that training resumes from.
-    validated: whether the checkpoint of `step` holds its validation metrics; if not, the events of that evaluation are
-      removed too.
+    validated: whether the checkpoint of `step` contains validation metrics; if not, the validation at `step` will be
+      repeated, so its events are removed too.
   """
   for path in sorted(epath.Path(workdir).glob('events.out.tfevents.*')):
-    keep = 0  # bytes of the file to keep
+    keep = 0  # number of bytes of the event file to keep
     for event, end in read_records(path):
       unsaved = not validated and any(value.tag.startswith('validation/') for value in event.summary.value)
       if event.step > step or step == 0 or (event.step == step and unsaved):
@@ -140,7 +140,7 @@ def forget_after(workdir, step: int, *, validated: bool = True) -> None:
 
 
 def read_scalars(workdir) -> dict[str, list[tuple[int, float]]]:
-  """Return the scalars of all event files of a run: name -> [(step, value), ...] in order of writing."""
+  """Return the logged scalars of a run as {name: [(step, value), ...]}, in the order in which they were written."""
   out = {}
   for path in sorted(epath.Path(workdir).glob('events.out.tfevents.*')):
     for event, _ in read_records(path):
@@ -153,7 +153,7 @@ def read_scalars(workdir) -> dict[str, list[tuple[int, float]]]:
 
 
 def wall_seconds(workdir) -> float:
-  """Return the seconds a run took: the sum over event files, one per start, from first to last remaining record."""
+  """Return the seconds a run took: time from first to last event, summed over its event files (one for each start)."""
   total = 0.0
   for path in sorted(epath.Path(workdir).glob('events.out.tfevents.*')):
     times = [event.wall_time for event, _ in read_records(path)]

@@ -1,6 +1,6 @@
-"""run.json of a run (its config, and the machine and code of each start), and configs as plain dictionaries.
+"""Read and write run.json (the config of a run and a record of each start); convert configs to plain dictionaries.
 
-Settings that were renamed after a run was started are read under their new names (`RENAMED`).
+When the run.json of an older run is read, settings that were renamed since get their new names (see `RENAMED`).
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from ilm_jax.types import UserError
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ('ilm_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'clu', 'ml-collections', 'numpy')
 
-RENAMED = {  # former name of a setting -> its present name
+RENAMED = {  # former name of a config setting -> its current name
   'hosts.start_seconds': 'distributed.initialization_timeout',
   'hosts.heartbeat_seconds': 'distributed.heartbeat_timeout',
   'data.workers': 'data.num_workers',
@@ -42,14 +42,14 @@ RENAMED = {  # former name of a setting -> its present name
 
 
 def migrate(config: dict) -> dict:
-  """Return a config with former names of settings replaced by their present names."""
+  """Return the config of an older run with renamed settings under their current names."""
   flat = flatten(config)
   renamed = {RENAMED.get(name, name): value for name, value in flat.items()}
   return config if renamed.keys() == flat.keys() else unflatten(renamed)
 
 
 def as_json(cfg) -> dict:
-  """Return a config as nested dictionaries that JSON can hold; tuples become lists."""
+  """Convert a config to nested dictionaries that can be stored as JSON; tuples become lists."""
   return {
     key: as_json(value) if isinstance(value, ConfigDict) else list(value) if isinstance(value, tuple) else value
     for key, value in ((key, cfg[key]) for key in cfg)
@@ -57,7 +57,7 @@ def as_json(cfg) -> dict:
 
 
 def flatten(tree: dict, prefix: str = '') -> dict:
-  """Return nested dictionaries as one dictionary with dotted names; `prefix` is put before each name."""
+  """Flatten nested dictionaries into one with dotted keys ('model.depth'), each preceded by `prefix`."""
   out = {}
   for key, value in tree.items():
     out |= flatten(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
@@ -65,7 +65,7 @@ def flatten(tree: dict, prefix: str = '') -> dict:
 
 
 def unflatten(flat: dict) -> dict:
-  """Return the nested dictionary of dotted names: the inverse of `flatten`."""
+  """Convert a dictionary with dotted keys to nested dictionaries; the inverse of `flatten`."""
   out = {}
   for name, value in flat.items():
     *path, last = name.split('.')
@@ -77,32 +77,32 @@ def unflatten(flat: dict) -> dict:
 
 
 def read_config(workdir):
-  """Return the config of the run in a workdir, as nested dictionaries; raise UserError if there is no run."""
+  """Return the config of the run in a workdir, as nested dictionaries; raise UserError without a valid run.json."""
   path = epath.Path(workdir) / 'run.json'
   if not path.exists():
     raise UserError(f'{workdir}: expected the workdir of a run, but there is no run.json in it')
   run = parse_run(path.read_text()) or {'config': {}}
   if not {'family', 'task', 'model', 'sampling', 'loss', 'eval'} <= run['config'].keys():
-    raise UserError(f'{path} is not what a run writes: expected JSON with the config of the run')
+    raise UserError(f'{path} is not a valid run.json: expected JSON with the config of the run')
   return run['config']
 
 
 def commit() -> str:
-  """Return the git commit of this package, followed by `+changes` if files differ; 'unknown' outside its repository."""
+  """Return the git commit of this code, with `+changes` if files were modified; 'unknown' outside its repository."""
 
   def git(*args):
     return subprocess.run(['git', '-C', str(PACKAGE), *args], capture_output=True, text=True, check=True).stdout.strip()
 
   try:
     if os.path.realpath(git('rev-parse', '--show-toplevel')) != os.path.realpath(PACKAGE.parent):
-      return 'unknown'  # the package is installed inside the repository of another project
+      return 'unknown'  # this package is installed inside the git repository of another project
     return git('rev-parse', 'HEAD') + ('+changes' if git('status', '--porcelain', '--untracked-files=no') else '')
   except (OSError, subprocess.CalledProcessError):
     return 'unknown'
 
 
 def code() -> dict[str, str]:
-  """Return what must be equal in all processes of a run: commit, a hash of the package's files, library versions."""
+  """Return the commit, a hash of the source files and library versions, which must be equal in all processes."""
   files = hashlib.sha256()
   for path in sorted(PACKAGE.rglob('*.py')):
     files.update(f'{path.relative_to(PACKAGE)}\n{path.stat().st_size}\n'.encode() + path.read_bytes())
@@ -114,7 +114,7 @@ def code() -> dict[str, str]:
 
 
 def version(name: str) -> str:
-  """Return the version of an installed package, or 'unknown'."""
+  """Return the version of an installed package; 'unknown' if it is not installed."""
   try:
     return metadata.version(name)
   except metadata.PackageNotFoundError:
@@ -128,10 +128,10 @@ def command_line() -> list[str]:
 
 
 def describe_start(step: int) -> dict:
-  """Return the record of one start of a run in run.json: time, code, command, hardware, versions.
+  """Return the record of a start of a run, for run.json: time, commit, command, hardware and package versions.
 
   Args:
-    step: the step that this start continues from.
+    step: the training step from which the run continues; 0 for a new run.
   """
   import jax
 
@@ -151,7 +151,7 @@ def describe_start(step: int) -> dict:
 
 
 def parse_run(text: str) -> dict | None:
-  """Return the content of a run.json, its config under present names of settings, or None if it is malformed."""
+  """Parse the text of a run.json and update renamed settings in its config; return None if the text is malformed."""
   try:
     run = json.loads(text)
     if not isinstance(run['config'], dict) or not isinstance(run['starts'], list):
@@ -162,18 +162,18 @@ def parse_run(text: str) -> dict | None:
 
 
 def read_run(workdir) -> dict | None:
-  """Return the content of the run.json of a workdir; None, with a warning if it is malformed, if there is none."""
+  """Return the content of a workdir's run.json; None if the file is missing or, with a warning, if it is malformed."""
   path = epath.Path(workdir) / 'run.json'
   if not path.exists():
     return None
   run = parse_run(path.read_text())
   if run is None:
-    logging.warning('ignored %s, which is not what a run writes', path)
+    logging.warning('ignored %s, which is malformed: not the run.json of a run', path)
   return run
 
 
 def write_json(path, value) -> None:
-  """Write a JSON file atomically: a reader sees the old file or the new one."""
+  """Write a JSON file atomically, so that readers see either the complete old file or the complete new one."""
   path = epath.Path(path)
   part = path.parent / f'.{path.name}.{os.getpid()}.part'
   part.write_text(json.dumps(value, indent=2) + '\n')

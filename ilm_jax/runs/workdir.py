@@ -1,4 +1,4 @@
-"""The lock on the folder of a run, and the settings that must not change between two starts of a run."""
+"""Lock the workdir of a run, and check that settings such as the model or the seed do not change when it resumes."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,7 @@ from ilm_jax.runs.run_file import as_json, flatten
 from ilm_jax.types import UserError
 
 IDENTITY = ('family', 'task', 'model', 'seed')  # sections of the config that must not change when a run resumes
-FREE = (  # settings of those sections that may change when a run resumes
+FREE = (  # settings within the IDENTITY sections that may still change when a run resumes
   *('task.num_validation', 'task.num_test', 'task.label', 'task.num_workers', 'task.cache'),
   *('task.corpus', 'task.tokenizer.path', 'model.remat', 'model.scan_layers'),
 )
@@ -21,11 +21,11 @@ FREE = (  # settings of those sections that may change when a run resumes
 
 @contextlib.contextmanager
 def claim(workdir, cfg):
-  """Context manager: create the workdir and lock it against other processes.
+  """Context manager: create the workdir of a run and lock it against other processes.
 
   Raises:
-    UserError: the workdir cannot be written, another process uses it, or it holds a different run. Nothing has been
-      overwritten then.
+    UserError: the workdir is not writable, another process uses it, or it contains a different run. No existing file is
+      overwritten in these cases.
   """
   path = epath.Path(workdir)
   with contextlib.ExitStack() as held:
@@ -48,7 +48,7 @@ def claim(workdir, cfg):
 
 @contextlib.contextmanager
 def _writable(workdir):
-  """Context manager: raise OSError as a UserError that asks for another workdir."""
+  """Context manager: convert an OSError to a UserError that asks for another workdir."""
   try:
     yield
   except OSError as error:
@@ -69,7 +69,7 @@ def lock(workdir):
   except BlockingIOError:
     os.close(folder)
     raise UserError(f'another process is training in {workdir}: wait for it, or give another --workdir') from None
-  except OSError as error:  # some network file systems have no locks
+  except OSError as error:  # some network file systems do not support locks
     logging.warning('%s cannot be locked (%s): make sure that no other process trains there', workdir, error.strerror)
   try:
     yield
@@ -79,7 +79,7 @@ def lock(workdir):
 
 @contextlib.contextmanager
 def explain_write_errors(workdir):
-  """Context manager: raise OSError as a UserError that asks to make room and start again."""
+  """Context manager: convert an OSError to a UserError that asks the user to free disk space and start again."""
   try:
     yield
   except OSError as error:
@@ -89,12 +89,12 @@ def explain_write_errors(workdir):
 
 
 def check_same_run(workdir, cfg) -> None:
-  """Raise UserError if the workdir holds a run of another family, task, model or seed; warn about other changes."""
+  """Raise UserError if the run in the workdir has another family, task, model or seed; warn about other changes."""
   run = run_file.read_run(workdir)
   if run is None:
     return
   old, new = flatten(run['config']), flatten(as_json(cfg))
-  common = (old.keys() & new.keys()) - set(FREE)  # old runs lack settings that were added later
+  common = (old.keys() & new.keys()) - set(FREE)  # the run.json of an older run lacks settings that were added since
   changed = [key for key in sorted(common) if old[key] != new[key]]
   for section in IDENTITY:
     for key in changed:
@@ -110,4 +110,4 @@ def check_same_run(workdir, cfg) -> None:
       'cannot be added or removed during a run; give another --workdir'
     )
   for key in changed:
-    logging.warning('this start changes %s from %s to %s', key, old.get(key), new.get(key))
+    logging.warning('this start of the run changes %s from %s to %s', key, old.get(key), new.get(key))

@@ -1,4 +1,4 @@
-"""Training: the parts that a config names (`experiment.py`), one update (`train_step.py`), and the loop (`loop.py`).
+"""Training: build model, task and mesh (`experiment.py`), the update step (`train_step.py`), and the loop (`loop.py`).
 
-May import every room except `aot`. Start with `train_step.py`, then `loop.py`.
+May import every package of `ilm_jax` except `aot`. Read `train_step.py` first, then `loop.py`.
 """

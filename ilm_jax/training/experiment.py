@@ -1,4 +1,4 @@
-"""Build and check what a config names: family, task, model, mesh. Training and evaluation start here."""
+"""Build the family, task, model and mesh that a config specifies, and check the config, for training and evaluation."""
 
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from ilm_jax.types import UserError
 
 
 class Experiment(NamedTuple):
-  """The parts that a config names and that training and evaluation share."""
+  """The objects built from a config that training and evaluation share."""
 
   cfg: ConfigDict
   family: Any
@@ -30,7 +30,7 @@ class Experiment(NamedTuple):
   mesh: jax.sharding.Mesh
 
 
-MINIMUM = {  # setting -> its smallest allowed value
+MINIMUM = {  # config setting -> its smallest allowed value
   'seed': 0, 'steps': 1, 'keep': 1, 'log_every': 0, 'checkpoint_every': 0, 'report_seconds': 0,
   'task.seed': 0, 'task.num_train': 0, 'task.num_validation': 1, 'task.num_test': 1,
   'loss.vocab_chunk': 1, 'loss.stop_weight': 0,
@@ -44,17 +44,17 @@ MINIMUM = {  # setting -> its smallest allowed value
 
 
 def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> Experiment:
-  """Build the parts that a config names, and check that they fit together.
+  """Build the family, task, model and mesh that a config specifies, and check that they fit together.
 
   Args:
-    cfg: the config; the task may record in its section what it found (the fingerprint of a tokenizer).
-    workdir: the folder of the run; a task may read its own files there.
+    cfg: the config; the task may write results into its section, such as the fingerprint of the tokenizer.
+    workdir: the folder of the run, where a task may read files that it saved, such as the tokenizer.
     devices: the devices of the mesh; all devices by default.
-    vocab_size: size of the vocabulary, to build without a tokenizer and without data: the result can be compiled, but
+    vocab_size: size of the vocabulary. If given, no tokenizer and no data are loaded; the result can be compiled but
       not trained.
 
   Raises:
-    UserError: a setting is wrong, or two of them do not fit; nothing has been computed or written by then.
+    UserError: a setting is invalid, or two settings contradict each other. Nothing has been computed or written then.
   """
   check_ranges(cfg)
   optimizer.make_schedule(cfg.optimizer, cfg.steps)
@@ -85,7 +85,7 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
 
 
 def check_ranges(cfg) -> None:
-  """Raise UserError if a number of the config is below its minimum, or `eval.checkpoint` names no checkpoint."""
+  """Raise UserError if a number in the config is below its minimum, or if `eval.checkpoint` is malformed."""
   values = flatten(as_json(cfg))
   for name, minimum in MINIMUM.items():
     if values.get(name) is not None and values[name] < minimum:
@@ -96,7 +96,7 @@ def check_ranges(cfg) -> None:
 
 
 def check_choices(cfg, family, task) -> None:
-  """Raise UserError if an option of the loss or the evaluation is unknown, or the family or task does not have it."""
+  """Raise UserError if a loss or evaluation option is unknown, or if the family or the task does not support it."""
   if cfg.eval.score != 'none':
     family.check_score(cfg.eval.score or None, task.longest_answer(cfg.task))
   if cfg.loss.length_weight not in ('none', 'elbo'):
@@ -121,30 +121,30 @@ def check_model_settings(cfg, family, family_settings: dict, task) -> None:
   Args:
     cfg: the config.
     family: the family.
-    family_settings: the model settings that the family decides.
+    family_settings: the model settings that the family determines.
     task: the task.
   """
   if cfg.model.get('conditioning') not in (None, 'none') and 'conditioning' not in family_settings:
     raise UserError(
-      f'model.conditioning={cfg.model.conditioning!r}: the family {cfg.family} knows no noise level: leave it out'
+      f'model.conditioning={cfg.model.conditioning!r}: family={cfg.family} is not conditioned on noise: leave it out'
     )
   if cfg.model.get('open_gap_embedding'):
     if not family.open_gap_embedding:
       raise UserError(
-        f'model.open_gap_embedding=True: the family {cfg.family} has no open and closed gaps: leave it out'
+        f'model.open_gap_embedding=True: family={cfg.family} cannot close gaps to insertions: leave it out'
       )
     if not cfg.corrupt.close_prompt:
       raise UserError(
-        'model.open_gap_embedding=True needs corrupt.close_prompt=True: sampling closes the gaps of the prompt, so '
-        'training must close them too'
+        'model.open_gap_embedding=True needs corrupt.close_prompt=True: sampling inserts nothing into a prompt, so '
+        'training must close the gaps of the prompt too'
       )
     if not cfg.corrupt.infill_rate and task.score is None:
       logging.warning('model.open_gap_embedding=True has no effect with corrupt.infill_rate=0 in training on text: '
-                      'all gaps of a training example are open')  # fmt: skip
+                      'all gaps of a training example accept insertions')  # fmt: skip
 
 
 def check_batch_divides(cfg, mesh) -> None:
-  """Raise UserError if the batch does not divide into groups, hosts, devices and accumulation steps."""
+  """Raise UserError if the batch size is not divisible by the numbers of groups, hosts, devices or microbatches."""
   rows, parts = cfg.data.rows, cfg.optimizer.accumulation_steps
   pipeline.shape_of(cfg.data)  # raises UserError if the batch does not divide into groups
   pipeline.groups_of_process(cfg.data.groups, *sharding.process_shard(mesh))
@@ -156,18 +156,18 @@ def check_batch_divides(cfg, mesh) -> None:
 
 
 def check_examples_fit(cfg, family, task) -> None:
-  """Raise UserError if the longest example does not fit into one row, or its targets into the target list of a row."""
+  """Raise UserError if the longest example has more tokens or more loss targets than fit into one row of a batch."""
   shape = pipeline.shape_of(cfg.data)
   length, targets = family.sizes(cfg, task.longest(cfg.task), task.longest_answer(cfg.task))
   if shape.length < length:
     raise UserError(f'data.row_length={shape.length} is shorter than the longest example, {length} tokens: raise it')
   if shape.targets < targets:
     raise UserError(
-      f'data.targets={shape.targets} is less than the targets of the longest example, {targets}: raise it'
+      f'data.targets={shape.targets} is less than the {targets} loss targets of the longest example: raise it'
     )
 
 
 def mean_length_weight(cfg, family, source, examples: int = 1_000) -> float:
-  """Return the mean of 1 + the number of free tokens over the first training examples, as the family corrupts them."""
+  """Return the mean of (1 + number of tokens to generate) over the first training examples, after corruption."""
   made = (family.corrupt(np.random.default_rng(i), source[i], cfg.corrupt) for i in range(min(examples, len(source))))
   return float(np.mean([1 + example['free'] for example in made]))

@@ -1,4 +1,4 @@
-"""The evaluation of a run on its test split: eval.json, and the summary on the console."""
+"""Evaluate a run on the test split, write eval.json, and print a summary."""
 
 import time
 
@@ -24,10 +24,10 @@ def report(exp: Experiment, workdir, saved, step: int, abstract: TrainState, eva
     exp: the experiment.
     workdir: the folder of the run.
     saved: the checkpoints of the run.
-    step: the checkpoint to evaluate.
+    step: training step of the checkpoint to evaluate.
     abstract: shapes and shardings of the state.
     evaluator: the evaluator of the run.
-    signals: a signal ends the evaluation early, without a result.
+    signals: received signals; any signal ends the evaluation early, without a result.
 
   Returns:
     The exit code.
@@ -100,7 +100,7 @@ def print_result(exp: Experiment, workdir, result: dict, scores, judged: dict | 
 
 
 def judge(cfg, samples, source) -> dict | None:
-  """Score sampled texts, and as many texts of the test split, with the model `eval.perplexity_model`.
+  """Score sampled texts and equally many test texts with the scoring model that `eval.perplexity_model` names.
 
   Args:
     cfg: the config.
@@ -108,7 +108,7 @@ def judge(cfg, samples, source) -> dict | None:
     source: the test split.
 
   Returns:
-    {'samples': statistics, 'test': statistics, ...}, or None if the config names no such model.
+    {'samples': statistics, 'test': statistics, ...}, or None if the config names no scoring model.
   """
   if not cfg.eval.get('perplexity_model', ''):
     return None
@@ -122,13 +122,13 @@ def judge(cfg, samples, source) -> dict | None:
 
 
 def is_finished(cfg, saved) -> bool:
-  """Return whether the run made its last step or reached its goal."""
+  """Return whether the run has completed its last training step or reached its goal `cfg.stop_at`."""
   latest = saved.find('latest')
   return latest >= cfg.steps or reached_goal(cfg, saved.metrics(latest))
 
 
 def reached_goal(cfg, metrics: dict | None) -> bool:
-  """Return whether `cfg.eval.metric`, among these validation metrics, has reached the goal `cfg.stop_at`."""
+  """Return whether the value of `cfg.eval.metric` in the validation metrics has reached the goal `cfg.stop_at`."""
   value = (metrics or {}).get(cfg.eval.metric)
   if not cfg.stop_at or value is None:
     return False

@@ -1,4 +1,4 @@
-"""Train a run, resumable bitwise from its last checkpoint, or evaluate it: one loop for all families and tasks."""
+"""The training loop of all families and tasks, resumable bitwise from the last checkpoint; and evaluation of a run."""
 
 import contextlib
 import time
@@ -25,24 +25,24 @@ from ilm_jax.types import UserError
 
 
 def train(cfg, workdir) -> int:
-  """Train until the last step, the goal (`cfg.stop_at`) or a signal; a finished run is evaluated on the test split.
+  """Train until the last step, the goal `cfg.stop_at` or a signal; then evaluate a finished run on the test split.
 
   Args:
     cfg: the config.
-    workdir: the folder of the run; training resumes from its latest checkpoint, if it has one.
+    workdir: the folder of the run; if it contains checkpoints, training resumes from the latest one.
 
   Returns:
-    The exit code, see `training.signals`.
+    The exit code of the process; see `training.signals`.
 
   Raises:
-    UserError: the config or the workdir cannot be used, or the loss is not finite.
+    UserError: the config or the workdir is invalid, or the loss became infinite or NaN.
   """
   with Signals() as signals:
     exp = build_on_all(cfg, workdir, 'train')
     if cfg.init_from and not any(epath.Path(workdir).glob('checkpoints/*')):
       with processes.raise_on_all():
         warm_start.check_same_tokenizer(cfg.init_from, cfg)
-      # Read the weights once now, so that a wrong `init_from` fails before the workdir is created.
+      # Read the initial weights once here, so that a wrong `init_from` fails before the workdir is created.
       warm_start.load_weights(cfg.init_from, transformer.abstract_params(exp.model_cfg, exp.mesh))
     evaluator = make_evaluator(exp)
     with claim(workdir, cfg):
@@ -69,7 +69,7 @@ def evaluate_run(cfg, workdir) -> int:
 
 
 def build_on_all(cfg, workdir, mode: str) -> Experiment:
-  """Build the experiment; all processes must have the same code, config and mode, and share the workdir."""
+  """Build the experiment in every process; raise if their code, config or mode differ or the workdir is not shared."""
   with processes.raise_on_all():
     exp = build(cfg, workdir)
   processes.agree({**run_file.code(), 'mode': mode, 'workdir': str(workdir), **flatten(as_json(cfg))})
@@ -78,7 +78,7 @@ def build_on_all(cfg, workdir, mode: str) -> Experiment:
 
 
 def agree_on_checkpoints(found) -> None:
-  """Raise PeerLost if the processes see different checkpoints, as a slow network file system may let them."""
+  """Raise PeerLost if the processes see different checkpoints, which a slow network file system can cause."""
   processes.agree(
     {'checkpoints': found}, processes.PeerLost, 'not all processes see the same workdir yet: start all of them again'
   )
@@ -90,7 +90,7 @@ def make_evaluator(exp: Experiment) -> evaluate.Evaluator:
 
 
 def _train(exp: Experiment, workdir, signals: Signals, evaluator: evaluate.Evaluator) -> int:
-  """Restore or create the state, run the loop, and evaluate a finished run; return the exit code."""
+  """Restore or create the training state, run the training loop, evaluate a finished run; return the exit code."""
   cfg = exp.cfg
   tx, schedule = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
   state, abstract = init_state(exp, tx)
@@ -120,7 +120,7 @@ def _train(exp: Experiment, workdir, signals: Signals, evaluator: evaluate.Evalu
     code = loop.run(state, start)
     writer.flush()
   except Exception as error:
-    with contextlib.suppress(Exception):  # the first error is the one to report
+    with contextlib.suppress(Exception):  # the original error is the one to report
       writer.flush()
     if 'AsyncError' in type(error).__name__:
       raise UserError(
@@ -136,11 +136,11 @@ def _train(exp: Experiment, workdir, signals: Signals, evaluator: evaluate.Evalu
 
 
 def log_sizes(exp: Experiment, state: TrainState) -> None:
-  """Log the size of the model, and the size and placement of the state; warn if sampling.max_length is too small."""
+  """Log the model size and the placement of the training state on devices; warn if sampling.max_length is too small."""
   cfg = exp.cfg
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
   bytes_per_device = sum(map(sharding.bytes_per_device, jax.tree.leaves(state)))
-  logging.info('%s on %s: %s parameters, mesh %s, a state of %.1f MB on each device', cfg.family, cfg.task.name,
+  logging.info('%s on %s: %s parameters, mesh %s, training state of %.1f MB per device', cfg.family, cfg.task.name,
                f'{parameters:,}', dict(exp.mesh.shape), bytes_per_device / 1e6)  # fmt: skip
   for line in sharding.describe_placement(state) if exp.mesh.size > 1 else ():
     logging.info('%s', line)
@@ -152,35 +152,35 @@ def log_sizes(exp: Experiment, state: TrainState) -> None:
 class Loop:
   """The training loop: steps, metrics, validation, checkpoints.
 
-  The metrics of a step are fetched after the next step was dispatched, so that the device never waits for the host.
+  The metrics of a step are fetched only after the next step is dispatched, so that the device never waits for the host.
   """
 
   def __init__(self, exp: Experiment, saved: checkpoint.Checkpoints, writer, evaluator, signals: Signals, step_fn):
-    """Prepare the loop.
+    """Prepare the training loop.
 
     Args:
       exp: the experiment.
-      saved: the checkpoints of the run, to save to.
+      saved: where checkpoints are saved.
       writer: a CLU metric writer.
-      evaluator: measures the validation metrics.
-      signals: says when to stop.
+      evaluator: computes the validation metrics.
+      signals: records signals that ask the run to stop.
       step_fn: the compiled training step, (state, batch) -> (state, metrics).
     """
     self.exp, self.cfg, self.saved, self.writer = exp, exp.cfg, saved, writer
     self.evaluator, self.signals, self.step_fn = evaluator, signals, step_fn
     self.progress = logs.make_progress(writer, self.cfg.steps, self.cfg.report_seconds)
-    self.pending = None  # metrics of the last dispatched step, on the device
-    self.sums = {}  # metrics since the last log line
+    self.pending = None  # metrics of the last dispatched step, not yet fetched from the device
+    self.sums = {}  # sums of the metrics since the last log line
     self.input_wait = 0.0  # seconds spent waiting for batches since the last log line
-    self.clock_start = time.monotonic()  # start of the time that rates refer to
+    self.clock_start = time.monotonic()  # start of the interval over which rates such as tokens per second are computed
 
   def run(self, state: TrainState, start: int) -> int:
-    """Run the steps after `start`, up to `cfg.steps`; return the exit code."""
+    """Run training steps `start` + 1 to `cfg.steps`; return the exit code."""
     cfg = self.cfg
     if start == 0:
       self.writer.write_hparams(flatten(as_json(cfg)))
     metrics = self.saved.metrics(start) if start in self.saved.steps() else None
-    # A run that stopped during an evaluation makes up for it now.
+    # If the run was stopped during the validation at this step, that validation is repeated now.
     if start and metrics is None and (start == cfg.steps or is_due(cfg.eval.every, start)):
       metrics = self.evaluate(state, start)
       self.save(state, start, metrics)
@@ -209,7 +209,7 @@ class Loop:
         if last or is_due(cfg.eval.every, step):
           self.fetch_pending(step)
           if jax.process_count() > 1:
-            self.save(state, step, None)  # several processes cannot interrupt an evaluation
+            self.save(state, step, None)  # with several processes, an evaluation cannot be interrupted, so save first
           metrics = self.evaluate(state, step)
         stop = self.signals.agree_to_stop(step) or last or reached_goal(cfg, metrics)
         if metrics or stop or is_due(cfg.checkpoint_every, step):
@@ -224,7 +224,7 @@ class Loop:
     raise AssertionError('unreachable')
 
   def leave(self, step: int) -> int:
-    """Wait until the checkpoints are on disk; return the exit code."""
+    """Wait until all checkpoints are on disk; return the exit code of the run."""
     self.saved.wait()
     if self.signals.received():
       done = f'saved at step {step}' if step in self.saved.steps() else 'stopped before the first step'
@@ -233,7 +233,7 @@ class Loop:
     return FINISHED
 
   def fetch_pending(self, step: int) -> None:
-    """Fetch the pending metrics, those of `step`, and add them up; raise UserError if they are not finite."""
+    """Fetch the metrics of `step` from the device and add them to the sums; raise UserError if they are not finite."""
     if self.pending is None:
       return
     pairs, self.pending = jax.device_get(self.pending), None
@@ -242,13 +242,13 @@ class Loop:
     norms = pairs['gradient_norm'][0], pairs['update_norm'][0]
     if not np.isfinite([loss, *norms]).all():
       raise processes.raised_by_all(UserError(
-        f'step {step}: the loss is {loss}, the norm of the gradient {norms[0]}, of the update {norms[1]}: '
+        f'step {step}: the loss is {loss}, the gradient norm is {norms[0]}, the norm of the update {norms[1]}: '
         f'{self.saved.last_complete()} (in {self.saved.folder}); lower optimizer.learning_rate or optimizer.clip and '
         'start from there'
       ))  # fmt: skip
 
   def log(self, step: int) -> None:
-    """Write the means and rates since the last call to the event files and the console."""
+    """Write the mean metrics and the rates since the last call to the event files and the console."""
     now = time.monotonic()
     seconds = max(now - self.clock_start, 1e-9)
     values = metrics_lib.means(self.sums)
@@ -260,14 +260,14 @@ class Loop:
     values['epoch'] = step * self.cfg.data.batch_size / len(self.evaluator.source('train'))
     self.writer.write_scalars(step, {f'train/{name}': value for name, value in values.items()})
     logging.info(
-      'step %d  loss %.4f (tokens %.4f, stop %.4f)  %s kept tokens/s  %.0f %% waiting for input', step, values['loss'],
+      'step %d  loss %.4f (tokens %.4f, stop %.4f)  %s input tokens/s  %.0f %% waiting for data', step, values['loss'],
       values.get('token_loss', values['loss']), values.get('stop_loss', 0.0),
       f'{values["kept_tokens_per_second"]:,.0f}', 100 * values['input_wait'],
     )  # fmt: skip
     self.sums, self.input_wait, self.clock_start = {}, 0.0, now
 
   def evaluate(self, state: TrainState, step: int) -> dict | None:
-    """Validate the averaged weights; return the means by name, or None if a signal ended the evaluation early."""
+    """Evaluate on the validation split with averaged weights, if any; return {metric: mean}, or None after a signal."""
     began = time.monotonic()
     params = state.params if state.ema_params is None else state.ema_params
     scores = self.evaluator.sample_answers(params, 'validation', progress=True, interrupted=self.signals.received)
@@ -282,17 +282,17 @@ class Loop:
     logging.info('step %d  validation loss %.4f%s', step, values['loss'],
                  '' if metric == 'loss' else f'  {metric} {values[metric]:.4f}')  # fmt: skip
     self.writer.write_texts(step, {'samples': '\n\n'.join(f'```\n{text}\n```' for text in scores.texts)})
-    self.clock_start += time.monotonic() - began  # rates count the time of training only
+    self.clock_start += time.monotonic() - began  # rates such as tokens per second exclude the time of evaluations
     return values
 
   def save(self, state: TrainState, step: int, metrics: dict | None) -> None:
-    """Start saving a checkpoint; its arrays are copied first, because the next step reuses their memory."""
+    """Start saving a checkpoint. Arrays are copied before this returns, because the next step reuses their memory."""
     began = time.monotonic()
-    self.writer.flush()  # the event files must never end before the checkpoint does
+    self.writer.flush()  # the event files must contain all events up to the step of the checkpoint
     self.saved.save(step, state, metrics)
     self.clock_start += time.monotonic() - began
 
 
 def is_due(every: int, step: int) -> bool:
-  """Return whether something that happens every `every` steps (0: never) happens at this step."""
+  """Return whether `step` is a multiple of `every`; always False if `every` is 0."""
   return bool(every) and step % every == 0

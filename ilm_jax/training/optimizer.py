@@ -1,4 +1,4 @@
-"""AdamW with the reference's weight decay mask, gradient clipping, schedules and an exponential moving average."""
+"""AdamW with weight decay masked as in the reference code, gradient clipping, schedules, and an EMA of the weights."""
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ SCHEDULES = ('constant', 'cosine', 'linear')
 
 
 def make_schedule(cfg, steps: int) -> optax.Schedule:
-  """Return the learning rate schedule: linear warmup, then constant, or decay to `final_fraction` of the peak.
+  """Return a learning rate schedule: linear warmup, then constant or a decay to `final_fraction` of the peak.
 
   Args:
     cfg: the `optimizer` section of the config.
-    steps: number of updates of the run; the decay ends there.
+    steps: number of updates of the run; the decay ends at the last one.
 
   Raises:
-    UserError: the schedule is unknown.
+    UserError: `cfg.schedule` is not one of SCHEDULES.
   """
   peak, warmup = cfg.learning_rate, cfg.warmup_steps
   decay_steps = max(1, steps - warmup)
@@ -34,13 +34,13 @@ def make_schedule(cfg, steps: int) -> optax.Schedule:
 
 
 def is_decayed(path) -> bool:
-  """Return whether weight decay applies to a parameter: to all but biases and norms; embeddings are decayed."""
+  """Return whether weight decay applies to a parameter: True for all but biases and norm parameters."""
   names = jax.tree_util.keystr(path)
   return 'bias' not in names and 'norm' not in names
 
 
 def make_optimizer(cfg, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """Return (AdamW after gradient clipping by global norm, learning rate schedule).
+  """Return (optimizer, learning rate schedule); the optimizer is AdamW after gradient clipping by global norm.
 
   Args:
     cfg: the `optimizer` section of the config.
@@ -57,13 +57,13 @@ def make_optimizer(cfg, steps: int) -> tuple[optax.GradientTransformation, optax
 
 
 def update_ema(ema, params, update, decay: float):
-  """Return the moving average after an update, with decay min(decay, (1 + t) / (10 + t)) at update t.
+  """Return the moving average of the weights after update t, with decay rate min(decay, (1 + t) / (10 + t)).
 
   Args:
-    ema: the average before the update.
+    ema: the moving average before the update.
     params: the parameters after the update.
-    update: number of the update, counted from 1.
-    decay: the final decay.
+    update: the number t of the update, counted from 1.
+    decay: the upper limit of the decay rate.
   """
   rate = 1.0 - jnp.minimum(decay, (1.0 + update) / (10.0 + update))
   return jax.tree.map(lambda old, new: old + rate * (new - old), ema, params)

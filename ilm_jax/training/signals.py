@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C during a run, and the exit codes of a run."""
+"""Handling of SIGTERM and Ctrl-C during training and evaluation, and the exit codes of a run."""
 
 import os
 import signal
@@ -8,28 +8,28 @@ from absl import logging
 
 from ilm_jax.distributed import processes
 
-FINISHED, PREEMPTED, INTERRUPTED = 0, 75, 130  # exit codes: done; stopped by SIGTERM; stopped by Ctrl-C
+FINISHED, PREEMPTED, INTERRUPTED = 0, 75, 130  # exit codes of a run: finished; stopped by SIGTERM; stopped by Ctrl-C
 
 
 class Signals:
   """Context manager that records SIGTERM and Ctrl-C, so that the training loop can save before it stops.
 
-  A second Ctrl-C raises KeyboardInterrupt. Before training has begun there is nothing new to save, so the first signal
-  ends the process.
+  A second Ctrl-C raises KeyboardInterrupt. Before training has begun there is nothing to save, so the first signal ends
+  the process.
 
   With several processes, the JAX runtime handles SIGTERM: it chooses a step at which all processes stop. A Ctrl-C is
-  forwarded to the runtime as a SIGTERM. An evaluation in progress is completed first.
+  forwarded to the runtime as a SIGTERM. An evaluation in progress is completed before the processes stop.
 
   Attributes:
-    begun: whether training has begun; the caller sets it.
-    code: the exit code, once all processes know that they stop; None before.
+    begun: whether training has begun; set by the caller.
+    code: the exit code; None until all processes have agreed to stop.
   """
 
   def __init__(self, saving: bool = True):
-    """Choose the signals to handle.
+    """Choose which signals are handled.
 
     Args:
-      saving: whether the caller will save a state. If not, and there are several processes, no handler is installed.
+      saving: whether the caller saves checkpoints. If not, and there are several processes, no signal is handled.
     """
     self._handled = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,) if saving else ()
     self.begun = not saving
@@ -61,11 +61,11 @@ class Signals:
       os.kill(os.getpid(), signal.SIGTERM)
 
   def received(self) -> bool:
-    """Return whether the run must stop, as far as this process knows."""
+    """Return whether all processes have agreed to stop, or, with one process, whether a signal was received."""
     return self.code is not None
 
   def agree_to_stop(self, step: int) -> bool:
-    """Return whether the run must stop after this step; every process must call it once at every step."""
+    """Return whether all processes stop after this step; every process must call this exactly once per step."""
     if self.code is None and processes.stop_requested(step):
       codes = processes.gather(str(self._own_code or PREEMPTED))
       self.code = INTERRUPTED if str(INTERRUPTED) in codes else PREEMPTED

@@ -1,4 +1,4 @@
-"""The training state, and the pure, jitted function that makes one update."""
+"""The training state, and the pure, jitted function that performs one optimizer update."""
 
 from typing import Any, NamedTuple
 
@@ -12,16 +12,16 @@ from ilm_jax.training.experiment import Experiment
 
 
 class TrainState(NamedTuple):
-  """Everything that a checkpoint must hold; random keys and batches are derived from the step."""
+  """Everything that a checkpoint must contain; random keys and batches are derived from the step number."""
 
   step: Any  # number of updates made so far
   params: Any
   opt_state: Any
-  ema_params: Any  # None without a moving average
+  ema_params: Any  # None if the config asks for no moving average
 
 
 def _initializer(exp: Experiment, tx):
-  """Return the function () -> fresh state, its parameters boxed with their logical axis names."""
+  """Return the function () -> new TrainState, whose parameters are boxed with their logical axis names."""
 
   def initialize():
     params = transformer.init(exp.model_cfg, jax.random.fold_in(jax.random.key(exp.cfg.seed), 0x494E4954))
@@ -32,7 +32,7 @@ def _initializer(exp: Experiment, tx):
 
 
 def abstract_state(exp: Experiment, tx) -> TrainState:
-  """Return the shapes, dtypes and shardings of a state, without computing it."""
+  """Return the shapes, dtypes and shardings of a training state, without computing its values."""
   boxed = jax.eval_shape(_initializer(exp, tx))
   shardings = sharding.state_shardings(boxed, exp.mesh)
   return jax.tree.map(
@@ -41,14 +41,14 @@ def abstract_state(exp: Experiment, tx) -> TrainState:
 
 
 def init_state(exp: Experiment, tx) -> tuple[TrainState, TrainState]:
-  """Return (fresh state on the mesh, its shapes, dtypes and shardings)."""
+  """Return (newly initialized training state on the mesh, its abstract state: shapes, dtypes and shardings)."""
   abstract, initialize = abstract_state(exp, tx), _initializer(exp, tx)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return jax.jit(lambda: transformer.unbox(initialize()), out_shardings=shardings)(), abstract
 
 
 def make_step(exp: Experiment, tx, schedule):
-  """Return the pure function (state, batch) -> (state, metrics) of one update; metrics are (total, weight) pairs.
+  """Return the pure update function (state, batch) -> (state, metrics); each metric is a pair (total, weight).
 
   The gradient of the *total* loss is divided once by the total weight. Gradient accumulation sums totals and weights
   over the microbatches first, so the update equals that of the whole batch.
@@ -56,7 +56,7 @@ def make_step(exp: Experiment, tx, schedule):
   Args:
     exp: the experiment.
     tx: the optimizer.
-    schedule: the learning rate schedule, which is reported only.
+    schedule: the learning rate schedule; used only to report the learning rate.
   """
   cfg, microbatches = exp.cfg, exp.cfg.optimizer.accumulation_steps
   root = jax.random.fold_in(jax.random.key(cfg.seed), 0x44524F50)
@@ -73,7 +73,7 @@ def make_step(exp: Experiment, tx, schedule):
     return gradient(params, batch, rng if has_dropout else None)
 
   def accumulated(params, batch, rng):
-    # Row r goes to microbatch r % microbatches, so that no row moves to another device.
+    # Row r goes to microbatch r % microbatches, so that each row stays on its device.
     batch = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(carry, item):
@@ -103,16 +103,16 @@ def make_step(exp: Experiment, tx, schedule):
 
 
 def global_norm(tree):
-  """Return the Euclidean norm of all numbers of a tree."""
-  return jnp.sqrt(sum(jnp.square(x).sum() for x in jax.tree.leaves(tree)))  # vdot would gather sharded arrays
+  """Return the Euclidean norm of all values in a tree of arrays, such as gradients."""
+  return jnp.sqrt(sum(jnp.square(x).sum() for x in jax.tree.leaves(tree)))  # jnp.vdot would gather sharded arrays
 
 
 def packing_metrics(batch, batch_size: int) -> dict:
-  """Return metrics of a packed batch: tokens before and after corruption, share of used positions, dropped examples.
+  """Return metrics of a packed batch: tokens before and after corruption, share of used positions, skipped examples.
 
   Args:
     batch: the packed batch.
-    batch_size: number of examples that were to be packed.
+    batch_size: number of examples that the batch should contain.
   """
   kept = (batch['segment_BxL'] > 0).sum().astype(jnp.float32)
   placed = (batch['example_id_BxS'] >= 0).sum()
@@ -125,7 +125,7 @@ def packing_metrics(batch, batch_size: int) -> dict:
 
 
 def compile_step(exp: Experiment, tx, schedule, abstract: TrainState):
-  """Return the jitted training step on the mesh of the experiment; it donates the state, and so overwrites it.
+  """Return the jitted training step on the experiment's mesh; it donates its input state, which it overwrites.
 
   Args:
     exp: the experiment.

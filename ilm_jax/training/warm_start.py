@@ -11,7 +11,7 @@ from ilm_jax.types import UserError
 
 
 def load_weights(workdir, abstract_params):
-  """Read the weights of the best checkpoint of another run, averaged if that run has a moving average.
+  """Read the weights of the best checkpoint of another run; their moving average if that run has one.
 
   Args:
     workdir: the folder of the other run.
@@ -21,7 +21,7 @@ def load_weights(workdir, abstract_params):
     (step of the checkpoint, parameters)
 
   Raises:
-    UserError: there is no checkpoint, or its shapes differ.
+    UserError: the other run has no checkpoint, or its parameters have different shapes.
   """
   run = run_file.read_run(workdir)
   eval_cfg = {'metric': 'exact_match', 'mode': 'max', **(run['config'].get('eval', {}) if run else {})}
@@ -48,12 +48,12 @@ def check_same_tokenizer(workdir, cfg) -> None:
 
 
 def warm_start(workdir, state: TrainState, abstract: TrainState) -> TrainState:
-  """Return a fresh state with the weights of another run; step, optimizer and moving average are reset.
+  """Return a new training state with the weights of another run; step, optimizer and moving average start anew.
 
   Args:
     workdir: the folder of the other run.
-    state: a fresh state.
-    abstract: shapes and shardings of the state.
+    state: a newly initialized training state.
+    abstract: shapes and shardings of the training state.
   """
   step, params = load_weights(workdir, abstract.params)
   logging.info('starting from the weights of step %d of %s', step, workdir)
