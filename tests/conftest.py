@@ -22,7 +22,7 @@ GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
 @pytest.fixture(scope='session')
 def golden():
-  """Return a function that reads the reference numbers in tests/golden/NAME.npz, such as `golden('ilm')`."""
+  """Return a function that loads tests/golden/NAME.npz (the authors' code's numbers), such as `golden('ilm')`."""
 
   def load(name: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / f'{name}.npz') as file:
