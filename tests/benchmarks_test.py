@@ -44,9 +44,7 @@ def test_the_dense_loss_and_its_gradients_equal_those_of_the_chunked_loss():
     total = jax.jit(jax.value_and_grad(lambda *parts: loss(Outputs(*parts), batch, cfg)['loss'][0], (0, 1, 2)))
     return total(hidden, unembed, stop)
 
-  assert (batch['segment_weight_BxS'].sum(axis=1) > 1).any(), (
-    'no row of the packed batch contains more than one example'
-  )
+  assert (batch['segment_weight_BxS'].sum(axis=1) > 1).any(), 'no row contains more than one example'
   value, grads = value_and_grads(ilm.loss)
   dense_value, dense_grads = value_and_grads(train_step.dense_loss)
   np.testing.assert_allclose(dense_value, value, rtol=1e-5)
@@ -214,7 +212,5 @@ def test_static_and_continuous_batching_give_the_same_tokens(capsys, tmp_path):
   assert re.search(r'^ *8  continuous +\S+', out, re.M) and re.search(r'^ *8 +all +\S+', out, re.M)
   measured = json.loads((tmp_path / 'out.json').read_text())
   one_gap, all_gaps = measured['several']
-  assert (
-    one_gap['passes'] - 1 == measured['both']['tokens'] / 20
-  )  # one pass per token, and a last one without insertion
+  assert one_gap['passes'] - 1 == measured['both']['tokens'] / 20  # one pass per token, and a last one for stopping
   assert all_gaps['passes'] < one_gap['passes'] / 2

@@ -505,9 +505,8 @@ def test_the_commands_of_the_readme_run(command, tmp_path, monkeypatch):
     elif '--out=answers.jsonl' in arguments:
       assert json.loads((tmp_path / 'answers.jsonl').read_text())['text'].startswith('Once upon a time')
     elif module == 'ilm_jax.evaluation.report':
-      assert (
-        len(re.findall(r'^\| star tiny \| (?:arm|ilm) \|', out, re.M)) == 7
-      )  # 7 rows: arm and ilm in three tables, and one with likelihoods
+      # Two rows (arm and ilm) in each of three tables, and one row in the table of likelihoods.
+      assert len(re.findall(r'^\| star tiny \| (?:arm|ilm) \|', out, re.M)) == 7
     else:
       assert all(json.loads(line)['tokens'] for line in out.splitlines())
   assert (tmp_path / 'runs' / 'star-tiny' / 'eval.json').exists()

@@ -226,6 +226,4 @@ def test_importing_the_data_pipeline_starts_no_jax_backend():
     'print(*(bridge._backends if bridge else ()))\n'
   )
   assert run(started) == ''
-  assert run('import jax; jax.devices()\n' + started) != '', (
-    'this JAX version stores its backends elsewhere: update the code of this test'
-  )
+  assert run('import jax; jax.devices()\n' + started) != '', 'update this test to the JAX version'

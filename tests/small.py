@@ -234,7 +234,7 @@ class Command:
 
   def send_signal(self, number: int) -> None:
     """Send a signal; it has no effect if the command has ended."""
-    if self.returncode is None:  # a process id is not reused before `wait` has returned it
+    if self.returncode is None:  # the system does not reuse a process id until waitpid returns
       os.kill(self.pid, number)
 
   def kill(self) -> None:
