@@ -12,9 +12,7 @@ from ilm_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = pathlib.Path(os.environ.get('ILM_JAX_DATA') or ROOT.parent / 'shared' / 'data')
-needs_real_text = pytest.mark.skipif(
-  not DATA.is_dir(), reason='needs real text in ../shared/data or in the folder ILM_JAX_DATA'
-)
+needs_real_text = pytest.mark.skipif(not DATA.is_dir(), reason='needs ../shared/data or the folder $ILM_JAX_DATA')
 
 
 def stories(count: int, seed: int = 0) -> list[str]:

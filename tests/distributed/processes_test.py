@@ -212,9 +212,7 @@ def graphs_of(number: int) -> list[str]:
   pytest.param((0,), id='coordinator', marks=pytest.mark.long), pytest.param((1,), id='worker'),
   pytest.param((0, 1), id='both', marks=pytest.mark.long),
 ])  # fmt: skip
-def test_two_processes_have_the_losses_of_one_and_stop_at_the_same_step_after_sigterm(
-  tmp_path, commands, expected_losses, signaled
-):
+def test_two_processes_train_as_one_and_after_sigterm_stop_at_one_step(tmp_path, commands, expected_losses, signaled):
   workdir = tmp_path / 'run'
   with Group(commands, workdir, devices=2, changes={'steps': 1000}) as run:
     run.wait_for_step(8)
@@ -321,9 +319,7 @@ def test_two_processes_generate_the_same_answers_as_one(tmp_path, commands, trai
 @pytest.mark.parametrize('processes, devices, mesh', [
   (1, 2, 'data=2'), (1, 4, 'fsdp=4,data=1'), (1, 8, 'fsdp=2,tensor=2'), (2, 4, None),
 ])  # fmt: skip
-def test_generated_answers_to_two_hundred_prompts_do_not_depend_on_the_mesh(
-  tmp_path, commands, trained, processes, devices, mesh
-):
+def test_two_hundred_generated_answers_do_not_depend_on_the_mesh(tmp_path, commands, trained, processes, devices, mesh):
   graphs = graphs_of(200)
   expected = answers(commands, tmp_path / 'one', trained, graphs)
   assert_same(

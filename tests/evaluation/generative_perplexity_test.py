@@ -85,11 +85,8 @@ def test_infilled_texts_are_compared_with_the_true_texts_and_with_the_given_part
   assert statistics['filling_match']['value'] == pytest.approx(sum(map(sum, exact)) / sum(map(len, exact)))
 
   bare = [{key: value for key, value in answer.items() if key != 'truth'} for answer in answers]
-  flags = [
-    '--judge=runs/arm',
-    f'--samples={write_lines(tmp_path / "bare.jsonl", bare)}',
-    f'--out={out}',
-  ]  # --judge: old name of --model
+  # --judge is the old name of --model.
+  flags = ['--judge=runs/arm', f'--samples={write_lines(tmp_path / "bare.jsonl", bare)}', f'--out={out}']
   requests = f'--requests={answered / "requests.jsonl"}'
   assert run_command(capsys, generative_perplexity, *flags, requests)[0] == 0
   assert json.loads(out.read_text())['infilling'] == statistics

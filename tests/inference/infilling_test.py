@@ -247,9 +247,7 @@ def test_the_number_of_tokens_inserted_into_a_gap_is_within_least_and_most(lm):
 
 
 @pytest.mark.parametrize('family', ['ilm', 'it'])
-def test_the_open_gap_embedding_marks_gaps_that_accept_insertions_and_inserted_tokens(
-  sentencepiece, tmp_path, monkeypatch, family
-):
+def test_the_open_gap_embedding_marks_every_gap_that_accepts_insertions(sentencepiece, tmp_path, monkeypatch, family):
   seen, forward = [], transformer.Forward.__call__
 
   def recorded(self, tokens_BxL, length_B, noise_BxS=None, open_BxL=None):

@@ -97,9 +97,7 @@ def test_the_predicted_mean_length_for_sampled_stopping_equals_that_of_sampling(
   assert abs(rule.mean() - np.mean(lengths)) < 4 * np.std(lengths) / len(lengths) ** 0.5
 
 
-def test_force_first_sets_the_first_stop_probability_to_zero_and_parallel_gaps_are_refused(
-  lm, prompts, stops, monkeypatch
-):
+def test_force_first_sets_the_first_stop_probability_to_0_and_gaps_must_be_1(lm, prompts, stops, monkeypatch):
   rows = [(i, {'stop_prob': stop}) for i, stop in enumerate(stops)]
   monkeypatch.setattr(continuous_batching, 'ContinuousSampler', lambda *_: lambda *_: rows)
   monkeypatch.setattr(lm, 'sample_cfg', lm.sample_cfg._replace(force_first=True))
@@ -110,9 +108,7 @@ def test_force_first_sets_the_first_stop_probability_to_zero_and_parallel_gaps_a
     stopping.trajectories(lm, prompts)
 
 
-def test_the_stopping_command_prints_all_rules_and_refuses_a_family_without_stop_head(
-  lm, monkeypatch, capsys, tmp_path
-):
+def test_the_command_prints_all_stopping_rules_and_needs_a_stop_head(lm, monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(api, 'load', lambda *_, **__: lm)
   monkeypatch.setattr(stopping, 'quiet', lambda: None)  # do not change process-wide settings
   code = stopping.main(['stopping', '--workdir=run', '--count=10', f'--plot={tmp_path / "plot.png"}'])

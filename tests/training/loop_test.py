@@ -218,9 +218,8 @@ def test_a_nan_loss_stops_the_run_and_the_error_names_the_last_complete_checkpoi
   assert saved.steps() == [5]
   for array in leaves(saved.restore_latest(abstract)).values():
     assert np.isfinite(array).all()
-  assert [step for step, _ in logs.read_scalars(tmp_path)['train/loss']] == list(
-    range(1, 8)
-  )  # all steps before the NaN are logged
+  logged = [step for step, _ in logs.read_scalars(tmp_path)['train/loss']]
+  assert logged == list(range(1, 8)), 'all steps before the NaN must be logged'
 
 
 @pytest.mark.parametrize(
@@ -292,9 +291,7 @@ def test_a_run_that_stopped_early_at_stop_at_does_not_train_again_when_restarted
   assert loop.train(small.config(changes), tmp_path) == 0
 
 
-def test_the_best_checkpoint_is_kept_across_a_restart_and_evaluated_on_the_test_split(
-  tmp_path, monkeypatch, one_device
-):
+def test_after_a_restart_the_best_checkpoint_is_kept_and_evaluated_at_the_end(tmp_path, monkeypatch, one_device):
   changes = {'eval.every': 10, 'steps': 40}
   planned(monkeypatch, [0.1, 0.5, 0.3, 0.2])
   with pytest.MonkeyPatch.context() as broken:

@@ -130,9 +130,7 @@ def data_file(folder):
   return max((path for path in folder.glob('ocdbt.process_0/d/*')), key=lambda path: path.stat().st_size)
 
 
-def test_kills_signals_a_damaged_checkpoint_and_a_full_disk_do_not_change_the_final_weights(
-  tmp_path, commands, abstract
-):
+def test_kills_signals_damaged_checkpoints_and_a_full_disk_do_not_change_the_weights(tmp_path, commands, abstract):
   undisturbed, workdir = tmp_path / 'undisturbed', tmp_path / 'run'
   finish(commands, undisturbed)
 
