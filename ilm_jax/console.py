@@ -102,8 +102,12 @@ def is_relevant(record) -> bool:
 
 
 def print_unraisable(event) -> None:
-  """Print an exception that could not be raised, unless TensorStore's threads caused it after a failed write."""
-  if str(event.exc_value) != 'Event loop is closed':
+  """Print an exception that could not be raised, unless it follows from a failed read or write of a checkpoint.
+
+  TensorStore's threads and Orbax's coroutines cause those; the failure itself is raised, and printed as one line.
+  """
+  code = getattr(event.object, 'cr_code', None)  # of a coroutine
+  if str(event.exc_value) != 'Event loop is closed' and not (code and f'{os.sep}orbax{os.sep}' in code.co_filename):
     sys.__unraisablehook__(event)
 
 
