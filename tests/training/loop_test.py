@@ -218,8 +218,9 @@ def test_a_nan_loss_stops_the_run_and_the_error_names_the_last_complete_checkpoi
   assert saved.steps() == [5]
   for array in leaves(saved.restore_latest(abstract)).values():
     assert np.isfinite(array).all()
-  logged = [step for step, _ in logs.read_scalars(tmp_path)['train/loss']]
-  assert logged == list(range(1, 8)), 'all steps before the NaN must be logged'
+  assert [step for step, _ in logs.read_scalars(tmp_path)['train/loss']] == list(
+    range(1, 8)
+  )  # all steps before the NaN are logged
 
 
 @pytest.mark.parametrize(
