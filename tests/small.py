@@ -117,7 +117,7 @@ def experiment(changes=(), **axes):
 
 
 def batches(exp, steps: int):
-  """Return the first training batches of the input pipeline, as numpy arrays."""
+  """Return the first `steps` training batches of the input pipeline, as numpy arrays."""
   cfg = exp.cfg
   source = exp.task.source(cfg.task, 'train')
   return list(pipeline.train_batches(source, exp.family.corrupt, cfg, start=0, stop=steps))

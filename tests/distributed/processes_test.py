@@ -465,7 +465,7 @@ def test_without_a_coordinator_there_is_one_process_or_an_error_if_a_launcher_st
     processes.start()
 
 
-def test_errors_of_a_lost_process_are_recognized(monkeypatch):
+def test_error_messages_that_mean_a_lost_process_are_recognized(monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   peer_lost = jax.errors.JaxRuntimeError('Gloo AllReduce failed: Connection closed by peer')
   assert processes.is_peer_lost(peer_lost)

@@ -135,7 +135,7 @@ def test_kills_signals_damaged_checkpoints_and_a_full_disk_do_not_change_the_wei
   finish(commands, undisturbed)
 
   kill(commands, workdir, lambda: has_started(workdir))
-  assert not steps_in(workdir), 'the kill was meant to come before the first checkpoint'
+  assert not steps_in(workdir), 'the run must be killed before its first checkpoint'
   kill_inside_a_save(commands, workdir, after=5)
 
   before = max(steps_in(workdir))
@@ -179,7 +179,7 @@ def test_killing_a_run_ten_times_does_not_change_the_final_weights(tmp_path, com
   finish(commands, tmp_path / 'undisturbed', changes)
   workdir = tmp_path / 'run'
   kill(commands, workdir, lambda: has_started(workdir), changes)
-  assert not steps_in(workdir), 'the kill was meant to come before the first checkpoint'
+  assert not steps_in(workdir), 'the run must be killed before its first checkpoint'
   for number in range(9):
     before = max(steps_in(workdir), default=0)
     if number % 3 == 0:
