@@ -13,7 +13,7 @@
 #   SEEDS       0 1 2                   seeds; each row averages over them
 #   STEPS       6000                    training steps of every run; "" keeps the number of steps in the config
 #   FLAGS       none                    more flags for every run
-#   MDM_STEPS   32                      denoising steps of mdm, sampled at temperature 1; set more than tokens to fill in
+#   MDM_STEPS   32                      denoising steps of mdm (must exceed the tokens to fill in), at temperature 1
 #   TABLE       standard output         file into which the table is written
 #   PYTHON      python                  Python interpreter
 #   DRY_RUN     none                    set to 1 to print the commands without running them
