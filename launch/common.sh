@@ -1,5 +1,5 @@
-# Functions shared by the launchers, which source this file. A launcher sets `script`, its own file name, and `dry_run`,
-# which is empty or 1.
+# Functions shared by the launch scripts, which source this file. Each script sets `script` to its own file name, and
+# `dry_run` to 1 for a dry run and else to the empty string.
 # shellcheck shell=bash disable=SC2154
 
 log() { echo "$script: $*" >&2; }
@@ -9,7 +9,7 @@ fail() {
   exit 1
 }
 
-# Print the comment at the top of the launcher as its --help text, and exit.
+# Print the comment at the top of the launch script as its --help text, and exit.
 usage() {
   sed -n '1d; /^#SBATCH/d; /^#/!q; s/^# \{0,1\}//p' "launch/$script"
   exit 0

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Compiles the training and decoding steps of several model sizes for TPU slices, to see which fit into memory. The
-# output has the numbers of the table in launch/README.md. Needs no TPU.
+# output contains the numbers in the table of launch/README.md. No TPU is needed.
 #
-#   launch/fits.sh                      # every row of the table; about an hour on one core
-#   launch/fits.sh --topology=v5e:2x4   # only the rows of one slice
+#   launch/fits.sh                      # all models and slices of the table; about an hour on one core
+#   launch/fits.sh --topology=v5e:2x4   # only the models for one slice
 #
 #   --dry_run   print the commands without running them
 #   PYTHON      environment variable: Python interpreter with `pip install -e '.[tpu]'`; default: python
 #
-# Last real run: 2026-11-21, all rows, each on one CPU core.
+# Last real run: 2026-11-21, the whole table, on one CPU core per row.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/common.sh
@@ -29,7 +29,7 @@ compile_for() {
   shift 5
   [ -z "$topology" ] || [ "$topology" = "$slice" ] || return 0
   topology_known=1
-  # Each row of 1,024 positions holds four stories. Each host has four chips and packs one group of rows.
+  # Each batch row of 1,024 positions holds four stories. Each host has four chips and packs its own group of rows.
   local command=("${PYTHON:-python}" -m ilm_jax.cli compile --config=configs/tinystories.py --topology="$slice"
     --config.model.preset="$preset" --config.model.compute=bfloat16 --config.model.scan_layers=True
     --config.model.remat="$remat" --config.data.rows="$rows" --config.data.batch_size=$((4 * rows))

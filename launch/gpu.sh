@@ -23,7 +23,7 @@ for arg in "$@"; do
     --dry_run) dry_run=1 ;;
     --max_restarts=*) max_restarts=${arg#*=} ;;
     --config=*) config=$arg flags+=("$arg") ;;
-    # The other processes need up to a minute to notice that this one was lost; a restart must not come earlier.
+    # Other machines need up to a minute to notice that a process was lost, so wait a minute before a restart.
     --coordinator=*) pause=60 flags+=("$arg") ;;
     --config.*=* | --workdir=* | --mode=* | --num_processes=* | --process_id=*) flags+=("$arg") ;;
     *) fail "$arg: unknown flag; expected --config=, --workdir=, --config.a.b=, --max_restarts=, --dry_run" ;;

@@ -4,17 +4,17 @@
 #   launch/resume.sh [flags] -- python -m ilm_jax.main --config=configs/star.py:hard --workdir=gs://BUCKET/hard
 #
 #   --max_restarts=100  number of restarts before giving up
-#   --pause=10          seconds to wait before a restart. Where several hosts each run this script, it must be longer
-#                       than the survivors need to notice a lost process (--config.distributed.heartbeat_timeout)
-#   --stop_on=CODE      return this exit code instead of restarting: 75 if a scheduler restarts the job
+#   --pause=10          seconds to wait before a restart. If several hosts run this script, wait longer than the other
+#                       hosts need to notice a lost process (--config.distributed.heartbeat_timeout)
+#   --stop_on=CODE      exit with CODE instead of restarting after it; use 75 if a scheduler restarts preempted jobs
 #   --result=FILE       write the final exit code into FILE
 #   --dry_run           print the command without running it
 #
-# A restart follows exit code 75 (preempted, state saved) and 128 + n (killed by signal n). There is no restart after
-# 0 (finished), 130 (Ctrl-C, state saved), 1 or any other code (an error), nor if the command ended within a minute of
-# its start five times in a row. SIGTERM, SIGHUP (as SIGTERM) and Ctrl-C are forwarded to the command and end the loop.
-# The exit code is that of the last run of the command.
-# Last real run: by tests/launch/restarts_test.py, with fake commands.
+# The command is restarted after exit code 75 (preempted, state saved) and 128 + n (killed by signal n). It is not
+# restarted after 0 (finished), 130 (Ctrl-C, state saved) or any other code (an error), nor if it ended within a minute
+# of its start five times in a row. SIGTERM, SIGHUP (sent on as SIGTERM) and Ctrl-C are forwarded to the command, which
+# is then not restarted. The exit code of this script is that of the last run of the command.
+# Last real run: only in tests/launch/restarts_test.py, with fake commands.
 set -euo pipefail
 launch=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/common.sh
@@ -70,7 +70,7 @@ trap 'forward_signal TERM' TERM HUP
 trap 'forward_signal INT' INT
 
 # Wait until the child has ended, and set `status` to its exit code. `wait` returns early if this script receives a
-# signal or if the child is suspended (by signal 19 or 20), so call it until the child is gone and no signal arrived
+# signal or if the child is suspended (by signal 19 or 20), so call it until the child has ended and no signal arrived
 # in the meantime. `wait -f` would ignore suspensions, but it can hang in bash 5.2.
 wait_for_child() {
   local seen=none

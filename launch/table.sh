@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains the runs behind the table of the planning tasks, one after the other, and prints the table:
+# Trains every family on planning tasks (star graphs), one run after the other, and prints the table of results:
 #
-#   launch/table.sh star.py:tiny star.py:mini                     # the CPU table
+#   launch/table.sh star.py:tiny star.py:mini                     # small enough for a CPU
 #   FAMILIES="ilm arm" SEEDS="3 4" launch/table.sh star.py:tiny   # more seeds; finished runs are not repeated
 #   launch/table.sh star.py:medium star.py:hard                   # the paper's model size; needs a GPU or TPU
 #
@@ -9,14 +9,14 @@
 #
 #   variable    default                 meaning
 #   RUNS        runs/table              folder of the runs
-#   FAMILIES    ilm arm oracle mdm it   rows of the table for each task; oracle: arm on the reversed path
-#   SEEDS       0 1 2                   seeds of each row
+#   FAMILIES    ilm arm oracle mdm it   rows of the table for each task; oracle: arm trained on the reversed path
+#   SEEDS       0 1 2                   seeds; each row averages over them
 #   STEPS       6000                    training steps of every run; "" keeps the number of steps in the config
 #   FLAGS       none                    more flags for every run
-#   MDM_STEPS   32                      denoising steps of mdm (more than the tokens to fill in), at temperature 1
-#   TABLE       standard output         file for the table
+#   MDM_STEPS   32                      denoising steps of mdm (must exceed the tokens to fill in), at temperature 1
+#   TABLE       standard output         file into which the table is written
 #   PYTHON      python                  Python interpreter
-#   DRY_RUN     none                    1: print the commands without running them
+#   DRY_RUN     none                    set to 1 to print the commands without running them
 #
 # A preempted run (exit code 75) is restarted. A run that was interrupted resumes when the script is run again.
 # Last real run: 2026-11-21, star.py:tiny star.py:mini without oracle, on two CPU cores (RESULTS.md).
@@ -33,7 +33,7 @@ PYTHON=${PYTHON:-python}
 DRY_RUN=${DRY_RUN:-}
 [ $# -gt 0 ] || { echo "expected configs, such as: launch/table.sh star.py:tiny star.py:mini" >&2; exit 1; }
 
-# Run a command, again as long as it exits with 75; in a dry run, print it.
+# Run a command, and repeat it while it exits with 75 (preempted); in a dry run, print it.
 run() {
   if [ -n "$DRY_RUN" ]; then
     echo "$*"

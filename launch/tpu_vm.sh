@@ -4,8 +4,8 @@
 #   launch/tpu_vm.sh train --name=ilm --zone=ZONE --type=v5e-8 --spot --queue \
 #     --config=configs/star.py:hard --workdir=gs://BUCKET/hard [--config.a.b=c ...]
 #
-# `train` creates the TPU, installs the code, starts the run, does all of this again if the TPU is preempted, and
-# deletes the TPU when the run has finished or failed. Other actions do one of these steps. Every action needs --name
+# `train` creates the TPU, installs the code, starts the run, repeats these steps if the TPU is preempted, and
+# deletes the TPU when the run has finished or failed. The other actions do single steps. Every action needs --name
 # and --zone:
 #
 #   create  --type=TYPE [--spot] [--queue]    create the TPU; --queue requests it as a queued resource, which waits
@@ -15,14 +15,14 @@
 #   run     --config=... --workdir=gs://...   start training on all hosts, under launch/resume.sh, and return
 #   logs    [--worker=0]                      follow the log of one host
 #   stop                                      save a checkpoint and end the run
-#   delete  [--queue]                         delete the TPU without saving; it costs nothing from then on
+#   delete  [--queue]                         delete the TPU without saving, which ends its costs
 #
 #   TYPE                v5e-N or v6e-N with N chips; v4-N or v5p-N with N TensorCores, two per chip
 #   --project=NAME      Google Cloud project; default: the current project of gcloud
 #   --keep              `train` does not delete the TPU at the end
-#   --max_restarts=100  limit for restarts of the processes, and for new TPUs after a preemption
+#   --max_restarts=100  maximum number of restarts of the processes, and also of new TPUs after preemptions
 #   --poll=60           seconds between two status checks of `train`
-#   --dry_run           print the commands without running them; for `train`, those of a run without a preemption
+#   --dry_run           print the commands without running them; for `train`, as if there were no preemption
 #
 # Last real run: never, only dry runs and tests with a fake gcloud.
 set -euo pipefail
@@ -97,10 +97,10 @@ location=(--zone="$zone")
 tpu=(gcloud compute tpus tpu-vm)
 queued=(gcloud compute tpus queued-resources)
 
-# Run a shell command on the TPU's hosts. Arguments: a host's index or `all`, and the command.
+# Run a shell command on the TPU's hosts. Arguments: HOST_INDEX_OR_all COMMAND
 run_on() { run "${tpu[@]}" ssh "$name" "${location[@]}" --worker="$1" --command="$2"; }
 
-# Create the TPU. With --queue, request it and wait until it is there.
+# Create the TPU. With --queue, request it as a queued resource and wait until it is active.
 create() {
   local kind=(${spot:+"$spot"} --accelerator-type="$accelerator")
   if [ -z "$queue" ]; then
@@ -143,15 +143,15 @@ setup() {
 
 # Shell code for the hosts. A host has the files ilm_jax.pid (process id of launch/resume.sh), ilm_jax.exit (exit code,
 # once the run has ended) and ilm_jax.log in its home folder.
-# shellcheck disable=SC2016 # the host expands this, not this script
+# shellcheck disable=SC2016 # $(...) is expanded on the host, not here
 pid='$(cat ilm_jax.pid 2> /dev/null)'
 is_running="[ ! -e ilm_jax.exit ] && kill -0 $pid 2> /dev/null"
 
-# Start training on all hosts in the background. Fails if a run is active.
+# Start training on all hosts in the background. Fails if a run is already active.
 start() {
   local command commands
   # JAX_PLATFORMS makes JAX fail without a TPU; otherwise it would silently train on the CPU.
-  # --pause: the other processes need up to a minute to notice a lost process; a restart must not come earlier.
+  # --pause=60: the other hosts need up to a minute to notice a lost process; a restart must not come earlier.
   command=$(print_command launch/resume.sh --max_restarts="$max_restarts" --pause=60 --result=../ilm_jax.exit \
     -- env JAX_PLATFORMS=tpu,cpu .venv/bin/python -m ilm_jax.main "${flags[@]}")
   commands="if $is_running; then echo 'a run is already active on this TPU: stop it first' >&2; exit 1; fi"
@@ -209,7 +209,7 @@ train() {
     [ "$starts$now" != 0running ] || starts=1
     case $now in
       running | busy | unknown) sleep "$poll" && continue ;;
-      gone | idle | 75 | 143) ;; # no TPU; no run, or it left no exit code; preempted, state saved; host rebooted
+      gone | idle | 75 | 143) ;; # gone: no TPU; idle: no run; 75: preempted, saved; 143: host rebooted
       *) [ "$starts" = 0 ] || break ;;
     esac
     [ "$starts" -le "$max_restarts" ] || break

@@ -1,10 +1,10 @@
-"""Helpers for the tests of packing and of the input pipeline: random corrupted examples, and reading a batch back."""
+"""Helpers for the tests of packing and of the input pipeline: make random corrupted examples, and unpack a batch."""
 
 import numpy as np
 
 
 def random_examples(rng, number):
-  """Return corrupted examples of random sizes and contents."""
+  """Return `number` corrupted examples with random lengths, tokens and targets."""
   out = []
   for _ in range(number):
     kept, dropped = int(rng.integers(1, 16)), int(rng.integers(0, 12))
@@ -17,9 +17,9 @@ def random_examples(rng, number):
 
 
 def unpack(batch):
-  """Read the corrupted examples of a batch back; return them by id.
+  """Unpack a batch into its corrupted examples; return a dictionary from example id to example.
 
-  Asserts that segments are contiguous and that everything outside of them is padding.
+  Assert that the tokens of each segment are contiguous and that all entries outside of segments are padding.
   """
   out = {}
   seen = {name: np.zeros(batch[name].shape, bool) for name in ('tokens_BxL', 'target_gap_BxT', 'cls_BxS')}
@@ -27,7 +27,7 @@ def unpack(batch):
     inside = np.flatnonzero(batch['segment_BxL'][row] == segment + 1)
     mine = np.flatnonzero(batch['target_segment_BxT'][row] == segment + 1)
     start = batch['cls_BxS'][row, segment]
-    assert inside.tolist() == list(range(start, start + len(inside))), 'a segment must be contiguous'
+    assert inside.tolist() == list(range(start, start + len(inside))), 'the tokens of a segment must be contiguous'
     assert batch['position_BxL'][row, inside].tolist() == list(range(len(inside)))
     assert batch['segment_weight_BxS'][row, segment] == 1
     seen['tokens_BxL'][row, inside] = seen['target_gap_BxT'][row, mine] = seen['cls_BxS'][row, segment] = True
@@ -48,7 +48,7 @@ def unpack(batch):
 
 
 def assert_same_example(first, second):
-  """Assert that two corrupted examples are equal in the fields of the first, types included."""
+  """Assert that the second example has every field of the first, with equal values and dtypes."""
   assert first.keys() <= second.keys()
   for name in first:
     np.testing.assert_array_equal(first[name], second[name], err_msg=name)

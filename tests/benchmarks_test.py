@@ -1,4 +1,4 @@
-"""The benchmarks on a toy model: they must measure what they claim. No test depends on the time that anything takes."""
+"""Tests of the benchmarks on a toy model: they measure what they claim. No test depends on measured times."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ def groups_of(name, examples, number=3, vocab=40):
 # --- train_step -------------------------------------------------------------------------------------------------------
 
 
-def test_the_dense_loss_and_its_gradients_equal_the_chunked_ones():
+def test_the_dense_loss_and_its_gradients_equal_those_of_the_chunked_loss():
   mix, groups = groups_of('lm1b', 12)
   shape = train_step.shape_of(mix, packed=True, groups=groups)
   batch = pipeline.pack(groups[0], list(range(12)), shape)
@@ -44,7 +44,7 @@ def test_the_dense_loss_and_its_gradients_equal_the_chunked_ones():
     total = jax.jit(jax.value_and_grad(lambda *parts: loss(Outputs(*parts), batch, cfg)['loss'][0], (0, 1, 2)))
     return total(hidden, unembed, stop)
 
-  assert (batch['segment_weight_BxS'].sum(axis=1) > 1).any(), 'no row holds more than one example'
+  assert (batch['segment_weight_BxS'].sum(axis=1) > 1).any(), 'no row contains more than one example'
   value, grads = value_and_grads(ilm.loss)
   dense_value, dense_grads = value_and_grads(train_step.dense_loss)
   np.testing.assert_allclose(dense_value, value, rtol=1e-5)
@@ -53,7 +53,7 @@ def test_the_dense_loss_and_its_gradients_equal_the_chunked_ones():
 
 
 @pytest.mark.parametrize('name', train_step.MIXES)
-def test_the_number_of_rows_is_what_the_largest_group_needs(name):
+def test_a_batch_has_exactly_the_rows_that_the_largest_group_of_examples_needs(name):
   mix, groups = groups_of(name, 24)
   for packed in (False, True):
     shape = train_step.shape_of(mix, packed, groups)
@@ -63,7 +63,7 @@ def test_the_number_of_rows_is_what_the_largest_group_needs(name):
     assert packed or placed[0].shape == (24, 1)
 
 
-def test_text_lengths_have_the_documented_mean_and_maximum():
+def test_random_text_lengths_have_the_documented_mean_and_maximum():
   mix = train_step.MIXES['lm1b'](40)
   lengths = np.array([len(mix.source[i]['tokens']) - 2 for i in range(4_000)])
   assert abs(lengths.mean() - 29) < 1
@@ -72,14 +72,14 @@ def test_text_lengths_have_the_documented_mean_and_maximum():
 
 
 @pytest.mark.parametrize('rows, length, positions', [(256, 128, 2048), (256, 136, 2048), (13, 512, 2048), (3, 128, 64)])
-def test_parts_of_a_batch_hold_all_rows_and_add_few(rows, length, positions):
+def test_splitting_a_batch_into_parts_keeps_all_rows_and_adds_few_padding_rows(rows, length, positions):
   parts, part_rows = train_step.split_rows(rows, length, positions)
   assert rows <= parts * part_rows < rows + part_rows
   assert (part_rows - 1) * length < positions
   assert (rows, length) != (256, 136) or parts * part_rows == 256
 
 
-def test_each_configuration_is_measured_by_a_child_process(monkeypatch, tmp_path, capsys):
+def test_each_configuration_is_measured_in_its_own_child_process(monkeypatch, tmp_path, capsys):
   path = tmp_path / 'steps.json'
   flags = '--size=toy --vocab=97 --examples=24 --positions=1024 --seconds=0.01 --mixes=lm1b'
   flags = [*flags.split(), '--variants=padded,packed-dense', f'--json={path}']
@@ -92,7 +92,7 @@ def test_each_configuration_is_measured_by_a_child_process(monkeypatch, tmp_path
       code = train_step.main(command[3:])
     return subprocess.CompletedProcess(command, code, stdout=out.getvalue())
 
-  # Not subprocess.run itself, with which run_file asks git for the commit.
+  # Replace the module only in train_step: run_file needs the real subprocess.run to ask git for the commit.
   monkeypatch.setattr(train_step, 'subprocess', types.SimpleNamespace(run=run_here, PIPE=subprocess.PIPE))
   assert train_step.main(flags) == 0
   child = [sys.executable, '-m', 'benchmarks.train_step', *flags]
@@ -110,12 +110,12 @@ def test_each_configuration_is_measured_by_a_child_process(monkeypatch, tmp_path
     assert row['compilations'] == 0
     assert 0 < row['program_bytes'] < row['peak_bytes']
     assert row['examples_per_second'] > 0
-  # Both train on the same examples from the same weights; only dropout and the order of additions differ.
+  # Padded and packed runs train on the same examples from the same weights; only dropout and rounding differ.
   np.testing.assert_allclose(packed['losses'][:3], padded['losses'][:3], rtol=0.05)
   assert 24 * 2 < packed['kept_tokens'] == padded['kept_tokens'] < 24 * 128
 
 
-def test_a_failed_configuration_does_not_stop_the_others(monkeypatch, capsys):
+def test_the_benchmark_continues_after_a_failed_configuration(monkeypatch, capsys):
   row = dict.fromkeys(('rows', 'length', 'parts', 'kept_tokens', 'program_bytes', 'peak_bytes', 'positions'), 8)
   row |= {'mix': 'lm1b', 'examples': 8, 'seconds': [2.0, 4.0, 3.0], 'machine': 'a machine'}
 
@@ -171,7 +171,7 @@ def test_each_new_program_counts_as_one_compilation():
   assert compilations.count == before + 1
 
 
-def test_slower_calls_insert_fewer_tokens():
+def test_fewer_insertions_are_measured_if_one_takes_longer():
   args = types.SimpleNamespace(insert=16, seconds=15.0)
   assert [sample.choose_insertions(args, seconds) for seconds in (0.0, 0.2, 0.4, 2.0, 100.0)] == [16, 16, 8, 1, 1]
 
@@ -212,5 +212,5 @@ def test_static_and_continuous_batching_give_the_same_tokens(capsys, tmp_path):
   assert re.search(r'^ *8  continuous +\S+', out, re.M) and re.search(r'^ *8 +all +\S+', out, re.M)
   measured = json.loads((tmp_path / 'out.json').read_text())
   one_gap, all_gaps = measured['several']
-  assert one_gap['passes'] - 1 == measured['both']['tokens'] / 20  # one pass per token, and one that inserts nothing
+  assert one_gap['passes'] - 1 == measured['both']['tokens'] / 20  # one pass per token, and a last one for stopping
   assert all_gaps['passes'] < one_gap['passes'] / 2

@@ -1,4 +1,4 @@
-"""The `ilm-jax` command: its table of contents, packaged configs, and mistakes."""
+"""The `ilm-jax` command: its help, the packaged configs, and the one-line messages for user errors."""
 
 import pathlib
 import re
@@ -29,7 +29,7 @@ def test_help_lists_every_subcommand_and_each_has_help(capsys):
     assert (code, err) == (0, '') and len(out) > 40, name
 
 
-def test_an_unknown_subcommand_is_one_line(capsys):
+def test_an_unknown_subcommand_gives_a_one_line_error(capsys):
   code, out, err = call(capsys, 'trian')
   assert (code, out, err.count('\n')) == (1, '', 1) and 'ilm-jax trian: expected one of train, eval' in err
 
@@ -59,35 +59,35 @@ def test_a_packaged_config_is_found_by_its_name(tmp_path, monkeypatch):
     '--config.steps=5',
   ]
   assert main.locate_config(['x', '-config', 'star'])[2] == file
-  (tmp_path / 'star').write_text('')  # a file of this name comes first
+  (tmp_path / 'star').write_text('')  # a file named like the config takes precedence
   assert main.locate_config(['x', '--config=star:tiny'])[1] == '--config=star:tiny'
 
 
 @pytest.mark.parametrize('value', ['nosuch:tiny', 'configs/nosuch.py', 'default', '../configs/star'])
-def test_a_config_that_does_not_exist_is_one_line_with_the_names(value, capsys):
+def test_an_unknown_config_gives_a_one_line_error_that_lists_the_packaged_configs(value, capsys):
   code, _, err = call(capsys, 'train', f'--config={value}')
   assert code == 1 and err.count('\n') == 1
   assert 'no packaged config of this name: expected a path, or one of lm1b, star, text, tinystories, zebra' in err
 
 
-def test_a_renamed_setting_names_its_successor(capsys):
+def test_the_error_for_an_old_setting_name_gives_the_new_name(capsys):
   code, _, err = call(capsys, 'train', '--config=star:tiny', '--config.data.workers=2')
   assert code == 1 and 'config.data.workers was renamed: use --config.data.num_workers' in err
 
 
-def test_old_configs_are_read_under_the_new_names():
+def test_settings_in_old_configs_get_their_new_names():
   old = {'data': {'workers': 3, 'rows': 4}, 'hosts': {'start_seconds': 9}, 'eval': {'judge': 'hf:x'}, 'steps': 1}
   new = {'data': {'num_workers': 3, 'rows': 4}, 'distributed': {'initialization_timeout': 9}, 'steps': 1}
   assert run_file.migrate(old) == {**new, 'eval': {'perplexity_model': 'hf:x'}}
   assert run_file.migrate(new) == new
 
 
-def test_the_reference_numbers_are_met(capsys):
+def test_convert_check_passes_on_the_numbers_of_the_reference_implementation(capsys):
   code, out, _ = call(capsys, 'convert', f'--check={GOLDEN}')
   assert code == 0 and all(len(re.findall(rf'^{name} ', out, re.M)) >= 3 for name in convert.FAMILIES)
 
 
-def test_a_wrong_reference_number_fails_the_check(tmp_path, capsys):
+def test_convert_check_fails_if_one_reference_number_is_wrong(tmp_path, capsys):
   import numpy as np
 
   with np.load(GOLDEN / 'arm.npz') as file:
@@ -107,6 +107,6 @@ def test_a_wrong_reference_number_fails_the_check(tmp_path, capsys):
     (['--workdir=runs/x', '--out=x.bin'], 'expected a file that ends in .npz or .safetensors'),
   ],
 )
-def test_mistakes_in_convert_are_one_line(arguments, message, capsys):
+def test_wrong_convert_flags_give_a_one_line_error(arguments, message, capsys):
   code, _, err = call(capsys, 'convert', *arguments)
   assert code == 1 and err.count('\n') == 1 and message in err

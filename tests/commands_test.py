@@ -1,4 +1,4 @@
-"""The commands: a user's mistake is reported in one line and changes no file; requests give the documented results."""
+"""The commands: a user error gives a one-line message and changes no file; requests give the documented results."""
 
 import io
 import json
@@ -22,13 +22,13 @@ CHANGES = {
   'steps': 10,
   'sampling.gap.temperature': 1.0,
   'sampling.token.temperature': 1.0,
-  'sampling.max_length': 20,  # the prompts above and four more tokens
+  'sampling.max_length': 20,  # room for the prompts above and four more tokens
 }
 
 
 @pytest.fixture(scope='module')
 def command(tmp_path_factory):
-  """Return a function that runs a command in a process of its own: module, arguments -> (exit code, stdout, stderr)."""
+  """Return a function that runs a module in a new process: module, arguments -> (exit code, stdout, stderr)."""
   commands = small.Commands(tmp_path_factory.mktemp('commands'))
   yield commands
   commands.close()
@@ -67,10 +67,10 @@ def load_once():
 def generate(trained, load_once, monkeypatch, capsys, tmp_path):
   """Return a function that runs `generate` on the trained run: arguments -> (exit code, stdout, stderr).
 
-  It runs in this process, in an empty working directory, with a shared model.
+  The command runs inside the test process, in an empty working directory, with a cached model.
   """
   monkeypatch.setattr(api, 'load', load_once)
-  monkeypatch.setattr(generate_command, 'quiet', lambda: None)  # no process-wide logging and compilation cache
+  monkeypatch.setattr(generate_command, 'quiet', lambda: None)  # do not change process-wide settings
   monkeypatch.chdir(tmp_path)
 
   def run(*arguments, stdin=''):
@@ -84,7 +84,7 @@ def generate(trained, load_once, monkeypatch, capsys, tmp_path):
 
 
 def snapshot(folder) -> dict:
-  """Return all files of a folder with their content."""
+  """Return a dictionary from the path of each file in a folder to its content."""
   return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob('*')}
 
 
@@ -96,7 +96,7 @@ def assert_refused(result, message: str):
   assert re.search(message, err), err
 
 
-# --- mistakes on the command line of main -----------------------------------------------------------------------------
+# --- wrong command line arguments of main -----------------------------------------------------------------------------
 
 TINY = '--config=configs/star.py:tiny'
 
@@ -129,7 +129,7 @@ TINY = '--config=configs/star.py:tiny'
   ],
   ids=lambda value: ' '.join(value).replace(TINY, '').strip() or 'nothing' if isinstance(value, list) else '',
 )
-def test_a_wrong_argument_of_main_is_refused_and_nothing_is_written(arguments, message, command, tmp_path):
+def test_main_refuses_a_wrong_argument_and_writes_nothing(arguments, message, command, tmp_path):
   os.symlink(small.ROOT / 'configs', tmp_path / 'configs')
   workdir = [] if any(word.endswith('runs/a') for word in arguments) else [f'--workdir={tmp_path / "run"}']
   assert_refused(command('ilm_jax.main', [*arguments, *workdir], cwd=tmp_path), message)
@@ -146,7 +146,7 @@ def test_help_describes_the_command_and_its_flags(command):
 
 
 @pytest.mark.parametrize('mode', ['train', 'eval'])
-def test_the_workdir_of_another_run_is_refused_and_left_unchanged(mode, command, copy):
+def test_a_workdir_with_a_different_run_is_refused_and_left_unchanged(mode, command, copy):
   before = snapshot(copy)
   for changes, message in (
     ({'model.d_model': 32}, 'model.d_model=16, .* model.d_model=32.*--workdir'),
@@ -159,7 +159,7 @@ def test_the_workdir_of_another_run_is_refused_and_left_unchanged(mode, command,
   assert snapshot(copy) == before
 
 
-def test_a_run_continues_with_more_steps_and_fewer_test_examples(command, copy):
+def test_a_run_may_continue_with_more_steps_and_fewer_test_examples(command, copy):
   changes = {**CHANGES, 'steps': 12, 'task.num_test': 4}
   code, out, err = command('ilm_jax.main', small.flags(copy, changes))
   assert code == 0 and 'of 4;' in out
@@ -167,7 +167,7 @@ def test_a_run_continues_with_more_steps_and_fewer_test_examples(command, copy):
 
 
 def edit_config(workdir, change):
-  """Change the config in a run.json."""
+  """Edit the config in the run.json of a workdir with the function `change`."""
   path = workdir / 'run.json'
   run = json.loads(path.read_text())
   change(run['config'])
@@ -228,7 +228,7 @@ def test_a_workdir_that_cannot_be_written_is_refused(where, command, tmp_path):
   assert (tmp_path / 'file').read_text() == 'mine'
 
 
-# --- mistakes in the requests of generate -----------------------------------------------------------------------------
+# --- wrong arguments and requests of generate -------------------------------------------------------------------------
 
 LONG = '|'.join(f'{n},{n + 1}' for n in range(9)) + '/0,1'
 EXPECTED_JSON = r'line 1: expected JSON with either "prompt" \(a text\) or "infill".* got '
@@ -271,13 +271,13 @@ EXPECTED_JSON = r'line 1: expected JSON with either "prompt" \(a text\) or "infi
   ],
   ids=lambda value: (' '.join(value)[:40].strip() or 'stdin') if isinstance(value, list) else '',
 )
-def test_a_wrong_argument_or_request_of_generate_is_refused(arguments, stdin, message, generate, tmp_path):
+def test_generate_refuses_a_wrong_argument_or_request(arguments, stdin, message, generate, tmp_path):
   out = [] if any(word.startswith('--out') for word in arguments) else ['--out=results.jsonl']
   assert_refused(generate(*out, *arguments, stdin=stdin), message)
   assert not list(tmp_path.iterdir())
 
 
-def test_invalid_lines_are_reported_and_the_other_lines_are_served(generate, three):
+def test_generate_reports_invalid_input_lines_and_answers_the_valid_ones(generate, three):
   lines = [PROMPTS[0], '{"prompt": "1,2', PROMPTS[2], '1,2|2,11/1,3', '{"infill": ["1"]}']
   lines.append(json.dumps({'prompt': PROMPTS[1], 'id': 2}))
   code, out, err = generate(stdin='\n'.join(lines))
@@ -291,7 +291,7 @@ def test_invalid_lines_are_reported_and_the_other_lines_are_served(generate, thr
   assert 'id 2 is already used on line 3' in errors[1] and "unknown token '11'" in errors[2]
 
 
-def test_every_line_of_a_jsonl_file_must_be_json(generate, three, tmp_path):
+def test_lines_of_a_jsonl_file_that_are_not_json_are_reported(generate, three, tmp_path):
   lines = [b'[1, 2', b'"prompt": "x"}', b'1,2/1,2', b'{"prompt": "\xe9"}', json.dumps({'prompt': PROMPTS[0]}).encode()]
   (tmp_path / 'prompts.jsonl').write_bytes(b'\xef\xbb\xbf' + b'\n'.join(lines))
   code, out, err = generate('--prompts=prompts.jsonl')
@@ -328,7 +328,7 @@ def results_of(result) -> list[dict]:
 
 
 def discrete_fields(result) -> tuple:
-  """Return the fields of a result that rounding errors cannot change."""
+  """Return the fields of a result without floating-point numbers, which rounding errors cannot change."""
   return result['text'], tuple(result['tokens']), tuple(result['order']), result['stopped']
 
 
@@ -340,7 +340,7 @@ def assert_same_result(a, b):
 
 @pytest.fixture(scope='module')
 def three(command, trained):
-  """Return the results for the three prompts, given as flags to a process of its own."""
+  """Return the results of `generate` in a new process, with the three prompts as --prompt flags."""
   return results_of(command('ilm_jax.generate', [f'--workdir={trained}', *(f'--prompt={text}' for text in PROMPTS)]))
 
 
@@ -351,11 +351,11 @@ def test_a_result_contains_the_completion_and_how_it_was_decoded(three):
     assert list(result) == FIELDS
     given = ['[CLS]', *re.findall(r'\d+', result['prompt']), '[BOS]']
     completion = result['tokens'][len(given) :]
-    assert result['tokens'][: len(given)] == given and len(completion) == 4  # sampling.max_length is 20
+    assert result['tokens'][: len(given)] == given and len(completion) == 4  # up to sampling.max_length=20
     assert result['order'][: len(given)] == [-1] * len(given)
     assert sorted(result['order'][len(given) :]) == list(range(4))
     assert all(0 < p <= 1 for p in result['probabilities']) and len(result['probabilities']) == 4
-    assert len(result['stop_probabilities']) == 5  # one forward pass more than insertions
+    assert len(result['stop_probabilities']) == 5  # four insertions take five forward passes
     assert result['text'].startswith(result['prompt'] + '=')
     is_path = completion[1] == completion[2]
     expected = ','.join([*completion[:2], completion[3]]) if is_path else '{},{}|{},{}'.format(*completion)
@@ -368,14 +368,14 @@ def test_flags_files_and_standard_input_give_the_same_results(generate, three, t
   assert results_of(generate('--out=results', stdin=text)) == []
   for found in (
     results_of(generate('--prompts=prompts.txt')),
-    results_of(generate(stdin=f'\ufeff{lines}')),  # with a byte order mark
+    results_of(generate(stdin=f'\ufeff{lines}')),  # \ufeff is a byte order mark
     results_of((0, (tmp_path / 'results').read_text(), '')),
   ):
     for result, expected in zip(found, three, strict=True):
       assert_same_result(result, expected)
 
 
-def test_sampling_flags_override_the_settings_of_the_run(generate, trained, load_once, monkeypatch):
+def test_sampling_flags_of_generate_override_the_settings_of_the_run(generate, trained, load_once, monkeypatch):
   default, loaded = load_once(trained), []
   monkeypatch.setattr(api, 'load', lambda *args, **settings: loaded.append(settings) or load_once(*args, **settings))
   flags = ['--temperature=5', '--top_p=0.5', '--gap_threshold=0.5', '--stop_threshold=0', '--stop_temperature=3']
@@ -390,7 +390,7 @@ def test_sampling_flags_override_the_settings_of_the_run(generate, trained, load
   assert [result['tokens'] for result in results] != [one.tokens for one in lm.generate(PROMPTS)]
 
 
-def test_n_samples_are_drawn_for_each_request_starting_with_the_single_one(generate, three):
+def test_with_n_samples_per_request_the_first_equals_the_result_of_a_single_sample(generate, three):
   results = results_of(generate(*(f'--prompt={text}' for text in PROMPTS), '--n=3'))
   assert sorted((result['id'], result['sample']) for result in results) == [(i, j) for i in range(3) for j in range(3)]
   for result in results:
@@ -399,9 +399,9 @@ def test_n_samples_are_drawn_for_each_request_starting_with_the_single_one(gener
   assert len({discrete_fields(result) for result in results if result['id'] == 0}) > 1
 
 
-def test_a_result_depends_on_its_id_and_the_seed_but_not_on_other_requests(generate, three):
+def test_a_sampled_result_depends_on_its_id_and_the_seed_but_not_on_other_requests(generate, three):
   lines = [json.dumps({'prompt': PROMPTS[i], 'id': i}) for i in (2, 0)]
-  with_blank_line = f'{PROMPTS[0]}\n\n{PROMPTS[2]}\n'  # the default id counts blank lines
+  with_blank_line = f'{PROMPTS[0]}\n\n{PROMPTS[2]}\n'  # blank lines count in the default ids
   for found in (
     results_of(generate('--batch_size=1', stdin='\n'.join(lines))),
     results_of(generate(stdin=with_blank_line)),
@@ -416,7 +416,7 @@ def test_a_result_depends_on_its_id_and_the_seed_but_not_on_other_requests(gener
   assert sum(discrete_fields(a) == discrete_fields(b) for a, b in zip(results, other_seed, strict=True)) < 6
 
 
-def test_the_python_api_gives_the_results_of_the_command(trained, three, load_once):
+def test_the_python_api_gives_the_same_results_as_generate(trained, three, load_once):
   lm = load_once(trained, mesh=None, batch_size=64)
   assert lm.step == 10
   for result, expected in zip(lm.generate(PROMPTS), three, strict=True):
@@ -430,13 +430,13 @@ def test_the_python_api_gives_the_results_of_the_command(trained, three, load_on
     ilm_jax.load(trained, temprature=1.0)
 
 
-def test_the_reported_probabilities_are_those_of_the_model_at_each_step(trained, three, load_once):
+def test_the_reported_probabilities_equal_those_of_the_model_at_each_decoding_step(trained, three, load_once):
   lm, steps, rows = load_once(trained, mesh=None, batch_size=64), [], []
   for result in three:
     ids = np.array([lm.tokenizer.words.index(word) for word in result['tokens']])
     order, bos = np.array(result['order']), result['tokens'].index('[BOS]')
     for step, probability in enumerate(result['probabilities']):
-      rows.append(ids[order < step])  # the tokens before this step
+      rows.append(ids[order < step])  # the tokens present before this step
       at = int(np.flatnonzero(order == step)[0])
       gap = int((order[:at] < step).sum()) - 1
       steps.append((gap, ids[at], bos, probability, result['stop_probabilities'][step]))
@@ -445,7 +445,7 @@ def test_the_reported_probabilities_are_those_of_the_model_at_each_step(trained,
   out = forward(tokens_BxL, np.array([len(row) for row in rows]))
   logits_BxLxV = np.array(out.hidden_BxLxD, np.float64) @ np.array(out.unembed_VxD, np.float64).T
   for i, (gap, token, bos, probability, stop_probability) in enumerate(steps):
-    weights = np.exp(logits_BxLxV[i, bos : len(rows[i]), 7:])  # the open gaps, and all tokens that are not special
+    weights = np.exp(logits_BxLxV[i, bos : len(rows[i]), 7:])  # gaps that accept insertions; no special tokens
     assert weights[gap - bos, token - 7] / weights.sum() == pytest.approx(probability, abs=5e-6)
     stop = np.exp(np.array(out.stop_BxSx2[i, 0], np.float64))
     assert stop[0] / stop.sum() == pytest.approx(stop_probability, abs=5e-6)

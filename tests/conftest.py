@@ -13,8 +13,8 @@ jax.config.update('jax_default_matmul_precision', 'highest')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Tests run each program only once or twice, so skipping optimizations saves a third of their time.
 jax.config.update('jax_disable_most_optimizations', True)
-# Without fusion emitters, XLA compiles CPU programs three times as fast; newer versions abort on the flag. The variable
-# is also inherited by the processes that tests start.
+# Without fusion emitters, XLA compiles CPU programs three times as fast; newer JAX versions reject this flag.
+# Processes that the tests start inherit the environment variable.
 os.environ['XLA_FLAGS'] = '--xla_cpu_use_fusion_emitters=false' if jax.__version_info__ < (0, 11) else ''
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
@@ -22,7 +22,7 @@ GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
 @pytest.fixture(scope='session')
 def golden():
-  """Return a function that reads the reference numbers in tests/golden/NAME.npz, such as `golden('ilm')`."""
+  """Return a function that loads tests/golden/NAME.npz (the authors' code's numbers), such as `golden('ilm')`."""
 
   def load(name: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / f'{name}.npz') as file:

@@ -1,4 +1,4 @@
-"""Who may import whom: rooms import downwards only, and light modules load nothing heavy."""
+"""Import rules: packages import only lower layers, and light modules load neither JAX nor other heavy packages."""
 
 import ast
 import fnmatch
@@ -10,15 +10,15 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STARTS_JAX = {'jax', 'flax', 'optax', 'orbax'}
 
-# The rooms from the lowest to the highest: a module imports its own room and rooms earlier in this list. A name without
-# a slash is a module of the top level.
+# The layers of ilm_jax ("rooms": top-level modules and subpackages), lowest first. A module may import only from its
+# own room and from rooms earlier in this list.
 ROOMS = [
   *['types', 'special_tokens', 'console', 'metrics', 'plugins', 'configs'],
   *['distributed', 'models', 'families', 'data', 'tasks', 'runs', 'inference', 'evaluation', 'training'],
   *['main', 'aot', 'generate', 'cli', '__init__'],
 ]
 
-# Exceptions that are narrower: room or module -> all that it may import from this package.
+# Stricter rules: room or module -> the only parts of ilm_jax that it may import.
 NARROW = {
   'types': [],
   'special_tokens': [],
@@ -36,7 +36,7 @@ NARROW = {
   'cli': ['types', 'console', '__init__'],
 }
 
-# module -> packages that neither it nor anything it loads may import, not even inside a function
+# module -> packages that it may not import, neither directly, nor inside a function, nor through other modules
 FORBIDDEN = {
   'types': STARTS_JAX,
   'data.tokenizers': STARTS_JAX,
@@ -46,7 +46,7 @@ FORBIDDEN = {
   'inference.api': {'clu', 'grain', 'tensorflow', 'tensorflow_datasets'},
 }
 
-# package -> the only modules that may import it
+# third-party package -> the only modules of ilm_jax that may import it
 ONLY_IN = {
   'flax': ['models.*'],
   'grain': ['data.pipeline'],
@@ -57,7 +57,7 @@ ONLY_IN = {
   'mauve': ['evaluation.text_statistics'],
 }
 
-# modules that load none of these packages when they are imported; their functions may
+# modules whose import must not load a package of HEAVY; their functions may import one when called
 LIGHT = [
   *['__init__', 'cli', 'main', 'generate', 'families', 'families.contract', 'families.corruption', 'tasks', 'tasks.*'],
   *[
@@ -74,7 +74,7 @@ HEAVY = STARTS_JAX | {'grain', 'clu', 'tensorflow', 'tensorflow_datasets'}
 def imported(source: str, module: str, known, inside_functions: bool = True) -> set[str]:
   """Return the dotted names that the source of `module` imports.
 
-  `known` lists the modules of the package, to tell a module from a name inside a module.
+  `known` lists the modules of ilm_jax, to distinguish a module from a name defined inside a module.
   """
   found = set()
   nodes = [ast.parse(source)]
@@ -92,7 +92,7 @@ def imported(source: str, module: str, known, inside_functions: bool = True) -> 
 
 
 def dotted(path: pathlib.Path) -> str:
-  """Return the dotted module of a file; a package ends in `.__init__`, so that relative imports resolve."""
+  """Return the dotted module name of a file; for a package it ends in `.__init__`, so that relative imports resolve."""
   return '.'.join(path.relative_to(ROOT).with_suffix('').parts)
 
 
@@ -102,12 +102,12 @@ CONFIGS = sorted(path for path in (ROOT / 'ilm_jax' / 'configs').glob('*.py') if
 
 
 def short(name: str) -> str:
-  """Return the name of a module in the tables above."""
+  """Return a module's name as the rule tables write it: without `ilm_jax.` and `.__init__`."""
   return name.removesuffix('.__init__').removeprefix('ilm_jax.') if name != 'ilm_jax.__init__' else '__init__'
 
 
 def row(table: dict, name: str):
-  """Return the first row of a table whose name or pattern matches a module, or None; names come before patterns."""
+  """Return the entry of a rule table for a module, by exact name or else by first matching pattern, or None."""
   return table.get(name, next((table[key] for key in table if fnmatch.fnmatch(name, key)), None))
 
 
@@ -117,7 +117,7 @@ def imports_of(name: str, inside_functions: bool = True) -> set[str]:
 
 
 def loads(name: str, inside_functions: bool = True) -> set[str]:
-  """Return the packages that a module imports, directly or through the modules of ilm_jax that it loads."""
+  """Return the packages that a module imports, directly or through other modules of ilm_jax."""
   wanted, seen = imports_of(name, inside_functions) | {name.rpartition('.')[0]}, set()
   while wanted:
     target = wanted.pop()
@@ -133,16 +133,16 @@ def loads(name: str, inside_functions: bool = True) -> set[str]:
 
 
 def room(name: str) -> str:
-  """Return the room of a module of the package: `families` for `families.ilm`."""
+  """Return the room (layer) of a module, such as `families` for `families.ilm`."""
   return name.split('.')[0]
 
 
 def narrow(name: str):
-  """Return what NARROW allows a module, or None."""
+  """Return the list of imports that NARROW allows for a module, or None if NARROW has no rule for it."""
   return NARROW.get(name, NARROW.get(room(name)))
 
 
-def test_a_module_imports_only_lower_rooms():
+def test_a_module_imports_only_its_own_layer_and_lower_ones():
   for module in FILES:
     name = short(module)
     found = {short(n) for n in imports_of(module) if n.split('.')[0] == 'ilm_jax'} - {'ilm_jax'}
@@ -154,20 +154,20 @@ def test_a_module_imports_only_lower_rooms():
       assert not odd, f'{module} imports {sorted(odd)}: allowed are {allowed}'
 
 
-def test_every_room_says_what_it_is_for_and_where_to_start():
+def test_every_package_documents_its_purpose_its_imports_and_where_to_start_reading():
   for name, path in FILES.items():
     if name.endswith('.__init__') and name.count('.') == 2:
       text = ast.get_docstring(ast.parse(path.read_text()))
       assert 'Start with' in text and ('mport' in text), f'{name}: say what it may import, and where to start reading'
 
 
-def test_a_module_avoids_its_forbidden_packages():
+def test_no_module_imports_its_forbidden_packages():
   for module in FILES:
     odd = loads(module) & (row(FORBIDDEN, short(module)) or set())
-    assert not odd, f'{module} imports {sorted(odd)}, itself or through what it loads'
+    assert not odd, f'{module} imports {sorted(odd)}, directly or through other modules'
 
 
-def test_a_package_stays_inside_its_modules():
+def test_a_third_party_package_is_imported_only_by_its_listed_modules():
   for module in FILES:
     packages = {name.split('.')[0] for name in imports_of(module)}
     odd = {
@@ -178,7 +178,7 @@ def test_a_package_stays_inside_its_modules():
     assert not odd, f'{module} imports {sorted(odd)}, which belong to {[ONLY_IN[package] for package in sorted(odd)]}'
 
 
-def test_a_light_module_loads_nothing_heavy():
+def test_importing_a_light_module_loads_no_heavy_package():
   for module in FILES:
     if any(fnmatch.fnmatch(short(module), pattern) for pattern in LIGHT):
       odd = loads(module, inside_functions=False) & HEAVY
@@ -191,7 +191,7 @@ def test_a_config_imports_only_ml_collections():
     assert packages - sys.stdlib_module_names <= {'ml_collections', 'ilm_jax'}
 
 
-def test_every_form_of_import_is_read():
+def test_every_form_of_import_statement_is_recognized():
   source = (
     'import os.path, jax.numpy as jnp\n'
     'from ilm_jax import ops, load\n'
@@ -209,21 +209,21 @@ def test_every_form_of_import_is_read():
 
 
 def run(code: str) -> str:
-  """Run code in a fresh interpreter; returns what it prints."""
+  """Run code in a new Python interpreter; return its standard output."""
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=120)
   assert done.returncode == 0, done.stderr
   return done.stdout.strip()
 
 
-def test_importing_the_package_loads_nothing_heavy():
+def test_importing_ilm_jax_loads_neither_numpy_nor_a_heavy_package():
   assert run(f'import sys, ilm_jax; print(*({HEAVY | {"numpy"}} & set(sys.modules)))') == ''
 
 
-def test_importing_the_pipeline_starts_no_backend():
+def test_importing_the_data_pipeline_starts_no_jax_backend():
   started = (
     'import sys, ilm_jax.data.pipeline\n'
     'bridge = sys.modules.get("jax._src.xla_bridge")  # grain imports jax by itself\n'
     'print(*(bridge._backends if bridge else ()))\n'
   )
   assert run(started) == ''
-  assert run('import jax; jax.devices()\n' + started) != '', 'jax keeps its backends elsewhere now: look there'
+  assert run('import jax; jax.devices()\n' + started) != '', 'update this test to the JAX version'

@@ -1,4 +1,4 @@
-"""Helpers for tests of the launchers: run a script, read its dry run, and put fake programs in its way."""
+"""Test helpers for the launch scripts: run a script, parse its dry run, and replace programs by fake ones."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ AWKWARD = ["--config.task.label=it's a b, $HOME", '--config.task.names=x,y', '--
 RUN = ['--config=configs/star.py:hard', '--workdir=gs://bucket/hard', *AWKWARD]
 TPU = ['--name=ilm', '--zone=us-west4-a']
 
-# A command that counts its starts, and ends with the next exit code in the file `codes`; above 128, by a signal.
+# A command that logs its start and exits with the next code in the file `codes`; a code 128 + n means by signal n.
 END_WITH_NEXT_CODE = """
 ulimit -c 0
 echo start >> starts
@@ -23,7 +23,7 @@ code=$(head -n 1 codes); sed -i 1d codes
 [ "$code" -lt 128 ] || kill -$((code - 128)) $$
 exit "$code"
 """
-# A command that runs until it gets a signal, which it writes into the file `received`; exits like a run that saved.
+# A command that runs until SIGTERM or SIGINT, logs it in `received` and exits with the code of a run that saved.
 RUN_UNTIL_SIGNAL = """
 trap 'echo TERM >> received; exit 75' TERM
 trap 'echo INT >> received; exit 130' INT
@@ -33,18 +33,18 @@ for _ in $(seq 1500); do sleep 0.02; done
 
 
 def environment(**variables) -> dict[str, str]:
-  """Return this process's environment with more variables, but without those of Slurm and without PYTHON."""
+  """Return the environment of the test process plus `variables`, without PYTHON and the Slurm variables."""
   inherited = {k: v for k, v in os.environ.items() if not k.startswith('SLURM_') and k != 'PYTHON'}
   return inherited | {k: str(v) for k, v in variables.items()}
 
 
 def path_with(folder) -> str:
-  """Return a PATH that finds the programs in a folder first."""
+  """Return the PATH with a folder in front, whose programs therefore take precedence."""
   return f'{folder}:{os.environ["PATH"]}'
 
 
 def call(script, *arguments, folder=FOLDER, cwd=None, **variables) -> subprocess.CompletedProcess:
-  """Run a launcher with arguments and environment variables, from the root of its checkout by default."""
+  """Run a launcher with arguments and environment variables, by default from the repository root."""
   return subprocess.run(
     ['bash', folder / script, *arguments],
     env=environment(**variables),
@@ -72,12 +72,12 @@ def write_program(path: pathlib.Path, text: str) -> pathlib.Path:
 
 
 def lines(path) -> list[str]:
-  """Return the lines of a file; none if it does not exist."""
+  """Return the lines of a file, or an empty list if it does not exist."""
   return path.read_text().splitlines() if path.exists() else []
 
 
 def wait_for(condition, seconds=10.0):
-  """Wait until condition() is true; fail after a time limit."""
+  """Wait until condition() is true; fail after `seconds`."""
   deadline = time.monotonic() + seconds
   while not condition():
     assert time.monotonic() < deadline, 'the condition did not become true in time'
@@ -85,7 +85,7 @@ def wait_for(condition, seconds=10.0):
 
 
 def wait_for_start(folder):
-  """Wait until the fake command in a folder has started and its parent waits for it."""
+  """Wait until the fake command in a folder has started and resume.sh waits for it."""
   wait_for(lambda: lines(folder / 'starts'))
   time.sleep(0.1)
 
@@ -98,7 +98,7 @@ def restore_signals():
 
 @contextlib.contextmanager
 def running(command, folder, **variables):
-  """Start a command in a session of its own, with standard error in the file `stderr`; kill it at the end."""
+  """Start a command in a session of its own, write its stderr to the file `stderr`, and kill it at the end."""
   with open(folder / 'stderr', 'w') as stderr:
     process = subprocess.Popen(
       command, cwd=folder, stderr=stderr, env=environment(**variables), start_new_session=True,

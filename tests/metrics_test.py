@@ -6,7 +6,7 @@ import pytest
 from ilm_jax import metrics
 
 
-def test_metrics_add_as_totals_and_weights():
+def test_metrics_are_added_by_summing_totals_and_weights():
   total = {}
   for part in ({'loss': (3.0, 2.0)}, {'loss': (5.0, 1.0), 'rare': (1.0, 4.0)}, {'none': (0.0, 0.0)}):
     total = metrics.add(total, part)
@@ -18,10 +18,10 @@ def test_metrics_add_as_totals_and_weights():
   'successes, trials, low, high',
   [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
-def test_wilson_intervals_equal_those_of_newcombe_1998(successes, trials, low, high):
+def test_wilson_intervals_equal_the_values_published_by_newcombe_1998(successes, trials, low, high):
   np.testing.assert_allclose(metrics.wilson_interval(successes, trials), (low, high), atol=5e-5)
 
 
-def test_a_proportion_is_printed_with_its_count_and_interval():
+def test_a_proportion_is_printed_with_its_counts_and_confidence_interval():
   assert metrics.wilson_interval(0, 0) == (0.0, 1.0)
   assert metrics.format_proportion(996, 1000) == '99.60 % (996 of 1000; 95 % interval 98.98 - 99.84)'

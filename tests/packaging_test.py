@@ -1,4 +1,4 @@
-"""The wheel: what it contains, and that it works in an empty folder."""
+"""The wheel: what files it contains, and that it trains and generates in an empty folder."""
 
 import json
 import os
@@ -14,7 +14,7 @@ GRAPH = '6,8|8,2|3,1|9,4|9,6|4,3/9,2'
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
-  """Build the wheel and unpack it; returns the folder."""
+  """Build the wheel and unpack it; return the folder with the unpacked files."""
   folder = tmp_path_factory.mktemp('wheel')
   command = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', f'--wheel-dir={folder}', str(small.ROOT)]
   subprocess.run(command, check=True, cwd=folder, timeout=300)
@@ -25,7 +25,7 @@ def site(tmp_path_factory):
 
 
 def run(site, folder, *arguments) -> str:
-  """Run the installed `ilm-jax` in a folder; returns its standard output."""
+  """Run `ilm-jax` from the unpacked wheel in a folder; return its standard output."""
   env = {**os.environ, 'PYTHONPATH': str(site), 'JAX_PLATFORMS': 'cpu'}
   code = 'import sys; from ilm_jax.cli import main; sys.exit(main())'
   command = [sys.executable, '-c', code, *arguments]
@@ -46,7 +46,7 @@ def test_the_wheel_contains_the_package_and_nothing_else(site):
 
 
 @pytest.mark.long
-def test_the_wheel_trains_and_generates_in_a_folder_with_a_configs_package_of_its_own(site, tmp_path):
+def test_the_wheel_trains_and_generates_in_a_folder_that_has_another_configs_package(site, tmp_path):
   (tmp_path / 'configs').mkdir()
   (tmp_path / 'configs' / '__init__.py').write_text('raise RuntimeError("the wrong configs package")\n')
   assert run(site, tmp_path, 'configs').startswith('star:tiny')

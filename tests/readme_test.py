@@ -1,4 +1,4 @@
-"""The README: its commands and its Python run in an empty folder, with few steps and small models."""
+"""The README: its commands and Python examples run in an empty folder, with few steps and small models."""
 
 import json
 import os
@@ -18,12 +18,12 @@ WORDS = re.split(' ', 'Tom had a dog . He was happy The cat ran home and then On
 
 
 def blocks(language: str) -> list[str]:
-  """Return the code blocks of a language."""
+  """Return the README's code blocks in a language, such as sh or python."""
   return re.findall(rf'```{language}\n(.*?)```', README, re.S)
 
 
 def commands() -> list[list[str]]:
-  """Return the arguments of each `ilm-jax` command; `python -m ilm_jax.main` is `ilm-jax train`."""
+  """Return the arguments of each `ilm-jax` command in the README; `python -m ilm_jax.main` means `ilm-jax train`."""
   lines = [line for block in blocks('sh') for line in block.splitlines()]
   words = [shlex.split(line, comments=True) for line in lines]
   words = [['ilm-jax', 'train', *w[3:]] if w[:3] == ['python', '-m', 'ilm_jax.main'] else w for w in words]
@@ -31,7 +31,7 @@ def commands() -> list[list[str]]:
 
 
 def shortened(arguments: list[str]) -> list[str]:
-  """Return a command's arguments with settings that make it quick; settings of the README take precedence."""
+  """Add settings for a short run to a command's arguments, except those that the README sets itself."""
   if arguments[0] not in ('train', 'eval'):
     return [*arguments, '--mixed_commits'] if arguments[0] == 'report' else arguments
   if '--config=text:small' in arguments:
@@ -44,7 +44,7 @@ def shortened(arguments: list[str]) -> list[str]:
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """A folder in which every command of the README has run, in order; also holds their outputs, by command line."""
+  """Run all README commands in order in one folder; return the folder and the output of each command line."""
   folder = tmp_path_factory.mktemp('readme')
   os.symlink(small.ROOT / 'configs', folder / 'configs')
   (folder / 'tests').mkdir()
@@ -65,7 +65,7 @@ def folder(tmp_path_factory):
   return folder
 
 
-def test_every_command_prints_what_it_promises(folder):
+def test_every_readme_command_prints_the_documented_output(folder):
   outputs = json.loads((folder / 'outputs.json').read_text())
   assert len(outputs) >= 12
   for line, out in outputs.items():
@@ -82,7 +82,7 @@ def test_every_command_prints_what_it_promises(folder):
   assert (folder / 'runs' / 'star-tiny' / 'eval.json').exists() and (folder / 'trace.html').exists()
 
 
-def test_the_python_of_the_readme_and_of_the_notebook_runs(folder, monkeypatch):
+def test_the_python_code_of_the_readme_and_of_the_notebook_runs(folder, monkeypatch):
   monkeypatch.chdir(folder)
   graphs, gaps, names = {}, {}, {}
   exec(blocks('python')[0], graphs)
@@ -95,7 +95,7 @@ def test_the_python_of_the_readme_and_of_the_notebook_runs(folder, monkeypatch):
   assert (folder / 'trace.html').read_text() == names['page']
 
 
-def test_the_make_targets_of_the_readme_exist():
+def test_the_make_targets_named_in_the_readme_exist():
   targets = re.findall(r'^([a-z-]+):', MAKEFILE, re.M)
   named = set(re.findall(r'\bmake ([a-z-]+)', README))
   assert {'train', 'test', 'docs'} <= named <= set(targets)

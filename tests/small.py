@@ -1,4 +1,4 @@
-"""A very small run, shared by the tests of training, resuming and the commands, and helpers to start commands."""
+"""The small run: a tiny config that many tests train, and helpers to start the commands in other processes."""
 
 import contextlib
 import json
@@ -75,7 +75,7 @@ SETTINGS = {
   'checkpoint_every': 5,
   'keep': 2,
 }
-NO_DROPOUT = {'model.dropout': 0.0, 'model.attention_dropout': 0.0}  # the loss is then a function of weights and batch
+NO_DROPOUT = {'model.dropout': 0.0, 'model.attention_dropout': 0.0}  # the loss then depends only on weights and batch
 
 
 def config(changes=()):
@@ -96,13 +96,13 @@ def flags(workdir=None, changes=()) -> list[str]:
 
 
 def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1):
-  """Return a mesh of the given axis sizes over the first devices."""
+  """Return a mesh with the given axis sizes, over the first data x fsdp x tensor devices."""
   sizes = {'data': data, 'fsdp': fsdp, 'tensor': tensor}
   return make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
 
 
 def uninitialized(changes=(), **axes):
-  """Build the small run on a mesh; return (experiment, optimizer, schedule, shapes and shardings of the state)."""
+  """Build the small run on a mesh; return (experiment, optimizer, schedule, abstract state with shardings)."""
   cfg = config(changes)
   with mock.patch.object(sharding, 'make_mesh', lambda *_: mesh(**axes)):
     exp = build(cfg)
@@ -111,26 +111,26 @@ def uninitialized(changes=(), **axes):
 
 
 def experiment(changes=(), **axes):
-  """Build the small run on a mesh; return (experiment, optimizer, schedule, state, shapes and shardings of it)."""
+  """Build the small run on a mesh; return (experiment, optimizer, schedule, state, abstract state)."""
   exp, tx, schedule, _ = uninitialized(changes, **axes)
   return exp, tx, schedule, *train_step.init_state(exp, tx)
 
 
 def batches(exp, steps: int):
-  """Return the first training batches of the input pipeline, as numpy arrays."""
+  """Return the first `steps` training batches of the input pipeline, as numpy arrays."""
   cfg = exp.cfg
   source = exp.task.source(cfg.task, 'train')
   return list(pipeline.train_batches(source, exp.family.corrupt, cfg, start=0, stop=steps))
 
 
 def leaves(tree) -> dict[str, np.ndarray]:
-  """Return path -> array on the host of a tree of arrays."""
+  """Return a dictionary from the path of each array in a tree to its copy on the host."""
   named = jax.tree_util.tree_flatten_with_path(tree)[0]
   return {jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(x) for path, x in named}
 
 
 def assert_same_bits(actual, expected) -> None:
-  """Assert that two trees have the same paths, and arrays of the same dtypes and bits."""
+  """Assert that two trees of arrays have equal paths, dtypes and bits."""
   actual, expected = leaves(actual), leaves(expected)
   assert actual.keys() == expected.keys()
   for name, array in expected.items():
@@ -138,7 +138,7 @@ def assert_same_bits(actual, expected) -> None:
 
 
 def environment(cache) -> dict[str, str]:
-  """Return the environment of a command: CPU, fast compilation, compiled programs cached in a folder."""
+  """Return environment variables for a command: CPU only, fast compilation, compilation cache in a folder."""
   settings = {
     'JAX_PLATFORMS': 'cpu',
     'JAX_COMPILATION_CACHE_DIR': str(cache),
@@ -151,11 +151,11 @@ def start(arguments, cache, *, module: str = 'ilm_jax.main', before: str = '', *
   """Start `python -m MODULE ARGUMENTS`.
 
   Args:
-    arguments: of the command.
+    arguments: command line arguments of the module.
     cache: folder of the compilation cache.
     module: the module to run.
     before: shell code to run first, such as 'ulimit -f 16;'.
-    **options: of subprocess.Popen.
+    **options: options of subprocess.Popen.
   """
   command = [sys.executable, '-m', module, *map(str, arguments)]
   if before:
@@ -171,7 +171,7 @@ def run(arguments, cache, *, text: str | None = None, **options) -> tuple[int, s
   return process.returncode, out, err
 
 
-# Reads one JSON request per line and answers each with one line; a command runs in a forked child.
+# A server program: reads one JSON request per line, runs each command in a forked child, and answers with one line.
 SERVER = """
 import importlib, json, os, resource, sys, traceback
 import jax
@@ -208,7 +208,7 @@ for line in sys.stdin:
 
 
 class Command:
-  """A running command; has the methods of subprocess.Popen that the tests use."""
+  """A running command, with the methods of subprocess.Popen that the tests use."""
 
   def __init__(self, commands: 'Commands', pid: int, out: pathlib.Path, err: pathlib.Path):
     self.commands, self.pid, self.out, self.err, self.returncode = commands, pid, out, err, None
@@ -218,7 +218,7 @@ class Command:
     return self._wait(block=False)
 
   def wait(self, timeout: float | None = None) -> int:
-    """Wait for the end of the command and return its exit code; a negative code is the number of a signal."""
+    """Wait until the command ends; return its exit code, or -n if it was killed by signal n."""
     end = None if timeout is None else time.monotonic() + timeout
     while self._wait(block=end is None) is None:
       if time.monotonic() > end:
@@ -234,7 +234,7 @@ class Command:
 
   def send_signal(self, number: int) -> None:
     """Send a signal; it has no effect if the command has ended."""
-    if self.returncode is None:  # the system does not reuse the id of a process before `wait` has seen its end
+    if self.returncode is None:  # the system does not reuse a process id until waitpid returns
       os.kill(self.pid, number)
 
   def kill(self) -> None:
@@ -243,13 +243,13 @@ class Command:
 
 
 class Commands:
-  """Runs `python -m MODULE ARGUMENTS` in forked children of one process that has imported everything already."""
+  """Runs `python -m MODULE ARGUMENTS` in forked children of a server process that has already imported all modules."""
 
   def __init__(self, folder, cache=None):
-    """Start the process.
+    """Start the server process.
 
     Args:
-      folder: for the input and output of commands.
+      folder: folder for the files with the input and output of commands.
       cache: folder of the compilation cache; `folder/cache` by default.
     """
     self.folder, self.count = pathlib.Path(folder), 0
@@ -259,7 +259,7 @@ class Commands:
     )  # fmt: skip
 
   def ask(self, request: dict) -> str:
-    """Send a request to the process and return its answer."""
+    """Send a request to the server process and return its answer."""
     self.process.stdin.write(json.dumps(request) + '\n')
     self.process.stdin.flush()
     return self.process.stdout.readline().strip()
@@ -271,11 +271,11 @@ class Commands:
 
     Args:
       module: name of the module whose `main()` is called.
-      arguments: of the command.
-      stdin: its standard input.
-      cwd: its working directory.
-      devices: number of virtual CPU devices; one by default.
-      file_limit: maximum size of a file that it may write, in bytes; no limit by default.
+      arguments: command line arguments of the module.
+      stdin: standard input of the command.
+      cwd: working directory of the command.
+      devices: number of virtual CPU devices; 0 means one.
+      file_limit: maximum size in bytes of a file that the command may write; 0 means no limit.
       env: further environment variables.
     """
     self.count += 1
@@ -290,17 +290,17 @@ class Commands:
     return Command(self, int(pid), *files[1:])
 
   def __call__(self, module: str, arguments, **options) -> tuple[int, str, str]:
-    """Run a command to its end, see `start`; return (exit code, standard output, standard error)."""
+    """Run a command as `start` does until it ends; return (exit code, standard output, standard error)."""
     command = self.start(module, arguments, **options)
     return command.wait(), command.out.read_text(), command.err.read_text()
 
   def close(self):
-    """End the process."""
+    """End the server process."""
     self.process.stdin.close()
     self.process.wait(60)
 
 
-# Settings that no compiled program depends on, with a constant learning rate.
+# Settings that do not change the compiled programs (given a constant learning rate).
 LOOP_SETTINGS = (
   *('steps', 'stop_at', 'log_every', 'checkpoint_every', 'keep', 'init_from'),
   *('eval.every', 'eval.mode', 'eval.metric', 'eval.checkpoint'),
@@ -309,7 +309,7 @@ LOOP_SETTINGS = (
 
 @contextlib.contextmanager
 def shared_programs():
-  """Context manager: `loop.train` traces its programs once for all runs in this process with equal settings."""
+  """Context manager: runs of `loop.train` in this process with equal settings share their compiled programs."""
   from ilm_jax.training import loop
 
   made, real = {}, {name: getattr(loop, name) for name in ('compile_step', 'init_state', 'make_evaluator')}
@@ -320,7 +320,7 @@ def shared_programs():
     key = json.dumps([name, settings, dict(exp.mesh.shape), devices])
     if key not in made:
       made[key] = real[name](exp, *args)
-      if name == 'init_state':  # the training step reuses the memory of a state, so keep a copy on the host
+      if name == 'init_state':  # the training step donates the state, so keep a copy on the host
         made[key] = jax.device_get(made[key][0]), made[key][1]
     return made[key]
 
@@ -338,7 +338,7 @@ def shared_programs():
 
 @contextlib.contextmanager
 def compilation_cache_in(folder):
-  """Context manager: compile fast, and cache compiled programs in a folder, which several test modules can share."""
+  """Context manager: compile without optimizations, and cache compiled programs in a folder."""
   settings = {
     'jax_compilation_cache_dir': str(folder),
     'jax_persistent_cache_min_compile_time_secs': 0.2,

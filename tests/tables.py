@@ -1,4 +1,4 @@
-"""Lookup tables that stand in for a model: logits are a hash of the whole row, so every token and position matters."""
+"""Fake models for tests of sampling: the logits are a hash of all tokens of the row and their positions."""
 
 import jax
 import jax.numpy as jnp
@@ -8,22 +8,22 @@ from ilm_jax.types import UNLIMITED, Outputs, Prompt
 
 
 def mix(x):
-  """Scramble uint32 words."""
+  """Hash an array of uint32 elementwise."""
   x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
   x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
   return x ^ (x >> 16)
 
 
 def table(tokens_BxL, length_B, xp, *, vocab=9, scale=64, stop_shift=6.0):
-  """Return (logits_BxLxV, stop_BxSx2): integers over powers of two, which float32 represents exactly.
+  """Return hashed (logits_BxLxV, stop_BxSx2): integers over powers of two, which float32 represents exactly.
 
   Args:
     tokens_BxL: token ids.
-    length_B: number of tokens of each row; the rest is ignored.
+    length_B: number of tokens of each row; later entries are ignored.
     xp: numpy or jax.numpy.
     vocab: vocabulary size.
-    scale: a larger value gives smaller logits, hence more uniform draws.
-    stop_shift: a larger value gives less probable stops.
+    scale: a larger value gives smaller logits, hence a more uniform distribution.
+    stop_shift: a larger value gives smaller stop probabilities.
   """
   rows, size = tokens_BxL.shape
   index_1xL = xp.arange(size, dtype=xp.uint32)[None]
@@ -39,13 +39,13 @@ def table(tokens_BxL, length_B, xp, *, vocab=9, scale=64, stop_shift=6.0):
 
 
 class Forward:
-  """The table as a sampler's `forward` argument; its key/value cache holds the tokens themselves."""
+  """`table` as a sampler's `forward` argument; its key/value cache contains the tokens themselves."""
 
   def __init__(self, **settings):
     self.settings = settings
 
   def __call__(self, tokens_BxL, length_B, open_BxL=None):
-    del open_BxL  # the table does not depend on the open gaps
+    del open_BxL  # the logits do not depend on which gaps accept insertions
     logits_BxLxV, stop_BxSx2 = table(tokens_BxL, length_B, jnp, **self.settings)
     return Outputs(logits_BxLxV, jnp.eye(logits_BxLxV.shape[2]), stop_BxSx2)
 
@@ -61,7 +61,7 @@ class Forward:
     return Outputs(hidden, outputs.unembed_VxD), cache
 
   def look_up(self, row):
-    """Return (logits[position][token], p(stop)) of one row of any length."""
+    """Return (logits[position][token], p(stop)) of `table` for one row of any length."""
     logits, stop = table(np.array([row]), np.array([len(row)]), np, **self.settings)
     return logits[0].astype(np.float64), 1 / (1 + np.exp(-np.float64(stop[0, 0, 0])))
 

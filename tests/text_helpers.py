@@ -1,4 +1,4 @@
-"""Test helpers: small stories, corpus files and configs of the text task, and error messages."""
+"""Helpers for tests of the text task: short random stories, corpus files, configs, and checks of error messages."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ from ilm_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = pathlib.Path(os.environ.get('ILM_JAX_DATA') or ROOT.parent / 'shared' / 'data')
-needs_real_text = pytest.mark.skipif(not DATA.is_dir(), reason='no ../shared/data, no ILM_JAX_DATA')
+needs_real_text = pytest.mark.skipif(not DATA.is_dir(), reason='needs ../shared/data or the folder $ILM_JAX_DATA')
 
 
 def stories(count: int, seed: int = 0) -> list[str]:
-  """Return small stories, all different."""
+  """Return `count` different short stories."""
   rng = np.random.default_rng(seed)
   names, things = ['Mara', 'Odd', 'Piet', 'Ulla'], ['a boat', 'the goat', 'one red kite', 'an old map', 'two pears']
   verbs = ['found', 'sold', 'carried', 'lost', 'painted']
@@ -28,14 +28,14 @@ def stories(count: int, seed: int = 0) -> list[str]:
 
 
 def write(path: pathlib.Path, texts) -> pathlib.Path:
-  """Write texts into a corpus file, each followed by a line <|endoftext|>; returns the path."""
+  """Write texts into a corpus file, each followed by the line <|endoftext|>; return the path."""
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(''.join(f'{text}\n<|endoftext|>\n' for text in texts), 'utf-8')
   return path
 
 
 def write_corpus(folder: pathlib.Path) -> pathlib.Path:
-  """Write a corpus of 60 training stories and 24 held-out stories; returns its folder."""
+  """Write a corpus of 60 training stories and 24 held-out stories; return its folder."""
   write(folder / 'my-train.txt', stories(60))
   write(folder / 'my-valid.txt', stories(24, seed=1))
   return folder
@@ -50,7 +50,7 @@ def task_config(path, cache='', **changes):
 
 
 def all_texts(source) -> list[str]:
-  """Return the texts of all examples of a source."""
+  """Return the texts of all examples of a data source."""
   return [source.text(i) for i in range(len(source))]
 
 

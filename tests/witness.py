@@ -1,4 +1,4 @@
-"""`ilm_jax.main`, but each training batch is saved in the folder $SEEN, and after step $HOLD it waits to be killed."""
+"""`ilm_jax.main`, but it saves each training batch in the folder $SEEN, and hangs after step $HOLD until killed."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ train_batches = pipeline.train_batches
 
 
 def watched(source, corrupt, cfg, *, start, stop, part):
-  """Yield the batches of `pipeline.train_batches`, after saving each as STEP-PROCESS.npz."""
+  """Yield the batches of `pipeline.train_batches`, and save each as STEP-PROCESS.npz."""
   folder, hold = pathlib.Path(os.environ['SEEN']), int(os.environ['HOLD'])
   folder.mkdir(parents=True, exist_ok=True)
   batches = train_batches(source, corrupt, cfg, start=start, stop=stop, part=part)
@@ -25,6 +25,6 @@ def watched(source, corrupt, cfg, *, start, stop, part):
 
 
 def main() -> int:
-  """Run `ilm_jax.main` on watched batches; return its exit code."""
+  """Run `ilm_jax.main` with every training batch saved; return its exit code."""
   pipeline.train_batches = watched
   return ilm_jax.main.main()

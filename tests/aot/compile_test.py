@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: the formula of the arithmetic, the printed report, and the real TPU compiler."""
+"""Ahead-of-time compilation: the FLOP formula, the printed report, and tests with the real TPU compiler."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ QUICK = {
 }  # fmt: skip
 
 
-def test_the_formula_agrees_with_the_compilers_operation_count():
+def test_the_training_flop_formula_agrees_with_the_count_of_the_compiler():
   changes = {**QUICK, 'loss.vocab_chunk': 4096, 'model.d_model': 64, 'model.d_ff': 256}
   exp = build(small.config(changes), devices=jax.devices()[:1])
   data, shape = exp.cfg.data, (exp.cfg.data.rows, exp.cfg.data.row_length, 2 * exp.cfg.data.row_length)
@@ -32,10 +32,10 @@ def test_the_formula_agrees_with_the_compilers_operation_count():
   assert data.rows * data.row_length == 352
 
 
-def test_recomputation_does_not_count_as_model_flops():
+def test_training_flops_count_recomputation_only_with_again():
   cfg = transformer.ModelConfig(vocab_size=7, num_layers=2, num_heads=1, d_model=4, d_ff=6)
-  blocks = 2 * (8 * 16 + 4 * 4 * 6 + 4 * 5 * 4)  # per position of a row of five
-  once = 3 * (5 * (blocks + 2 * 7 * 4) + 2 * 4 * 10)  # three rows, ten targets each
+  blocks = 2 * (8 * 16 + 4 * 4 * 6 + 4 * 5 * 4)  # FLOPs per position of a row of 5
+  once = 3 * (5 * (blocks + 2 * 7 * 4) + 2 * 4 * 10)  # 3 rows with 10 targets each
   again = 3 * 5 * 2 * 7 * 4
   assert roofline.training_flops(cfg, 3, 5, 10, again=False) == 3 * once
   assert roofline.training_flops(cfg, 3, 5, 10) == 3 * once + again
@@ -44,7 +44,7 @@ def test_recomputation_does_not_count_as_model_flops():
   assert roofline.training_flops(remat, 3, 5, 10, again=False) == 3 * once
 
 
-def test_a_program_that_does_not_fit_is_reported(capsys, tmp_path):
+def test_a_program_that_does_not_fit_into_memory_is_reported(capsys, tmp_path):
   class Lowered:
     def compile(self):
       raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Ran out of memory on HBM: 192G exceeds 15.75G')
@@ -55,7 +55,7 @@ def test_a_program_that_does_not_fit_is_reported(capsys, tmp_path):
   )
 
 
-def test_the_abstract_state_has_the_shardings_of_the_real_one():
+def test_the_abstract_training_state_has_the_shapes_and_shardings_of_the_real_one():
   cfg = small.config({**QUICK, 'mesh.fsdp': 2, 'mesh.tensor': 2})
   exp = build(cfg)
   tx, _ = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
@@ -69,7 +69,7 @@ def test_the_abstract_state_has_the_shardings_of_the_real_one():
 
 @pytest.fixture(scope='module')
 def command(tmp_path_factory):
-  """Run the command with eight CPU devices; returns (exit code, standard output, standard error)."""
+  """Return a function that runs `ilm_jax.aot.compile` with 8 CPU devices: arguments -> (exit code, stdout, stderr)."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('JAX_NUM_CPU_DEVICES', '8')
     commands = small.Commands(tmp_path_factory.mktemp('commands'))
@@ -77,7 +77,7 @@ def command(tmp_path_factory):
   commands.close()
 
 
-def test_the_command_prints_memory_collectives_and_both_programs(command):
+def test_the_compile_command_reports_memory_and_collectives_of_training_and_decoding(command):
   words = small.flags(changes={**QUICK, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2})
   code, out, err = command([*words, '--topology=cpu:8'])
   assert code == 0, err
@@ -85,32 +85,32 @@ def test_the_command_prints_memory_collectives_and_both_programs(command):
   assert re.search(r'training step: 8 rows of 44, .* TFLOP, .* GFLOP per device', out)
   assert len(re.findall(r'memory per device, GiB: \d', out)) == 2
   assert len(re.findall(r'all-reduce: \d+ per step, [\d.]+ MB sent per device', out)) == 2
-  assert 'decoding step: 32 rows of 22' in out and 'predicted' not in out  # CPUs have no published limits here
+  assert 'decoding step: 32 rows of 22' in out and 'predicted' not in out  # no predicted times for CPUs
 
 
 @pytest.mark.parametrize('topology', ['', 'v9:2x2', 'v5e', 'v5e:2xtwo', 'cpu:16'])
-def test_an_unknown_topology_is_one_line(topology, command):
+def test_an_unknown_topology_gives_a_one_line_error(topology, command):
   code, out, err = command([*small.flags(), f'--topology={topology}'])
   assert code == 1 and not out and err.count('\n') == 1 and err.startswith('error: --topology')
 
 
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is not None, reason='libtpu is installed')
-def test_a_missing_tpu_compiler_says_how_to_install_it(command):
+def test_the_error_for_a_missing_tpu_compiler_says_how_to_install_it(command):
   code, out, err = command([*small.flags(), '--topology=v5e:2x4'])
   assert code == 1 and not out
   assert err.startswith('error: libtpu is not installed') and "pip install -e '.[tpu]'" in err and err.count('\n') == 1
 
 
-def test_a_config_builds_without_its_data_given_a_vocabulary_size():
+def test_an_experiment_can_be_built_without_data_if_the_vocabulary_size_is_given():
   exp = build(small.config(), devices=jax.devices()[:1], vocab_size=30_522)
   assert exp.model_cfg.vocab_size == 30_522
   with pytest.raises(UserError, match=r'does not divide over mesh\.tensor=8'):
     build(small.config({'mesh.tensor': 8}), vocab_size=96)
 
 
-# --- the real compiler: pip install -e '.[tpu]' -----------------------------------------------------------------------
+# --- the real TPU compiler: pip install -e '.[tpu]' -------------------------------------------------------------------
 
-WITHOUT = 'unset XLA_FLAGS JAX_DISABLE_MOST_OPTIMIZATIONS;'  # these options are for CPU programs
+WITHOUT = 'unset XLA_FLAGS JAX_DISABLE_MOST_OPTIMIZATIONS;'  # options for CPU programs only
 GATHERED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
@@ -130,7 +130,7 @@ compile.compile_and_print(step.lower(jax.ShapeDtypeStruct((8, 8, 8), jnp.float32
 
 
 @pytest.mark.long
-def test_involuntary_rematerializations_of_the_real_compiler_are_reported(tmp_path):
+def test_involuntary_rematerializations_by_the_tpu_compiler_are_reported(tmp_path):
   pytest.importorskip('libtpu')
   env = {
     k: v for k, v in small.environment(tmp_path).items() if k not in ('XLA_FLAGS', 'JAX_DISABLE_MOST_OPTIMIZATIONS')
@@ -142,7 +142,7 @@ def test_involuntary_rematerializations_of_the_real_compiler_are_reported(tmp_pa
 
 @pytest.mark.long
 @pytest.mark.parametrize('mesh', [{'fsdp': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
-def test_the_real_compiler_gathers_weights_but_no_features_nor_logits(mesh, tmp_path):
+def test_the_tpu_compiler_gathers_weights_but_neither_features_nor_logits(mesh, tmp_path):
   pytest.importorskip('libtpu')
   width, hidden, vocab, rows = 768, 3072, 10_240, 32
   sizes = {'num_layers': 2, 'scan_layers': True, 'compute': 'bfloat16'}
@@ -153,7 +153,7 @@ def test_the_real_compiler_gathers_weights_but_no_features_nor_logits(mesh, tmp_
   code, out, err = small.run(words, tmp_path, module='ilm_jax.aot.compile', before=WITHOUT)
   assert code == 0 and 'ematerialization' not in err, err
   assert re.findall(r'involuntary full rematerializations: (.*)', out) == ['0', '0']
-  weight = 2 * max(width * hidden, vocab * width) / 1e6  # MB, in bfloat16
-  features = 2 * (rows / mesh.get('data', 1)) * 1024 * width / 1e6  # of the rows whose devices share weights
+  weight = 2 * max(width * hidden, vocab * width) / 1e6  # largest weight in MB, in bfloat16
+  features = 2 * (rows / mesh.get('data', 1)) * 1024 * width / 1e6  # MB per group of devices that share weights
   found = [float(size) for size in re.findall(r'all-gather: .*; the largest: ([\d.]+) MB', out)]
   assert found and max(found) <= weight + 0.05 < features

@@ -1,5 +1,5 @@
 # ruff: noqa: E501 (programs have long lines)
-"""Reading compiled programs: collectives by the iterations of their loops, and bytes of memory traffic."""
+"""Analysis of compiled HLO programs: collectives, multiplied by loop iterations, and bytes of memory traffic."""
 
 import jax
 import jax.numpy as jnp
@@ -113,14 +113,13 @@ ENTRY %main (a: f32[10,100], b: f32[100]) -> f32[100] {
 
 def test_memory_traffic_counts_only_the_parts_of_sliced_arrays():
   row = 4 * 100
-  turn = row + row + row  # the slice, all of b, the updated part
+  turn = row + row + row  # per iteration: read the slice and b, write the updated row
   started = (row + 4 * row) + (row + row)
-  assert (
-    bytes_moved(hlo.parse(MOVES)) == 10 * turn + 10 * row + started + row
-  )  # plus a copy onto the chip and the result
+  # Ten iterations, the array copied to on-chip memory, the started collectives, and the result.
+  assert bytes_moved(hlo.parse(MOVES)) == 10 * turn + 10 * row + started + row
 
 
-def test_memory_traffic_of_a_product_is_that_of_its_operands_and_result():
+def test_memory_traffic_of_a_matrix_product_is_the_size_of_its_operands_and_result():
   def several(x, ys):
     return jax.lax.scan(lambda x, y: (jnp.tanh(x @ y), None), x, ys)[0]
 
@@ -130,14 +129,14 @@ def test_memory_traffic_of_a_product_is_that_of_its_operands_and_result():
   assert 7 * once <= bytes_moved(hlo.parse(text)) < 7 * 3 * once
 
 
-def test_collectives_count_loop_iterations_and_each_channel_once():
+def test_collectives_are_multiplied_by_loop_iterations_and_each_channel_counts_once():
   found = {(one.kind, one.size): one for one in collectives(hlo.parse(TEXT), 8)}
   assert len(found) == 8
   counted = found['collective-permute', 8 * 32 * 4]
-  assert (counted.times, counted.certain) == (4, True)  # 0, 2, 4, 6
+  assert (counted.times, counted.certain) == (4, True)  # loop counter: 0, 2, 4, 6
   fused = found['reduce-scatter', 128 * 4 // 4]
   assert (fused.group, fused.traffic()) == (4, 3 * 128)
-  assert found['all-gather', (4 + 6) * 4].group == 2  # several arrays, inside a branch
+  assert found['all-gather', (4 + 6) * 4].group == 2  # gathers two arrays, inside a conditional
   head = found['all-gather', 64 * 16 * 4]
   assert (head.group, head.times, head.certain, head.where) == (8, 5, True, 'jit(step)/scan/head')
   assert head.traffic() == 5 * 7 / 8 * 64 * 16 * 4

@@ -1,4 +1,4 @@
-"""Meshes, the sharding of arrays on them, and the messages about sizes that do not fit."""
+"""Device meshes, the sharding of arrays on a mesh, and errors for mesh or model sizes that are not divisible."""
 
 import re
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from ilm_jax.distributed import sharding
 from ilm_jax.types import UserError
 
 
-def test_an_axis_that_does_not_divide_is_not_sharded():
+def test_an_array_axis_that_is_not_divisible_by_its_mesh_axes_is_not_sharded():
   spec = sharding.spec_of(('vocab', None), (20, 16), small.mesh(2, 2, 2))
   assert spec == jax.sharding.PartitionSpec(('tensor', 'fsdp'), None)
   assert sharding.spec_of(('vocab', None), (17, 16), small.mesh(2, 2, 2))[0] is None
@@ -21,7 +21,7 @@ def test_an_axis_that_does_not_divide_is_not_sharded():
 
 
 @pytest.mark.parametrize('sizes', [(3, 1, 1), (-1, 3, 1), (2, 2, 1), (16, 1, 1)])
-def test_an_error_about_a_mesh_lists_the_sizes_that_fit(sizes):
+def test_the_error_for_a_mesh_that_does_not_fit_the_devices_lists_the_sizes_that_do(sizes):
   cfg = dict(zip(('data', 'fsdp', 'tensor'), sizes, strict=True))
   with pytest.raises(UserError, match=r'does not fit 8 device.*one of 1, 2, 4, 8, or -1') as error:
     sharding.make_mesh(cfg, jax.devices())
@@ -32,12 +32,12 @@ def test_devices_are_grouped_by_tpu_slice():
   devices = [SimpleNamespace(id=i, platform='tpu', slice_index=i // 4 % 2) for i in (4, 5, 6, 7, 0, 1, 2, 3)]
   assert [[device.id for device in part] for part in sharding.slices_of(devices)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
   gpus = [SimpleNamespace(id=i, platform='gpu', slice_index=i // 4) for i in range(8)]
-  assert len(sharding.slices_of(gpus)) == 1  # JAX numbers the hosts of GPUs as slices; any axis may span them
+  assert len(sharding.slices_of(gpus)) == 1  # on GPUs, slice_index numbers hosts, which any axis may span
 
 
-def test_each_host_gets_consecutive_rows_of_the_batch():
+def test_each_host_holds_consecutive_rows_of_the_batch():
   def torus(side):
-    """Return the chips of a square TPU slice, four per host, in the order of a ring through all chips."""
+    """Return the chips of a side x side TPU slice, 4 per host, in the order of a ring through all chips."""
     chips = [(x, y if x % 2 == 0 else side - 1 - y) for x in range(side) for y in range(side)]
     return np.array([SimpleNamespace(process_index=x // 2 * side // 2 + y // 2, at=(x, y)) for x, y in chips])
 
@@ -50,7 +50,7 @@ def test_each_host_gets_consecutive_rows_of_the_batch():
   assert hosts == sorted(hosts)
 
 
-def test_fsdp_and_tensor_axes_stay_within_a_slice(monkeypatch):
+def test_fsdp_and_tensor_axes_do_not_span_several_tpu_slices(monkeypatch):
   devices = jax.devices()
   monkeypatch.setattr(sharding, 'slices_of', lambda devices: [devices[1::2], devices[::2]])
   mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}, devices)
@@ -76,12 +76,12 @@ SIZES = {'num_heads': 4, 'd_model': 32, 'd_ff': 64, 'vocab_size': 32}
   ({'d_ff': 66}, 'model.d_ff=66 does not divide over mesh.tensor=4: use mesh.tensor= one of 1, 2, or'),
   ({'d_model': 33}, 'model.d_model=33 does not divide over mesh.fsdp=2: use mesh.fsdp= one of 1, or'),
 ])  # fmt: skip
-def test_an_error_about_a_model_size_lists_the_mesh_sizes_that_fit(sizes, message):
+def test_the_error_for_a_model_size_that_does_not_divide_lists_the_mesh_sizes_that_fit(sizes, message):
   with pytest.raises(UserError, match=re.escape(message)):
     sharding.check_model(SimpleNamespace(**SIZES | sizes), small.mesh(fsdp=2, tensor=4))
 
 
-def test_a_vocabulary_that_does_not_divide_is_reported():
+def test_a_warning_reports_a_vocabulary_that_does_not_divide_over_the_devices():
   mesh = small.mesh(fsdp=2, tensor=4)
   assert sharding.check_model(SimpleNamespace(**SIZES), mesh) is None
   for size, how in ((30, 'cut into 2'), (31, 'whole on each of them')):
@@ -89,7 +89,7 @@ def test_a_vocabulary_that_does_not_divide_is_reported():
     assert warning.startswith(f'the vocabulary of {size} does not divide over 8 devices') and warning.endswith(how)
 
 
-def test_the_placement_of_a_state_lists_the_bytes_on_each_device():
+def test_describe_placement_lists_the_bytes_of_each_array_per_device():
   state = small.experiment({'model.num_layers': 2}, data=2, fsdp=2, tensor=2)[3]
   lines = sharding.describe_placement(state)
   assert "   2 x params/block_*/mlp_in/kernel 16x32 ('fsdp', 'tensor') 512 bytes a device" in lines
@@ -98,7 +98,7 @@ def test_the_placement_of_a_state_lists_the_bytes_on_each_device():
   assert total == sum(held) == sum(map(sharding.bytes_per_device, jax.tree.leaves(state)))
 
 
-def test_a_mesh_is_parsed_from_text():
+def test_read_mesh_parses_a_mesh_flag():
   assert sharding.read_mesh('tensor=2') == {'data': -1, 'fsdp': 1, 'tensor': 2}
   assert sharding.read_mesh('data=2, fsdp=4') == {'data': 2, 'fsdp': 4, 'tensor': 1}
   for wrong in ('tensors=2', 'data', 'data=two', '4', ''):

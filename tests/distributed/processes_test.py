@@ -1,4 +1,4 @@
-"""Several processes: they train as one process does, agree before they start, and all end when one ends."""
+"""Runs with several processes: same results as one process, checks at the start, and failures of a process."""
 
 import json
 import re
@@ -36,14 +36,14 @@ def commands(tmp_path_factory):
 
 
 def free_port() -> int:
-  """Return a port of this machine that no process listens on."""
+  """Return an unused TCP port of this machine."""
   with socket.socket() as found:
     found.bind(('127.0.0.1', 0))
     return found.getsockname()[1]
 
 
 class Group:
-  """Processes of one run on this machine, two with four devices each by default; `with` kills those that remain."""
+  """The processes of one run, by default two with four devices each; leaving `with` kills those still running."""
 
   def __init__(
     self, commands, workdir, *, processes=2, devices=4, changes=(), worker_changes=(), module='ilm_jax.main', words=(),
@@ -52,15 +52,15 @@ class Group:
     """Start the processes.
 
     Args:
-      commands: starts them.
-      workdir: the folder of the run.
+      commands: the `small.Commands` that starts the processes.
+      workdir: workdir of the run.
       processes: number of processes.
-      devices: virtual devices of each process.
-      changes: settings that differ from the small run.
-      worker_changes: settings of process 1 that differ further.
+      devices: number of virtual devices per process.
+      changes: settings that differ from those of the small run.
+      worker_changes: settings that only process 1 changes.
       module: module to run.
       words: command line arguments instead of those of the small run.
-      hold: step at which training waits to be killed (0: never); training batches are then saved, see `tests.witness`.
+      hold: step at which training hangs until killed (0: never); if set, saves all batches, see `tests.witness`.
     """
     port, self.processes, env = free_port(), [], {}
     if hold is not None:
@@ -82,11 +82,11 @@ class Group:
       process.wait(60)
 
   def wait(self, seconds=120) -> list[int]:
-    """Wait for the end of all processes; return their exit codes."""
+    """Wait until all processes have ended; return their exit codes."""
     return [process.wait(seconds) for process in self.processes]
 
   def log(self, index=0) -> str:
-    """Return the standard output and error of a process."""
+    """Return the standard output and standard error of a process."""
     return self.processes[index].out.read_text() + self.processes[index].err.read_text()
 
   def wait_for_step(self, step: int) -> None:
@@ -94,7 +94,7 @@ class Group:
     self.wait_until(lambda: f'step {step} ' in self.log())
 
   def wait_until(self, condition) -> None:
-    """Wait until `condition()` is true, while process 0 runs."""
+    """Wait until `condition()` is true; fail if process 0 ends first."""
     end = time.monotonic() + 120
     while not condition():
       assert time.monotonic() < end and self.processes[0].poll() is None, self.log()
@@ -116,12 +116,12 @@ def checkpoints(workdir) -> list[int]:
 
 
 def seen(workdir):
-  """Return the folder with the training batches of a run."""
+  """Return the folder in which `tests.witness` saves the training batches of a run."""
   return workdir.parent / f'{workdir.name}.seen'
 
 
 def batch_at(workdir, step: int) -> dict:
-  """Return the training batch of a step, of all processes together."""
+  """Return the saved training batch of a step, concatenated over all processes."""
   files = sorted(seen(workdir).glob(f'{step}-*.npz'))
   parts = [dict(np.load(file)) for file in files]
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -137,7 +137,7 @@ def assert_same_examples(workdir, expected, steps) -> None:
 
 
 def train_and_kill(commands, workdir, hold: int, **where) -> str:
-  """Train up to the step `hold`, kill all processes there, with its last checkpoint complete; return the log."""
+  """Train to step `hold`, wait for the last checkpoint, kill all processes; return the log of process 0."""
   changes = {'steps': 30, **where.pop('changes')}
   with Group(commands, workdir, changes=changes, hold=hold, **where) as run:
     run.wait_for_step(hold)
@@ -156,7 +156,7 @@ def assert_close(found: dict, expected: dict) -> None:
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, commands):
-  """The workdir of a run of thirty steps on one device of one process."""
+  """Return the workdir of a run of 30 steps in one process with one device."""
   workdir = tmp_path_factory.mktemp('trained') / 'run'
   changes = {'steps': 30, 'sampling.token.temperature': 1.0}
   with Group(commands, workdir, processes=1, devices=1, changes=changes, hold=0) as run:
@@ -166,12 +166,12 @@ def trained(tmp_path_factory, commands):
 
 @pytest.fixture(scope='module')
 def expected_losses(trained):
-  """The losses of the run of one process: step -> loss."""
+  """Return the losses of the run `trained` in one process: step -> loss."""
   return losses(trained)
 
 
 def answers(commands, folder, workdir, graphs, *, processes=1, devices=1, mesh=None) -> dict[int, dict]:
-  """Run `generate` on prompts; return its records by id, after checking in which file each one is."""
+  """Run `generate` on prompts; check that each process wrote its share; return the results by id."""
   folder.mkdir()
   (folder / 'graphs.txt').write_text('\n'.join(graphs))
   words = [f'--workdir={workdir}', f'--prompts={folder / "graphs.txt"}', f'--out={folder / "answers.jsonl"}']
@@ -201,7 +201,7 @@ def assert_same(found: dict, expected: dict) -> None:
 
 
 def graphs_of(number: int) -> list[str]:
-  """Return prompts of the test split."""
+  """Return the first `number` star-graph prompts of the test split."""
   cfg = star.get_config('tiny').task
   source = tasks.get('star').source(cfg, 'test')
   examples = [source[i] for i in range(number)]
@@ -212,7 +212,7 @@ def graphs_of(number: int) -> list[str]:
   pytest.param((0,), id='coordinator', marks=pytest.mark.long), pytest.param((1,), id='worker'),
   pytest.param((0, 1), id='both', marks=pytest.mark.long),
 ])  # fmt: skip
-def test_two_processes_train_as_one_and_stop_at_the_same_step(tmp_path, commands, expected_losses, signaled):
+def test_two_processes_train_as_one_and_after_sigterm_stop_at_one_step(tmp_path, commands, expected_losses, signaled):
   workdir = tmp_path / 'run'
   with Group(commands, workdir, devices=2, changes={'steps': 1000}) as run:
     run.wait_for_step(8)
@@ -254,7 +254,7 @@ def test_a_killed_run_resumes_on_any_number_of_devices_and_processes(tmp_path, c
 @pytest.mark.parametrize('processes, devices, mesh', [
   (1, 8, {'mesh.fsdp': 4}), (1, 8, {'mesh.fsdp': 2, 'mesh.tensor': 2}), (2, 4, {'mesh.fsdp': 8}),
 ])  # fmt: skip
-def test_a_killed_run_ends_with_the_same_bits_on_the_same_mesh(tmp_path, commands, processes, devices, mesh):
+def test_a_killed_run_resumes_to_bitwise_equal_weights_on_the_same_mesh(tmp_path, commands, processes, devices, mesh):
   where = {'processes': processes, 'devices': devices}
   abstract = small.experiment({**RUN, **mesh})[-1]
   states = []
@@ -274,7 +274,7 @@ def test_a_killed_run_ends_with_the_same_bits_on_the_same_mesh(tmp_path, command
 
 @pytest.mark.long
 @pytest.mark.parametrize('axes', [{'mesh.fsdp': 8}, {'mesh.tensor': 2}])
-def test_losses_do_not_depend_on_a_mesh_across_processes(tmp_path, commands, expected_losses, axes):
+def test_losses_do_not_change_if_the_mesh_spans_two_processes(tmp_path, commands, expected_losses, axes):
   workdir, changes = tmp_path / 'run', {'steps': 30, **axes}
   with Group(commands, workdir, changes=changes) as run:
     assert run.wait() == [0, 0], run.log()
@@ -290,7 +290,7 @@ def test_losses_do_not_depend_on_a_mesh_across_processes(tmp_path, commands, exp
 @pytest.mark.long
 @pytest.mark.parametrize('signaled', [0, 1], ids=['coordinator', 'worker'])
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP], ids=['killed', 'stopped'])
-def test_a_process_that_dies_or_hangs_ends_the_run_and_it_can_resume(
+def test_if_one_process_dies_or_hangs_the_other_ends_and_the_run_can_resume(
   tmp_path, commands, expected_losses, number, signaled
 ):
   workdir = tmp_path / 'run'
@@ -319,7 +319,7 @@ def test_two_processes_generate_the_same_answers_as_one(tmp_path, commands, trai
 @pytest.mark.parametrize('processes, devices, mesh', [
   (1, 2, 'data=2'), (1, 4, 'fsdp=4,data=1'), (1, 8, 'fsdp=2,tensor=2'), (2, 4, None),
 ])  # fmt: skip
-def test_two_hundred_answers_do_not_depend_on_the_mesh(tmp_path, commands, trained, processes, devices, mesh):
+def test_two_hundred_generated_answers_do_not_depend_on_the_mesh(tmp_path, commands, trained, processes, devices, mesh):
   graphs = graphs_of(200)
   expected = answers(commands, tmp_path / 'one', trained, graphs)
   assert_same(
@@ -372,14 +372,14 @@ def test_processes_that_see_different_checkpoints_must_be_started_again(monkeypa
 
 
 @pytest.mark.long
-def test_all_processes_exit_with_the_code_of_a_common_error(tmp_path, commands):
+def test_all_processes_exit_with_code_1_if_the_loss_diverges(tmp_path, commands):
   changes = {'steps': 1000, 'optimizer.learning_rate': 1e30, 'optimizer.clip': 1e30}
   with Group(commands, tmp_path / 'run', changes=changes) as run:
     assert run.wait() == [1, 1], run.log()
     assert 'lower optimizer.learning_rate' in run.log()
 
 
-def test_output_files_of_several_processes_are_numbered():
+def test_generate_numbers_the_output_files_of_several_processes():
   for name, expected in (
     ('answers.jsonl', 'answers-00001-of-00002.jsonl'), ('runs/v1.2/answers', 'runs/v1.2/answers-00001-of-00002'),
     ('gs://bucket/out/answers.jsonl', 'gs://bucket/out/answers-00001-of-00002.jsonl'),
@@ -387,7 +387,7 @@ def test_output_files_of_several_processes_are_numbered():
     assert generate.shard(name, 1, 2) == expected and generate.shard(name, 0, 1) == name
 
 
-def test_an_error_in_one_process_is_raised_in_all(monkeypatch):
+def test_a_user_error_in_one_process_is_raised_in_all_processes(monkeypatch):
   monkeypatch.setattr(processes, 'gather', lambda text: ['', text or 'no room'])
   with pytest.raises(UserError, match=r'^process 1: no room$'), processes.raise_on_all():
     pass
@@ -395,7 +395,7 @@ def test_an_error_in_one_process_is_raised_in_all(monkeypatch):
     raise UserError('own error')
 
 
-def test_a_folder_that_not_all_processes_share_is_refused(monkeypatch, tmp_path):
+def test_a_workdir_that_not_all_processes_share_is_refused(monkeypatch, tmp_path):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   monkeypatch.setattr(processes, 'gather', lambda text: [text, text])
   processes.check_shared(tmp_path)
@@ -422,22 +422,22 @@ def test_incomplete_or_impossible_process_flags_are_refused(given, message):
     processes.start(*given)
 
 
-def test_an_unreachable_coordinator_is_a_one_line_error():
+def test_an_unreachable_coordinator_gives_a_one_line_error():
   port = free_port()
   with pytest.raises(UserError, match=rf'--coordinator=127.0.0.1:{port} cannot be reached \(Connection refused'):
     processes.start(f'127.0.0.1:{port}', 2, 1, initialization_timeout=0)
 
 
-def test_processes_that_do_not_start_are_a_one_line_error(tmp_path, commands):
+def test_a_timeout_while_waiting_for_other_processes_gives_a_one_line_error(tmp_path, commands):
   flags = [f'--coordinator=127.0.0.1:{free_port()}', '--num_processes=2', '--process_id=0']
   words = [*small.flags(tmp_path / 'run', {**RUN, 'distributed.initialization_timeout': 1}), *flags]
   code, out, err = commands('ilm_jax.main', words)
-  assert code == 134 and not out  # launchers restart on 134
+  assert code == 134 and not out  # launch/resume.sh restarts after 134
   (line,) = [line for line in err.splitlines() if line.startswith('error: ')]
   assert re.fullmatch(r'error: the processes did not all connect to 127\.0\.0\.1:\d+ within 1 s: is every .*', line)
 
 
-def test_environments_of_several_processes_are_recognized(tmp_path):
+def test_environment_variables_of_multi_process_launchers_are_recognized(tmp_path):
   devices = (str(tmp_path / 'accel0'),)
   several = {'SLURM_STEP_NUM_TASKS': '4'}, {'OMPI_COMM_WORLD_SIZE': '2'}, {'TPU_WORKER_HOSTNAMES': 'a,b'}
   for env in (*several, {'TPU_PROCESS_ADDRESSES': 'a:1,b:1'}, {'MEGASCALE_COORDINATOR_ADDRESS': 'a'}):
@@ -445,34 +445,34 @@ def test_environments_of_several_processes_are_recognized(tmp_path):
   for env in ({}, {'SLURM_STEP_NUM_TASKS': '1', 'SLURM_NTASKS': '4'}, {'TPU_WORKER_HOSTNAMES': 'localhost'}):
     assert not processes.environment_names_peers(env, devices), env
   (tmp_path / 'accel0').touch()
-  assert processes.environment_names_peers({}, devices)  # a TPU VM may be one of many
+  assert processes.environment_names_peers({}, devices)  # a TPU VM may be one host of several
   assert not processes.environment_names_peers({'JAX_PLATFORMS': 'cpu', 'TPU_WORKER_HOSTNAMES': 'a,b'}, devices)
 
 
-def test_an_environment_without_a_coordinator_means_one_process_or_is_refused(monkeypatch):
+def test_without_a_coordinator_there_is_one_process_or_an_error_if_a_launcher_started_several(monkeypatch):
   asked = []
 
   def initialize(**options):
     asked.append(options)
     raise ValueError('coordinator_address should be defined.')
 
-  monkeypatch.setattr(processes, 'environment_names_peers', lambda: True)  # as by a device file of the same name
+  monkeypatch.setattr(processes, 'environment_names_peers', lambda: True)  # as if a TPU device file existed
   monkeypatch.setattr(jax.distributed, 'initialize', initialize)
   assert processes.start() is None and len(asked) == 1
   assert processes.which() == (0, 1)
-  monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', '2')  # Open MPI 5 names no coordinator
+  monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', '2')  # Open MPI 5 sets no coordinator address
   with pytest.raises(UserError, match=r'OMPI_COMM_WORLD_SIZE=2: .* give --coordinator=HOST:PORT'):
     processes.start()
 
 
-def test_errors_of_a_lost_process_are_recognized(monkeypatch):
+def test_error_messages_that_mean_a_lost_process_are_recognized(monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   peer_lost = jax.errors.JaxRuntimeError('Gloo AllReduce failed: Connection closed by peer')
   assert processes.is_peer_lost(peer_lost)
   assert processes.is_peer_lost(jax.errors.JaxRuntimeError('NCCL: remote process exited or there was a network error'))
   for fault in ('RESOURCE_EXHAUSTED: out of memory', 'NCCL error: Duplicate GPU detected', '503 UNAVAILABLE'):
     assert not processes.is_peer_lost(jax.errors.JaxRuntimeError(fault))
-  assert not processes.is_peer_lost(OSError('Connection closed by peer'))  # an error of a bucket
+  assert not processes.is_peer_lost(OSError('Connection closed by peer'))  # raised by storage, not by a peer
   wrapped = UserError('--workdir=/home/heartbeat cannot be written')
   assert not processes.is_peer_lost(wrapped)
   wrapped.__cause__ = peer_lost

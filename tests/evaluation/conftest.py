@@ -1,4 +1,4 @@
-"""Fixtures of several test files: a tokenizer, an ARM scoring model, and its token losses computed one by one."""
+"""Fixtures: a tokenizer, an ARM scoring model, and its negative log-likelihoods computed token by token."""
 
 import functools
 
@@ -20,14 +20,14 @@ def tokenizer():
 
 @pytest.fixture(scope='session')
 def arm(tokenizer, tmp_path_factory):
-  """A scoring model of family=arm with random weights."""
+  """Return a scoring model of family=arm with random weights."""
   lm = make_language_model(tokenizer, tmp_path_factory.mktemp('arm'), 'arm')
   return scoring_models.ArmScoringModel(lm, name='runs/arm', batch_size=2)
 
 
 @pytest.fixture(scope='session')
 def expected_nll(arm):
-  """A function: token ids -> the sum of -log p of each, by one forward pass per token over the tokens before it."""
+  """Return a function: token ids -> their total -log p, from one forward pass per token over the preceding ones."""
   forward = jax.jit(lambda *row: transformer.Forward(arm.lm.model_cfg, arm.lm.params)(*row))
   impossible = [i for i in range(7) if i not in (EOS, UNK)]
 

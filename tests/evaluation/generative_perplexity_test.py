@@ -1,4 +1,4 @@
-"""`ilm-jax perplexity`: from infill requests through generated answers to statistics; malformed files and flags."""
+"""`ilm-jax perplexity`: statistics of generated texts and infilled answers; errors for malformed files and flags."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def read_lines(path):
 
 @pytest.fixture
 def score_with(monkeypatch):
-  """A function that makes the command use a given scoring model, whatever its --model says."""
+  """Return a function that makes the command use a given scoring model instead of that of --model."""
 
   def patch(model):
     monkeypatch.setattr(scoring_models, 'check', lambda name: None)
@@ -39,7 +39,7 @@ def score_with(monkeypatch):
 
 @pytest.fixture(scope='module')
 def answered(tokenizer, tmp_path_factory):
-  """A folder with infill requests that have true texts, and two answers of `ilm-jax generate` to each."""
+  """Return a folder with infill requests, their true texts, and two answers of `ilm-jax generate` to each."""
   folder = tmp_path_factory.mktemp('answered')
   lm = make_language_model(tokenizer, folder / 'tokenizer', 'ilm')
   requests = infill_sets.make_requests(sentences(30), kind='multi', unit='words', share=0.4, count=6, seed=0)
@@ -51,7 +51,7 @@ def answered(tokenizer, tmp_path_factory):
   return folder
 
 
-def test_infilled_texts_are_compared_with_the_truth_and_the_input(
+def test_infilled_texts_are_compared_with_the_true_texts_and_with_the_given_parts(
   answered, arm, expected_nll, tokenizer, score_with, tmp_path, capsys
 ):
   score_with(arm)
@@ -66,7 +66,7 @@ def test_infilled_texts_are_compared_with_the_truth_and_the_input(
     return expected_nll(ids) / len(ids)
 
   for answer in answers:
-    given = re.sub(' +', ' ', ''.join(answer['infill'])).strip()  # these texts have single spaces only
+    given = re.sub(' +', ' ', ''.join(answer['infill'])).strip()  # all spaces are single
     for name, reference in (('truth', answer['truth']['text']), ('input', given)):
       change = 100 * (nll_per_token(answer['text']) / nll_per_token(reference) - 1)
       changes[name].setdefault(answer['id'], []).append(change)
@@ -85,7 +85,8 @@ def test_infilled_texts_are_compared_with_the_truth_and_the_input(
   assert statistics['filling_match']['value'] == pytest.approx(sum(map(sum, exact)) / sum(map(len, exact)))
 
   bare = [{key: value for key, value in answer.items() if key != 'truth'} for answer in answers]
-  flags = ['--judge=runs/arm', f'--samples={write_lines(tmp_path / "bare.jsonl", bare)}', f'--out={out}']  # old flag
+  # --judge is the old name of --model.
+  flags = ['--judge=runs/arm', f'--samples={write_lines(tmp_path / "bare.jsonl", bare)}', f'--out={out}']
   requests = f'--requests={answered / "requests.jsonl"}'
   assert run_command(capsys, generative_perplexity, *flags, requests)[0] == 0
   assert json.loads(out.read_text())['infilling'] == statistics
@@ -93,7 +94,7 @@ def test_infilled_texts_are_compared_with_the_truth_and_the_input(
   assert set(json.loads(out.read_text())['infilling']) == {'answers', 'requests', 'change_input', 'left_out_input'}
 
 
-def test_true_texts_as_samples_have_no_nll_change():
+def test_the_nll_change_is_zero_if_the_samples_are_the_true_texts():
   made = [
     samples.Sample(line['truth'], line['id'], line['infill'], line['fillings'], line['truth'], line['fillings'])
     for line in infill_sets.make_requests(sentences(9), kind='single', unit='words', share=0.5, count=9, seed=0)
@@ -108,7 +109,7 @@ def test_true_texts_as_samples_have_no_nll_change():
   assert generative_perplexity.infill_statistics(model, [samples.Sample('a')]) is None
 
 
-def test_reference_texts_are_scored_beside_the_samples(tmp_path, score_with, monkeypatch, capsys):
+def test_reference_texts_are_scored_like_the_samples(tmp_path, score_with, monkeypatch, capsys):
   score_with(TableModel())
   monkeypatch.setitem(sys.modules, 'mauve', None)
   made = write_lines(tmp_path / 'samples.jsonl', [{'text': 'a bb'}, {'text': 'ccc'}])
@@ -164,7 +165,7 @@ def test_malformed_samples_and_requests_are_refused(lines, requests, message, tm
   assert code == 1 and not out and re.fullmatch(f'error: .*{message}.*\n', err), err
 
 
-def test_bad_flags_are_refused_in_one_line(tmp_path, capsys):
+def test_wrong_flags_give_a_one_line_error(tmp_path, capsys):
   made = f'--samples={write_lines(tmp_path / "samples.jsonl", [{"text": "a"}])}'
   for arguments, message in (
     ([made], '--model is missing: expected the workdir of an ARM run, or hf:NAME'),
@@ -178,10 +179,10 @@ def test_bad_flags_are_refused_in_one_line(tmp_path, capsys):
   assert 'ilm-jax perplexity' in run_command(capsys, generative_perplexity, '--help')[1]
 
 
-# --- at the end of a training run -------------------------------------------------------------------------------------
+# --- eval.perplexity_model in training runs ---------------------------------------------------------------------------
 
 
-def test_a_run_scores_its_samples_and_as_many_test_texts(monkeypatch):
+def test_a_training_run_scores_its_samples_and_the_same_number_of_test_texts(monkeypatch):
   monkeypatch.setattr(scoring_models, 'get', lambda name: TableModel())
   cfg = ConfigDict({'seed': 1, 'eval': {'perplexity_model': 'runs/arm'}})
   source = types.SimpleNamespace(text=['a bb', 'ccc', 'not scored'].__getitem__)
@@ -191,7 +192,7 @@ def test_a_run_scores_its_samples_and_as_many_test_texts(monkeypatch):
   assert final_evaluation.judge(ConfigDict({'eval': {}}), (), source) is None
 
 
-def test_a_run_with_an_unusable_scoring_model_is_refused_at_its_start(tmp_path):
+def test_a_training_run_with_an_unusable_scoring_model_is_refused_at_its_start(tmp_path):
   cfg = text_config.get_config('small')
   parts = families.get('ilm'), tasks.get('text')
   experiment.check_choices(cfg, *parts)

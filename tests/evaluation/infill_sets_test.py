@@ -1,4 +1,4 @@
-"""Infill requests made from a corpus: gaps of whole words or sentences, exact reconstruction, lengths, bad flags."""
+"""Infill requests made from a corpus: gaps of whole words or sentences, reconstruction, lengths, wrong flags."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from ilm_jax.inference import infilling
 STORY = 'Tom had a dog. It was big!\n"Run," he said.  The dog ran "home."\n\nAnna saw it? Yes.'
 
 
-def test_sentences_are_found_without_surrounding_spaces():
+def test_sentence_spans_exclude_surrounding_whitespace():
   found = [STORY[start:end] for start, end in infill_sets.sentence_spans(STORY)]
   assert found == [
     'Tom had a dog.', 'It was big!', '"Run," he said.', 'The dog ran "home."', 'Anna saw it?', 'Yes.',
@@ -24,7 +24,7 @@ def test_sentences_are_found_without_surrounding_spaces():
 
 
 @pytest.mark.parametrize('kind, unit', [('single', 'sentence'), ('single', 'words'), ('multi', 'words')])
-def test_parts_and_fillings_join_to_the_text(kind, unit):
+def test_the_parts_and_fillings_of_a_request_join_to_the_original_text(kind, unit):
   rng, counts = np.random.default_rng(0), Counter()
   pool = ['the', 'dog', 'ran.', '"Tom', '犬。', 'é!', '\n', '  ', '\t', '...', 'a', 'b?']
   for i in range(600):
@@ -39,22 +39,22 @@ def test_parts_and_fillings_join_to_the_text(kind, unit):
     counts[len(fillings)] += 1
     if unit == 'words':
       assert sum(len(filling.split()) for filling in fillings) == max(len(fillings), round(0.3 * len(text.split())))
-      assert all(not part or part[-1].isspace() for part in parts[:-1])  # gaps start at the start of a word
-      assert all(not part or part[0].isspace() for part in parts[1:])  # gaps end at the end of a word
+      assert all(not part or part[-1].isspace() for part in parts[:-1])  # gaps begin at a word boundary
+      assert all(not part or part[0].isspace() for part in parts[1:])  # gaps end at a word boundary
   assert set(counts) == ({1} if kind == 'single' else {2, 3, 4, 5}) and sum(counts.values()) > 300
 
 
-def test_all_placements_of_the_gaps_are_equally_likely():
+def test_all_possible_gap_positions_are_equally_likely():
   counts = Counter()
   for i in range(3_000):
-    gapped = infill_sets.remove_word_runs('a b c d e', np.random.default_rng(i), 0.4, 2)  # two separate words of five
+    gapped = infill_sets.remove_word_runs('a b c d e', np.random.default_rng(i), 0.4, 2)  # 2 gaps of 1 word
     counts[tuple(gapped.fillings)] += 1
   assert len(counts) == 6 and min(counts.values()) > 400
   assert infill_sets.remove_word_runs('a b c', np.random.default_rng(0), 0.9, 2) is None
   assert infill_sets.remove_word_runs('a', np.random.default_rng(0), 0.2, 1) is None
 
 
-def test_requests_depend_only_on_the_seed_and_the_corpus(tmp_path, capsys):
+def test_infill_requests_depend_only_on_the_seed_and_the_corpus(tmp_path, capsys):
   corpus = f'--path={write_corpus(tmp_path)}', '--documents=paragraph'
   same, again, other = (
     run_command(capsys, infill_sets, *corpus, f'--seed={seed}', '--count=10')[1].splitlines() for seed in (0, 0, 1)
@@ -69,7 +69,7 @@ def test_requests_depend_only_on_the_seed_and_the_corpus(tmp_path, capsys):
   assert code == 0 and not out and f'made {len(out_file.read_text().splitlines())} requests of --count=99' in err
 
 
-def test_lengths_count_the_tokens_that_generate_inserts(tokenizer):
+def test_requested_lengths_count_the_tokens_that_generate_must_insert(tokenizer):
   run_tokenizer = infill_sets.RunTokenizer.__new__(infill_sets.RunTokenizer)
   run_tokenizer.tokenizer, run_tokenizer.max_length = tokenizer, 40
   settings = {'kind': 'multi', 'unit': 'words', 'share': 0.4, 'count': 60, 'seed': 0, 'run_tokenizer': run_tokenizer}
@@ -84,11 +84,11 @@ def test_lengths_count_the_tokens_that_generate_inserts(tokenizer):
   assert 0 < len(short) < len(requests) and all(len(tokenizer.encode(request['truth'])) < 8 for request in short)
   run_tokenizer.tokenizer, run_tokenizer.max_length = types.SimpleNamespace(encode=list), 200
   for request in infill_sets.make_requests(sentences(60), **settings, lengths=True):
-    spaces = [len(part) - len(part.rstrip(' ')) for part in request['infill'][:-1]]  # encoded with the filling
+    spaces = [len(part) - len(part.rstrip(' ')) for part in request['infill'][:-1]]  # encoded as part of the filling
     assert request['least'] == [n + len(text) for n, text in zip(spaces, request['fillings'], strict=True)]
 
 
-def test_bad_flags_are_refused_in_one_line(tmp_path, capsys):
+def test_wrong_flags_give_a_one_line_error(tmp_path, capsys):
   folder = write_corpus(tmp_path)
   for arguments, message in (
     ([], '--path is missing'),

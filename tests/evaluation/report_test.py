@@ -1,4 +1,4 @@
-"""`ilm-jax report`: tables and plots from the files of finished runs, intervals, and runs that are refused."""
+"""`ilm-jax report`: tables, confidence intervals and plots of finished runs; runs and flags that are refused."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def write_run(
   metric='validation/exact_match',
   **config,
 ):
-  """Write the files of a finished run with 100 test examples; returns the folder as a string."""
+  """Write the files of a finished run with 100 test examples; return its folder as a string."""
   folder.mkdir(parents=True)
   start = {'commit': commit, 'devices': '1 x cpu (cpu)', 'cpus': 2}
   settings = {
@@ -48,7 +48,7 @@ def write_run(
 
 
 def write_text_run(folder, seed=0, nll=(3.0, 5.0, 10.0), error=(0.3, 0.0, 0.4), *, kind='bound', **config):
-  """Write the files of a finished run without right answers, with the likelihoods of three test strings."""
+  """Write the files of a finished text run, which has likelihoods of three test strings but no accuracy."""
   write_run(folder, seed, label='stories', metric='validation/loss', **config)
   strings = {'nll': list(nll), 'error': list(error), 'tokens': [1, 2, 6]}
   new = {'chance': None, 'likelihood': kind, 'strings': strings, 'pairs': {}, 'order_places': []}
@@ -57,14 +57,14 @@ def write_text_run(folder, seed=0, nll=(3.0, 5.0, 10.0), error=(0.3, 0.0, 0.4), 
 
 
 def edit_result(folder, edit):
-  """Change the eval.json of a run in place."""
+  """Edit the eval.json of a run with the function `edit`."""
   result = json.loads((folder / 'eval.json').read_text())
   edit(result)
   run_file.write_json(folder / 'eval.json', result)
 
 
 def cells(text, *first):
-  """Return the cells of the first table row that begins with the given cells."""
+  """Return the cells of the first table row whose leading cells are `first`."""
   row = next(line for line in text.splitlines() if line.startswith('| ' + ' | '.join(first) + ' |'))
   return [cell.strip() for cell in row.strip('|').split('|')]
 
@@ -74,27 +74,27 @@ def section(text, heading):
 
 
 def accuracy_rows(text):
-  """Return the number of rows of `star easy | ilm` in the accuracy table."""
+  """Return how many rows for `star easy | ilm` the accuracy table has."""
   return len(re.findall(r'^\| star easy \| ilm \|', text[: text.index('## Training')], re.M))
 
 
 @pytest.fixture
 def run_report(capsys):
-  """A function that runs the command; returns (exit code, standard output, standard error)."""
+  """Return a function that runs `ilm-jax report`: arguments -> (exit code, stdout, stderr)."""
   return lambda *arguments: run_command(capsys, report, *arguments)
 
 
 # --- tables and plots -------------------------------------------------------------------------------------------------
 
 
-def test_a_row_pools_its_seeds_and_says_how_it_was_made(tmp_path, run_report):
+def test_a_table_row_pools_the_seeds_and_the_report_lists_runs_and_command(tmp_path, run_report):
   runs = [write_run(tmp_path / f's{seed}', seed, correct) for seed, correct in ((2, 80), (0, 90), (1, 100))]
   runs += [write_run(tmp_path / f'arm{seed}', seed, 31, family='arm') for seed in (0, 1)]
   runs.append(write_run(tmp_path / 'oracle', family='arm', task={'label': 'star easy', 'order': 'oracle'}))
   code, out, err = run_report('--noplots', *runs)
   assert code == 0 and not err, err
   low, high = metrics.wilson_interval(270, 300)
-  half = 4.302653 * 10 / 3**0.5  # 97.5 % quantile of Student's distribution with 2 degrees of freedom
+  half = 4.302653 * 10 / 3**0.5  # 4.30: 97.5 % quantile of Student's t with 2 degrees of freedom
   assert cells(out, 'star easy', 'ilm')[2:] == [
     f'90.0 ({100 * low:.1f} – {100 * high:.1f})', '90.0, 100.0, 80.0', f'90.0 ({90 - half:.1f} – 100.0)',
     f'{(8 * 270 + 120) / 24:.1f}', '33.3', '100.0',
@@ -121,7 +121,7 @@ def test_plots_are_written_into_the_run_folders_and_linked(tmp_path, run_report)
       assert (tmp_path / folder / name).read_bytes().startswith(b'\x89PNG') and f']({folder}/{name})' in out
 
 
-def test_likelihoods_have_their_own_table(tmp_path, run_report):
+def test_likelihoods_are_reported_in_a_separate_table(tmp_path, run_report):
   runs = [write_text_run(tmp_path / 'a'), write_text_run(tmp_path / 'b', 1, (5.0, 5.0, 14.0))]
   runs.append(write_text_run(tmp_path / 'e', loss={'length_weight': 'elbo'}))
   runs.append(write_text_run(tmp_path / 'c', error=(0, 0, 0), kind='exact', family='arm'))
@@ -139,7 +139,7 @@ def test_likelihoods_have_their_own_table(tmp_path, run_report):
   assert cells(out, 'stories', 'ilm, length_weight=elbo')[-1] == '0.17'
 
 
-# --- which runs share a row -------------------------------------------------------------------------------------------
+# --- which runs share a table row -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -149,14 +149,14 @@ def test_likelihoods_have_their_own_table(tmp_path, run_report):
     ({'mesh': {'data': 8}}, {'mesh': {'data': -1}, 'distributed': {'initialization_timeout': 9}}, 1),
     ({'eval': {'show': 3}, 'data': {'workers': 4}}, {'eval': {'print_samples': 9}, 'data': {'num_workers': 0}}, 1),
   ],
-  ids=['another model', 'another mesh', 'settings that were renamed since'],
+  ids=['different model', 'different mesh', 'old and new names of settings'],
 )
-def test_runs_share_a_row_if_their_results_are_comparable(one, other, rows, tmp_path, run_report):
+def test_runs_share_a_table_row_if_their_results_are_comparable(one, other, rows, tmp_path, run_report):
   runs = [write_run(tmp_path / 'a', 0, **one), write_run(tmp_path / 'b', 1, **other)]
   assert accuracy_rows(run_report('--noplots', *runs)[1]) == rows
 
 
-def test_several_commits_in_a_row_need_a_flag(tmp_path, run_report):
+def test_runs_of_different_commits_share_a_row_only_with_mixed_commits(tmp_path, run_report):
   runs = [write_run(tmp_path / 'a', 0), write_run(tmp_path / 'b', 1, commit=OTHER_COMMIT)]
   code, out, err = run_report('--noplots', *runs)
   assert code == 1 and not out
@@ -169,7 +169,7 @@ def test_several_commits_in_a_row_need_a_flag(tmp_path, run_report):
   assert 'was run outside a git checkout' in run_report('--noplots', unknown)[2]
 
 
-def test_a_row_with_and_without_likelihoods_is_refused(tmp_path, run_report):
+def test_a_row_of_runs_with_and_without_likelihoods_is_refused(tmp_path, run_report):
   runs = [write_run(tmp_path / 'a', 0, label='stories'), write_run(tmp_path / 'b', 1, label='stories')]
   strings = {'nll': [1.0], 'error': [0.0], 'tokens': [1]}
   edit_result(tmp_path / 'b', lambda result: result.update(likelihood='bound', strings=strings))
@@ -195,14 +195,14 @@ def test_a_row_with_and_without_likelihoods_is_refused(tmp_path, run_report):
     ),
   ],
 )
-def test_incomplete_runs_are_refused(damage, message, tmp_path, run_report):
+def test_report_refuses_incomplete_runs(damage, message, tmp_path, run_report):
   folder = write_run(tmp_path / 'a')
   damage(tmp_path / 'a')
   code, out, err = run_report('--noplots', folder)
   assert code == 1 and not out and re.fullmatch(f'error: .*{message}.*\n', err), err
 
 
-def test_bad_flags_are_refused_in_one_line(run_report):
+def test_wrong_report_flags_give_a_one_line_error(run_report):
   assert run_report()[2].startswith('error: no runs given')
   assert run_report('--plot')[0] == 1
   assert 'ilm-jax report' in run_report('--help')[1]
@@ -211,7 +211,7 @@ def test_bad_flags_are_refused_in_one_line(run_report):
 # --- training time ----------------------------------------------------------------------------------------------------
 
 
-def test_training_time_is_the_sum_over_the_starts_of_a_run(tmp_path):
+def test_training_time_is_summed_over_all_starts_of_a_run(tmp_path):
   from tensorboardX.event_file_writer import RecordWriter
   from tensorboardX.proto.event_pb2 import Event
 
@@ -236,14 +236,14 @@ def test_training_time_is_the_sum_over_the_starts_of_a_run(tmp_path):
     ([0, 1, 2, 3], 1, {'order_tau': (1, 1), 'order_adjacent': (3, 3), 'order_junction': (1 / 3, 1)}),
     ([3, 2, 1, 0], 3, {'order_tau': (-1, 1), 'order_adjacent': (3, 3), 'order_junction': (0, 1)}),
     ([0, 2, 1], None, {'order_tau': (1 / 3, 1), 'order_adjacent': (2, 2)}),
-    ([0, 2, 3, 1], None, {'order_tau': (1 / 3, 1), 'order_adjacent': (3, 3)}),  # adjacent: nothing was between them yet
+    ([0, 2, 3, 1], None, {'order_tau': (1 / 3, 1), 'order_adjacent': (3, 3)}),  # adjacent when inserted
     ([0, 3, 1, 2, 4], None, {'order_tau': (0.6, 1), 'order_adjacent': (2, 4)}),
     ([0, 0, 1], 2, {'order_tau': (2 / 3, 1), 'order_adjacent': (1, 1), 'order_junction': (1, 1)}),
     ([0], 0, {}),
     ([], None, {}),
   ],
 )
-def test_order_statistics_of_small_answers(steps, landmark, expected):
+def test_order_statistics_of_short_answers_equal_hand_computed_values(steps, landmark, expected):
   result = metrics.order_statistics(steps, landmark)
   assert result.keys() == expected.keys()
   for name, pair in expected.items():

@@ -1,4 +1,4 @@
-"""Scoring models: token-by-token likelihoods, padding, truncation, caching, Hugging Face models, and bad names."""
+"""Scoring models: token-by-token likelihoods, padding, truncation, caching, Hugging Face models, and errors."""
 
 import sys
 import types
@@ -14,36 +14,36 @@ from ilm_jax.types import UserError
 TEXTS = ['the dog ran home .', 'Tom', 'a cat and a bird', '', 'the dog ran home .', 'Anna saw ' * 20]
 
 
-def test_the_nll_of_a_text_is_the_sum_over_its_tokens(arm, tokenizer, expected_nll):
+def test_the_nll_of_a_text_is_the_sum_of_its_token_nlls(arm, tokenizer, expected_nll):
   scored = arm.nll(TEXTS)
   for text, result in zip(TEXTS, scored, strict=True):
     ids = tokenizer.encode(text)
     assert (result.ids, result.num_tokens, result.truncated) == (ids, len(ids), False)
     np.testing.assert_allclose(result.nll, expected_nll(ids), rtol=1e-5, atol=1e-5)
   assert scored[3] == (0.0, [], False)
-  np.testing.assert_allclose(arm.nll(TEXTS[:1])[0].nll, scored[0].nll, rtol=1e-6)  # scored without the other texts
+  np.testing.assert_allclose(arm.nll(TEXTS[:1])[0].nll, scored[0].nll, rtol=1e-6)  # scored alone
 
 
-def test_unknown_tokens_have_a_probability(arm, expected_nll):
+def test_a_text_with_unknown_tokens_has_a_finite_nll(arm, expected_nll):
   ids_BxL = np.zeros((2, 32), np.int32)
   ids_BxL[0, :3] = 20, UNK, 30
   nll_BxL = arm.token_nll(ids_BxL, np.array([3, 0]))
   np.testing.assert_allclose(nll_BxL[0, :3].sum(), expected_nll([20, UNK, 30]), rtol=1e-5)
 
 
-def test_few_compiled_programs_score_texts_of_all_lengths(arm):
+def test_scoring_texts_of_all_lengths_compiles_at_most_three_programs(arm):
   arm.nll([' '.join(['dog'] * n) for n in range(1, 90)])
-  assert arm.next_losses._cache_size() <= 3  # lengths 32, 64 and the model's maximum
+  assert arm.next_losses._cache_size() <= 3  # padded lengths 32, 64 and the model's maximum
 
 
-def test_long_texts_are_truncated_and_marked(arm, tokenizer):
+def test_texts_that_are_too_long_are_truncated_and_marked_as_truncated(arm, tokenizer):
   text = 'the dog ran home . ' * 40
   (result,) = arm.nll([text])
   assert result.truncated and result.ids == tokenizer.encode(text)[:94] and arm.max_tokens == 94
   assert TableModel().nll(['a b c d e f', 'a b c d e f g']) == [(6.0, [1] * 6, False), (6.0, [1] * 6, True)]
 
 
-def test_a_cached_model_scores_every_text_once():
+def test_a_cached_scoring_model_scores_every_distinct_text_once():
   encoded = []
 
   class Model(TableModel):
@@ -56,7 +56,7 @@ def test_a_cached_model_scores_every_text_once():
   assert cached.nll(['bb', 'c']) == TableModel().nll(['bb', 'c']) and encoded == ['a', 'bb', 'c']
 
 
-def test_runs_that_cannot_score_texts_are_refused(tmp_path, monkeypatch):
+def test_runs_that_cannot_be_scoring_models_are_refused(tmp_path, monkeypatch):
   with pytest.raises(UserError, match=r'the scoring model .*/none: expected the workdir of a run.* write hf:NAME'):
     scoring_models.get(tmp_path / 'none')
   with pytest.raises(UserError, match='is a run of family=ilm: expected family=arm, which has exact likelihoods'):
@@ -93,10 +93,10 @@ def test_a_hugging_face_model_scores_a_text_token_by_token(start, tmp_path):
       expected -= float(torch.log_softmax(logits_V, -1)[token])
     assert (result.ids, result.truncated) == (ids, len(text.split()) > 8)
     assert result.nll == pytest.approx(expected, rel=1e-4)
-  assert model.encode('a <s> b') == [1, 1, 1, 1, 2]  # '<s>' in a text is ordinary text: three unknown words here
+  assert model.encode('a <s> b') == [1, 1, 1, 1, 2]  # '<s>' is ordinary text: three unknown words
 
 
-def test_hugging_face_models_that_cannot_be_used_are_refused_in_one_line(monkeypatch):
+def test_an_unusable_hugging_face_model_gives_a_one_line_error(monkeypatch):
   def fail(name):
     raise OSError(f'{name} is not a local folder\nand is not a valid model identifier')
 

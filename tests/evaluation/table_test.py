@@ -1,4 +1,4 @@
-"""launch/table.sh: trains every family on small tasks and prints the report."""
+"""launch/table.sh, which trains every family on planning tasks and prints the table of results."""
 
 import os
 import re
@@ -14,7 +14,7 @@ SCRIPT = small.ROOT / 'launch' / 'table.sh'
 
 
 def smoke_flags() -> str:
-  """Return the flags that `make table-smoke` passes."""
+  """Return the training flags of `make table-smoke`."""
   text = (small.ROOT / 'Makefile').read_text().replace('\\\n', ' ')
   return re.search(r'^SMOKE := (.*)$', text, re.M)[1]
 
@@ -38,13 +38,13 @@ def test_a_dry_run_prints_the_commands_of_all_runs_and_the_report():
   assert lines[8].startswith('python -m ilm_jax.cli report r/star-tiny-6000-ilm-0 ') and lines[8].count('r/star') == 8
 
 
-def test_a_missing_config_is_refused():
+def test_table_sh_without_a_config_gives_an_error():
   done = run_script()
   assert done.returncode == 1 and done.stderr.startswith('expected configs') and not done.stdout
 
 
 @pytest.mark.long
-def test_all_families_are_trained_once_and_tabulated(tmp_path):
+def test_table_sh_trains_every_family_once_and_prints_a_row_for_each(tmp_path):
   settings = {'RUNS': str(tmp_path / 'runs'), 'STEPS': '20', 'FLAGS': smoke_flags()}
   table = tmp_path / 'table.md'
   done = run_script('star.py:tiny', **settings, TABLE=str(table))

@@ -1,4 +1,4 @@
-"""Small texts, language models and scoring models for the tests of text evaluation."""
+"""Helpers for tests of text evaluation: random sentences, small language models and scoring models."""
 
 import re
 
@@ -14,17 +14,17 @@ from ilm_jax.models import transformer
 from ilm_jax.runs import run_file
 
 WORDS = re.split(' ', 'the a dog cat ran home sat saw Tom Anna was happy sad . , ! and then bird big small blue')
-MAX_LENGTH = 96  # tokens of a row of `make_language_model`
+MAX_LENGTH = 96  # maximum number of tokens per row in `make_language_model`
 
 
 def sentences(number, seed=0):
-  """Return random sequences of 3 to 8 words."""
+  """Return `number` random sentences of 3 to 8 words."""
   rng = np.random.default_rng(seed)
   return [' '.join(rng.choice(WORDS, rng.integers(3, 9))) for _ in range(number)]
 
 
 def make_language_model(tokenizer, folder, family):
-  """Return a LanguageModel with random weights; the folder receives its tokenizer."""
+  """Return a LanguageModel of a family with random weights; its tokenizer is written to `folder`."""
   tokenizer.save(folder)
   cfg = text_config.get_config('small')
   cfg.family, cfg.task.tokenizer.path, cfg.task.length = family, str(folder), MAX_LENGTH
@@ -38,7 +38,7 @@ def make_language_model(tokenizer, folder, family):
 
 
 class TableModel(scoring_models.ScoringModel):
-  """A scoring model whose tokens are words, as their lengths; -log p of a token is its id over the id before it."""
+  """A fake scoring model: a token id is a word's length, and -log p is the id divided by the previous id."""
 
   name, max_tokens, batch_size = 'table', 6, 3
 
@@ -51,7 +51,7 @@ class TableModel(scoring_models.ScoringModel):
 
 
 def write_run(folder, family='arm', task='text'):
-  """Write the run.json of a run of a family and a task; returns the folder as a string."""
+  """Write a minimal run.json for a family and a task; return the folder as a string."""
   folder.mkdir(parents=True)
   config = {name: {} for name in ('model', 'sampling', 'loss', 'eval')}
   config |= {'family': family, 'task': {'name': task}}
@@ -60,7 +60,7 @@ def write_run(folder, family='arm', task='text'):
 
 
 def write_corpus(folder):
-  """Write stories to valid.txt, one per paragraph, and a single sentence to train.txt; returns the folder."""
+  """Write stories to valid.txt, one per paragraph, and a single sentence to train.txt; return the folder."""
   rng = np.random.default_rng(0)
   stories = [' '.join(f'{words.capitalize()}.' for words in sentences(rng.integers(1, 7), seed=i)) for i in range(40)]
   (folder / 'valid.txt').write_text('\n\n'.join(stories))
@@ -69,6 +69,6 @@ def write_corpus(folder):
 
 
 def run_command(capsys, module, *arguments):
-  """Run the `main` of a command's module; returns (exit code, standard output, standard error)."""
+  """Run `module.main` with arguments; return (exit code, standard output, standard error)."""
   code = module.main([module.__name__, *map(str, arguments)])
   return code, *capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Statistics of scored texts against plain loops: intervals, entropy, n-grams, NLL changes, exact fillings, MAUVE."""
+"""Statistics of texts compared with plain loops: intervals, entropy, n-grams, NLL, exact matches, MAUVE."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def test_a_bootstrap_interval_equals_a_loop_over_resamples():
   assert text_statistics.bootstrap([2.0]) == (2.0, None, None) and text_statistics.bootstrap([]) == UNDEFINED
 
 
-def test_statistics_of_texts_equal_loops_over_their_tokens(arm, tokenizer, expected_nll):
+def test_text_statistics_equal_plain_loops_over_tokens(arm, tokenizer, expected_nll):
   result = text_statistics.describe(TEXTS, arm.nll(TEXTS), seed=4)
   rows = [tokenizer.encode(text) for text in TEXTS]
   nonempty = [row for row in rows if row]
@@ -64,7 +64,7 @@ def test_statistics_of_texts_equal_loops_over_their_tokens(arm, tokenizer, expec
   json.dumps(text_statistics.plain(result), allow_nan=False)
 
 
-def test_empty_texts_have_no_likelihood():
+def test_the_nll_of_empty_texts_is_undefined():
   result = text_statistics.describe(['', ''], TableModel().nll(['', '']))
   assert result['nll'] == result['entropy'] == result['distinct_1'] == result['perplexity'] == UNDEFINED
   assert result['length'].value == 0.0 and result['empty'] == 2
@@ -72,7 +72,7 @@ def test_empty_texts_have_no_likelihood():
   assert text_statistics.values(result) == {'length': 0.0, 'repeated': 0.5}
 
 
-def test_the_nll_change_is_the_mean_of_relative_changes_over_requests():
+def test_the_nll_change_is_the_relative_change_averaged_over_requests():
   scored = [TextNLL(6.0, [1] * 3, False), TextNLL(4.0, [1] * 4, False), TextNLL(9.0, [1], False)]
   references = [TextNLL(2.0, [1] * 2, False), TextNLL(8.0, [1] * 4, False), TextNLL(3.0, [1], False)]
   truncated, empty, reference = TextNLL(5.0, [1], True), TextNLL(0.0, [], False), TextNLL(1.0, [1], False)
@@ -84,17 +84,17 @@ def test_the_nll_change_is_the_mean_of_relative_changes_over_requests():
   assert text_statistics.change(['e'], [empty], [reference]) == {'change': UNDEFINED, 'left_out': 1}
 
 
-def test_fillings_match_if_they_differ_only_in_spaces():
+def test_fillings_that_differ_only_in_spaces_count_as_exact_matches():
   made, true = [['a  b', 'c'], ['x', 'd']], [[' a b', 'c'], ['y', 'd']]
   result = text_statistics.matches([0, 1], made, true)
   assert result == {
     'exact_match': (0.5, *metrics.wilson_interval(1, 2)),
     'filling_match': (0.75, *metrics.wilson_interval(1.5, 2)),
   }
-  assert text_statistics.matches([0, 1, 0, 1], made * 2, true * 2) == result  # two answers count as one trial
+  assert text_statistics.matches([0, 1, 0, 1], made * 2, true * 2) == result  # two answers to a request: one trial
 
 
-def test_parts_are_joined_without_double_spaces():
+def test_join_parts_produces_no_double_spaces():
   for parts, text in (
     (['the ', ' ran', ''], 'the ran'),
     (['', ' ran'], 'ran'),
@@ -104,7 +104,7 @@ def test_parts_are_joined_without_double_spaces():
     assert text_statistics.join_parts(parts) == text
 
 
-def test_mauve_comes_from_its_package_or_is_reported_missing(monkeypatch):
+def test_mauve_is_computed_by_its_package_and_a_failure_is_reported(monkeypatch):
   monkeypatch.setitem(sys.modules, 'mauve', None)
   assert text_statistics.mauve(['a'], ['b']) == (
     None, 'MAUVE was not computed: the package mauve-text is not installed'

@@ -1,4 +1,4 @@
-"""Continuous batching gives the same rows as static batching, for any number of slots and any mesh."""
+"""Continuous batching samples the same rows as static batching, for any number of slots and any mesh."""
 
 import functools
 
@@ -19,7 +19,7 @@ V, MAX_LENGTH = 17, 30
 SIZES = {'num_layers': 1, 'num_heads': 2, 'd_model': 16, 'd_ff': 32, 'dropout': 0.0, 'attention_dropout': 0.0}
 SAMPLING = {'max_length': MAX_LENGTH, 'min_buffer': 16, 'token': {}, 'gap': {}}
 SAMPLING |= {'stop_threshold': 0, 'stop_temperature': 0.5}
-# name -> (family, sampling settings, fields of SampleConfig that the model decides)
+# name -> (family, sampling settings, fields of SampleConfig that depend on the trained model)
 KINDS = {
   'ilm': ('ilm', {}, {}),
   'several gaps': ('ilm', {'gaps': 3}, {}),
@@ -49,7 +49,7 @@ def make_model(kind):
 
 @functools.cache
 def make_sampler(kind, slots=8, **options):
-  """Return a function that samples prompts by continuous batching; all tests share its compiled programs."""
+  """Return a function that samples prompts by continuous batching (cached, so that tests share its programs)."""
   model_cfg, params, family, cfg = make_model(kind)
   return functools.partial(ContinuousSampler(model_cfg, family, cfg, slots, **options), params, jax.random.key(7))
 
@@ -61,7 +61,7 @@ def make_static_sampler(kind):
 
 
 def make_prompts(kind, number=30):
-  """Return empty prompts, prompts to complete and, if the model supports them, infill requests, some with limits."""
+  """Return empty prompts, prompts to complete and, if the family supports it, infill requests; some limit lengths."""
   rng, prompts = np.random.default_rng(3), []
   for i in range(number):
     tokens = np.array([CLS, BOS, *rng.integers(7, V, i % 10)], np.int32)
@@ -86,13 +86,13 @@ def assert_same_rows(rows, expected):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_continuous_batching_gives_the_rows_of_static_batching(kind):
+def test_continuous_and_static_batching_sample_the_same_rows(kind):
   prompts = make_prompts(kind)
   expected = list(make_static_sampler(kind)(prompts))
   assert_same_rows(dict(make_sampler(kind)(prompts)), expected)
   inserted = [len(row['tokens']) - len(prompt['tokens']) for row, prompt in zip(expected, prompts, strict=True)]
-  assert len(set(inserted)) > 3, 'rows should finish at different times'
-  assert max(inserted) > 8, 'some rows should outgrow the shortest buffer'
+  assert len(set(inserted)) > 3, 'rows should finish after different numbers of insertions'
+  assert max(inserted) > 8, 'some rows should become longer than the shortest buffer'
 
 
 def test_a_row_that_exactly_fills_its_buffer_keeps_its_last_token():
@@ -108,25 +108,25 @@ def test_a_row_that_exactly_fills_its_buffer_keeps_its_last_token():
 
 
 @pytest.mark.parametrize('slots, refill', [(1, 1), (40, 3)])
-def test_the_number_of_slots_does_not_change_the_rows(slots, refill):
+def test_the_number_of_slots_does_not_change_the_sampled_rows(slots, refill):
   prompts = make_prompts('ilm', 18)
   assert_same_rows(dict(make_sampler('ilm', slots, refill=refill)(prompts)), list(make_static_sampler('ilm')(prompts)))
 
 
 @pytest.mark.parametrize('kind', ['ilm', 'arm'])
-def test_a_mesh_does_not_change_the_rows(kind):
+def test_sampling_on_a_mesh_does_not_change_the_sampled_rows(kind):
   prompts = make_prompts(kind, 18)
   sampler = make_sampler(kind, 16, mesh=small.mesh(data=2, fsdp=2, tensor=2))
   assert_same_rows(dict(sampler(prompts)), list(make_static_sampler(kind)(prompts)))
 
 
-def test_a_row_depends_on_its_request_number_and_not_on_other_requests():
+def test_a_sampled_row_depends_on_its_request_id_and_not_on_other_requests():
   prompts, sampler = make_prompts('ilm', 12), make_sampler('ilm')
   rows = dict(sampler(prompts))
   assert_same_rows(dict(sampler([prompts[5], prompts[7]], [5, 7])), [rows[5], rows[7]])
 
 
-def test_prompts_are_read_as_slots_become_free():
+def test_prompts_are_read_lazily_as_slots_become_free():
   num_read = 0
 
   def source():
@@ -141,7 +141,7 @@ def test_prompts_are_read_as_slots_become_free():
   assert len(list(rows)) == 39 and num_read == 40
 
 
-def test_a_prompt_longer_than_the_maximum_is_refused_and_no_prompts_give_no_rows():
+def test_a_prompt_longer_than_max_length_is_refused_and_an_empty_prompt_list_gives_no_rows():
   too_long = {'tokens': np.arange(MAX_LENGTH + 1), 'open': np.ones(MAX_LENGTH + 1, bool)}
   with pytest.raises(UserError, match=r'a prompt of 31 tokens is longer than sampling\.max_length=30'):
     list(make_sampler('ilm')([too_long]))

@@ -27,12 +27,12 @@ from ilm_jax.types import UNLIMITED, UserError
 WORDS = re.split(' ', 'the a dog cat ran home sat saw Tom Anna was happy sad . , ! and then bird big small blue')
 LETTERS = string.ascii_lowercase
 WORDPIECES = list(dict.fromkeys([*SPECIAL, *map(str.lower, WORDS), *LETTERS, *(f'##{c}' for c in LETTERS), '##ing']))
-FEW = {'batch_size': 4, 'min_buffer': 96}  # settings of a LanguageModel with few slots and one buffer length
+FEW = {'batch_size': 4, 'min_buffer': 96}  # LanguageModel settings: 4 slots, one buffer length
 SIZES = {'num_layers': 1, 'num_heads': 2, 'd_model': 16, 'd_ff': 32, 'dropout': 0.0, 'attention_dropout': 0.0}
 
 
 def sentences(number, seed=0):
-  """Return sentences of random words."""
+  """Return `number` sentences of random words."""
   rng = np.random.default_rng(seed)
   return [' '.join(rng.choice(WORDS, rng.integers(3, 9))) for _ in range(number)]
 
@@ -53,14 +53,14 @@ def tokenizer(request):
 
 
 def difficult_text(rng):
-  """Return a text with parts that tokenizers normalize: runs of spaces, line breaks, accents, special tokens."""
+  """Return a random text that tokenizers normalize: repeated spaces, line breaks, accents, special tokens."""
   pool = ['the', ' dog', '  ', '\n', 'É', 'ﬁ', ' ', '__']
   pool += ['[MASK]', '<|endoftext|>', 'Tom', '.', ' 犬', '\t', 'ran', '▁']
   return ''.join(rng.choice(pool, rng.integers(1, 6)))
 
 
 def random_requests(number, seed=0):
-  """Return texts with one to three gaps, as lists of parts."""
+  """Return infill requests with one to three gaps, each as a list of the text parts around its gaps."""
   rng, out = np.random.default_rng(seed), []
   while len(out) < number:
     parts = [difficult_text(rng) for _ in range(rng.integers(2, 5))]
@@ -71,10 +71,10 @@ def random_requests(number, seed=0):
   return out
 
 
-# --- reading requests -------------------------------------------------------------------------------------------------
+# --- parsing infill requests ------------------------------------------------------------------------------------------
 
 
-def test_a_text_is_split_at_its_markers():
+def test_parse_request_splits_a_text_at_its_gap_markers():
   gaps = infilling.parse_request('Tom had a ___ . He was ___', least=[1, 0], most=5)
   assert gaps == (['Tom had a ', ' . He was ', ''], [1, 0], [5, 5])
   assert infilling.parse_request('a ___ b <x> c', marker='<x>') == (['a ___ b ', ' c'], [1], [UNLIMITED])
@@ -97,12 +97,12 @@ def test_a_text_is_split_at_its_markers():
     ('a ___ b', {'most': 'many'}, "most='many': expected a whole number of tokens"),
   ],
 )
-def test_a_text_without_gaps_or_with_contradictory_limits_is_refused(text, settings, message):
+def test_an_infill_request_without_gaps_or_with_contradictory_limits_is_refused(text, settings, message):
   with pytest.raises(UserError, match=message):
     infilling.parse_request(text, **settings)
 
 
-def test_gaps_are_opened_after_the_last_token_of_each_part():
+def test_a_gap_accepts_insertions_after_the_last_token_of_the_part_before_it():
   tokenizer = tokenizers.WordTokenizer(WORDS)
   gaps = infilling.parse_request('the ___ ran home . ___', least=[2, 0], most=[4, None])
   prompt = infilling.encode(gaps, tokenizer, limit=96)
@@ -119,7 +119,7 @@ def test_gaps_are_opened_after_the_last_token_of_each_part():
     infilling.encode(infilling.parse_request('the ___ ran', least=1), tokenizer, limit=9, masks=True)
 
 
-def test_given_tokens_and_minimum_fillings_may_reach_the_maximum_length_but_not_exceed_it():
+def test_given_tokens_plus_minimum_fillings_may_reach_but_not_exceed_max_length():
   tokenizer = tokenizers.WordTokenizer(WORDS)
   gaps = infilling.parse_request('the ___ ran', least=2, most=2)
   for masks in (False, True):
@@ -130,18 +130,18 @@ def test_given_tokens_and_minimum_fillings_may_reach_the_maximum_length_but_not_
     infilling.encode(infilling.parse_request('the ___ ran', least=10**8, most=10**8), tokenizer, limit=50, masks=True)
 
 
-# --- decoding rows ----------------------------------------------------------------------------------------------------
+# --- decoding sampled rows to text ------------------------------------------------------------------------------------
 
 
 def parts_of(filled):
-  """Return the text around the fillings."""
+  """Return the parts of an infilled text around its fillings."""
   ends = [0, *(end for _, end in filled.spans)]
   starts = [*(start for start, _ in filled.spans), len(filled.text)]
   return [filled.text[end:start] for end, start in zip(ends, starts, strict=True)]
 
 
 def random_row(prompt, tokenizer, rng):
-  """Return a sampled row with random tokens in the open gaps, and those tokens for each gap."""
+  """Return a row with random tokens inserted into the gaps of a request, and a list of those tokens per gap."""
   tokens, order, fillings = [], [], []
   for token, is_open in zip(prompt['tokens'].tolist(), prompt['open'].tolist(), strict=True):
     tokens.append(token)
@@ -153,14 +153,14 @@ def random_row(prompt, tokenizer, rng):
   return {'tokens': np.array(tokens), 'order': np.array(order)}, fillings
 
 
-def test_decoding_preserves_the_parts_and_returns_the_inserted_tokens_as_fillings(tokenizer):
+def test_decode_preserves_the_given_parts_and_returns_the_inserted_tokens_as_fillings(tokenizer):
   rng, num_filled = np.random.default_rng(1), 0
   for parts in random_requests(500):
     gaps = infilling.parse_request(parts)
     try:
       prompt = infilling.encode(gaps, tokenizer, limit=96)
     except UserError as error:
-      assert 'have no token between them' in str(error)  # the tokenizer drops all characters of a part
+      assert 'have no token between them' in str(error)  # the tokenizer ignores all characters of a part
       continue
     row, ids_of_gaps = random_row(prompt, tokenizer, rng)
     filled = infilling.decode(gaps, row, tokenizer)
@@ -174,7 +174,7 @@ def test_decoding_preserves_the_parts_and_returns_the_inserted_tokens_as_filling
   assert num_filled > 300
 
 
-def test_a_filling_is_separated_by_one_space_and_can_complete_a_word(sentencepiece, wordpiece):
+def test_a_decoded_filling_is_separated_by_one_space_or_completes_a_word(sentencepiece, wordpiece):
   gaps = infilling.parse_request('the ___ ran')
   for inserted, expected in ((' dog', 'the dog ran'), (' big dog', 'the big dog ran'), ('', 'the  ran')):
     left, ids, right = (sentencepiece.encode(text) for text in ('the', inserted, ' ran'))
@@ -190,7 +190,7 @@ def test_a_filling_is_separated_by_one_space_and_can_complete_a_word(sentencepie
 
 
 def make_lm(tokenizer, folder, family='ilm', open_gap_embedding=False, **settings):
-  """Return a LanguageModel with random weights."""
+  """Return a LanguageModel of a family with random weights."""
   cfg = text_config.get_config('small')
   cfg.family = family
   tokenizer.save(folder)
@@ -214,12 +214,12 @@ def lm(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def small_lm(sentencepiece, tmp_path_factory):
-  """Return a function from a family's name to its LanguageModel, with few slots."""
+  """Return a function from a family's name to a LanguageModel with random weights and four slots."""
   folder = tmp_path_factory.mktemp('tokenizer')
   return functools.cache(lambda family: make_lm(sentencepiece, folder, family, max_steps=8, **FEW))
 
 
-def test_hundreds_of_infill_requests_preserve_the_given_text(lm):
+def test_infilling_preserves_the_given_text_of_hundreds_of_requests(lm):
   accepted, num_filled = [], 0
   for parts in random_requests(350, seed=5):
     try:
@@ -236,10 +236,10 @@ def test_hundreds_of_infill_requests_preserve_the_given_text(lm):
   assert num_filled > 1.5 * len(accepted)
 
 
-def test_the_number_of_tokens_in_a_gap_is_within_its_limits(lm):
+def test_the_number_of_tokens_inserted_into_a_gap_is_within_least_and_most(lm):
   for seed, (least, most) in enumerate([(1, 1), (2, 3), (0, 2), (4, None), (0, 0)]):
     text = f'the dog ___ {WORDS[seed]} ran ___ .'
-    first, second = 1 + np.flatnonzero(lm.encode(lm.gaps(text))['open'])  # number of given tokens left of each gap
+    first, second = 1 + np.flatnonzero(lm.encode(lm.gaps(text))['open'])  # number of given tokens before each gap
     for infilled in lm.infill(text, n=4, least=[least, 1], most=[most, None], seed=seed):
       order = infilled.order
       counts = collections.Counter(order[:i].count(-1) for i in range(len(order)) if order[i] >= 0)
@@ -248,7 +248,7 @@ def test_the_number_of_tokens_in_a_gap_is_within_its_limits(lm):
 
 
 @pytest.mark.parametrize('family', ['ilm', 'it'])
-def test_the_open_gap_embedding_sees_the_open_gaps_and_the_new_tokens(sentencepiece, tmp_path, monkeypatch, family):
+def test_the_open_gap_embedding_marks_every_gap_that_accepts_insertions(sentencepiece, tmp_path, monkeypatch, family):
   seen, forward = [], transformer.Forward.__call__
 
   def recorded(self, tokens_BxL, length_B, noise_BxS=None, open_BxL=None):
@@ -271,7 +271,7 @@ def test_the_open_gap_embedding_sees_the_open_gaps_and_the_new_tokens(sentencepi
     assert open_L[:length].tolist() == expected[length] and not open_L[length:].any()
 
 
-def test_a_mixture_of_prompts_and_infill_requests_gives_what_each_gives_alone(lm):
+def test_prompts_and_infill_requests_in_one_batch_give_the_same_results_as_alone(lm):
   requests = ['the dog', lm.gaps('Tom ___ home'), '', lm.gaps(['', ' ran']), 'a cat was'] * 3
   together = dict(lm.stream(requests, seed=3))
   for i in (0, 3, 7, 14):
@@ -283,7 +283,7 @@ def test_a_mixture_of_prompts_and_infill_requests_gives_what_each_gives_alone(lm
   assert len({one.text for one in lm.infill(texts[0], n=8)}) > 3
 
 
-def test_invalid_requests_are_refused_by_number(lm):
+def test_the_error_for_an_invalid_request_gives_its_number(lm):
   with pytest.raises(UserError, match=r'text 1: \d+ given tokens and at least 1 in the gaps do not fit within'):
     lm.infill('the dog ran home . ' * 30 + '___')
   with pytest.raises(UserError, match=r'text 2: gap 1 has least=5, most=2'):
@@ -305,7 +305,7 @@ def test_invalid_requests_are_refused_by_number(lm):
       lm.score(['the dog', 'the 犬'])
 
 
-def test_each_family_fills_the_gaps_that_it_supports(small_lm):
+def test_each_family_infills_supported_requests_and_refuses_others(small_lm):
   one = small_lm('arm').infill('the ___ ran home', most=3)
   assert one.text.startswith('the ') and one.text.endswith(' ran home') and sum(o >= 0 for o in one.order) <= 3
   with pytest.raises(UserError, match=r'family=arm .*one gap'):
@@ -321,7 +321,7 @@ def test_each_family_fills_the_gaps_that_it_supports(small_lm):
     small_lm('arm').infill('the ___ ran', least=9)
 
 
-def test_a_score_is_the_sum_of_the_token_log_probabilities(sentencepiece, small_lm):
+def test_the_score_of_a_text_is_the_sum_of_its_token_log_probabilities(sentencepiece, small_lm):
   lm, texts = small_lm('arm'), ['the dog ran .', 'Tom', 'a cat and a bird']
   forward = jax.jit(lambda tokens_BxL, length_B: transformer.Forward(lm.model_cfg, lm.params)(tokens_BxL, length_B))
   scores = lm.score(texts)
@@ -342,11 +342,11 @@ def test_a_score_is_the_sum_of_the_token_log_probabilities(sentencepiece, small_
     small_lm('it').score(texts)
 
 
-# --- traces -----------------------------------------------------------------------------------------------------------
+# --- HTML traces of decoding ------------------------------------------------------------------------------------------
 
 
 class Page(html.parser.HTMLParser):
-  """Parses a rendered page: `words` are the displayed tokens, `latest` those inserted in the displayed step."""
+  """Parser of a rendered trace page: `words` are all displayed tokens, `latest` those inserted in the last step."""
 
   def __init__(self, source):
     super().__init__()
@@ -367,13 +367,13 @@ class Page(html.parser.HTMLParser):
       self.latest += [data] if self.in_latest else []
 
 
-def test_byte_tokens_are_spelled_as_the_character_that_they_encode(sentencepiece):
+def test_a_trace_displays_byte_tokens_as_the_character_that_they_encode(sentencepiece):
   ids = sentencepiece.encode('the é犬 ran')
   spelled = sentencepiece.spell(sentencepiece.pieces(ids))
   assert ''.join(spelled) == 'the é犬 ran' and len(spelled) == len(ids)
 
 
-def test_a_page_contains_its_data_and_needs_no_network(small_lm, tmp_path):
+def test_a_trace_page_contains_its_data_and_loads_nothing_from_the_network(small_lm, tmp_path):
   page = small_lm('ilm').trace(['the ___ </script> ran', 'Tom'], path=tmp_path / 'page.html')
   assert (tmp_path / 'page.html').read_text() == page
   assert 'http' not in page and page.count('</script>') == 2
@@ -384,7 +384,7 @@ def test_a_page_contains_its_data_and_needs_no_network(small_lm, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which('chromium'), reason='chromium is not installed')
-def test_a_browser_shows_the_text_after_each_step(small_lm, tmp_path):
+def test_a_browser_displays_the_text_after_each_decoding_step(small_lm, tmp_path):
   lm = small_lm('ilm')
   infilled = lm.infill('the dog ___ ran ___ .', least=2)
   (tmp_path / 'page.html').write_text(lm.page([infilled]))

@@ -1,4 +1,4 @@
-"""Stopping rules: the lengths under every rule, computed from one run that never stops, are those of real sampling."""
+"""Stopping rules: lengths predicted from samples that never stop equal the lengths of sampling with each rule."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from ilm_jax.types import UserError
 STOPS = [np.array(stop, np.float32) for stop in ([0.1, 0.6, 0.2, 0.9], [0.3, 0.3], [0.95, 0.1, 0.1])]
 
 
-def test_a_text_ends_where_its_stop_probability_reaches_the_threshold():
+def test_a_sample_ends_where_its_stop_probability_reaches_the_threshold():
   rule = stopping.at_threshold(STOPS, 0.5, longest=3)
   assert rule.prob_BxL.argmax(axis=1).tolist() == [1, 1, 0] and rule.limit.tolist() == [0, 1, 0]
   assert rule.mean() == pytest.approx(2 / 3)
@@ -20,7 +20,7 @@ def test_a_text_ends_where_its_stop_probability_reaches_the_threshold():
 
 
 @pytest.mark.parametrize('temperature', [0.5, 1.0, 3.0])
-def test_lengths_under_sampled_stopping_match_a_simulation(temperature):
+def test_predicted_lengths_for_sampled_stopping_match_a_simulation(temperature):
   rng, rule, n = np.random.default_rng(0), stopping.sampled(STOPS, temperature, longest=3), 4_000
   np.testing.assert_allclose(rule.prob_BxL.sum(axis=1), 1, rtol=1e-9)
   for i, stop in enumerate(STOPS):
@@ -31,14 +31,14 @@ def test_lengths_under_sampled_stopping_match_a_simulation(temperature):
     assert abs(rule.limit[i] - at_limit.mean()) < 0.03
 
 
-def test_the_distance_is_the_mean_difference_of_sorted_lengths():
+def test_the_distance_between_lengths_is_the_mean_difference_after_sorting():
   lengths_BxL = np.zeros((100, 140))
   lengths_BxL[np.arange(100), np.arange(100) + 30] = 1
   rule = stopping.Lengths('', '', lengths_BxL, np.zeros(100))
   assert rule.distance(np.arange(100)) == pytest.approx(30, abs=0.5) and rule.mean() == pytest.approx(79.5)
 
 
-def test_the_fitted_rules_recover_a_threshold_and_a_temperature():
+def test_fitting_recovers_the_stop_threshold_and_the_stop_temperature_of_the_data():
   rng = np.random.default_rng(1)
   stops = [rng.random(20).astype(np.float32) ** 2 for _ in range(400)]
   real = stopping.at_threshold(stops, 0.7, longest=19).prob_BxL.argmax(axis=1)
@@ -51,7 +51,7 @@ def test_the_fitted_rules_recover_a_threshold_and_a_temperature():
 
 @pytest.fixture(scope='module')
 def lm():
-  """A LanguageModel with random weights for star graphs."""
+  """Return a LanguageModel with random weights for star graphs."""
   exp, _, _, state, _ = small.experiment(
     {'task.num_validation': 40, 'sampling.max_length': 30, 'sampling.max_steps': None}
   )
@@ -73,7 +73,7 @@ def stops(lm, prompts):
 
 
 def sample(lm, prompts, **settings):
-  """Return the rows sampled with a stopping rule, and the number of inserted tokens of each."""
+  """Sample rows with a stopping rule; return the rows and their numbers of inserted tokens."""
   cfg = lm.sample_cfg._replace(**settings)
   sampler = continuous_batching.ContinuousSampler(lm.model_cfg, lm.family, cfg, lm.batch_size)
   rows = dict(sampler(lm.params, jax.random.key(0), prompts))
@@ -81,7 +81,7 @@ def sample(lm, prompts, **settings):
   return rows, [int((row['order'] >= 0).sum()) for row in rows]
 
 
-def test_lengths_under_a_threshold_are_those_of_sampling_with_it(lm, prompts, stops):
+def test_predicted_lengths_for_a_threshold_equal_those_of_sampling_with_it(lm, prompts, stops):
   tempered = [stopping.apply_temperature(stop, lm.sample_cfg.stop_temperature) for stop in stops[:40]]
   threshold = float(np.quantile(np.concatenate(tempered), 0.9))
   rule = stopping.at_threshold(tempered, threshold, longest=30)
@@ -91,13 +91,13 @@ def test_lengths_under_a_threshold_are_those_of_sampling_with_it(lm, prompts, st
   assert len(set(lengths)) > 3
 
 
-def test_lengths_under_sampled_stopping_are_those_of_sampling(lm, prompts, stops):
+def test_the_predicted_mean_length_for_sampled_stopping_equals_that_of_sampling(lm, prompts, stops):
   rule = stopping.sampled(stops, 20.0, longest=30)
   _, lengths = sample(lm, prompts, stop_threshold=None)
   assert abs(rule.mean() - np.mean(lengths)) < 4 * np.std(lengths) / len(lengths) ** 0.5
 
 
-def test_a_forced_first_insertion_never_stops_and_parallel_insertions_are_refused(lm, prompts, stops, monkeypatch):
+def test_force_first_sets_the_first_stop_probability_to_0_and_gaps_must_be_1(lm, prompts, stops, monkeypatch):
   rows = [(i, {'stop_prob': stop}) for i, stop in enumerate(stops)]
   monkeypatch.setattr(continuous_batching, 'ContinuousSampler', lambda *_: lambda *_: rows)
   monkeypatch.setattr(lm, 'sample_cfg', lm.sample_cfg._replace(force_first=True))
@@ -108,9 +108,9 @@ def test_a_forced_first_insertion_never_stops_and_parallel_insertions_are_refuse
     stopping.trajectories(lm, prompts)
 
 
-def test_the_command_prints_all_rules_and_refuses_a_family_without_stop_head(lm, monkeypatch, capsys, tmp_path):
+def test_the_command_prints_all_stopping_rules_and_needs_a_stop_head(lm, monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(api, 'load', lambda *_, **__: lm)
-  monkeypatch.setattr(stopping, 'quiet', lambda: None)  # no process-wide logging and compilation cache
+  monkeypatch.setattr(stopping, 'quiet', lambda: None)  # do not change process-wide settings
   code = stopping.main(['stopping', '--workdir=run', '--count=10', f'--plot={tmp_path / "plot.png"}'])
   out = capsys.readouterr().out
   assert code == 0 and (tmp_path / 'plot.png').stat().st_size > 1_000

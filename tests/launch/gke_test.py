@@ -1,4 +1,4 @@
-"""The JobSet manifests for GKE: restart rules, Kubernetes schema, numbers of hosts and chips."""
+"""The JobSet manifests for GKE: restart rules, Kubernetes schema, and numbers of hosts and chips."""
 
 import math
 import re
@@ -12,7 +12,7 @@ MANIFESTS = ['gke_jobset.yaml', 'gke_jobset_gpu.yaml']
 
 
 def load_manifest(name) -> tuple[dict, dict, dict, dict]:
-  """Return a JobSet, its only replicated job, the spec of that job, and its only container."""
+  """Load a JobSet manifest; return (JobSet, its replicated job, spec of that job, its container)."""
   (jobset,) = yaml.safe_load_all((FOLDER / name).read_text())
   (replicated,) = jobset['spec']['replicatedJobs']
   spec = replicated['template']['spec']
@@ -21,7 +21,7 @@ def load_manifest(name) -> tuple[dict, dict, dict, dict]:
 
 
 @pytest.mark.parametrize('name', MANIFESTS)
-def test_a_jobset_restarts_after_everything_but_errors(name):
+def test_a_jobset_restarts_a_failed_run_unless_its_exit_code_means_an_error(name):
   jobset, replicated, spec, container = load_manifest(name)
   assert (jobset['apiVersion'], jobset['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
   for label in (jobset['metadata']['name'], replicated['name'], container['name']):
@@ -30,23 +30,23 @@ def test_a_jobset_restarts_after_everything_but_errors(name):
   policy = {'maxRestarts': 100, 'restartStrategy': 'BlockingRecreate', 'rules': [rule]}
   assert set(jobset['spec']) == {'failurePolicy', 'replicatedJobs'} and jobset['spec']['failurePolicy'] == policy
   assert set(replicated) == {'name', 'replicas', 'template'} and set(replicated['template']) == {'spec'}
-  # A failed pod fails its job at once; the JobSet decides about restarts, and restarts all jobs together.
+  # A failed pod fails its job immediately; the JobSet then decides whether to restart, and restarts all jobs.
   assert spec['backoffLimit'] == 0 and spec['template']['spec']['restartPolicy'] == 'Never'
-  errors = {'containerName': container['name'], 'operator': 'In', 'values': [1, 2, 130]}  # not 75 nor 128 + n
+  errors = {'containerName': container['name'], 'operator': 'In', 'values': [1, 2, 130]}  # restart after 75 and 128 + n
   assert spec['podFailurePolicy'] == {'rules': [{'action': 'FailJob', 'onExitCodes': errors}]}
   assert spec['completionMode'] == 'Indexed' and spec['completions'] == spec['parallelism']
   config, workdir = container['args'][:2]
   assert (ROOT / config.removeprefix('--config=').split(':')[0]).is_file() and workdir.startswith('--workdir=gs://')
 
 
-def test_the_jobs_of_the_manifests_match_the_kubernetes_schema():
+def test_the_jobs_in_the_manifests_match_the_kubernetes_schema():
   for name in MANIFESTS:
     template = load_manifest(name)[1]['template']
     job = {'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': 'a'}, **template}
     kubernetes_validate.validate(job, '1.31', strict=True)
 
 
-def test_the_tpu_jobset_has_as_many_hosts_as_its_slice():
+def test_the_tpu_jobset_requests_all_chips_of_its_slice():
   _, _, spec, container = load_manifest('gke_jobset.yaml')
   selector = spec['template']['spec']['nodeSelector']
   chips = math.prod(map(int, selector['cloud.google.com/gke-tpu-topology'].split('x')))
@@ -55,7 +55,7 @@ def test_the_tpu_jobset_has_as_many_hosts_as_its_slice():
   assert container['env'] == [{'name': 'JAX_PLATFORMS', 'value': 'tpu,cpu'}]
 
 
-def test_the_processes_of_the_gpu_jobset_use_the_address_of_the_first_pod():
+def test_the_coordinator_of_the_gpu_jobset_is_its_first_pod():
   jobset, replicated, spec, container = load_manifest('gke_jobset_gpu.yaml')
   flags = dict(word[2:].split('=', 1) for word in container['args'])
   name = jobset['metadata']['name']

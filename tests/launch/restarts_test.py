@@ -1,4 +1,4 @@
-"""Restarts and signals of resume.sh, alone and under gpu.sh and slurm.sbatch, with fake commands."""
+"""Restarts and signal handling by resume.sh, gpu.sh and slurm.sbatch, with fake commands instead of training."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture
 def resume(tmp_path):
-  """Return a function that runs resume.sh on a command with given exit codes: (process result, number of starts)."""
+  """Return a function that runs resume.sh on a command with the given exit codes: -> (result, number of starts)."""
 
   def run(codes, *flags, command=None, **variables):
     (tmp_path / 'codes').write_text('\n'.join(map(str, codes)))
@@ -32,7 +32,7 @@ def test_a_preempted_run_is_restarted_until_it_finishes(resume):
 
 
 @pytest.mark.parametrize(('code', 'reason'), [(1, 'error'), (130, 'Ctrl-C'), (253, 'error')])
-def test_no_restart_after_an_error_or_ctrl_c(resume, code, reason):
+def test_resume_sh_does_not_restart_after_an_error_or_ctrl_c(resume, code, reason):
   done, starts = resume([], command=['sh', '-c', f'echo start >> starts; exit {code}'])
   assert (done.returncode, starts) == (code, 1)
   assert reason in done.stderr and 'not restarting' in done.stderr and done.stderr.count('\n') == 1
@@ -46,20 +46,20 @@ def test_a_killed_run_is_restarted_and_the_log_names_the_cause(resume):
     assert f'exit code {code}: ' in line and cause in line and 'restarting in 0 s' in line
 
 
-def test_stop_on_returns_an_exit_code_instead_of_restarting(resume):
+def test_resume_sh_returns_the_exit_code_given_by_stop_on_instead_of_restarting(resume):
   done, starts = resume([143, 75, 0], '--stop_on=75')
   assert (done.returncode, starts) == (75, 2)
   assert 'exit code 143: killed by SIGTERM before it could save; restarting' in done.stderr
 
 
-def test_resume_gives_up_after_max_restarts(resume):
+def test_resume_sh_gives_up_after_max_restarts(resume):
   done, starts = resume([75] * 9, '--max_restarts=2')
   assert (done.returncode, starts) == (75, 3)
   assert 'the limit of 2 restarts is reached (--max_restarts)' in done.stderr.splitlines()[-1]
 
 
-def test_resume_gives_up_after_five_early_exits_in_a_row(resume, tmp_path):
-  """A trap moves bash's clock forward by two minutes during the fourth run, so that the count starts anew."""
+def test_resume_sh_gives_up_after_five_early_exits_in_a_row(resume, tmp_path):
+  """The fourth run appears to last two minutes (a trap changes SECONDS), which resets the count of early exits."""
   clock = tmp_path / 'clock'
   clock.write_text(
     """trap '[ "$BASH_COMMAND" != wait_for_child ] || [ "${restarts:-}" != 3 ] || SECONDS=$((SECONDS + 120))' DEBUG"""
@@ -69,24 +69,24 @@ def test_resume_gives_up_after_five_early_exits_in_a_row(resume, tmp_path):
   assert 'within a minute of its start 5 times in a row' in done.stderr.splitlines()[-1]
 
 
-def test_the_command_receives_its_arguments_unchanged(resume, tmp_path):
+def test_resume_sh_passes_arguments_to_the_command_unchanged(resume, tmp_path):
   command = [launch.write_program(tmp_path / 'command', 'printf "%s\\n" "$@" > arguments'), *launch.AWKWARD]
   done, _ = resume([], command=command)
   assert done.returncode == 0 and launch.lines(tmp_path / 'arguments') == launch.AWKWARD
 
 
 @pytest.mark.parametrize(('sent', 'forwarded', 'code'), [('HUP', 'TERM', 75), ('INT', 'INT', 130)])
-def test_a_signal_is_forwarded_once_and_ends_the_loop(tmp_path, sent, forwarded, code):
+def test_resume_sh_forwards_a_signal_once_and_does_not_restart(tmp_path, sent, forwarded, code):
   script = launch.write_program(tmp_path / 'command', launch.RUN_UNTIL_SIGNAL)
   with launch.running(['bash', launch.FOLDER / 'resume.sh', '--pause=0', '--', script], tmp_path) as process:
     launch.wait_for_start(tmp_path)
-    os.killpg(process.pid, signal.Signals[f'SIG{sent}'])  # a terminal signals the whole foreground group, too
+    os.killpg(process.pid, signal.Signals[f'SIG{sent}'])  # as a terminal does: signal the whole process group
     assert process.wait(10) == code
   assert launch.lines(tmp_path / 'received') == [forwarded] and len(launch.lines(tmp_path / 'starts')) == 1
   assert 'stopped by a signal; ' in (tmp_path / 'stderr').read_text()
 
 
-def test_a_suspended_command_is_not_restarted_and_still_gets_signals(tmp_path):
+def test_a_suspended_command_is_not_restarted_and_still_receives_signals(tmp_path):
   script = launch.write_program(tmp_path / 'command', f'echo $$ > pid\n{launch.RUN_UNTIL_SIGNAL}')
   with launch.running(['bash', launch.FOLDER / 'resume.sh', '--pause=0', '--', script], tmp_path) as process:
     launch.wait_for_start(tmp_path)
@@ -111,8 +111,8 @@ def test_a_signal_ends_the_pause_before_a_restart(tmp_path):
   assert len(launch.lines(tmp_path / 'starts')) == 1
 
 
-def test_a_signal_to_gpu_sh_reaches_the_run(tmp_path):
-  """gpu.sh replaces itself with resume.sh, so it forwards signals as well."""
+def test_gpu_sh_forwards_a_signal_to_the_training_run(tmp_path):
+  """gpu.sh replaces itself with resume.sh (by exec), which forwards the signal."""
   python = launch.write_program(tmp_path / 'python', f'cd {tmp_path}\n{launch.RUN_UNTIL_SIGNAL}')
   with launch.running(['bash', launch.FOLDER / 'gpu.sh', *launch.RUN], tmp_path, PYTHON=python) as process:
     launch.wait_for_start(tmp_path)
@@ -126,7 +126,7 @@ def test_a_signal_to_gpu_sh_reaches_the_run(tmp_path):
 
 @pytest.fixture
 def slurm_job(tmp_path):
-  """Return a function that runs slurm.sbatch as Slurm does: a copy of it, in the folder where it was submitted."""
+  """Return a function that runs a copy of slurm.sbatch in the folder of submission, as Slurm does."""
   launch.write_program(tmp_path / 'bin' / 'srun', f'cd {tmp_path} && exec ./step')
   launch.write_program(tmp_path / 'bin' / 'scontrol', f'echo "$@" >> {tmp_path}/requeued')
   shutil.copy(launch.FOLDER / 'slurm.sbatch', tmp_path / 'slurm_script')

@@ -1,4 +1,4 @@
-"""All launchers: style, help texts, error messages and dry runs; the commands and tables of launch/README.md."""
+"""All launch scripts: shellcheck, help texts, error messages and dry runs; commands and tables of launch/README.md."""
 
 import math
 import pathlib
@@ -12,8 +12,8 @@ import tomllib
 import pytest
 from launch_helpers import FOLDER, ROOT, RUN, TPU, call, dry_run, lines, path_with, write_program
 
-SCRIPTS = ['resume.sh', 'gpu.sh', 'tpu_vm.sh', 'slurm.sbatch', 'fits.sh']  # table.sh: evaluation/table_test.py
-TPU_TYPES = {  # --type -> accelerator type and runtime version, from the vendor's list
+SCRIPTS = ['resume.sh', 'gpu.sh', 'tpu_vm.sh', 'slurm.sbatch', 'fits.sh']  # evaluation/table_test.py tests table.sh
+TPU_TYPES = {  # --type of tpu_vm.sh -> accelerator type and runtime version in Google's documentation
   'v4-8': ('v4-8', 'tpu-ubuntu2204-base'),
   'v5e-256': ('v5litepod-256', 'v2-alpha-tpuv5-lite'),
   'v5p-128': ('v5p-128', 'v2-alpha-tpuv5'),
@@ -21,7 +21,7 @@ TPU_TYPES = {  # --type -> accelerator type and runtime version, from the vendor
 }
 
 
-def test_shellcheck_finds_no_mistake():
+def test_shellcheck_finds_no_problem_in_the_launch_scripts():
   tool = shutil.which('shellcheck') or shutil.which('shellcheck', path=pathlib.Path(sys.executable).parent)
   if tool is None:
     pytest.skip('shellcheck is not installed')
@@ -30,13 +30,13 @@ def test_shellcheck_finds_no_mistake():
   assert done.returncode == 0, done.stdout
 
 
-def test_every_header_says_when_the_file_was_last_run():
+def test_the_header_of_every_launch_file_gives_its_last_real_run():
   for name in [*SCRIPTS, 'table.sh', 'gke_jobset.yaml', 'gke_jobset_gpu.yaml', '../Dockerfile']:
     header = re.match(r'(#.*\n)+', (FOLDER / name).read_text())[0]
     assert re.search(r'^# Last real (run|build): \S+', header, re.M), name
 
 
-def test_help_prints_the_header():
+def test_help_prints_the_header_of_the_launch_script():
   for name in SCRIPTS:
     done = call(name, '--help')
     assert done.returncode == 0 and not done.stderr
@@ -44,7 +44,7 @@ def test_help_prints_the_header():
     assert not re.search(r'^#', done.stdout, re.M) and 'pipefail' not in done.stdout
 
 
-def test_a_dry_run_runs_no_command(tmp_path):
+def test_a_dry_run_executes_no_command(tmp_path):
   for name in ['gcloud', 'git', 'make', 'srun', 'scontrol', 'env', 'python']:
     write_program(tmp_path / 'bin' / name, f'[ "$1" = diff ] || echo {name} >> {tmp_path}/ran')
   path = path_with(tmp_path / 'bin')
@@ -83,7 +83,7 @@ MISTAKES = [  # script, arguments, start of the error message
 ]
 
 
-def test_a_wrong_flag_gives_a_one_line_error(tmp_path):
+def test_a_wrong_launcher_flag_gives_a_one_line_error(tmp_path):
   write_program(tmp_path / 'gcloud', 'echo called >&2')
   for script, arguments, message in MISTAKES:
     done = call(script, *arguments, PATH=path_with(tmp_path))
@@ -98,7 +98,7 @@ def test_gpu_sh_installs_cuda_and_trains_under_resume_sh():
   assert dry_run('gpu.sh', *RUN, PYTHON='/opt/my python')[0][6:] == ['/opt/my python', *train[1:]]
   processes = ['--coordinator=10.0.0.1:8476', '--num_processes=2', '--process_id=1']
   command = dry_run('gpu.sh', *RUN, *processes)[-1]
-  assert command[-3:] == processes and '--pause=60' in command, 'the other processes must notice the loss first'
+  assert command[-3:] == processes and '--pause=60' in command, 'the other processes must first notice the lost one'
 
 
 def test_slurm_sbatch_runs_one_process_per_node_and_requeues():
@@ -111,22 +111,22 @@ def test_slurm_sbatch_runs_one_process_per_node_and_requeues():
   assert {'--ntasks-per-node=1', '--kill-on-bad-exit=0'} <= set(train[srun:])
   assert train[-3 - len(RUN) :] == ['python', '-m', 'ilm_jax.main', *RUN]
   assert requeue == ['scontrol', 'requeue', '7']
-  assert dry_run('slurm.sbatch', *RUN)[0][0] == 'launch/resume.sh', 'nodes without GPUs need no list of devices'
+  assert dry_run('slurm.sbatch', *RUN)[0][0] == 'launch/resume.sh', 'JAX_LOCAL_DEVICE_IDS is only for GPUs'
 
 
-def test_slurm_sbatch_asks_for_a_signal_before_the_time_limit():
+def test_slurm_sbatch_requests_sigterm_for_the_processes_before_the_time_limit():
   text = (FOLDER / 'slurm.sbatch').read_text()
   options = re.findall(r'^#SBATCH (\S+)$', text, re.M)
   assert {'--requeue', '--ntasks-per-node=1', '--open-mode=append'} <= set(options)
   signals = [option for option in options if option.startswith('--signal=')]
-  assert signals == ['--signal=TERM@120'], 'B:TERM would go to the script only, and the processes would not save'
-  assert text.index('#SBATCH') < text.index('set -euo'), 'Slurm ignores options after the first command'
+  assert signals == ['--signal=TERM@120'], 'B:TERM would signal only the script, and the processes would not save'
+  assert text.index('#SBATCH') < text.index('set -euo'), 'Slurm ignores #SBATCH options after the first command'
 
 
 # --- launch/README.md -------------------------------------------------------------------------------------------------
 
 
-def test_the_launchers_accept_the_commands_of_the_readme():
+def test_the_launch_scripts_accept_the_commands_of_their_readme():
   text = (FOLDER / 'README.md').read_text()
   blocks = [block.replace('\\\n', ' ') for block in re.findall(r'```sh\n(.*?)```', text, re.S)]
   accepted = []
@@ -140,7 +140,7 @@ def test_the_launchers_accept_the_commands_of_the_readme():
   assert set(accepted) == set(SCRIPTS) and accepted.count('tpu_vm.sh') > 9
 
 
-def test_fits_sh_compiles_the_rows_of_the_readme_table():
+def test_fits_sh_compiles_the_models_of_the_table_in_the_readme():
   compiled = []
   for command in dry_run('fits.sh'):
     flags = dict(word.removeprefix('--').split('=', 1) for word in command if '=' in word)
@@ -156,7 +156,7 @@ def test_fits_sh_compiles_the_rows_of_the_readme_table():
   assert [(model.lower(), *rest) for model, *rest in rows] == compiled and len(compiled) == 13
 
 
-def test_tpu_types_have_the_same_names_in_gcloud_and_in_the_readme():
+def test_tpu_vm_sh_and_the_readme_agree_on_the_gcloud_names_of_tpu_types():
   gcloud = ['gcloud', 'compute', 'tpus']
   for kind, (accelerator, runtime) in TPU_TYPES.items():
     zone, flag = '--zone=us-west4-a', f'--accelerator-type={accelerator}'
@@ -168,7 +168,7 @@ def test_tpu_types_have_the_same_names_in_gcloud_and_in_the_readme():
   assert set(rows) == expected
 
 
-def test_the_docker_image_installs_extras_that_exist():
+def test_the_dockerfile_installs_only_existing_extras_and_copies_existing_files():
   text = (ROOT / 'Dockerfile').read_text()
   extras = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['optional-dependencies']
   used = [set(words.split(',')) for words in re.findall(r'\bEXTRAS=(\S+)', text)]

@@ -1,4 +1,4 @@
-"""launch/tpu_vm.sh: its dry runs, and its actions with a fake gcloud whose TPU is a folder of this machine."""
+"""launch/tpu_vm.sh: dry runs, and its actions with a fake gcloud command that simulates a TPU VM by a folder."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ import pytest
 
 
 def remote_command(words) -> str:
-  """Return the shell command that a call of `gcloud ... ssh` runs on the hosts."""
+  """Return the shell command that a `gcloud ... ssh` command line runs on the hosts."""
   (command,) = [word.removeprefix('--command=') for word in words if word.startswith('--command=')]
   return command
 
@@ -32,7 +32,7 @@ def test_create_requests_a_queued_resource_and_waits_for_it():
   assert describe == [*queued, 'describe', 'ilm', *location, '--format=value(state.state)']
 
 
-def test_run_passes_its_flags_to_the_hosts_unchanged():
+def test_run_passes_training_flags_to_the_hosts_unchanged():
   (words,) = launch.dry_run('tpu_vm.sh', 'run', *launch.TPU, *launch.RUN, '--max_restarts=3')
   assert words[:5] == ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh'] and '--worker=all' in words
   remote = shlex.split(remote_command(words))
@@ -43,7 +43,7 @@ def test_run_passes_its_flags_to_the_hosts_unchanged():
   assert remote[start + 1 : start + 1 + len(command)] == command
 
 
-def test_setup_installs_the_code_and_its_packages():
+def test_setup_installs_the_code_and_its_dependencies_on_the_hosts():
   bundle, copy, setup = launch.dry_run('tpu_vm.sh', 'setup', *launch.TPU, TMPDIR='/tmp')
   assert bundle == ['git', 'bundle', 'create', '--quiet', '/tmp/ilm_jax-ilm.bundle', 'HEAD']
   assert copy[3:8] == ['tpu-vm', 'scp', bundle[4], 'ilm:ilm_jax.bundle', launch.TPU[1]] and copy[-1] == '--worker=all'
@@ -67,7 +67,7 @@ def test_logs_stop_and_delete_call_gcloud_for_the_right_hosts():
   assert delete[3:6] == ['queued-resources', 'delete', 'ilm'] and '--force' in delete
 
 
-def test_train_plans_create_setup_run_and_delete():
+def test_a_dry_run_of_train_prints_the_commands_of_create_setup_run_and_delete():
   kind = ['--type=v5e-8', '--spot', '--queue']
   train = launch.dry_run('tpu_vm.sh', 'train', *launch.TPU, *kind, *launch.RUN)
   actions = [('create', kind), ('setup', []), ('run', launch.RUN)]
@@ -79,8 +79,8 @@ def test_train_plans_create_setup_run_and_delete():
 
 # --- a fake cloud -----------------------------------------------------------------------------------------------------
 
-# A fake gcloud. The TPU is the folder `host`, where commands for the hosts really run; a TPU state in the file `states`
-# overrides the real one for one call, and ERROR makes the call fail.
+# A fake gcloud. The folder `host` stands for the TPU VM: commands for the hosts run in it. `tpu-vm describe`
+# prints the next state in the file `states`, if any is left; the state ERROR makes the call fail.
 GCLOUD = """
 echo "$3 $4" >> "$CLOUD/calls"
 host=$CLOUD/host
@@ -102,9 +102,9 @@ case "$3 $4" in
     done ;;
 esac
 """
-# A fake python3 for the hosts: `uv venv` creates an environment whose Python is the program `main`.
+# A fake python3 for the hosts: `python3 -m uv venv` creates a .venv whose Python is the program `main` of the test.
 PYTHON = '[ "$3" != venv ] || { mkdir -p .venv/bin && cp "$CLOUD/main" .venv/bin/python; }'
-# A run that lasts until `train` has checked the TPU four times; an exit code has to follow.
+# A fake training run that lasts until `train` has checked the TPU four times; append the exit code to this text.
 LAST_FOUR_CHECKS = """
 echo start >> "$CLOUD/starts"
 checks() { grep -c 'tpu-vm describe' "$CLOUD/calls"; }
@@ -116,7 +116,7 @@ TRAIN = ['train', '--type=v5e-8', '--spot', '--poll=0', *launch.RUN]
 
 @pytest.fixture(scope='module')
 def checkout(tmp_path_factory):
-  """A git repository with the launchers."""
+  """Return a git repository with a copy of the launch scripts."""
   folder = tmp_path_factory.mktemp('checkout')
   shutil.copytree(launch.FOLDER, folder / 'launch')
   commit = 'git init -q && git add . && git -c user.name=a -c user.email=a@example.com commit -qm launchers'
@@ -126,7 +126,7 @@ def checkout(tmp_path_factory):
 
 @pytest.fixture
 def cloud(tmp_path, checkout):
-  """Return a function that calls tpu_vm.sh with the fake gcloud: main is the program that the TPU runs as Python."""
+  """Return a function that runs tpu_vm.sh with the fake gcloud; `main` is the program run instead of Python."""
   launch.write_program(tmp_path / 'local' / 'gcloud', GCLOUD)
   launch.write_program(tmp_path / 'bin' / 'python3', PYTHON)
 
@@ -139,27 +139,27 @@ def cloud(tmp_path, checkout):
 
 
 def changes(tmp_path) -> list[str]:
-  """Return the calls that created or deleted a TPU, in order."""
+  """Return the create and delete calls of gcloud, in order."""
   return [line.split()[-1] for line in launch.lines(tmp_path / 'calls') if line.endswith(('create', 'delete'))]
 
 
 def test_train_creates_a_new_tpu_after_a_preemption_and_deletes_it_at_the_end(cloud, tmp_path):
   main = """
     echo "$@" >> "$CLOUD/starts"
-    # The TPU is taken away during the first run; the second run finishes.
+    # The TPU is preempted during the first run; the second run finishes.
     [ "$(wc -l < "$CLOUD/starts")" -gt 1 ] || { mv "$CLOUD/host" "$CLOUD/gone"; kill -KILL "$PPID"; }
   """
   done = cloud(main, *TRAIN, '--queue')
   assert done.returncode == 0, done.stderr
   assert launch.lines(tmp_path / 'starts') == [' '.join(['-m', 'ilm_jax.main', *launch.RUN])] * 2
-  assert changes(tmp_path) == ['delete', 'create', 'delete', 'create', 'delete'], 'an old resource is deleted first'
+  assert changes(tmp_path) == ['delete', 'create', 'delete', 'create', 'delete'], 'delete old resources before create'
   kinds = {line.split()[0] for line in launch.lines(tmp_path / 'calls') if line.endswith(('create', 'delete'))}
   assert kinds == {'queued-resources'}
   assert 'the run was preempted (gone): restarting it (restart 1 of 100)' in done.stderr
   assert done.stderr.splitlines()[-1] == 'tpu_vm.sh: the run has finished' and not (tmp_path / 'host').exists()
 
 
-def test_train_changes_nothing_when_gcloud_fails(cloud, tmp_path):
+def test_train_creates_and_deletes_nothing_if_gcloud_fails(cloud, tmp_path):
   (tmp_path / 'states').write_text('ERROR\n')
   done = cloud('exit 0', *TRAIN)
   assert done.returncode == 1 and done.stderr.splitlines() == [
@@ -169,7 +169,7 @@ def test_train_changes_nothing_when_gcloud_fails(cloud, tmp_path):
   assert changes(tmp_path) == []
 
 
-def test_train_follows_an_active_run_through_a_repair_and_a_failure_of_gcloud(cloud, tmp_path):
+def test_train_keeps_following_an_active_run_despite_a_tpu_repair_and_a_gcloud_failure(cloud, tmp_path):
   for action, *flags in (['create', '--type=v5e-8'], ['setup'], ['run', *launch.RUN]):
     assert cloud(LAST_FOUR_CHECKS + '0', action, *flags).returncode == 0
   (tmp_path / 'states').write_text('READY\nERROR\nREPAIRING\n')
@@ -181,32 +181,32 @@ def test_train_follows_an_active_run_through_a_repair_and_a_failure_of_gcloud(cl
 def test_train_gives_up_on_a_tpu_that_cannot_be_set_up(cloud, tmp_path):
   done = cloud('', *TRAIN, '--repo=/nowhere')
   assert done.returncode == 1 and changes(tmp_path) == ['delete', 'create', 'delete']
-  assert sum(line.endswith('ssh') for line in launch.lines(tmp_path / 'calls')) >= 3, 'the setup is tried again first'
+  assert sum(line.endswith('ssh') for line in launch.lines(tmp_path / 'calls')) >= 3, 'setup is retried first'
 
 
-def test_train_reuses_a_kept_tpu_and_deletes_it_when_the_run_fails(cloud, tmp_path):
+def test_train_reuses_a_tpu_left_by_keep_and_deletes_it_when_the_run_fails(cloud, tmp_path):
   done = cloud('exit 0', *TRAIN, '--keep')
   assert done.returncode == 0 and changes(tmp_path) == ['delete', 'create']
   assert 'the TPU is kept, and costs money' in done.stderr
-  done = cloud('echo "no such config" >&2' + LAST_FOUR_CHECKS + '1', *TRAIN)  # must not see the exit code of run one
+  done = cloud('echo "no such config" >&2' + LAST_FOUR_CHECKS + '1', *TRAIN)  # must ignore the first exit code
   assert done.returncode == 1 and 'no such config' in done.stdout
   assert 'the run did not finish (last status: 1)' in done.stderr
   assert changes(tmp_path) == ['delete', 'create', 'delete'] and not (tmp_path / 'host').exists()
 
 
 def is_sleeping(pid) -> bool:
-  """Return whether a process waits for a `sleep` command."""
+  """Return whether a process has a child that runs `sleep`."""
   children = pathlib.Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
   with contextlib.suppress(OSError):  # the child may have ended
     return any(pathlib.Path(f'/proc/{child}/comm').read_text() == 'sleep\n' for child in children)
   return False
 
 
-def test_ctrl_c_leaves_the_run_active_until_stop_saves_it(cloud, tmp_path, checkout):
+def test_after_ctrl_c_in_train_the_run_continues_until_stop_saves_and_ends_it(cloud, tmp_path, checkout):
   assert cloud(launch.RUN_UNTIL_SIGNAL, 'create', '--type=v5e-8').returncode == 0
   variables = {'PATH': launch.path_with(tmp_path / 'local'), 'CLOUD': tmp_path, 'TMPDIR': tmp_path}
   command = ['bash', checkout / 'launch' / 'tpu_vm.sh', TRAIN[0], *launch.TPU, *TRAIN[1:], '--poll=30']
-  for _ in range(2):  # the second `train` follows the same run
+  for _ in range(2):  # the second `train` follows the run of the first
     with launch.running(command, tmp_path, **variables) as process:
       # Interrupt the sleep between two status checks: bash can lose a signal while it starts a command.
       launch.wait_for(lambda process=process: is_sleeping(process.pid))

@@ -1,4 +1,4 @@
-"""Attention with rotary embedding and the MLP against their formulas, and which tokens can affect which others."""
+"""Attention with rotary embedding and the MLP against their formulas, and which tokens attend to which."""
 
 import dataclasses
 
@@ -16,8 +16,8 @@ def layer_norm(x, params):
   return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * params['scale'] + params['bias']
 
 
-@pytest.mark.parametrize('rotary_dim', [64, 4])  # all 8 channels of a head (as in small), or the first 4 (as in tiny)
-def test_attention_and_its_norm_match_their_formulas(rotary_dim):
+@pytest.mark.parametrize('rotary_dim', [64, 4])  # rotate all 8 channels of a head, or only the first 4
+def test_attention_and_its_layer_norm_match_their_formulas(rotary_dim):
   cfg = dataclasses.replace(TINY, num_layers=1, final_norm=False, rotary_dim=rotary_dim)
   params, tokens, positions = random_params(cfg), [11, 12, 13], [0, 35, 2]
   block, heads, size = params['block_0'], cfg.num_heads, cfg.head_dim
@@ -47,7 +47,7 @@ def test_attention_and_its_norm_match_their_formulas(rotary_dim):
 
 
 @pytest.mark.parametrize('activation', ['relu', 'gelu'])
-def test_the_mlp_and_its_norm_match_their_formulas(activation):
+def test_the_mlp_and_its_layer_norm_match_their_formulas(activation):
   cfg = dataclasses.replace(TINY, num_layers=1, activation=activation, final_norm=False)
   params = random_params(cfg)
   block = params['block_0']
@@ -63,15 +63,15 @@ def test_the_mlp_and_its_norm_match_their_formulas(activation):
   assert_close(apply(cfg, params, one * 7, one, one, one * 0).hidden_BxLxD[0, 0], expected)
 
 
-# --- which tokens affect which ----------------------------------------------------------------------------------------
+# --- which outputs depend on which tokens -----------------------------------------------------------------------------
 
 
 def influence(cfg, tokens, position, segment, cls=(0,)):
-  """Find by gradients which tokens (columns) the features of each token (LxL) and the stop logits (SxL) depend on."""
+  """Return by gradients if features (LxL) and stop logits (SxL), the rows, depend on each token, the columns."""
   tokens, position, segment, cls = (np.array([list(values)]) for values in (tokens, position, segment, cls))
   assert len(set(tokens[0])) == tokens.size, 'each token id must occur once'
   params = random_params(cfg)
-  direction_D = jnp.arange(1.0, cfg.d_model + 1)  # after a LayerNorm, the plain sum of the features is constant
+  direction_D = jnp.arange(1.0, cfg.d_model + 1)  # not all ones: LayerNorm makes the sum of features constant
 
   def read(embed):
     outputs = transformer.apply(cfg, params | {'embed': embed}, tokens, position, segment, cls)
@@ -83,20 +83,20 @@ def influence(cfg, tokens, position, segment, cls=(0,)):
 
 
 @pytest.mark.parametrize('causal', [False, True])
-def test_segments_see_neither_each_other_nor_padding(causal):
+def test_tokens_attend_neither_to_other_segments_nor_to_padding(causal):
   cfg = dataclasses.replace(TINY, causal=causal)
   segment, position = [1, 1, 1, 2, 2, 3, 0, 0], [0, 1, 2, 0, 1, 0, 0, 0]
   features, stop = influence(cfg, TOKENS, position, segment, cls=(0, 3, 5))
   for i in range(6):
     for j in range(8):
       sees = segment[i] == segment[j] and (j <= i or not causal)
-      assert features[i, j] == sees, f'index {i} must {"" if sees else "not "}see index {j}'
+      assert features[i, j] == sees, f'token {i} must {"" if sees else "not "}depend on token {j}'
   for s, cls in enumerate((0, 3, 5)):
     sees = [segment[j] == s + 1 and (j <= cls or not causal) for j in range(8)]
-    assert stop[s].tolist() == sees, f'the stop head of segment {s + 1} reads {stop[s]}'
+    assert stop[s].tolist() == sees, f'the stop head of segment {s + 1} depends on tokens {stop[s]}'
 
 
-def test_a_row_of_padding_alone_has_finite_features():
+def test_a_row_that_contains_only_padding_has_finite_features():
   zeros = np.zeros((2, 4), int)
   outputs = apply(TINY, random_params(TINY), zeros, zeros, zeros, zeros[:, :1])
   assert np.isfinite(outputs.hidden_BxLxD).all() and np.isfinite(outputs.stop_BxSx2).all()

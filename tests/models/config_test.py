@@ -14,7 +14,7 @@ def parameter_count(tree):
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-# Millions of parameters per block, in all blocks, and in the stop head, as published.
+# block, blocks, stop: published millions of parameters per block, in all blocks, and in the stop head.
 @pytest.mark.parametrize(
   ('preset', 'layers', 'head_dim', 'block', 'blocks', 'stop'),
   [
@@ -49,7 +49,7 @@ def test_diffusion_presets_have_the_published_shapes(preset, layers, d_model, he
     assert round(block / 1e6, 2) == 7.68 and round(12 * block / 1e6, 1) == 92.1
 
 
-def test_settings_override_the_preset_unless_they_are_none():
+def test_model_settings_override_the_preset_unless_they_are_none():
   cfg = transformer.ModelConfig.create(30, preset='small', num_layers=3, d_ff=None, causal=True)
   assert (cfg.vocab_size, cfg.num_layers, cfg.d_ff, cfg.causal) == (30, 3, 3072, True)
 
@@ -68,7 +68,7 @@ def test_settings_override_the_preset_unless_they_are_none():
     ({'num_layers': 2, 'num_heads': 2, 'd_model': 8}, 'model.d_ff is not set: set it, or choose a model.preset'),
   ],
 )
-def test_wrong_settings_are_rejected_in_one_line(settings, message):
+def test_wrong_model_settings_give_a_one_line_error(settings, message):
   with pytest.raises(UserError) as error:
     transformer.ModelConfig.create(30, **settings)
   assert message in str(error.value) and '\n' not in str(error.value)

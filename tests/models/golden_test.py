@@ -1,6 +1,6 @@
-"""Logits, losses and gradients against the numbers of the reference implementation (tests/golden).
+"""Logits, losses and gradients against numbers that the reference implementation computed (tests/golden).
 
-The relative tolerance is 1e-5 of the largest value (`assert_close`).
+The tolerance is 1e-5 of the largest expected value (`assert_close`).
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ from tiny_transformer import apply, assert_close, logits_of
 from ilm_jax.families import ilm, mdm
 from ilm_jax.models import reference, transformer
 
-CHUNK = 16  # vocabulary entries per chunk: the 40 entries take three chunks, the last one partly repeated
+CHUNK = 16  # vocabulary entries per chunk; 40 entries need three chunks, of which the last two overlap
 
 
 def load_golden(numbers, family):
-  """Return (numbers, cfg, params) of one of the reference's models."""
+  """Return (golden numbers, ModelConfig, params) of a model of the reference implementation."""
   weights = {name.removeprefix('param/'): array for name, array in numbers.items() if name.startswith('param/')}
   return numbers, *reference.from_reference(weights, family)
 
@@ -41,7 +41,7 @@ def insertion(golden):
 
 
 def batch_of(numbers):
-  """Return the inputs of the reference as a batch with one example per row."""
+  """Convert the inputs of the reference implementation to a batch with one example per row."""
   used = numbers['gap_index'] >= 0
   mask = numbers['attention_mask']
   rows, length = mask.shape
@@ -61,11 +61,11 @@ def batch_of(numbers):
 
 
 def packed_batch_of(numbers):
-  """Return all examples, without their padding, packed into one row of 48 tokens with two unused segments."""
+  """Pack all examples of the golden numbers into one row of 48 tokens; its last two segments stay empty."""
   mask = numbers['attention_mask']
   row, index = np.nonzero(mask)
   target_row, column = np.nonzero(numbers['gap_index'] >= 0)
-  first = np.cumsum(mask.sum(1)) - mask.sum(1)  # index in the packed row of each example's [CLS]
+  first = np.cumsum(mask.sum(1)) - mask.sum(1)  # packed index of each example's [CLS]
 
   def pad(values, size=48):
     return np.pad(values, (0, size - len(values)))[None]
@@ -85,7 +85,7 @@ def packed_batch_of(numbers):
 
 
 def permuted_batch_of(numbers, batch):
-  """Return the batch with the tokens of each row stored in the permuted order of `storage_perm`."""
+  """Permute the tokens of each row by `storage_perm`; positions and targets move with the tokens."""
   perm = numbers['storage_perm']
   names = ('tokens_BxL', 'position_BxL', 'segment_BxL', 'open_BxL')
   moved = {name: np.take_along_axis(batch[name], perm, axis=1) for name in names}
@@ -112,11 +112,11 @@ loss_and_grads = jax.jit(jax.value_and_grad(mean_loss, argnums=1, has_aux=True),
 
 
 @pytest.mark.parametrize('permuted', [False, True])
-def test_insertion_logits_and_losses_follow_positions_not_storage_order(insertion, permuted):
+def test_ilm_logits_and_losses_depend_on_positions_and_not_on_storage_order(insertion, permuted):
   numbers, cfg, params = insertion
   batch, prefix = (permuted_batch_of(numbers, batch_of(numbers)), 'storage_') if permuted else (batch_of(numbers), '')
   outputs = outputs_of(cfg, params, batch)
-  assert_close(logits_of(outputs), numbers[prefix + 'vocab_logits'])  # padding included
+  assert_close(logits_of(outputs), numbers[prefix + 'vocab_logits'])  # also at padding
   assert_close(outputs.stop_BxSx2[:, 0], numbers[prefix + 'stop_logits'])
   token_BxS, stop_BxS, dropped_BxS = example_losses(outputs, batch, chunk=CHUNK)
   assert_close(token_BxS[:, 0], numbers['example_ce'])
@@ -124,7 +124,7 @@ def test_insertion_logits_and_losses_follow_positions_not_storage_order(insertio
   np.testing.assert_array_equal(dropped_BxS[:, 0], numbers['num_dropped'])
 
 
-def test_packing_does_not_change_the_losses_of_the_examples(insertion):
+def test_packing_does_not_change_the_loss_of_any_example(insertion):
   numbers, cfg, params = insertion
   batch, rows = packed_batch_of(numbers), len(numbers['input_ids'])
   token_BxS, stop_BxS, dropped_BxS = example_losses(outputs_of(cfg, params, batch), batch, chunk=CHUNK)
@@ -134,14 +134,14 @@ def test_packing_does_not_change_the_losses_of_the_examples(insertion):
 
 
 @pytest.mark.parametrize('make_batch', [batch_of, packed_batch_of])
-def test_the_insertion_loss_and_its_gradients_equal_the_references(insertion, make_batch):
+def test_ilm_loss_and_gradients_equal_those_of_the_reference_implementation(insertion, make_batch):
   numbers, cfg, params = insertion
   (loss, _), grads = loss_and_grads(cfg, params, make_batch(numbers))
   assert_close(loss, numbers['loss'])
   assert_gradients_close(cfg, grads, numbers)
 
 
-def test_loss_metrics_are_weighted_sums_of_the_references_losses(insertion):
+def test_ilm_loss_metrics_are_weighted_sums_of_the_example_losses_of_the_reference_code(insertion):
   numbers, cfg, params = insertion
   batch = batch_of(numbers)
   batch['segment_weight_BxS'] = np.asarray([[1.0], [0.0], [2.0], [1.0], [0.0], [0.5]], np.float32)
@@ -153,7 +153,7 @@ def test_loss_metrics_are_weighted_sums_of_the_references_losses(insertion):
     stop += weight * numbers['example_stop_loss'][row]
     says_stop = numbers['stop_logits'][row, 0] >= numbers['stop_logits'][row, 1]
     right += weight * (says_stop == (numbers['num_dropped'][row] == 0))
-  bound = 2 * (token + stop)  # likelihood bound of strings with one free token
+  bound = 2 * (token + stop)  # bound on -log p(string) if one token is generated
   expected = {
     'loss': token + 0.25 * stop,
     'string_bound': bound,
@@ -165,7 +165,7 @@ def test_loss_metrics_are_weighted_sums_of_the_references_losses(insertion):
   assert all(float(weight) == 4.5 for _, weight in metrics.values())
 
 
-def test_padding_tokens_and_longer_rows_do_not_change_the_insertion_losses(insertion):
+def test_padding_tokens_and_longer_rows_do_not_change_the_ilm_losses(insertion):
   numbers, cfg, params = insertion
   batch = batch_of(numbers)
   pad_BxL = batch['segment_BxL'] == 0
@@ -182,7 +182,7 @@ def test_padding_tokens_and_longer_rows_do_not_change_the_insertion_losses(inser
 
 
 @pytest.mark.parametrize(('compute', 'tolerance'), [('mixed', 0.02), ('bfloat16', 0.05)])
-def test_lower_precision_stays_close_to_the_references_float32(insertion, compute, tolerance):
+def test_lower_precision_stays_close_to_float32_results_of_the_reference_code(insertion, compute, tolerance):
   numbers, cfg, params = insertion
   cfg = dataclasses.replace(cfg, compute=compute)
   (loss, outputs), grads = loss_and_grads(cfg, params, batch_of(numbers))
@@ -190,26 +190,26 @@ def test_lower_precision_stays_close_to_the_references_float32(insertion, comput
   assert outputs.stop_BxSx2.dtype == jnp.float32
   assert_close(logits_of(outputs), numbers['vocab_logits'], tolerance)
   error = np.abs(logits_of(outputs) - numbers['vocab_logits']).max()
-  assert error > 1e-4, 'the model was computed in float32'
+  assert error > 1e-4, 'the model ignored the compute type and used float32'
   assert_close(loss, numbers['loss'], tolerance / 2)
   for name, array in reference.to_reference(cfg, grads).items():
     if f'grad/{name}' in numbers:
       difference = np.linalg.norm(array - numbers[f'grad/{name}']) / np.linalg.norm(numbers[f'grad/{name}'])
-      assert difference < 0.2, f'{name}: {difference:.3f}'  # rounding switches some ReLUs on or off
+      assert difference < 0.2, f'{name}: {difference:.3f}'  # rounding changes which ReLUs are active
 
 
 # --- dropout of the insertion model -----------------------------------------------------------------------------------
 
 
-def test_dropout_is_off_without_a_key_or_with_rate_zero(insertion):
+def test_dropout_is_disabled_without_a_key_or_with_rate_zero(insertion):
   numbers, cfg, params = insertion
-  assert cfg.dropout == cfg.attention_dropout == 0.1  # the other tests, without a key, match the reference
+  assert cfg.dropout == cfg.attention_dropout == 0.1  # unused in tests that pass no RNG key
   cfg = dataclasses.replace(cfg, dropout=0.0, attention_dropout=0.0)
   assert_close(logits_of(outputs_of(cfg, params, batch_of(numbers), jax.random.key(0))), numbers['vocab_logits'])
 
 
 @pytest.mark.parametrize('rates', [(0.1, 0.0), (0.0, 0.1)], ids=['residual', 'attention'])
-def test_dropout_is_a_function_of_its_key(insertion, rates):
+def test_dropout_depends_only_on_its_rng_key(insertion, rates):
   numbers, cfg, params = insertion
   cfg = dataclasses.replace(cfg, dropout=rates[0], attention_dropout=rates[1])
   first, again, second = (
@@ -234,7 +234,7 @@ def arm_logits(cfg, params, numbers):
   return outputs.hidden_BxLxD @ outputs.unembed_VxD.T
 
 
-def test_the_autoregressive_logits_loss_and_gradients_equal_the_references(autoregressive):
+def test_arm_logits_loss_and_gradients_equal_those_of_the_reference_implementation(autoregressive):
   numbers, cfg, params = autoregressive
   assert cfg.causal and cfg.final_norm and not cfg.stop_head
 
@@ -245,12 +245,12 @@ def test_the_autoregressive_logits_loss_and_gradients_equal_the_references(autor
     return -log_prob[row, index, numbers['target_ids'][row, index]].mean(), logits
 
   (loss, logits), grads = jax.jit(jax.value_and_grad(cross_entropy, has_aux=True))(params)
-  assert_close(logits, numbers['logits'])  # padding included
+  assert_close(logits, numbers['logits'])  # also at padding
   assert_close(loss, numbers['loss'])
   assert_gradients_close(cfg, grads, numbers)
 
 
-def test_causality_follows_positions_not_storage_order(autoregressive):
+def test_causal_masking_depends_on_positions_and_not_on_storage_order(autoregressive):
   numbers, cfg, params = autoregressive
   perm = np.stack([np.random.default_rng(row).permutation(18) for row in range(4)])
   names = ('input_ids', 'positions', 'attention_mask')
@@ -268,7 +268,7 @@ def diffusion(golden):
 
 
 def masked_batch_of(numbers, packed: bool):
-  """Return the inputs as a batch with one example per row, or packed into one row with an unused segment."""
+  """Build a batch from the golden inputs: one example per row, or all packed in one row with an empty segment."""
   rows, length = numbers['input_ids'].shape
   masked = numbers['input_ids'] != numbers['clean_ids']
   row, place = np.nonzero(masked)
@@ -290,7 +290,7 @@ def masked_batch_of(numbers, packed: bool):
   batch |= {'segment_BxL': batch['segment_BxL'] * 0 + 1, 'cls_BxS': one.astype(int) * 0}
   batch |= {'noise_BxS': numbers['total_noise'][:, None], 'segment_weight_BxS': one}
   targets['segment'] = np.ones_like(row)
-  for name, value in targets.items():  # one list per row, padded with zeros
+  for name, value in targets.items():  # one list of targets per row, padded with zeros
     batch[f'target_{name}_BxT'] = np.stack([np.pad(value[row == i], (0, (row != i).sum())) for i in range(rows)])
   return batch
 
@@ -303,7 +303,7 @@ def mdm_loss(cfg, params, batch):
 
 
 @pytest.mark.parametrize('packed', [False, True])
-def test_the_diffusion_logits_loss_and_gradients_equal_the_references(diffusion, packed):
+def test_mdm_logits_loss_and_gradients_equal_those_of_the_reference_implementation(diffusion, packed):
   numbers, cfg, params = diffusion
   batch = masked_batch_of(numbers, packed)
   value_and_grad = jax.jit(jax.value_and_grad(mdm_loss, argnums=1, has_aux=True), static_argnums=0)
@@ -313,12 +313,12 @@ def test_the_diffusion_logits_loss_and_gradients_equal_the_references(diffusion,
   assert_gradients_close(cfg, grads, numbers)
 
 
-def test_with_input_residuals_and_zero_gates_the_diffusion_model_returns_its_embeddings(diffusion):
+def test_with_residual_input_and_zero_modulation_the_mdm_features_equal_the_embeddings(diffusion):
   numbers, cfg, params = diffusion
   batch = masked_batch_of(numbers, packed=False)
   run = jax.jit(transformer.apply_batch, static_argnums=0)
   cfg = dataclasses.replace(cfg, residual='input')
-  assert np.abs(logits_of(run(cfg, params, batch)) - numbers['logits']).max() > 0.1, 'the residual setting is ignored'
+  assert np.abs(logits_of(run(cfg, params, batch)) - numbers['logits']).max() > 0.1, 'cfg.residual has no effect'
   closed = {
     name: params[name] | {'modulation': jax.tree.map(np.zeros_like, params[name]['modulation'])}
     for name in ('block_0', 'block_1')

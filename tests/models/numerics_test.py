@@ -1,4 +1,4 @@
-"""Einsum in each compute type, dropout and segment reductions, against loops and dense computations."""
+"""Einsum in each compute type, dropout and segment reductions, compared with loops and dense computations."""
 
 import inspect
 import re
@@ -20,18 +20,18 @@ SIZES = dict(zip('bldhkfqscvntuw', range(2, 16), strict=True))  # axis letter ->
 
 
 def operands(spec):
-  """Random operands of an einsum and a cotangent of its result, all exact in bfloat16."""
+  """Return random operands of an einsum and a cotangent of its result, all exactly representable in bfloat16."""
   shapes = [[SIZES[letter] for letter in part.replace('...', 'bl')] for part in re.split(',|->', spec)]
   arrays = [np.random.default_rng(seed).normal(size=shape) for seed, shape in enumerate(shapes)]
   return [np.asarray(jnp.asarray(array, jnp.bfloat16), np.float32) for array in arrays]
 
 
-def test_the_einsums_of_the_model_are_found_in_its_source():
+def test_the_regular_expression_finds_the_einsums_in_the_model_source():
   assert {'bld,dhk->blhk', 'bqhk,bshk->bhqs', 'bhqs,bshk->bqhk', '...d,vd->...v', 'nv,nd->vd'} <= set(USED)
 
 
 @pytest.mark.parametrize('spec', USED)
-def test_mixed_einsum_and_its_gradients_equal_einsum_of_rounded_operands(spec):
+def test_mixed_einsum_and_its_gradients_equal_float64_einsums_of_the_bfloat16_operands(spec):
   x, y, cotangent = operands(spec)
 
   @jax.jit
@@ -53,9 +53,9 @@ def test_mixed_einsum_and_its_gradients_equal_einsum_of_rounded_operands(spec):
       assert (np.asarray(grad, np.float64) * step).sum() == pytest.approx(terms.sum(), abs=1e-6 * np.abs(terms).sum())
 
 
-# Operand orders that neither the model's einsums nor their gradients have.
+# Axis orders that occur neither in the model's einsums nor in their gradients.
 @pytest.mark.parametrize('spec', ['bhqk,bqhd->bkhd', 'blhk,dhk->bld', 'nd,nv->vd', 'bqhk,bhqs->bshk'])
-def test_reordering_operands_on_cpu_does_not_change_the_product(spec):
+def test_the_bfloat16_einsum_for_cpus_is_correct_for_any_axis_order(spec):
   x, y, _ = operands(spec)
   got = jax.jit(lambda x, y: numerics._bf16_einsum_cpu(spec, x, y))(jnp.bfloat16(x), jnp.bfloat16(y))
   assert got.dtype == jnp.float32
@@ -70,7 +70,7 @@ def test_mixed_einsum_rounds_its_operands_to_bfloat16():
 
 
 @pytest.mark.parametrize('compute', ['float32', 'bfloat16', 'mixed'])
-def test_devices_keep_only_their_shard_of_a_weight_for_the_backward_pass(compute):
+def test_devices_save_only_their_weight_shard_for_the_backward_pass(compute):
   mesh, layers, width = small.mesh(fsdp=8), 6, 64
   shape, kernels = (8, 4, width), jnp.ones((layers, width, width))
   place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, 'fsdp'))
@@ -85,25 +85,25 @@ def test_devices_keep_only_their_shard_of_a_weight_for_the_backward_pass(compute
     sharding.with_mesh(mesh)(jax.grad(total)), in_shardings=(place, sharding.rows_sharding(mesh)), out_shardings=place
   )
   program = step.lower(kernels, jnp.ones(shape)).compile().as_text()
-  assert not re.findall(rf'\w+\[{layers},{width},{width}\]', program), 'the gathered weights of all layers are stored'
+  assert not re.findall(rf'\w+\[{layers},{width},{width}\]', program), 'the program stores all gathered weights'
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
 
 
-def test_dropout_zeroes_the_right_fraction_and_scales_the_other_entries():
+def test_dropout_zeroes_a_fraction_of_entries_equal_to_its_rate_and_rescales_the_rest():
   x = jnp.ones((64, 50, 20))
   for rate in (0.1, 0.5, 0.9):
     y = np.asarray(numerics.dropout(x, rate, jax.random.key(3)))
     assert set(np.unique(y).tolist()) == {0.0, float(np.float32(1 / (1 - rate)))}
     spread = np.sqrt(rate * (1 - rate))
-    for axes in ((0, 1, 2), (0, 1), (0, 2), (1, 2)):  # of all entries, then along each axis
+    for axes in ((0, 1, 2), (0, 1), (0, 2), (1, 2)):  # fraction of zeros overall, then along each axis
       fraction = (y == 0).mean(axis=axes)
       assert np.abs(fraction - rate).max() < 4.5 * spread / np.sqrt(y.size / fraction.size)
   assert numerics.dropout(x, 0.0, jax.random.key(3)) is x and numerics.dropout(x, 0.5, None) is x
 
 
-def test_every_hash_bit_is_fair_and_uncorrelated_with_its_neighbours():
+def test_every_bit_of_hash_bits_is_fair_and_uncorrelated_with_neighbouring_entries():
   first, second, third = (
     np.asarray(numerics.hash_bits(jax.random.wrap_key_data(jnp.asarray(words, jnp.uint32)), (8, 50, 500)))
     for words in [(0, 0), (0, 1), (1, 0)]
@@ -124,18 +124,18 @@ def test_every_hash_bit_is_fair_and_uncorrelated_with_its_neighbours():
       assert abs(differs - 0.5) < 5 * 0.5 / left.size**0.5, f'{name}: bit {bit} differs with frequency {differs}'
 
 
-def test_hash_bits_depend_on_the_index_but_not_on_the_shape():
+def test_hash_bits_of_an_entry_depend_on_its_index_but_not_on_the_array_shape():
   rng = jax.random.key(3)
   np.testing.assert_array_equal(numerics.hash_bits(rng, (3, 4)), numerics.hash_bits(rng, (7, 9))[:3, :4])
 
 
-# --- reductions over segments -----------------------------------------------------------------------------------------
+# --- sum and logsumexp per segment ------------------------------------------------------------------------------------
 
 
-def test_segment_reductions_equal_loops():
+def test_segment_sum_and_logsumexp_equal_loops():
   rng = np.random.default_rng(0)
   value, segment, mask = rng.normal(size=(3, 9)) * 5, rng.integers(0, 4, (3, 9)), rng.random((3, 9)) < 0.7
-  segment[0][segment[0] == 2] = 1  # segment 2 of row 0 has no members
+  segment[0][segment[0] == 2] = 1  # segment 2 of row 0 is empty
   lse = np.asarray(numerics.segment_logsumexp(jnp.float32(value), jnp.asarray(segment), jnp.asarray(mask), 4))
   total = np.asarray(numerics.segment_sum(jnp.float32(value), jnp.asarray(segment), 4))
   assert lse.shape == total.shape == (3, 4)

@@ -1,4 +1,4 @@
-"""Conversion of the reference's weights to our parameters and back, weights files, and the errors for wrong ones."""
+"""Conversion of weights of the reference implementation to our parameters and back; files; error messages."""
 
 import dataclasses
 import io
@@ -16,7 +16,7 @@ from ilm_jax.types import UserError
 
 @pytest.fixture(scope='module')
 def weights(golden):
-  """Return a function from a family to the state_dict of the reference's model, such as `weights('ilm')`."""
+  """Return a function from a family to its reference model's state_dict, such as `weights('ilm')`."""
 
   def load(name):
     return {key.removeprefix('param/'): array for key, array in golden(name).items() if key.startswith('param/')}
@@ -41,13 +41,13 @@ def assert_trees_equal(first, second):
 
 
 @pytest.mark.parametrize('family', ['ilm', 'arm', 'mdm'])
-def test_the_references_weights_survive_a_round_trip_exactly(weights, family):
+def test_weights_of_the_reference_code_are_unchanged_after_conversion_and_back(weights, family):
   state = weights(family)
   back = reference.to_reference(*reference.from_reference(state, family))
   assert set(back) == set(state)
   for name, array in state.items():
     assert back[name].dtype == np.float32
-    if name.endswith(('freq', 'freqs')):  # buffers are recomputed, not converted
+    if name.endswith(('freq', 'freqs')):  # frequency buffers are recomputed, not converted
       np.testing.assert_allclose(back[name], array, rtol=1e-6)
     else:
       np.testing.assert_array_equal(back[name], array, err_msg=name)
@@ -74,12 +74,12 @@ CFG = transformer.ModelConfig(vocab_size=11, num_layers=3, num_heads=3, d_model=
     ({'final_norm': False}, False),
     ({'causal': True, 'stop_head': False}, False),
     ({'stop_head': False, 'conditioning': 'adaln', 'residual': 'modulated', 'd_cond': 5}, False),
-    ({'d_model': 64, 'num_heads': 1}, False),  # one head of 64 channels
-    ({'d_model': 144, 'num_heads': 2}, True),  # rotary embedding rotates 64 channels of heads of 72 and of 144
+    ({'d_model': 64, 'num_heads': 1}, False),  # only one head of 64 channels fits
+    ({'d_model': 144, 'num_heads': 2}, True),  # 1 or 2 heads: both rotate 64 channels
   ],
   ids=str,
 )
-def test_our_parameters_survive_a_round_trip_exactly(changes, heads_needed):
+def test_our_parameters_are_unchanged_after_conversion_and_back(changes, heads_needed):
   cfg = dataclasses.replace(CFG, **changes)
   params = random_params(cfg)
   state = reference.to_reference(cfg, params)
@@ -91,7 +91,7 @@ def test_our_parameters_survive_a_round_trip_exactly(changes, heads_needed):
   assert_trees_equal(back, params)
 
 
-def test_linear_layers_have_the_references_row_order():
+def test_converted_linear_layers_have_the_row_order_of_the_reference_code():
   cfg = dataclasses.replace(CFG, num_layers=2)
   params = random_params(cfg)
   state = reference.to_reference(cfg, params)
@@ -107,7 +107,7 @@ def test_linear_layers_have_the_references_row_order():
     assert state[name + 'mlp.0.weight'].shape == (20, 24) and state[name + 'mlp.2.weight'].shape == (24, 20)
 
 
-def test_name_prefixes_and_checkpoints_are_accepted(weights):
+def test_state_dicts_with_name_prefixes_and_training_checkpoints_are_accepted(weights):
   state = weights('ilm')
   expected = reference.from_reference(state)
   prefixed = {f'model.{name}': array for name, array in state.items()}
@@ -117,7 +117,7 @@ def test_name_prefixes_and_checkpoints_are_accepted(weights):
     assert_trees_equal(params, expected[1])
 
 
-def test_buffers_and_type_embeddings_are_ignored(weights):
+def test_buffers_and_type_embeddings_in_a_state_dict_are_ignored(weights):
   state = weights('ilm')
   expected = reference.from_reference(state)[1]
   extra = {'type_embeddings.weight': np.ones((2, 48)), 'model.type_embeddings.weight': np.zeros(3)}
@@ -125,7 +125,7 @@ def test_buffers_and_type_embeddings_are_ignored(weights):
   assert_trees_equal(reference.from_reference(state | extra)[1], expected)
 
 
-def test_weights_of_every_float_type_become_float32(weights):
+def test_weights_of_every_float_dtype_are_converted_to_float32(weights):
   for dtype in (np.float16, jnp.bfloat16, np.float64):
     state = {name: array.astype(dtype) for name, array in weights('ilm').items()}
     cfg, params = reference.from_reference(state)
@@ -134,7 +134,7 @@ def test_weights_of_every_float_type_become_float32(weights):
     np.testing.assert_array_equal(params['embed'], state['embed_tokens.weight'].astype(np.float32))
 
 
-def test_converted_parameters_are_copies(weights):
+def test_converted_parameters_do_not_share_memory_with_the_given_weights(weights):
   state = weights('ilm')
   _, params = reference.from_reference(state)
   params['embed'][:] = 0
@@ -142,7 +142,7 @@ def test_converted_parameters_are_copies(weights):
   assert state['embed_tokens.weight'].any() and state['encoder.0.mlp.0.bias'].any()
 
 
-# --- the number of heads ----------------------------------------------------------------------------------------------
+# --- number of attention heads ----------------------------------------------------------------------------------------
 
 
 def test_num_heads_is_checked_against_the_rotary_buffers(weights):
@@ -156,14 +156,14 @@ def test_num_heads_is_checked_against_the_rotary_buffers(weights):
 def test_without_rotary_buffers_num_heads_must_be_given(weights):
   state = {name: array for name, array in weights('ilm').items() if not name.endswith('inv_freq')}
   line = error_of(reference.from_reference, state)
-  choices = 'd_model=48 allow 1, 2, 3, 4, 6, 8, 12, 24'  # numbers that give an even head dimension
+  choices = 'd_model=48 allow 1, 2, 3, 4, 6, 8, 12, 24'  # all that give an even head dimension
   assert line == f'num_heads is ambiguous ({choices}): pass num_heads='
   cfg, params = reference.from_reference(state, num_heads=6)
   assert params['block_1']['query']['kernel'].shape == (48, cfg.num_heads, 8)
   assert 'num_heads=5: expected one of 1, 2,' in error_of(reference.from_reference, state, num_heads=5)
 
 
-def test_ambiguous_head_counts_are_listed():
+def test_the_error_for_an_ambiguous_number_of_heads_lists_the_candidates():
   cfg = dataclasses.replace(CFG, d_model=768, num_heads=12, num_layers=1, d_ff=4)
   state = reference.to_reference(cfg, random_params(cfg))
   line = error_of(reference.from_reference, state)
@@ -186,7 +186,7 @@ def test_ambiguous_head_counts_are_listed():
     (np.zeros(0), 'no number of heads fits d_model=48 and 0 rotary frequencies'),
   ],
 )
-def test_other_rotary_frequencies_are_rejected(weights, frequencies, line):
+def test_unexpected_rotary_frequencies_are_rejected(weights, frequencies, line):
   state = weights('ilm')
   changed = {name: frequencies for name in state if name.endswith('inv_freq')}
   assert line in error_of(reference.from_reference, state | changed)
@@ -196,13 +196,13 @@ def test_other_rotary_frequencies_are_rejected(weights, frequencies, line):
   )
 
 
-def test_a_rotary_dim_that_the_reference_does_not_support_is_rejected():
+def test_export_rejects_a_rotary_dim_that_the_reference_code_does_not_support():
   cfg = dataclasses.replace(CFG, rotary_dim=4)
   line = error_of(reference.to_reference, cfg, random_params(cfg))
   assert line == 'model.rotary_dim=4: the reference rotates 8 channels per head, use that'
 
 
-# --- wrong weights ----------------------------------------------------------------------------------------------------
+# --- errors for wrong weights -----------------------------------------------------------------------------------------
 
 QKV = 'encoder.1.attn_qkv.weight'
 
@@ -241,7 +241,7 @@ def replaced(name, value):
     (lambda state: [state], 'expected a mapping of names to tensors, got list'),
   ],
 )
-def test_wrong_weights_are_rejected_in_one_line(weights, change, line):
+def test_wrong_weights_give_a_one_line_error(weights, change, line):
   assert line in error_of(reference.from_reference, change(weights('ilm')))
 
 
@@ -278,17 +278,17 @@ def test_weights_of_another_architecture_are_rejected(weights):
     (replaced('output_layer.norm_final.bias', np.ones(48)), 'unexpected output_layer.norm_final.bias'),
   ],
 )
-def test_wrong_diffusion_weights_are_rejected_in_one_line(weights, change, line):
+def test_wrong_diffusion_weights_give_a_one_line_error(weights, change, line):
   assert line in error_of(reference.from_reference, change(weights('mdm')), 'mdm')
 
 
-def test_the_noise_frequencies_may_be_missing(weights):
+def test_diffusion_weights_may_lack_the_noise_frequencies(weights):
   state = weights('mdm')
   expected = reference.from_reference(state, 'mdm')
   assert_trees_equal(reference.from_reference(dropped('sigma_map.freqs')(state), 'mdm')[1], expected[1])
 
 
-def test_a_diffusion_model_that_the_reference_does_not_support_is_rejected():
+def test_export_rejects_a_diffusion_model_that_the_reference_code_does_not_support():
   cfg = dataclasses.replace(CFG, stop_head=False, conditioning='adaln')
   line = error_of(reference.to_reference, cfg, random_params(cfg))
   assert line.startswith("model.residual='input', final_norm=True, stop_head=False: the reference has conditioning=")
@@ -320,7 +320,7 @@ def test_safetensors_files_are_read(weights, tmp_path, dtype):
   assert_states_equal(reference.load_state_dict(tmp_path / 'w.safetensors'), state)
 
 
-def test_our_parameters_survive_a_safetensors_file_exactly(tmp_path):
+def test_our_parameters_are_unchanged_after_writing_and_reading_a_safetensors_file(tmp_path):
   numpy = pytest.importorskip('safetensors.numpy')
   params = random_params(CFG)
   numpy.save_file(reference.to_reference(CFG, params), tmp_path / 'w.safetensors')
@@ -370,12 +370,12 @@ def npz_bytes(**arrays):
     ('w.npz', b''),
     ('w.npz', b'not such a file'),
     ('w.npz', npz_bytes(a=np.ones(1000))[:900]),
-    ('w.npz', npz_bytes(a=np.ones(1000)).replace(b'\x00\xf0?', b'\x00\xf0@', 1)),  # wrong checksum
+    ('w.npz', npz_bytes(a=np.ones(1000)).replace(b'\x00\xf0?', b'\x00\xf0@', 1)),  # content does not match the checksum
     ('w.safetensors', b''),
     ('w.safetensors', b'\x09\0\0\0\0\0\0\0{"a": 1, '),
   ],
 )
-def test_a_corrupt_file_is_rejected_in_one_line(tmp_path, file, data):
+def test_a_corrupt_weights_file_gives_a_one_line_error(tmp_path, file, data):
   if file.endswith('.safetensors'):
     pytest.importorskip('safetensors')
   (tmp_path / file).write_bytes(data)
@@ -388,7 +388,7 @@ def test_a_pickle_in_an_npz_file_is_not_loaded(tmp_path):
   assert not (tmp_path / 'created').exists()
 
 
-def test_missing_and_unsupported_files_are_rejected(tmp_path):
+def test_missing_and_unsupported_weights_files_are_rejected(tmp_path):
   assert 'cannot be read: ' in error_of(reference.load_state_dict, tmp_path / 'none.npz')
   line = error_of(reference.load_state_dict, tmp_path / 'w.h5')
   assert line == f'{tmp_path}/w.h5: expected a file that ends in .npz, .safetensors, .pt, .pth, .ckpt'
@@ -414,7 +414,7 @@ def test_pytorch_files_are_read(weights, tmp_path, file, dtype):
   assert_trees_equal(reference.from_reference(saved)[1], reference.from_reference(rounded)[1])
 
 
-def test_a_pytorch_file_with_other_objects_is_not_loaded(tmp_path):
+def test_a_pytorch_file_with_pickled_objects_is_not_loaded(tmp_path):
   torch = pytest.importorskip('torch')
   torch.save({'state_dict': {}, 'config': Malicious(tmp_path / 'created')}, tmp_path / 'w.ckpt')
   line = error_of(reference.load_state_dict, tmp_path / 'w.ckpt')
@@ -422,7 +422,7 @@ def test_a_pytorch_file_with_other_objects_is_not_loaded(tmp_path):
   assert not (tmp_path / 'created').exists()
 
 
-def test_a_corrupt_pytorch_file_is_rejected_in_one_line(tmp_path):
+def test_a_corrupt_pytorch_file_gives_a_one_line_error(tmp_path):
   torch = pytest.importorskip('torch')
   torch.save({'a': torch.ones(1000)}, tmp_path / 'w.pt')
   for data in (b'', b'not such a file', (tmp_path / 'w.pt').read_bytes()[:900]):

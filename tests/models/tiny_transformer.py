@@ -1,4 +1,4 @@
-"""A tiny transformer with random weights, and the comparison that the tests of the models share."""
+"""Helpers shared by the tests of models: a tiny transformer with random weights, and `assert_close`."""
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ def shapes_of(cfg):
 
 
 def random_params(cfg, std=0.3):
-  """Random parameters, large enough for each one to affect the output; the embedding of padding is not zero."""
+  """Return random parameters, large enough for each to affect the output; the padding embedding is not zero."""
   random = np.random.default_rng(0)
   return jax.tree.map(lambda x: random.normal(0, std, x.shape).astype(np.float32), shapes_of(cfg))
 
@@ -29,7 +29,7 @@ def logits_of(outputs):
 
 
 def assert_close(actual, expected, tolerance=1e-5, name=''):
-  """Compare the largest difference, relative to the largest expected value, with the tolerance."""
+  """Assert that the largest difference is below `tolerance` times the largest expected value."""
   actual, expected = np.asarray(actual), np.asarray(expected)
   assert actual.shape == expected.shape, f'{name}: shape {actual.shape}, expected {expected.shape}'
   error = np.abs(actual - expected).max() / np.abs(expected).max()

@@ -12,16 +12,16 @@ from tiny_transformer import CONDITIONED, TINY, TOKENS, apply, assert_close, ran
 
 from ilm_jax.models import numerics, transformer
 
-# --- inputs besides tokens --------------------------------------------------------------------------------------------
+# --- noise levels and the open-gap embedding --------------------------------------------------------------------------
 
 
-def test_a_segment_depends_on_its_own_noise_level_only():
+def test_the_features_of_a_segment_depend_only_on_its_own_noise_level():
   params, one = random_params(CONDITIONED), np.ones((1, 6), int)
   segment = np.array([[1, 1, 2, 2, 2, 0]])
   args = one * [[7, 8, 7, 8, 9, 0]], np.array([[0, 1, 0, 1, 2, 0]]), segment, np.array([[0, 2, 0]])
 
   def changed(*noise):
-    """Return which tokens' features differ from those with all noise levels at 0.3."""
+    """Return for which tokens these noise levels give other features than noise 0.3 in all segments."""
     first, second = (
       apply(CONDITIONED, params, *args, np.array([levels])).hidden_BxLxD[0] for levels in ((0.3, 0.3, 0.3), noise)
     )
@@ -33,21 +33,21 @@ def test_a_segment_depends_on_its_own_noise_level_only():
   assert changed(0.3, 0.3, 9.0) == [False] * 6
 
 
-def test_initial_modulations_are_zero_and_the_noise_embedding_is_not():
+def test_adaln_modulations_are_initialized_to_zero_and_the_noise_embedding_is_not():
   params = transformer.unbox(jax.jit(transformer.init, static_argnums=0)(CONDITIONED, jax.random.key(0)))
   for modulation in (params['block_0']['modulation'], params['block_1']['modulation'], params['final_modulation']):
     assert not any(leaf.any() for leaf in jax.tree.leaves(modulation))
   assert all(leaf.any() for leaf in jax.tree.leaves(params['noise']))
 
 
-def test_a_conditioned_model_needs_a_noise_level():
+def test_a_noise_conditioned_model_without_a_noise_level_raises_an_error():
   one = np.ones((1, 2), int)
   with pytest.raises(ValueError, match='needs noise_BxS'):
     transformer.apply(CONDITIONED, random_params(CONDITIONED), one, one, one, one[:, :1])
 
 
 @pytest.mark.parametrize('compute', ['float32', 'bfloat16'])
-def test_an_open_gap_embedding_equals_a_vocabulary_with_two_embeddings_per_token(compute):
+def test_the_open_gap_embedding_is_equivalent_to_two_embeddings_per_token(compute):
   cfg = dataclasses.replace(TINY, open_gap_embedding=True, compute=compute)
   params = random_params(cfg)
   assert params['open'].shape == (2, 16)
@@ -83,7 +83,7 @@ def test_the_stop_head_reads_features_before_the_final_norm():
 
 
 def scalar_of(cfg, rng):
-  """Return a function of the parameters that sums up all outputs on a small input."""
+  """Return a function from the parameters to a scalar that depends on all outputs for a small input."""
   tokens, ones = jnp.arange(1, 13).reshape(2, 6), jnp.ones((2, 6), jnp.int32)
   args = tokens, jnp.broadcast_to(jnp.arange(6), (2, 6)), ones, ones[:, :1], jnp.full((2, 1), 0.3)
 
@@ -115,7 +115,7 @@ def test_remat_and_scan_with_dropout_do_not_change_the_gradients():
   scan, scan_lines = value_and_grads(dataclasses.replace(REMAT, scan_layers=True), params, rng)
   assert_same(remat, expected)
   assert_same(scan, expected)
-  assert scan_lines < 0.7 * unrolled_lines, 'the scanned program is not shorter'
+  assert scan_lines < 0.7 * unrolled_lines, 'scan over the layers must give a shorter program'
 
 
 def test_scan_with_conditioning_and_without_dropout_does_not_change_the_gradients():
@@ -132,7 +132,7 @@ def test_remat_saves_fewer_arrays_for_the_backward_pass(scan, fraction, capsys):
   for cfg in (REMAT, DEEP):
     total = scalar_of(dataclasses.replace(cfg, scan_layers=scan), jax.random.key(1))
     print_saved_residuals(total, random_params(cfg))
-    saved.append(len(capsys.readouterr().out.splitlines()))  # one line per array, parameters included
+    saved.append(len(capsys.readouterr().out.splitlines()))  # one line per saved array, parameters included
   assert saved[0] < fraction * saved[1]
 
 
@@ -157,12 +157,12 @@ def test_every_dropout_layer_has_its_own_key(monkeypatch):
     return keys
 
   keys = dropout_keys(random_params(cfg), jax.random.key(0))
-  # In each block: attention weights, attention output, MLP. Then the stop head.
+  # Dropout rates in each of two blocks: attention weights, attention output, MLP. Last, the stop head.
   assert rates == [0.3, 0.2, 0.2] * 2 + [0.2]
-  assert len({tuple(key.tolist()) for key in keys}) == len(keys), 'two layers drop the same entries'
+  assert len({tuple(key.tolist()) for key in keys}) == len(keys), 'two dropout layers have the same RNG key'
 
 
-def test_initial_parameters_have_the_spread_of_their_initialization():
+def test_initial_parameters_have_the_documented_scale():
   cfg, rng = dataclasses.replace(TINY, d_model=48, d_ff=96), jax.random.key(0, impl='rbg')
   params = transformer.unbox(jax.jit(transformer.init, static_argnums=0)(cfg, rng))
   params = jax.tree.map(np.asarray, params)
@@ -175,7 +175,7 @@ def test_initial_parameters_have_the_spread_of_their_initialization():
   for name, fan_in in [('query', 48), ('key', 48), ('value', 48), ('out', 48), ('mlp_in', 48), ('mlp_out', 96)]:
     for leaf in blocks[0][name].values():
       assert 0.8 < np.abs(leaf).max() * fan_in**0.5 <= 1.0001, name
-    assert (blocks[0][name]['kernel'] != blocks[1][name]['kernel']).all(), f'{name}: two layers have equal weights'
+    assert (blocks[0][name]['kernel'] != blocks[1][name]['kernel']).all(), f'{name}: both blocks have equal weights'
   for name, fan_in in [('mlp_in', 48), ('mlp_out', 96), ('logits', 48)]:
     assert 0.8 < np.abs(params['stop'][name]['kernel']).max() * fan_in**0.5 <= 1.0001, name
   assert 0.8 < np.abs(params['unembed']).max() * 48**0.5 <= 1.0001

@@ -1,4 +1,4 @@
-"""The chunked vocabulary head against dense logits, alone and on a mesh."""
+"""The chunked vocabulary head (logsumexp over the vocabulary) against dense logits, on one device and on a mesh."""
 
 import functools
 import math
@@ -22,9 +22,9 @@ def dense_logsumexp(hidden, unembed, bias):
   return jax.nn.logsumexp(hidden @ unembed.T + jnp.asarray(bias)[None, None], axis=-1)
 
 
-# Chunk sizes for a vocabulary of 13: the last chunk is full, overlaps the previous one, is the only one.
+# Chunk sizes for 13 tokens: 1 divides 13; 5 makes the last two chunks overlap; 4096 needs only one chunk.
 @pytest.mark.parametrize(('chunk', 'closed'), [(1, ()), (5, ()), (5, (0, 4, 12)), (4096, (0, 4, 12))])
-def test_chunked_logsumexp_and_its_gradients_equal_the_dense_ones(chunk, closed):
+def test_chunked_logsumexp_and_its_gradients_equal_the_dense_computation(chunk, closed):
   hidden, unembed, weight = normal(0, 2, 5, 6), normal(1, 13, 6), normal(2, 2, 5)
   bias = jnp.zeros(13).at[jnp.array(closed, int)].set(numerics.NEG_INF)
 
@@ -48,7 +48,7 @@ def test_chunked_logsumexp_is_stable_for_logits_far_from_zero(shift):
 
 
 def largest_array(jaxpr):
-  """Return the size of the largest array that a program makes, including those in its loops and calls."""
+  """Return the size of the largest array that a jaxpr computes, including its loops and inner functions."""
   sizes = [0]
   for eqn in jaxpr.eqns:
     sizes += [var.aval.size for var in eqn.outvars if hasattr(var.aval, 'size')]
@@ -62,7 +62,7 @@ def largest_array(jaxpr):
 
 
 @pytest.mark.parametrize('compute', ['float32', 'mixed', 'bfloat16'])
-def test_no_array_of_rows_by_length_by_vocabulary_is_made(compute):
+def test_chunked_logsumexp_computes_no_array_of_all_logits(compute):
   hidden, unembed = normal(0, 2, 8, 4), normal(1, 1000, 4)
 
   def largest(function):
@@ -70,12 +70,12 @@ def test_no_array_of_rows_by_length_by_vocabulary_is_made(compute):
     return largest_array(jax.make_jaxpr(gradient)(hidden, unembed).jaxpr)
 
   dense = largest(lambda h, w: dense_logsumexp(h, w, jnp.zeros(1000)))
-  assert dense >= 2 * 8 * 1000, 'the search misses arrays'
+  assert dense >= 2 * 8 * 1000, 'largest_array does not find the dense logits'
   assert largest(lambda h, w: vocabulary.vocab_logsumexp(h, w, chunk=64, compute=compute)) < dense / 2
 
 
 @pytest.mark.parametrize('compute', ['float32', 'mixed', 'bfloat16'])
-def test_the_head_returns_float32_in_every_compute_type(compute):
+def test_the_vocabulary_head_returns_float32_in_every_compute_type(compute):
   hidden, unembed = normal(0, 2, 5, 6).astype(jnp.bfloat16), normal(1, 13, 6)
   value = vocabulary.vocab_logsumexp(hidden, unembed, chunk=4, compute=compute)
   assert value.dtype == jnp.float32
@@ -83,7 +83,7 @@ def test_the_head_returns_float32_in_every_compute_type(compute):
   np.testing.assert_allclose(value, expected, atol=2e-2)
 
 
-def test_target_logits_are_the_listed_entries_of_the_dense_logits():
+def test_target_logits_equal_the_dense_logits_at_the_given_gaps_and_tokens():
   hidden, unembed = normal(0, 2, 5, 6), normal(1, 13, 6)
   gap, token = jnp.array([[0, 4, 4], [3, 3, 1]]), jnp.array([[12, 0, 5], [7, 7, 2]])
   dense = np.asarray(hidden, np.float64) @ np.asarray(unembed, np.float64).T
@@ -96,8 +96,8 @@ def test_target_logits_are_the_listed_entries_of_the_dense_logits():
 # --- on a mesh --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(('vocab', 'compute'), [(24, 'float32'), (24, 'mixed'), (23, 'float32')])  # 23 is not sharded
-def test_a_sharded_vocabulary_head_gives_the_same_results_without_gathering_the_table(vocab, compute):
+@pytest.mark.parametrize(('vocab', 'compute'), [(24, 'float32'), (24, 'mixed'), (23, 'float32')])  # 23: not divisible
+def test_a_sharded_vocabulary_head_gives_equal_results_without_gathering_the_whole_table(vocab, compute):
   mesh = small.mesh(data=2, fsdp=2, tensor=2)
   keys = jax.random.split(jax.random.key(0), 4)
   hidden, table = jax.random.normal(keys[0], (32, 6, 16)), jax.random.normal(keys[1], (vocab, 16))
@@ -126,8 +126,8 @@ def test_a_sharded_vocabulary_head_gives_the_same_results_without_gathering_the_
   )  # fmt: skip
   shapes = re.findall(r'= \w+\[([\d,]+)\]\S* all-gather\(', compiled.as_text())
   gathered = {math.prod(map(int, shape.split(','))) for shape in shapes}
-  if compute == 'float32':  # on CPUs, the layout constraint of the mixed product makes XLA gather more
-    shard = 16 * vocab // 2  # entries of one shard of the table, gathered over fsdp
+  if compute == 'float32':  # with compute=mixed, XLA for CPUs gathers more arrays
+    shard = 16 * vocab // 2  # entries of a table shard, gathered over fsdp
     assert gathered == (set() if vocab % 2 else {shard}), 'only a shard of the table may be gathered'
 
 

@@ -1,4 +1,4 @@
-"""A run of version 0.1 before the package had rooms: it loads, generates and resumes under today's code."""
+"""Compatibility: a run trained with an early version 0.1 loads, generates and resumes with the current code."""
 
 import json
 import tarfile
@@ -16,13 +16,13 @@ GOLDEN = small.ROOT / 'tests' / 'golden'
 
 @pytest.fixture
 def workdir(tmp_path):
-  """The run at step 20, with its run.json as it was written then."""
+  """Unpack the old run at step 20, with its original run.json; return its workdir."""
   with tarfile.open(GOLDEN / 'old_run.tar.gz') as file:
     file.extractall(tmp_path, filter='data')
   return tmp_path / 'old_run'
 
 
-def test_settings_of_an_old_run_are_read_under_their_new_names(workdir):
+def test_settings_of_an_old_run_get_their_new_names(workdir):
   raw = json.loads((workdir / 'run.json').read_text())['config']
   assert raw['hosts']['heartbeat_seconds'] == 20 and raw['eval']['show'] == 2
   config = run_file.read_config(workdir)
@@ -30,7 +30,7 @@ def test_settings_of_an_old_run_are_read_under_their_new_names(workdir):
   assert not set(run_file.RENAMED) & set(run_file.flatten(config))
 
 
-def test_an_old_run_gives_the_completions_that_it_gave_then(workdir):
+def test_an_old_run_generates_the_same_completions_as_with_its_original_code(workdir):
   line = json.loads((GOLDEN / 'old_run_answers.jsonl').read_text().splitlines()[0])
   lm = ilm_jax.load(workdir, token={'temperature': 1.0})
   (completion,) = lm.generate([line['prompt']], seed=3)
@@ -38,7 +38,7 @@ def test_an_old_run_gives_the_completions_that_it_gave_then(workdir):
   np.testing.assert_allclose(completion.probabilities, line['probabilities'], rtol=1e-4, atol=1e-6)
 
 
-def test_an_old_run_resumes_to_the_weights_that_its_own_code_reached(workdir):
+def test_an_old_run_resumes_to_the_same_weights_as_with_its_original_code(workdir):
   changes = {'steps': 30, 'eval.every': 10, 'checkpoint_every': 10, 'keep': 1}
   code, _, err = small.run(small.flags(workdir, changes), workdir.parent / 'cache')
   assert code == 0, err

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that train the small run in this process."""
+"""Fixtures for tests that train the small run (tests/small.py) inside the test process."""
 
 import pytest
 import small
@@ -8,12 +8,12 @@ from ilm_jax.distributed import sharding
 
 @pytest.fixture(scope='module', autouse=True)
 def programs(tmp_path_factory):
-  """Compile each program once for all tests of a module."""
+  """Share compiled programs among all tests of a module."""
   with small.compilation_cache_in(tmp_path_factory.getbasetemp() / 'programs'), small.shared_programs():
     yield
 
 
 @pytest.fixture
 def one_device(monkeypatch):
-  """Let every mesh consist of the first device only."""
+  """Make every mesh contain only the first device."""
   monkeypatch.setattr(sharding, 'make_mesh', lambda *_: small.mesh())

@@ -1,4 +1,4 @@
-"""The training loop: refused configs, event files and JSON files read back, and everything that stops a run."""
+"""The training loop: refused configs, the contents of event files and JSON files, and everything that stops a run."""
 
 import json
 import re
@@ -43,7 +43,7 @@ from ilm_jax.types import UserError
   ],
   ids=lambda value: ','.join(f'{name}={setting}' for name, setting in value.items()) if isinstance(value, dict) else '',
 )
-def test_a_config_that_does_not_fit_is_refused_before_anything_is_written(changes, message, tmp_path):
+def test_an_invalid_config_is_refused_before_any_file_is_written(changes, message, tmp_path):
   with pytest.raises(UserError, match=message):
     loop.train(small.config(changes), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
@@ -53,11 +53,11 @@ def test_a_config_that_does_not_fit_is_refused_before_anything_is_written(change
 
 
 class Crash(Exception):
-  """Raised to end a run without a checkpoint, as a crash would."""
+  """Raised by tests to simulate a crash, which saves no checkpoint."""
 
 
 def crash_at(monkeypatch, number: int, change=None):
-  """Make the update after `number` updates raise Crash, or pass its result through `change`."""
+  """Make the training step after step `number` raise Crash, or apply `change` to its result."""
   run = loop.Loop.run
 
   def run_until_crash(self, state, start):
@@ -67,7 +67,7 @@ def crash_at(monkeypatch, number: int, change=None):
       if int(state.step) != number:
         return step_fn(state, batch)
       if change is None:
-        self.saved.wait()  # a real crash ends the threads that save; here they would disturb the next start
+        self.saved.wait()  # unlike in a real crash, the saving threads would survive
         raise Crash
       return change(*step_fn(state, batch))
 
@@ -82,7 +82,7 @@ LOGGED = {'log_every': 1, 'checkpoint_every': 5, 'eval.every': 10, 'steps': 20}
 
 @pytest.fixture(scope='module')
 def restarted(tmp_path_factory):
-  """The workdir of a run of 20 steps that crashed in step 18, after the checkpoint of step 15, and was resumed."""
+  """Return the workdir of a 20-step run that crashed in step 18, resumed from checkpoint 15 and finished."""
   workdir = tmp_path_factory.mktemp('restarted') / 'run'
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, 'make_mesh', lambda *_: small.mesh())
@@ -92,7 +92,7 @@ def restarted(tmp_path_factory):
         loop.train(small.config(LOGGED), workdir)
     written = logs.read_scalars(workdir)['train/loss']
     assert [step for step, _ in written] == list(range(1, 18)), (
-      'steps 16 and 17 were meant to be logged and then repeated'
+      'steps 1 to 17 must be logged before the crash; 16 and 17 are then repeated'
     )
     assert loop.train(small.config(LOGGED), workdir) == 0
   return workdir
@@ -105,7 +105,7 @@ TRAIN_TAGS = {
 VALIDATION_TAGS = {'loss', 'token_loss', 'stop_loss', 'exact_match', 'token_accuracy', 'stopped', 'length'}
 
 
-def test_event_files_hold_every_step_once_after_a_restart(restarted):
+def test_event_files_contain_every_step_once_after_a_restart(restarted):
   assert len(list(restarted.glob('events.out.tfevents.*'))) == 2
   scalars = logs.read_scalars(restarted)
   for name in TRAIN_TAGS:
@@ -115,7 +115,7 @@ def test_event_files_hold_every_step_once_after_a_restart(restarted):
 
 
 def metrics_of_steps(count: int) -> list[dict]:
-  """Return the metrics of the first updates of the small run, computed without the loop."""
+  """Return the metrics of the first `count` steps of the small run, computed without the training loop."""
   exp, tx, schedule, abstract = small.uninitialized()
   state, _ = loop.init_state(exp, tx)
   step, out = loop.compile_step(exp, tx, schedule, abstract), []
@@ -125,7 +125,7 @@ def metrics_of_steps(count: int) -> list[dict]:
   return out
 
 
-def test_event_files_hold_the_metrics_of_each_step(restarted):
+def test_event_files_contain_the_metrics_of_each_step(restarted):
   pairs = metrics_of_steps(20)
   scalars = logs.read_scalars(restarted)
   for name in ('loss', 'token_loss', 'stop_loss', 'gradient_norm', 'packing_efficiency'):
@@ -144,18 +144,18 @@ def test_event_files_hold_the_metrics_of_each_step(restarted):
   assert all(0 <= value <= 1 for _, value in scalars['train/input_wait'])
 
 
-def test_event_files_hold_samples_and_hyperparameters(restarted):
+def test_event_files_contain_samples_and_hyperparameters(restarted):
   events = [e for path in sorted(restarted.glob('events*')) for e, _ in logs.read_records(path)]
   texts = [(e.step, v.tensor.string_val[0].decode()) for e in events for v in e.summary.value if 'samples' in v.tag]
   assert [step for step, _ in texts] == [10, 20]
   assert all(re.search(r'(right|wrong)  \d+,\d+\|.*/\d+,\d+=', text) for _, text in texts)
   plugins = [v.metadata.plugin_data for e in events for v in e.summary.value]
   plugins = [plugin for plugin in plugins if plugin.plugin_name == 'hparams']
-  assert len(plugins) == 3  # experiment, session start and end: written once, although the run started twice
+  assert len(plugins) == 3  # experiment, session start and end: once, although the run started twice
   assert any(b'optimizer.learning_rate' in plugin.content for plugin in plugins)
 
 
-def test_run_json_holds_the_config_and_each_start(restarted):
+def test_run_json_contains_the_config_and_a_record_of_each_start(restarted):
   found = json.loads((restarted / 'run.json').read_text())
   cfg = small.config(LOGGED)
   assert found['config'] == json.loads(cfg.to_json_best_effort())
@@ -169,14 +169,14 @@ def test_run_json_holds_the_config_and_each_start(restarted):
     assert start['versions']['jax'] == jax.__version__
 
 
-def test_eval_json_holds_the_test_result(restarted):
+def test_eval_json_contains_the_test_metrics(restarted):
   found = json.loads((restarted / 'eval.json').read_text())
   assert found['split'] == 'test' and found['seed'] == 0 and found['step'] in (10, 20)
   right, of = found['pairs']['exact_match']
   assert of == 8 and found['metrics']['exact_match'] == right / of
 
 
-def test_init_from_starts_a_run_with_the_averaged_weights_of_another(restarted, tmp_path, one_device):
+def test_init_from_initializes_a_run_with_the_averaged_weights_of_another_run(restarted, tmp_path, one_device):
   cfg = small.config({'init_from': str(restarted), 'seed': 3})
   *_, state, abstract = small.experiment({'seed': 3})
   started = warm_start.warm_start(cfg.init_from, state, abstract)
@@ -203,9 +203,7 @@ def test_init_from_starts_a_run_with_the_averaged_weights_of_another(restarted, 
 # --- what stops a run -------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_is_named(
-  tmp_path, monkeypatch, one_device
-):
+def test_a_nan_loss_stops_the_run_and_the_error_names_the_last_complete_checkpoint(tmp_path, monkeypatch, one_device):
   changes = {**LOGGED, 'eval.every': 0}
 
   def spoil(state, pairs):
@@ -222,20 +220,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_is
     assert np.isfinite(array).all()
   assert [step for step, _ in logs.read_scalars(tmp_path)['train/loss']] == list(
     range(1, 8)
-  )  # all steps before it are logged
+  )  # all steps before the NaN are logged
 
 
 @pytest.mark.parametrize(
   'changes, update', [({'optimizer.eps': 0.0}, 'nan'), ({'optimizer.learning_rate': 1e30}, 'inf')], ids=['nan', 'inf']
 )
-def test_an_update_that_is_not_finite_is_never_saved(changes, update, tmp_path, one_device):
+def test_a_parameter_update_that_is_not_finite_is_never_saved(changes, update, tmp_path, one_device):
   changes = {**LOGGED, 'log_every': 0, 'checkpoint_every': 1, 'optimizer.warmup_steps': 0, **changes}
   with pytest.raises(UserError, match=rf'step 1: the loss is \d.* of the update {update}: there is no complete'):
     loop.train(small.config(changes), tmp_path)
   assert not list(tmp_path.glob('checkpoints/*'))
 
 
-def test_event_files_that_cannot_be_written_end_the_run_in_one_line(tmp_path, monkeypatch, one_device):
+def test_a_failed_write_of_event_files_stops_the_run_with_a_one_line_error(tmp_path, monkeypatch, one_device):
   write = logs.SummaryWriter._write
 
   def full(self, step, summary):
@@ -252,7 +250,7 @@ def test_event_files_that_cannot_be_written_end_the_run_in_one_line(tmp_path, mo
 
 
 @pytest.mark.parametrize('name', ['run.json', 'eval.json'])
-def test_a_json_file_that_cannot_be_written_ends_the_run_in_one_line(name, tmp_path, monkeypatch, one_device):
+def test_a_failed_write_of_a_json_file_stops_the_run_with_a_one_line_error(name, tmp_path, monkeypatch, one_device):
   write = run_file.write_json
 
   def full(path, value):
@@ -267,13 +265,13 @@ def test_a_json_file_that_cannot_be_written_ends_the_run_in_one_line(name, tmp_p
     loop.train(small.config({'steps': 5}), tmp_path)
 
 
-def test_an_unknown_eval_metric_is_refused_with_the_known_ones(tmp_path, one_device):
+def test_the_error_for_an_unknown_eval_metric_lists_the_known_ones(tmp_path, one_device):
   with pytest.raises(UserError, match=r"eval.metric='bleu' is not measured: expected one of exact_match, .*token_loss"):
     loop.train(small.config({**LOGGED, 'eval.metric': 'bleu'}), tmp_path)
 
 
 def planned(monkeypatch, values):
-  """Replace the evaluations on validation by ones with the given exact matches, in this order."""
+  """Fake the evaluations: the n-th one on the validation split reports the exact match values[n]."""
   plan = iter(values)
 
   def answers(self, params, split, **_):
@@ -282,19 +280,19 @@ def planned(monkeypatch, values):
   monkeypatch.setattr(evaluate.Evaluator, 'sample_answers', answers)
 
 
-def test_a_run_stops_at_its_goal_and_remembers_it(tmp_path, monkeypatch, one_device):
+def test_a_run_that_stopped_early_at_stop_at_does_not_train_again_when_restarted(tmp_path, monkeypatch, one_device):
   changes = {'eval.every': 10, 'eval.mode': 'min', 'steps': 40, 'stop_at': 2.0}
   planned(monkeypatch, [4.0, 3.0, 2.0])
   assert loop.train(small.config(changes), tmp_path) == 0
   saved = checkpoint.Checkpoints(tmp_path, read_only=True)
   assert saved.steps()[-1] == 30
   assert json.loads((tmp_path / 'eval.json').read_text())['step'] == 30
-  planned(monkeypatch, [])  # fails if it is validated again
-  monkeypatch.setattr(loop.Loop, 'save', None)  # fails if it is saved again
+  planned(monkeypatch, [])  # fails if the restarted run evaluates again
+  monkeypatch.setattr(loop.Loop, 'save', None)  # fails if the restarted run saves again
   assert loop.train(small.config(changes), tmp_path) == 0
 
 
-def test_the_best_checkpoint_is_kept_and_tested_also_after_a_restart(tmp_path, monkeypatch, one_device):
+def test_after_a_restart_the_best_checkpoint_is_kept_and_evaluated_at_the_end(tmp_path, monkeypatch, one_device):
   changes = {'eval.every': 10, 'steps': 40}
   planned(monkeypatch, [0.1, 0.5, 0.3, 0.2])
   with pytest.MonkeyPatch.context() as broken:
@@ -303,6 +301,6 @@ def test_the_best_checkpoint_is_kept_and_tested_also_after_a_restart(tmp_path, m
       loop.train(small.config(changes), tmp_path)
   assert loop.train(small.config(changes), tmp_path) == 0
   saved = checkpoint.Checkpoints(tmp_path, read_only=True)
-  assert saved.steps() == [20, 35, 40]  # the best one and the latest two
+  assert saved.steps() == [20, 35, 40]  # the best checkpoint and the latest two
   assert saved.metrics(20)['exact_match'] == 0.5 and saved.metrics(35) is None
   assert json.loads((tmp_path / 'eval.json').read_text())['step'] == 20

@@ -1,4 +1,4 @@
-"""However a run ends, the same command resumes from its last complete checkpoint and reaches the same bits."""
+"""Resuming: however a run ends, the same command continues from the last checkpoint to bitwise equal weights."""
 
 import json
 import os
@@ -23,11 +23,11 @@ from ilm_jax.runs.workdir import lock
 from ilm_jax.training import loop, signals, train_step
 from ilm_jax.types import UserError
 
-# TensorStore leaves coroutines behind when a write or a read fails.
+# When a read or write fails, TensorStore leaves coroutines that were never awaited.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
-RUN = {'steps': 100, 'eval.every': 50}  # with a checkpoint every 5 steps
-TMP = '.orbax-checkpoint-tmp'  # end of the name of an incomplete checkpoint
+RUN = {'steps': 100, 'eval.every': 50}  # a checkpoint is saved every 5 steps
+TMP = '.orbax-checkpoint-tmp'  # suffix of the folder of an incomplete checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -39,23 +39,23 @@ def commands(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def abstract():
-  """Shapes and shardings of the state on one device."""
+  """Return the shapes and shardings of the training state on one device."""
   return small.uninitialized()[-1]
 
 
 def steps_in(workdir) -> list[int]:
-  """Return the steps of the complete checkpoints."""
+  """Return the sorted steps of all complete checkpoints in a workdir."""
   folder = workdir / 'checkpoints'
   return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
 
 def last_state(workdir, abstract):
-  """Return the state of the latest checkpoint."""
+  """Return the training state in the latest checkpoint of a workdir."""
   return checkpoint.Checkpoints(workdir, read_only=True).restore_latest(abstract)
 
 
 def assert_ends_as(workdir, undisturbed, abstract):
-  """Assert that two runs ended with the same bits and scores, and that the event files hold each step once."""
+  """Assert that two runs have bitwise equal final states, equal scores, and each step once in the event files."""
   state, expected = last_state(workdir, abstract), last_state(undisturbed, abstract)
   assert int(state.step) == int(expected.step)
   small.assert_same_bits(state, expected)
@@ -72,7 +72,7 @@ def assert_ends_as(workdir, undisturbed, abstract):
 
 
 def has_started(workdir) -> bool:
-  """Return whether training is about to begin."""
+  """Return whether the run has started up to the point where training begins."""
   return any(workdir.glob('events.out.tfevents.*'))
 
 
@@ -88,7 +88,7 @@ def has_saved(workdir, step: int) -> bool:
 
 
 def end(commands, workdir, number, when, changes=RUN, delay: float = 0.0) -> tuple[int, str]:
-  """Start the run, send it a signal once `when()` is true, and wait; return (exit code, standard error)."""
+  """Start the run, send it a signal when `when()` is true, and wait until it ends; return (exit code, stderr)."""
   process = commands.start('ilm_jax.main', small.flags(workdir, changes))
   try:
     while not when():
@@ -113,8 +113,8 @@ def kill_inside_a_save(commands, workdir, after: int, changes=RUN) -> None:
     kill(commands, workdir, lambda after=after: is_saving(workdir, after), changes)
     if is_saving(workdir, after):
       return
-    after = max(steps_in(workdir))  # the save was complete before the signal came: try again with a later one
-  raise AssertionError('five times the save was complete before the signal came')
+    after = max(steps_in(workdir))  # the save finished before the signal: retry with a later save
+  raise AssertionError('in five attempts, the save finished before the signal arrived')
 
 
 def finish(commands, workdir, changes=RUN) -> str:
@@ -126,16 +126,16 @@ def finish(commands, workdir, changes=RUN) -> str:
 
 
 def data_file(folder):
-  """Return the largest data file of an item of a checkpoint."""
+  """Return the largest data file in a folder of a checkpoint, such as that of params."""
   return max((path for path in folder.glob('ocdbt.process_0/d/*')), key=lambda path: path.stat().st_size)
 
 
-def test_a_run_that_was_killed_stopped_damaged_and_out_of_space_ends_with_the_same_bits(tmp_path, commands, abstract):
+def test_kills_signals_damaged_checkpoints_and_a_full_disk_do_not_change_the_weights(tmp_path, commands, abstract):
   undisturbed, workdir = tmp_path / 'undisturbed', tmp_path / 'run'
   finish(commands, undisturbed)
 
   kill(commands, workdir, lambda: has_started(workdir))
-  assert not steps_in(workdir), 'the kill was meant to come before the first checkpoint'
+  assert not steps_in(workdir), 'the run must be killed before its first checkpoint'
   kill_inside_a_save(commands, workdir, after=5)
 
   before = max(steps_in(workdir))
@@ -149,7 +149,7 @@ def test_a_run_that_was_killed_stopped_damaged_and_out_of_space_ends_with_the_sa
   assert code == 130, err
   assert f'resuming at step {at} of' in err and f'saved at step {max(steps_in(workdir))};' in err
 
-  # An incomplete and a damaged checkpoint, and then a full disk: the files of a checkpoint exceed the size limit.
+  # Add an incomplete checkpoint, damage the latest one, and simulate a full disk by a limit on file sizes.
   earlier, latest = steps_in(workdir)
   folder = workdir / 'checkpoints'
   shutil.copytree(folder / str(latest), folder / f'3{TMP}')
@@ -174,12 +174,12 @@ def test_a_run_that_was_killed_stopped_damaged_and_out_of_space_ends_with_the_sa
 
 
 @pytest.mark.long
-def test_ten_kills_do_not_change_the_result(tmp_path, commands, abstract):
+def test_killing_a_run_ten_times_does_not_change_the_final_weights(tmp_path, commands, abstract):
   changes = {'steps': 200, 'eval.every': 50}
   finish(commands, tmp_path / 'undisturbed', changes)
   workdir = tmp_path / 'run'
   kill(commands, workdir, lambda: has_started(workdir), changes)
-  assert not steps_in(workdir), 'the kill was meant to come before the first checkpoint'
+  assert not steps_in(workdir), 'the run must be killed before its first checkpoint'
   for number in range(9):
     before = max(steps_in(workdir), default=0)
     if number % 3 == 0:
@@ -191,14 +191,14 @@ def test_ten_kills_do_not_change_the_result(tmp_path, commands, abstract):
   assert_ends_as(workdir, tmp_path / 'undisturbed', abstract)
 
 
-# --- signals at awkward moments ---------------------------------------------------------------------------------------
+# --- signals during an evaluation and after the end -------------------------------------------------------------------
 
-SHORT = {'steps': 25}  # with validation after 20 steps and at the end
+SHORT = {'steps': 25}  # validation runs after step 20 and at the end
 
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
-  """The workdir of an undisturbed run in this process; it holds the checkpoints of steps 20 and 25."""
+  """Return the workdir of an uninterrupted run, with checkpoints of steps 20 and 25."""
   workdir = tmp_path_factory.mktemp('finished') / 'run'
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, 'make_mesh', lambda *_: small.mesh())
@@ -211,11 +211,11 @@ def copy(finished, tmp_path):
   return shutil.copytree(finished, tmp_path / 'copy')
 
 
-def test_an_evaluation_that_was_cut_short_is_repeated_on_resume(tmp_path, finished, abstract, one_device):
+def test_an_interrupted_evaluation_is_repeated_on_resume(tmp_path, finished, abstract, one_device):
   cfg, real = small.config(SHORT), evaluate.Evaluator.sample_answers
 
   def train_until(evaluation: int, number) -> int:
-    """Train; send a signal at the beginning of the n-th evaluation; return the exit code."""
+    """Train, with signal `number` at the start of the n-th evaluation (n=`evaluation`); return the exit code."""
     calls = []
 
     def answers(self, *args, **options):
@@ -233,7 +233,7 @@ def test_an_evaluation_that_was_cut_short_is_repeated_on_resume(tmp_path, finish
     assert saved.steps()[-1] == step and not (tmp_path / 'eval.json').exists()
     return saved.metrics(step)
 
-  for _ in range(2):  # the validation at step 20, and its repetition
+  for _ in range(2):  # interrupt the validation at step 20 twice
     assert train_until(1, signal.SIGTERM) == 75
     assert metrics_of(20) is None
 
@@ -244,19 +244,19 @@ def test_an_evaluation_that_was_cut_short_is_repeated_on_resume(tmp_path, finish
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop.Loop, 'save', fail)
     with pytest.raises(RuntimeError, match='power cut'):
-      loop.train(cfg, tmp_path)  # validated and logged, but not saved
+      loop.train(cfg, tmp_path)  # the validation is logged, but not saved
   assert [step for step, _ in logs.read_scalars(tmp_path)['validation/loss']] == [20]
 
-  assert train_until(2, signal.SIGINT) == 130  # the validation at the last step
+  assert train_until(2, signal.SIGINT) == 130  # interrupts the validation at the last step
   assert metrics_of(25) is None
-  assert train_until(2, signal.SIGTERM) == 75  # the evaluation on the test split
+  assert train_until(2, signal.SIGTERM) == 75  # interrupts the evaluation on the test split
   assert metrics_of(25) is not None
   assert loop.train(cfg, tmp_path) == signals.FINISHED
   assert_ends_as(tmp_path, finished, abstract)
   assert [step for step, _ in logs.read_scalars(tmp_path)['validation/loss']] == [20, 25]
 
 
-def test_a_finished_run_that_is_started_again_only_reports(copy, one_device):
+def test_restarting_a_finished_run_only_reports_its_results(copy, one_device):
   before = {path: path.stat().st_mtime_ns for path in (copy / 'checkpoints').rglob('*')}
   scalars = logs.read_scalars(copy)
   (copy / 'eval.json').unlink()
@@ -265,7 +265,7 @@ def test_a_finished_run_that_is_started_again_only_reports(copy, one_device):
   assert logs.read_scalars(copy) == scalars and (copy / 'eval.json').exists()
 
 
-def test_a_second_interrupt_does_not_wait():
+def test_a_second_ctrl_c_ends_the_process_immediately():
   before = signal.getsignal(signal.SIGINT)
   with signals.Signals() as received:
     received.begun = True
@@ -286,7 +286,7 @@ def test_a_second_process_in_the_same_workdir_is_refused(copy, one_device):
     assert sorted(copy.rglob('*')) == before
 
 
-# --- incomplete checkpoints -------------------------------------------------------------------------------------------
+# --- damaged checkpoints ----------------------------------------------------------------------------------------------
 
 DAMAGE = {
   'a data file of params': lambda folder: data_file(folder / 'params').unlink(),
@@ -299,7 +299,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize('lost', DAMAGE)
-def test_a_checkpoint_that_lost_files_is_moved_away_with_a_warning(lost, copy, abstract, caplog, monkeypatch):
+def test_a_checkpoint_with_missing_files_is_moved_away_with_a_warning(lost, copy, abstract, caplog, monkeypatch):
   monkeypatch.setattr(logging.get_absl_logger(), 'propagate', True)
   earlier, latest = steps_in(copy)
   folder = copy / 'checkpoints'
@@ -322,16 +322,16 @@ def test_a_checkpoint_that_lost_files_is_moved_away_with_a_warning(lost, copy, a
   saved.close()
 
 
-def test_a_run_starts_anew_when_every_checkpoint_is_damaged(copy, abstract):
+def test_a_run_starts_from_step_0_if_every_checkpoint_is_damaged(copy, abstract):
   for step in steps_in(copy):
     shutil.rmtree(copy / 'checkpoints' / str(step) / 'params')
-  (copy / f'damaged-checkpoint-{max(steps_in(copy))}').mkdir()  # from an earlier start
+  (copy / f'damaged-checkpoint-{max(steps_in(copy))}').mkdir()  # left by an earlier start
   assert checkpoint.Checkpoints(copy).restore_latest(abstract) is None
   assert len(list(copy.glob('damaged-checkpoint-*'))) == 3
 
 
-@pytest.mark.parametrize('lost', [False, True], ids=['empty metrics', 'lost metrics'])
-def test_metrics_that_come_later_are_added_without_touching_the_state(lost, tmp_path):
+@pytest.mark.parametrize('lost', [False, True], ids=['empty metrics', 'missing metrics'])
+def test_metrics_can_be_added_to_a_saved_checkpoint_without_rewriting_its_state(lost, tmp_path):
   saved = checkpoint.Checkpoints(tmp_path, keep=1, metric='score')
   saved.save(1, state_of(jnp.zeros(3)))
   saved.wait()
@@ -345,7 +345,7 @@ def test_metrics_that_come_later_are_added_without_touching_the_state(lost, tmp_
   before = times()
   saved.save(1, state_of(jnp.ones(3)), {'score': 0.5})
   assert times() == before
-  saved.save(1, state_of(jnp.ones(3)), {'score': 0.1})  # ignored: the step has metrics already
+  saved.save(1, state_of(jnp.ones(3)), {'score': 0.1})  # ignored: step 1 already has metrics
   assert saved.metrics(1) == {'score': 0.5}
   saved.save(2, state_of(jnp.ones(3)), {'score': 0.2})
   saved.save(3, state_of(jnp.ones(3)))
@@ -365,7 +365,7 @@ def test_a_checkpoint_with_unreadable_metrics_is_kept(text, copy, abstract):
   assert int(saved.restore_latest(abstract).step) == latest
 
 
-def test_reading_the_weights_of_a_damaged_checkpoint_fails_and_changes_nothing(copy, abstract):
+def test_loading_weights_from_a_damaged_checkpoint_fails_and_changes_no_file(copy, abstract):
   earlier, latest = steps_in(copy)
   data_file(copy / 'checkpoints' / str(latest) / 'ema_params').unlink()
   before = sorted(copy.rglob('*'))
@@ -375,7 +375,7 @@ def test_reading_the_weights_of_a_damaged_checkpoint_fails_and_changes_nothing(c
   assert sorted(copy.rglob('*')) == before
 
 
-def test_a_checkpoint_with_other_shapes_is_refused_not_moved_away(finished, abstract):
+def test_a_checkpoint_with_other_array_shapes_is_refused_and_not_moved_away(finished, abstract):
   wide = abstract._replace(params={**abstract.params, 'embed': jax.ShapeDtypeStruct((17, 32), jnp.float32)})
   before = sorted(finished.rglob('*'))
   with pytest.raises(UserError, match=r'another shape: params embed is \(17, 16\) there, \(17, 32\) in this model'):
@@ -383,7 +383,7 @@ def test_a_checkpoint_with_other_shapes_is_refused_not_moved_away(finished, abst
   assert sorted(finished.rglob('*')) == before
 
 
-def test_a_checkpoint_is_read_onto_any_mesh(finished, abstract):
+def test_a_checkpoint_can_be_restored_on_a_different_mesh(finished, abstract):
   on_one_device = last_state(finished, abstract)
   *_, on_mesh = small.uninitialized(data=2, fsdp=2, tensor=2)
   shared = last_state(finished, on_mesh)
@@ -392,7 +392,7 @@ def test_a_checkpoint_is_read_onto_any_mesh(finished, abstract):
     assert array.sharding == wanted.sharding
 
 
-def test_a_fast_first_process_does_not_keep_the_others_from_adding_metrics(copy, monkeypatch):
+def test_metrics_written_early_by_process_0_do_not_make_other_processes_skip_a_barrier(copy, monkeypatch):
   step, met = steps_in(copy)[-1], []
   path = copy / 'checkpoints' / str(step) / 'metrics' / 'metrics'
   path.unlink()
@@ -401,7 +401,7 @@ def test_a_fast_first_process_does_not_keep_the_others_from_adding_metrics(copy,
   def barrier(name):
     met.append(name)
     path.parent.mkdir(exist_ok=True)
-    path.write_text('{"exact_match": 0.5}')  # as the first process does as soon as it may
+    path.write_text('{"exact_match": 0.5}')  # process 0 writes them right after the barrier
 
   monkeypatch.setattr(checkpoint.processes, 'barrier', barrier)
   monkeypatch.setattr(checkpoint.processes, 'is_first', lambda: False)
@@ -414,7 +414,7 @@ def test_a_fast_first_process_does_not_keep_the_others_from_adding_metrics(copy,
 @pytest.mark.parametrize(
   'error', [MemoryError(), PermissionError(13, 'Permission denied'), ValueError('UNAVAILABLE: x')], ids=repr
 )
-def test_a_read_that_failed_for_a_transient_reason_moves_no_checkpoint(error, finished, abstract, monkeypatch):
+def test_a_transient_read_error_does_not_move_a_checkpoint_away(error, finished, abstract, monkeypatch):
   saved, before = checkpoint.Checkpoints(finished), sorted(finished.rglob('*'))
 
   def restore(*_):
@@ -430,21 +430,21 @@ def test_a_read_that_failed_for_a_transient_reason_moves_no_checkpoint(error, fi
 
 
 def state_of(*arrays):
-  """Return a training state of the given arrays, to save without a model."""
+  """Return a TrainState with the given arrays as parameters, for tests that need no model."""
   params = {f'w{i}': array for i, array in enumerate(arrays)}
   return train_step.TrainState(0, params, {'m': jax.tree.map(lambda x: x + 1, params)}, None)
 
 
 @pytest.mark.parametrize('axes', [{}, {'data': 2, 'fsdp': 2, 'tensor': 2}], ids=['one device', 'eight'])
-def test_steps_that_donate_the_state_do_not_change_what_is_being_saved(axes, tmp_path):
+def test_training_steps_during_a_save_do_not_change_the_saved_state(axes, tmp_path):
   mesh = small.mesh(**axes)
   spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('fsdp', 'tensor'))
-  noise = np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32)  # noise takes time to compress
+  noise = np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32)  # noise is slow to compress
   arrays = [jax.device_put(noise + i, spec) for i in range(6)]
   state = state_of(*arrays, jax.device_put(noise, sharding.replicated(mesh)))[1:3]
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
   step = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x + 1, tree), donate_argnums=0)
-  # A program makes the copies: with a NumPy view of the arrays alive, the step could not reuse their memory.
+  # Copy in a jitted function: a NumPy view of the arrays would keep the step from reusing (donating) their memory.
   twin = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
   expected, warm = jax.device_get(twin(state)), step(twin(state))
   saved = checkpoint.Checkpoints(tmp_path, keep=1)
@@ -458,11 +458,11 @@ def test_steps_that_donate_the_state_do_not_change_what_is_being_saved(axes, tmp
     saved.wait()
     for name, shapes, written in zip(('params', 'opt_state'), abstract, expected, strict=True):
       small.assert_same_bits(saved.restore(attempt, name, shapes), written)
-    np.testing.assert_allclose(trees[0]['w1'], 8 * expected[0]['w1'] + 7, rtol=1e-5, atol=1e-5)  # the steps did run
+    np.testing.assert_allclose(trees[0]['w1'], 8 * expected[0]['w1'] + 7, rtol=1e-5, atol=1e-5)  # three steps ran
     if in_time:
       break
   else:
-    raise AssertionError('eight times the save was complete before the step: the arrays of this test are too small')
+    raise AssertionError('in eight attempts, the save finished before the step: make the arrays larger')
   saved.close()
 
 
@@ -485,7 +485,7 @@ def test_the_best_and_the_latest_checkpoints_are_kept_across_restarts(mode, best
       saved.find(which)
 
 
-def test_the_later_of_two_equally_good_checkpoints_is_the_best(tmp_path):
+def test_of_two_equally_good_checkpoints_the_later_counts_as_best(tmp_path):
   saved = checkpoint.Checkpoints(tmp_path, keep=1, metric='score')
   for step, value in ((1, 0.5), (2, 0.7), (3, 0.7), (4, 0.1)):
     saved.save(step, state_of(jnp.zeros(3)), {'score': value})
@@ -494,7 +494,7 @@ def test_the_later_of_two_equally_good_checkpoints_is_the_best(tmp_path):
   saved.close()
 
 
-def test_a_save_that_fails_is_reported_and_older_checkpoints_are_kept(tmp_path):
+def test_a_failed_save_raises_an_error_and_keeps_older_checkpoints(tmp_path):
   saved = checkpoint.Checkpoints(tmp_path, keep=1)
   state = state_of(jnp.arange(100_000.0))
   saved.save(1, state)

@@ -1,4 +1,4 @@
-"""The training step and the optimizer, against golden numbers and simple derivations, on one device and on meshes."""
+"""The training step and the optimizer, against stored numbers and simple formulas, on one device and on meshes."""
 
 import functools
 
@@ -14,24 +14,24 @@ from ilm_jax.distributed import sharding
 from ilm_jax.inference import continuous_batching, static_batching
 from ilm_jax.training import experiment, loop, optimizer, train_step
 
-SHARED = {'task.num_nodes': 25, 'model.num_heads': 4, 'optimizer.ema_decay': 0.24}  # sizes that divide over 8 devices
+SHARED = {'task.num_nodes': 25, 'model.num_heads': 4, 'optimizer.ema_decay': 0.24}  # sizes divisible by 8 devices
 
 
 @pytest.fixture(scope='module')
 def one_device_steps():
-  """States and metrics of three updates on one device."""
+  """Return the states and metrics of the first three updates on one device."""
   return take_steps(SHARED, 3)
 
 
 @functools.cache
 def initial_state(changes, axes=()):
-  """Return the initial state of a config on a mesh; it is made once."""
+  """Return the initial training state of a config on a mesh (cached)."""
   exp, tx, *_ = small.uninitialized(changes, **dict(axes))
   return train_step.init_state(exp, tx)[0]
 
 
 class Steps:
-  """The compiled training step of a config on a mesh, and the initial state on the host."""
+  """The compiled training step of a config on a mesh, with the initial state on the host."""
 
   def __init__(self, changes, axes):
     self.exp, tx, schedule, self.abstract = small.uninitialized(changes, **dict(axes))
@@ -42,7 +42,7 @@ class Steps:
     return small.batches(self.exp, count)
 
   def run(self, batches):
-    """Make one update per batch; return (all states on the host, the metrics of each update, the last state)."""
+    """Make one update per batch; return (all states on the host, metrics of each update, last state)."""
     state = jax.device_put(self.start, jax.tree.map(lambda x: x.sharding, self.abstract))
     states, pairs = [self.start], []
     for batch in batches:
@@ -53,7 +53,7 @@ class Steps:
 
 
 def frozen(items) -> tuple:
-  """Return a dictionary as a tuple, which a cache can use as its key."""
+  """Convert a dictionary to a tuple of items, which can be a cache key."""
   return tuple(dict(items).items())
 
 
@@ -63,17 +63,17 @@ def _steps(changes, axes):
 
 
 def steps_of(changes=(), **axes) -> Steps:
-  """Return the step of a config on a mesh; it is compiled once."""
+  """Return the compiled training step of a config on a mesh (cached)."""
   return _steps(frozen(changes), frozen(axes))
 
 
 def take_steps(changes, steps: int):
-  """Make the first updates of a config on one device; return (the initial state and that after each, their metrics)."""
+  """Make `steps` updates on one device; return (states before and after each update, metrics of each update)."""
   made = steps_of(changes)
   return made.run(made.batches(steps))[:2]
 
 
-# --- the step ---------------------------------------------------------------------------------------------------------
+# --- the training step ------------------------------------------------------------------------------------------------
 
 NO_WARMUP = {**small.NO_DROPOUT, 'optimizer.warmup_steps': 0, 'optimizer.eps': 1e-3}
 
@@ -83,7 +83,7 @@ GOLDEN = {  # update -> loss, gradient norm, root mean square of the update
 }
 
 
-def test_the_first_updates_are_golden():
+def test_loss_and_gradient_and_update_norms_of_the_first_steps_equal_the_stored_values():
   states, pairs = take_steps(NO_WARMUP, 3)
   for number, expected in GOLDEN.items():
     before, after = leaves(states[number - 1].params), leaves(states[number].params)
@@ -94,13 +94,13 @@ def test_the_first_updates_are_golden():
       actual, expected, rtol=1e-4,
       err_msg=f'(loss, gradient norm, rms of the update) of update {number} have changed. Loss and gradient norm of '
       'update 1 depend on the data, the corruption, the packing, the initialization, the model and the loss; its rms '
-      'also on the optimizer and the clipping; update 3 on all of these. If the change is intended, all runs train '
-      'differently from now on: say so in the commit message, and put the new numbers here.',
+      'also on the optimizer and the clipping; update 3 on all of these. If the change is intended, state in the '
+      'commit message that all runs train differently from now on, and put the new numbers into GOLDEN.',
     )  # fmt: skip
     np.testing.assert_allclose(found['update_norm'][0], np.linalg.norm(update), rtol=1e-4)
 
 
-def test_gradient_accumulation_gives_the_update_of_the_whole_batch():
+def test_gradient_accumulation_gives_the_same_update_as_the_whole_batch():
   whole, whole_pairs = take_steps(NO_WARMUP, 2)
   accumulated, accumulated_pairs = take_steps({**NO_WARMUP, 'optimizer.accumulation_steps': 2}, 2)
   for a, b in zip(whole[1:], accumulated[1:], strict=True):
@@ -112,13 +112,13 @@ def test_gradient_accumulation_gives_the_update_of_the_whole_batch():
       np.testing.assert_allclose(b[name], a[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_each_microbatch_and_each_step_has_its_own_dropout():
+def test_each_microbatch_and_each_step_has_a_different_dropout_mask():
   still = steps_of({**NO_WARMUP, 'optimizer.accumulation_steps': 2})
   batch = still.batches(1)[0]
   twin = {name: np.repeat(array[::2], 2, axis=0) for name, array in batch.items()}  # two equal microbatches
 
   def losses(made):
-    """Return the losses of two steps with weight on microbatch 0 only, then of two with weight on microbatch 1 only."""
+    """Return the losses of two steps that weight only microbatch 0, then of two that weight only microbatch 1."""
     out = []
     for part in (0, 1):
       weight = twin['segment_weight_BxS'] * np.float32(np.arange(8) % 2 == part)[:, None]
@@ -130,7 +130,7 @@ def test_each_microbatch_and_each_step_has_its_own_dropout():
   np.testing.assert_allclose(first, second, rtol=1e-5)
   noise = {**NO_WARMUP, 'optimizer.accumulation_steps': 2, 'model.dropout': 0.3, 'optimizer.learning_rate': 0.0}
   noisy = losses(steps_of(noise))
-  assert len(set(noisy)) == 4, f'dropout repeats itself: {noisy}'
+  assert len(set(noisy)) == 4, f'two dropout masks are equal: {noisy}'
   assert losses(steps_of(noise)) == noisy  # dropout is a function of seed, step and microbatch
 
 
@@ -143,7 +143,7 @@ DECAYED = {
 }  # fmt: skip
 
 
-def test_weight_decay_applies_to_all_parameters_but_biases_and_norms():
+def test_weight_decay_applies_to_all_parameters_except_biases_and_norms():
   cfg = small.config({'optimizer.warmup_steps': 0})
   tx, _ = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
   ones, zeros = (jax.tree.map(lambda x, n=n: np.full_like(x, n), steps_of(NO_WARMUP).start.params) for n in (1, 0))
@@ -187,7 +187,7 @@ def test_the_optimizer_is_adamw_with_gradient_clipping():
 
 @pytest.mark.parametrize('warmup', [0, 10])
 @pytest.mark.parametrize('kind', ['constant', 'cosine', 'linear'])
-def test_schedules_follow_their_formulas(kind, warmup):
+def test_learning_rate_schedules_follow_their_formulas(kind, warmup):
   changes = {'schedule': kind, 'warmup_steps': warmup, 'learning_rate': 0.5, 'final_fraction': 0.2}
   cfg = small.config({f'optimizer.{name}': value for name, value in changes.items()})
   schedule = optimizer.make_schedule(cfg.optimizer, 110)
@@ -202,11 +202,11 @@ def test_schedules_follow_their_formulas(kind, warmup):
     np.testing.assert_allclose(schedule(step), expected, rtol=1e-5, atol=1e-7, err_msg=f'step {step}')
 
 
-def test_the_decay_of_the_moving_average_is_ramped_up(one_device_steps):
+def test_the_decay_rate_of_the_weight_average_increases_to_ema_decay(one_device_steps):
   states, _ = one_device_steps
   average = leaves(states[0].params)
   for t in range(1, 4):
-    decay = min(0.24, (1 + t) / (10 + t))  # 2/11, then the final decay, 0.24
+    decay = min(0.24, (1 + t) / (10 + t))  # 2/11 at the first update, then ema_decay=0.24
     for name, array in leaves(states[t].params).items():
       average[name] = decay * average[name] + (1 - decay) * array
     for name, array in leaves(states[t].ema_params).items():
@@ -218,7 +218,7 @@ def test_the_decay_of_the_moving_average_is_ramped_up(one_device_steps):
 
 # --- meshes -----------------------------------------------------------------------------------------------------------
 
-AXES = {  # end of the path of a parameter -> its logical axes
+AXES = {  # last part of a parameter's path -> its logical axes
   'embed': 'vocab -', 'unembed': 'vocab -',
   'query/kernel': 'embed heads -', 'key/kernel': 'embed heads -', 'value/kernel': 'embed heads -',
   'out/kernel': 'heads - embed', 'mlp_in/kernel': 'embed mlp', 'mlp_in/bias': 'mlp',
@@ -232,7 +232,7 @@ MESHES = [
 
 
 def spell(axes) -> str:
-  """Return the id of a test case, such as fsdp=2,tensor=4."""
+  """Format a mesh as the id of a test case, such as fsdp=2,tensor=4."""
   return ','.join(f'{name}={size}' for name, size in axes.items())
 
 
@@ -244,7 +244,7 @@ def test_the_loss_does_not_depend_on_the_mesh(axes, one_device_steps):
 
 
 def assert_close_steps(pairs, expected):
-  """Assert that the metrics of each update are close: those of the first three to 1e-5, later ones to 1e-4."""
+  """Assert that the metrics of each update are close: within 1e-5 for updates 1 to 3, then within 1e-4."""
   for step, (a, b) in enumerate(zip(expected, pairs, strict=True), 1):
     assert a.keys() == b.keys()
     for name in a:
@@ -255,7 +255,7 @@ def assert_close_steps(pairs, expected):
 @pytest.mark.long
 @pytest.mark.parametrize('changes', [SHARED, {**SHARED, **small.NO_DROPOUT}], ids=['dropout', 'no dropout'])
 @pytest.mark.parametrize('axes', MESHES, ids=spell)
-def test_twenty_losses_do_not_depend_on_the_mesh(axes, changes):
+def test_the_losses_of_twenty_steps_do_not_depend_on_the_mesh(axes, changes):
   made, batches = steps_of(changes, **axes), steps_of(changes).batches(20)
   assert_close_steps(made.run(batches)[1], steps_of(changes).run(batches)[1])
 
@@ -267,7 +267,7 @@ def test_state_and_batch_are_sharded_by_their_logical_axes(axes):
   ways = {'-': 1, 'vocab': fsdp * tensor, 'embed': fsdp, 'heads': tensor, 'mlp': tensor}
 
   def expected(name, shape):
-    """Return the shape of the shard that each device holds."""
+    """Return the expected shape of the shard on each device."""
     keys = [key for key in AXES if name.endswith(key)]
     if not keys:
       assert name.endswith(('count', 'step')) and shape == ()
@@ -283,15 +283,15 @@ def test_state_and_batch_are_sharded_by_their_logical_axes(axes):
       assert {shard.data.shape for shard in array.addressable_shards} == {expected(name, array.shape)}, name
       assert len(array.sharding.device_set) == 8, name
       arrays += array.ndim > 0
-    assert arrays == 4 * 23  # parameters, two moments of Adam, moving average
+    assert arrays == 4 * 23  # 23 each of parameters, two Adam moments, average
   for name, array in sharding.put_global_batch(batch, made.exp.mesh).items():
     shape = (8 // (data * fsdp), *batch[name].shape[1:])
     assert {shard.data.shape for shard in array.addressable_shards} == {shape}, name
 
 
 @pytest.mark.parametrize('family', ['ilm', 'arm', 'it', 'mdm'])
-def test_every_family_trains_on_a_mesh_as_on_one_device(family):
-  """The ILM also accumulates gradients and, on the mesh, scans over its layers and rematerializes them."""
+def test_every_family_has_the_same_losses_on_a_mesh_and_on_one_device(family):
+  """For ilm, also test gradient accumulation and, on the mesh, scan over layers and rematerialization."""
   changes, on_mesh = {**SHARED, 'family': family}, {}
   if family == 'ilm':
     changes |= {'model.num_layers': 2, 'data.rows': 16, 'optimizer.accumulation_steps': 2}
@@ -301,7 +301,7 @@ def test_every_family_trains_on_a_mesh_as_on_one_device(family):
   assert_close_steps(made.run(batches)[1], steps_of(changes).run(batches)[1])
 
 
-def test_an_evaluation_does_not_depend_on_the_mesh_and_its_batch_need_not_divide():
+def test_an_evaluation_does_not_depend_on_the_mesh_even_if_its_batch_size_is_not_divisible():
   found = []
   for axes in ({}, {'data': 2, 'fsdp': 2, 'tensor': 2}):
     changes = {**SHARED, 'eval.batch_size': 3, 'eval.score': 'bound', 'task.num_test': 7}
@@ -313,13 +313,13 @@ def test_an_evaluation_does_not_depend_on_the_mesh_and_its_batch_need_not_divide
   assert found[0][1].texts == found[1][1].texts
 
 
-def test_the_star_config_of_the_paper_fits_a_host_with_eight_devices():
+def test_the_hard_star_config_builds_on_a_host_with_eight_devices():
   exp = experiment.build(star.get_config('hard'), devices=jax.devices())
   assert exp.mesh.size == 8
 
 
-def test_every_program_has_sharding_constraints():
-  """Without `sharding.with_mesh`, results would be equal, but XLA might choose slow shardings."""
+def test_every_compiled_program_has_sharding_constraints():
+  """A program without `sharding.with_mesh` gives equal results, but XLA might choose slow shardings for it."""
   exp, tx, schedule, state = small.uninitialized({**SHARED, 'eval.score': 'bound'}, data=2, fsdp=2, tensor=2)
   batch = sharding.put_global_batch(small.batches(exp, 1)[0], exp.mesh)
   evaluator = loop.make_evaluator(exp)
