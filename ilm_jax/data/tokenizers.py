@@ -41,11 +41,7 @@ START = (SPECIAL[CLS], SPECIAL[BOS])  # special tokens that precede a text and s
 INFO_FILE = 'ilm_tokenizer.json'  # file with the kind and fingerprint of a saved tokenizer; it is written last
 NORMALIZATIONS = ('identity', 'nfkc', 'nmt_nfkc', 'nfkc_cf', 'nmt_nfkc_cf')  # SentencePiece's normalization rules
 THREADS = 8  # number of SentencePiece training threads; constant, because the trained model depends on it
-MODEL_FILES = (
-  'spiece.model',
-  'tokenizer.model',
-  'vocab.txt',
-)  # tokenizer files to look for in a pretrained model's folder
+MODEL_FILES = ('spiece.model', 'tokenizer.model', 'vocab.txt')  # tokenizer files that pretrained models come with
 
 
 class Tokenizer:
