@@ -1,10 +1,10 @@
-"""Helpers for the tests of packing and of the input pipeline: random corrupted examples, and reading a batch back."""
+"""Helpers for the tests of packing and of the input pipeline: make random corrupted examples, unpack a batch."""
 
 import numpy as np
 
 
 def random_examples(rng, number):
-  """Return corrupted examples of random sizes and contents."""
+  """Return corrupted examples with random lengths and tokens."""
   out = []
   for _ in range(number):
     kept, dropped = int(rng.integers(1, 16)), int(rng.integers(0, 12))
@@ -17,9 +17,9 @@ def random_examples(rng, number):
 
 
 def unpack(batch):
-  """Read the corrupted examples of a batch back; return them by id.
+  """Extract the corrupted examples from a packed batch; return them by example id.
 
-  Asserts that segments are contiguous and that everything outside of them is padding.
+  Asserts that segments are contiguous and that everything outside of the segments is padding.
   """
   out = {}
   seen = {name: np.zeros(batch[name].shape, bool) for name in ('tokens_BxL', 'target_gap_BxT', 'cls_BxS')}
@@ -48,7 +48,7 @@ def unpack(batch):
 
 
 def assert_same_example(first, second):
-  """Assert that two corrupted examples are equal in the fields of the first, types included."""
+  """Assert that two corrupted examples have equal values and dtypes in all fields of the first example."""
   assert first.keys() <= second.keys()
   for name in first:
     np.testing.assert_array_equal(first[name], second[name], err_msg=name)

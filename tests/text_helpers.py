@@ -1,4 +1,4 @@
-"""Test helpers: small stories, corpus files and configs of the text task, and error messages."""
+"""Helpers for tests of the text task: short stories, corpus files, configs, and checks of error messages."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ from ilm_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = pathlib.Path(os.environ.get('ILM_JAX_DATA') or ROOT.parent / 'shared' / 'data')
-needs_real_text = pytest.mark.skipif(not DATA.is_dir(), reason='no ../shared/data, no ILM_JAX_DATA')
+needs_real_text = pytest.mark.skipif(not DATA.is_dir(), reason='needs real text in ../shared/data or ILM_JAX_DATA')
 
 
 def stories(count: int, seed: int = 0) -> list[str]:
-  """Return small stories, all different."""
+  """Return `count` different short stories."""
   rng = np.random.default_rng(seed)
   names, things = ['Mara', 'Odd', 'Piet', 'Ulla'], ['a boat', 'the goat', 'one red kite', 'an old map', 'two pears']
   verbs = ['found', 'sold', 'carried', 'lost', 'painted']
@@ -28,21 +28,21 @@ def stories(count: int, seed: int = 0) -> list[str]:
 
 
 def write(path: pathlib.Path, texts) -> pathlib.Path:
-  """Write texts into a corpus file, each followed by a line <|endoftext|>; returns the path."""
+  """Write texts to a corpus file, each followed by a line <|endoftext|>; return the path."""
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(''.join(f'{text}\n<|endoftext|>\n' for text in texts), 'utf-8')
   return path
 
 
 def write_corpus(folder: pathlib.Path) -> pathlib.Path:
-  """Write a corpus of 60 training stories and 24 held-out stories; returns its folder."""
+  """Write a corpus of 60 training stories and 24 held-out stories; return its folder."""
   write(folder / 'my-train.txt', stories(60))
   write(folder / 'my-valid.txt', stories(24, seed=1))
   return folder
 
 
 def task_config(path, cache='', **changes):
-  """Return the task section of a small text config with a trained vocabulary of 330 tokens."""
+  """Return the task section of a small text config that trains a tokenizer of 330 tokens."""
   cfg = text_config.get_config('small').task
   cfg.update({'corpus': str(path), 'cache': str(cache), 'length': 160, 'split_long_documents': False, **changes})
   cfg.tokenizer.size = 330
@@ -56,7 +56,7 @@ def all_texts(source) -> list[str]:
 
 @contextlib.contextmanager
 def refused(*parts):
-  """Assert that the block raises a UserError whose message is a single line that contains all parts."""
+  """Assert that the `with` block raises a UserError with a one-line message that contains all `parts`."""
   with pytest.raises(UserError) as error:
     yield
   assert '\n' not in str(error.value)

@@ -1,9 +1,9 @@
 """Clues of zebra puzzles: what they mean, how they are written, and the hash that assigns a puzzle to a split.
 
-From Shah et al. 2024. A puzzle has n houses in a row and m attributes. Each attribute assigns the values 0 .. n-1 to the
-houses, a different value to each. A table is a list of rows: row 0 has the house numbers, from left to right; row 1 + a
-has the values of attribute a, and `table[row][house]` is a value. A reference (row, value) stands for the house that
-has this value in this row.
+From Shah et al. 2024. A puzzle has n houses in a row and m attributes. Each attribute gives each house a different one
+of the values 0 .. n-1. A table is a list of rows: row 0 has the house numbers, from left to right; row 1 + a has the
+values of attribute a, and `table[row][house]` is a value. A reference (row, value) stands for the house that has this
+value in this row.
 
     kind             references   meaning, where A, B and C are house numbers
     =                A B          A = B

@@ -94,7 +94,7 @@ class ClueGenerator:
     return row
 
   def _cell(self) -> tuple[int, int]:
-    """Draw a cell (row, house); once the solver has run, prefer rows with few filled cells, and filled cells in them."""
+    """Draw a cell (row, house); once the solver has run, prefer rows with few filled cells, and their filled cells."""
     if not self.guided:
       return self._row(), self._below(self.houses)
     row = self._weighted_index([self.houses - self.solver.num_filled(row) + 1 for row in range(self.attributes + 1)])
@@ -106,7 +106,7 @@ class ClueGenerator:
       pass
     return cell
 
-  # One method for each kind of clue. Each draws a true clue and returns the cell (row, house) of each of its references.
+  # One method for each kind of clue. It draws a true clue and returns the cell (row, house) of each reference.
 
   def _draw_equal(self):
     row, house = self._cell()
@@ -148,7 +148,7 @@ class ClueGenerator:
 
 
 def relabel(rng: np.random.Generator, clues: list[Clue], houses: int, attributes: int) -> list[Clue]:
-  """Rename the values of every attribute at random; the new puzzle is equally likely, but its hash differs."""
+  """Rename the values of every attribute at random; the new puzzle is as likely as the old, but usually has a new hash."""
   new_values = [list(range(houses)), *(rng.permutation(houses).tolist() for _ in range(attributes))]
   return [Clue(kind, tuple((row, new_values[row][value]) for row, value in refs)) for kind, refs in clues]
 

@@ -41,7 +41,7 @@ class _ForbiddenGlobal(Exception):
 
 
 class _Unpickler(pickle.Unpickler):
-  """Loads lists, numbers and strings, replaces arrays by placeholders, and raises _ForbiddenGlobal for other objects."""
+  """Loads lists, numbers and strings, replaces arrays by placeholders, raises _ForbiddenGlobal for other objects."""
 
   def find_class(self, module, name):
     if (module, name) not in _NUMPY_GLOBALS:

@@ -169,7 +169,7 @@ class Solver:
     return single_candidate
 
   def _commit(self, ref: int, house: int) -> None:
-    """Fill a cell, then the last empty cell of every row that has only one; drop clues whose references are all known."""
+    """Fill a cell, then the last empty cell of every row with only one; drop clues whose references are all known."""
     self._fill(ref, house)
     for row in range(1, self.attributes + 1):
       if self._open_houses[row].bit_count() == 1:
@@ -187,7 +187,7 @@ class Solver:
     self.filled_cells.append((row - 1, house, value))
 
   def _reset_search(self) -> None:
-    """Compute the current table's start state, in which a value without a house may be in every empty cell of its row."""
+    """Compute the start state of the current table: each unplaced value may be in every empty cell of its row."""
     masks = [
       1 << self._house[ref] if known else self._open_houses[ref // self.houses] for ref, known in enumerate(self._known)
     ]
