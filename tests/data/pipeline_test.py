@@ -1,4 +1,4 @@
-"""Tests of the input pipeline: permutations, batches as a function of (seed, step), worker processes, a golden batch."""
+"""Tests of the input pipeline: permutations, batches as a function of (seed, step), worker processes, golden batch."""
 
 import collections
 import hashlib
@@ -75,9 +75,7 @@ def config(**data):
   return ConfigDict({'seed': 3, 'data': data, 'corrupt': CORRUPT.to_dict()})
 
 
-SOURCE = star.Source(
-  star_task(num_train=50), 'train'
-)  # 50 is no multiple of the batch size 16: epochs end within a step
+SOURCE = star.Source(star_task(num_train=50), 'train')  # epochs end within a step: 50 is no multiple of 16
 
 
 def make_batches(start, stop, *, cfg=None, source=SOURCE, corrupt=corruption.ilm, **part):

@@ -148,7 +148,7 @@ class ClueGenerator:
 
 
 def relabel(rng: np.random.Generator, clues: list[Clue], houses: int, attributes: int) -> list[Clue]:
-  """Rename the values of every attribute at random; the new puzzle is as likely as the old, but usually has a new hash."""
+  """Rename the values of every attribute at random, which makes an equally likely puzzle, usually with a new hash."""
   new_values = [list(range(houses)), *(rng.permutation(houses).tolist() for _ in range(attributes))]
   return [Clue(kind, tuple((row, new_values[row][value]) for row, value in refs)) for kind, refs in clues]
 
