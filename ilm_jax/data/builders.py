@@ -27,7 +27,7 @@ COUNTS = 'counts.json'  # file with the statistics (numbers of documents, tokens
 
 
 class _Builders(NamedTuple):
-  """The two TFDS builder classes."""
+  """The TFDS builder classes, for token sequences and for documents."""
 
   token_sequences: type
   documents: type
@@ -152,7 +152,7 @@ def open_or_prepare_sequences(folder: str, name: str, make) -> Prepared:
   """
   folder = str(pathlib.Path(folder).expanduser())
   place = pathlib.Path(folder, name, NAME)
-  info_file = place / VERSION / 'dataset_info.json'  # exists once the data set is complete
+  info_file = place / VERSION / 'dataset_info.json'  # exists only if the data set is complete
   if not info_file.exists():
     try:
       place.mkdir(parents=True, exist_ok=True)

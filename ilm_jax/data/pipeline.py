@@ -21,7 +21,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from ilm_jax.data.packing import Shape, assign_rows, concatenate, nearest_multiples, pack, shape_of  # noqa: F401 (also used from here)
+from ilm_jax.data.packing import Shape, assign_rows, concatenate, nearest_multiples, pack, shape_of  # noqa: F401 (re-exported)
 from ilm_jax.types import Batch, UserError
 
 STREAMS = {'train': 0, 'validation': 1}  # part of the seed, so that training and validation use different randomness
@@ -83,14 +83,14 @@ def example_rng(seed: int, stream: str, index: int) -> np.random.Generator:
 class Packed:
   """A picklable function from a step number to this process's packed rows of that step; grain maps it over steps."""
 
-  source: Any  # random access to examples
+  source: Any  # random access to the training examples, a `tasks.contract.Source`
   corrupt: Any  # function (rng, example, cfg) -> corrupted example
   corrupt_cfg: Any
   seed: int
   batch_size: int  # examples per step, over all processes
   groups: int  # groups per step, over all processes
   shape: Shape  # packing shape of one group
-  groups_of_process: tuple[int, int]  # half-open range of the groups that this process reads
+  groups_of_process: tuple[int, int]  # half-open range of the groups of each step that this process reads
 
   def __reduce__(self):
     return _unpickle, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
@@ -132,7 +132,7 @@ def groups_of_process(groups: int, host: int, hosts: int) -> tuple[int, int]:
   if groups % hosts:
     multiples = [g for g in range(1, 4 * hosts * groups) if g % hosts == 0]
     best = sorted(multiples, key=lambda g: abs(g - groups))[0]
-    raise UserError(f'data.groups={groups} does not divide over {hosts} hosts: use data.groups={best}')
+    raise UserError(f'data.groups={groups} cannot be divided evenly over {hosts} hosts: use data.groups={best}')
   share = groups // hosts
   return host * share, (host + 1) * share
 

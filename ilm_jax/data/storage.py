@@ -25,7 +25,7 @@ from ilm_jax.types import UserError
 
 REPORT_SECONDS = 10  # seconds between progress log lines
 WHOLE = '.whole'  # marker file that is uploaded last: a folder in a bucket is complete only if it holds this file
-CHUNK = 2**20  # bytes to copy or download at a time
+CHUNK = 2**20  # number of bytes to copy or download at a time
 TIMEOUT = 60  # seconds to wait for a download server's response before giving up
 
 

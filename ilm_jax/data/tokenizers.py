@@ -37,7 +37,7 @@ from ilm_jax.special_tokens import BOS, CLS, SPECIAL, UNK
 from ilm_jax.types import UserError
 
 BYTE_PIECE = re.compile(r'<0x[0-9A-F]{2}>')  # a SentencePiece piece that stands for one byte
-START = (SPECIAL[CLS], SPECIAL[BOS])  # special tokens that precede a text and stand for no characters
+START = (SPECIAL[CLS], SPECIAL[BOS])  # special tokens at the start of a text, for which `spell` returns ''
 INFO_FILE = 'ilm_tokenizer.json'  # file with the kind and fingerprint of a saved tokenizer; it is written last
 NORMALIZATIONS = ('identity', 'nfkc', 'nmt_nfkc', 'nfkc_cf', 'nmt_nfkc_cf')  # SentencePiece's normalization rules
 THREADS = 8  # number of SentencePiece training threads; constant, because the trained model depends on it
@@ -226,7 +226,7 @@ class WordPiece(Tokenizer):
       raise UserError(f'{name} is not UTF-8: byte {error.start} is {vocab[error.start]:#04x}') from None
     words = [word for word in lines if word not in SPECIAL]
     if not words or not all(words) or len(set(words)) < len(words) or any(' ' in word for word in words):
-      raise UserError(f'{name} is not a WordPiece vocabulary: expected one word per line, each only once')
+      raise UserError(f'{name} is not a WordPiece vocabulary: expected one word per line, without duplicates')
     self._words = SPECIAL + tuple(words)
     self.vocab_size = len(self._words)
     ids = {word: i for i, word in enumerate(self._words) if i >= UNK}
@@ -271,7 +271,7 @@ def check_text(text: str) -> None:
     text.encode()
   except UnicodeEncodeError as error:
     raise UserError(
-      f'a text holds {text[error.start]!r} at character {error.start}, half of a surrogate pair: remove it'
+      f'a text contains the unpaired surrogate {text[error.start]!r} at character {error.start}: remove it'
     ) from None
 
 
@@ -330,7 +330,7 @@ def train_sentencepiece(lines, *, size: int, normalization: str = 'identity') ->
   except (RuntimeError, OSError, ValueError) as error:
     raise UserError(
       f'task.tokenizer.size={size}: no SentencePiece model of this size could be trained on the corpus '
-      f'({_one_line(error)}): raise it; the vocabulary must hold 256 bytes, the special tokens and frequent characters'
+      f'({_one_line(error)}): raise the size; it must cover 256 bytes, the special tokens and the frequent characters'
     ) from None
   return SentencePiece(model.getvalue())
 
@@ -389,7 +389,7 @@ def load(folder) -> Tokenizer:
 
 
 def read(path, *, lowercase: bool = True) -> Tokenizer:
-  """Read a tokenizer from a path that the user gave.
+  """Read a tokenizer from a path in the config: a model file, a vocabulary file or a folder.
 
   Args:
     path: a SentencePiece model (*.model), a WordPiece vocabulary (*.txt), a folder with one of MODEL_FILES, or a folder

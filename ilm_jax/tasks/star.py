@@ -75,10 +75,12 @@ def longest(cfg) -> int:
 def check_config(cfg) -> None:
   """Raise UserError if the task settings are invalid or leave too few node names for a graph."""
   if cfg.get('order', 'path') not in ('path', 'oracle'):
-    raise UserError(f'task.order={cfg.order!r}: expected path, or oracle (the path backwards)')
+    raise UserError(f'task.order={cfg.order!r}: expected path, or oracle (the path from goal to source)')
   needed = cfg.degree * (cfg.max_length - 1) + 1
   if cfg.num_nodes < needed:
-    raise UserError(f'task.num_nodes={cfg.num_nodes}: {cfg.degree} arms of {cfg.max_length} nodes need {needed} names')
+    raise UserError(
+      f'task.num_nodes={cfg.num_nodes}: {cfg.degree} arms of {cfg.max_length} nodes need {needed} node names'
+    )
   if not 2 <= cfg.min_length <= cfg.max_length or cfg.degree < 1 or not 0 <= cfg.min_plan < cfg.min_length:
     raise UserError(
       f'task: expected degree >= 1, 2 <= min_length <= max_length and 0 <= min_plan < min_length, got degree='
@@ -136,7 +138,7 @@ def _prompt_ids(edges, start: int, goal: int) -> list[int]:
 
 
 def tokenizer(cfg) -> WordTokenizer:
-  """Return the tokenizer, whose words are the node numbers."""
+  """Return the star graph tokenizer, whose words are the node numbers."""
   return WordTokenizer(str(node) for node in range(cfg.num_nodes))
 
 

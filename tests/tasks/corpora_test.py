@@ -59,7 +59,7 @@ def test_unless_names_mark_training_and_held_out_files_all_splits_share_all_file
   assert files == dict.fromkeys(corpora.SPLITS, names)
   assert shared == dict.fromkeys(corpora.SPLITS, corpora.SPLITS)
   warned = '(later.txt, train.txt) do not mark both' in caplog.text
-  assert warned == ('train.txt' in names), 'a warning is expected if only training files are named'
+  assert warned == ('train.txt' in names), 'a warning is expected if names mark only training files'
 
 
 def test_a_cache_folder_inside_the_corpus_folder_is_ignored(tmp_path):
@@ -74,7 +74,7 @@ def test_a_cache_folder_inside_the_corpus_folder_is_ignored(tmp_path):
 
 
 def test_a_file_whose_owner_has_no_user_name_can_be_read(tmp_path, monkeypatch):
-  monkeypatch.setattr(pwd, 'getpwuid', lambda uid: {}[f'uid not found: {uid}'])  # as in some containers
+  monkeypatch.setattr(pwd, 'getpwuid', lambda uid: {}[f'uid not found: {uid}'])  # simulates an owner id without a name
   path = write(tmp_path / 'a.txt', stories(3))
   (file,) = corpora.find(str(path)).files['train']
   assert (file.size, file.changed) == (path.stat().st_size, int(path.stat().st_mtime))
@@ -110,7 +110,7 @@ def test_the_hash_divides_held_out_documents_into_halves(tmp_path):
 
 
 def read(tmp_path, content, mode='endoftext', name='all.txt') -> list[str]:
-  """Write a file and return its documents."""
+  """Write `content` to a corpus file; return the documents read from it."""
   (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
   return [text for _, text in corpora.read(corpora.find(str(tmp_path / name)).files['train'][0], mode)]
 

@@ -229,7 +229,7 @@ def test_the_smallest_allowed_num_nodes_is_enough_for_every_graph():
 
 def test_a_split_that_no_graph_belongs_to_is_refused(monkeypatch):
   monkeypatch.setattr(star, 'MAX_DRAWS', 100)
-  cfg = changed('tiny', degree=1, min_length=2, max_length=2, num_nodes=2)  # two graphs exist
+  cfg = changed('tiny', degree=1, min_length=2, max_length=2, num_nodes=2)  # only two different graphs exist
   with pytest.raises(UserError, match=r'none of 100 random graphs belongs to the (validation|test|train) split'):
     for split in star.SPLITS:
       star.Source(cfg, split).graph(0)
@@ -284,7 +284,7 @@ UNKNOWN = ['1,20/1,2', '1,x/1,2', '1,2/1,-2', '01,2/1,2', '[BOS],2/1,2', '1,/1,2
 @pytest.mark.parametrize(
   'prompts, parts', [(MALFORMED, ['u,v|u,v|.../source,goal']), (UNKNOWN, ['unknown token', '0 ... 19'])]
 )
-def test_a_bad_prompt_is_refused_in_one_line(prompts, parts):
+def test_a_malformed_prompt_is_refused_in_one_line(prompts, parts):
   for prompt in prompts:
     with pytest.raises(UserError) as error:
       star.encode_prompt(prompt + '\n', TASKS['easy'])

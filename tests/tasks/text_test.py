@@ -268,7 +268,7 @@ def test_of_several_processes_that_share_a_cache_only_one_prepares_the_data(corp
   assert calls == ['test'] and len(results) == 3 and results[0] == results[1] == results[2]
 
 
-def test_without_file_locks_the_first_finished_preparation_is_kept(tmp_path, monkeypatch):
+def test_without_file_locks_the_cache_keeps_the_preparation_that_finishes_first(tmp_path, monkeypatch):
   def no_locks(*_):
     raise OSError(errno.ENOLCK, 'No locks available')
 

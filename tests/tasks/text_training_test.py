@@ -112,7 +112,7 @@ def test_a_signal_during_data_preparation_stops_the_run_at_once(corpus, tmp_path
 
 
 @pytest.mark.parametrize('family', ['arm', 'it', 'mdm'])
-def test_every_family_measures_a_loss_and_samples_text(corpus, cache, family):
+def test_every_family_evaluates_the_loss_and_samples_text(corpus, cache, family):
   cfg = run_config(corpus, cache, **{'family': family, 'data.rows': 16, 'eval.samples': 1})
   exp = experiment.build(cfg)
   evaluator = evaluate.Evaluator(cfg, **{k: v for k, v in exp._asdict().items() if k != 'cfg'})

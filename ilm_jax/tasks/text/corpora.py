@@ -43,7 +43,7 @@ CACHE_FILES = ('dataset_info.json', 'ilm_tokenizer.json')  # a folder with one o
 
 
 class File(NamedTuple):
-  """A file of a corpus."""
+  """A file of a text corpus."""
 
   path: Any
   name: str  # path relative to the corpus folder
@@ -117,7 +117,7 @@ def _warn_once(line: str) -> None:
 
 
 def split_named(name: str) -> str | None:
-  """Return the split that a file name indicates, or else the innermost folder name that indicates one, or None."""
+  """Return the split indicated by a file's name, or else by the innermost folder whose name indicates one, or None."""
   for part in reversed(pathlib.PurePosixPath(name.lower()).parts):
     for split, pattern in NAMES.items():
       if pattern.search(part):
@@ -279,7 +279,7 @@ def _json_lines(path, stream):
         raise TypeError
       found.encode()
     except UnicodeEncodeError:
-      raise UserError(f'{path}, line {number}: "text" holds half of a surrogate pair: remove it') from None
+      raise UserError(f'{path}, line {number}: "text" contains an unpaired surrogate: remove it') from None
     except (KeyError, TypeError, ValueError, RecursionError):
       raise UserError(f'{path}, line {number}: expected JSON with "text", a string, got {text.strip()[:80]}') from None
     yield start + len(line), found.strip()

@@ -140,7 +140,7 @@ def prepare(cfg, split: str, tokenizer, counts: dict):
   Args:
     cfg: the task section of a config.
     split: one of corpora.SPLITS.
-    tokenizer: the tokenizer.
+    tokenizer: encodes the documents.
     counts: dict that receives the numbers of `documents`, of `tokens`, of documents that were `cut`, and of documents
       that were skipped because they have no tokens (`without_tokens`).
 
@@ -171,8 +171,8 @@ def prepare(cfg, split: str, tokenizer, counts: dict):
                     counts['without_tokens'], number, file)  # fmt: skip
   if not counts['tokens']:
     raise UserError(
-      f'data.path={cfg.corpus}: the {split} split is empty, it has no document with a token: add text, or name the '
-      'files so that they contain train or valid'
+      f'data.path={cfg.corpus}: the {split} split is empty, it has no document with a token: add text, or use file '
+      'names that contain train or valid'
     )
 
 
@@ -275,7 +275,7 @@ def trained(cfg) -> tokenizer_lib.Tokenizer:
     logging.info('training SentencePiece on %s documents', f'{len(sample):,}')
     lines = (line for text in sample for line in text.split('\n') if line)
     words = tokenizer_lib.train_sentencepiece(lines, size=settings.size, normalization=settings.normalization)
-    logging.info('SentencePiece: %s pieces', f'{words.vocab_size:,}')
+    logging.info('trained a SentencePiece tokenizer with %s tokens', f'{words.vocab_size:,}')
     words.save(folder)
 
   return tokenizer_lib.load(storage.once(_cache(cfg), f'sentencepiece-{_hash(cfg, *what)}', make))

@@ -26,7 +26,7 @@ from ilm_jax.types import UserError
 # Number of references (to houses) in each kind of clue.
 NUM_REFERENCES = {'=': 2, '!=': 2, 'nbr': 2, 'ends': 1, 'immediate-left': 2, 'left-of': 2, 'inbetween': 3}
 SYMMETRIC = ('=', '!=', 'nbr')  # kinds whose two references can be swapped
-MAX_SIZE = 6  # largest number of houses, and of attributes: the vocabulary has the digits 0 to 5
+MAX_SIZE = 6  # maximum number of houses and of attributes, because the vocabulary has only the digits 0 to 5
 
 
 class Clue(NamedTuple):

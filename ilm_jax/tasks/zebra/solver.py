@@ -40,7 +40,7 @@ class Solver:
     # `_known` and `_house` are indexed by reference; the references of row 0, the house numbers, are always known.
     self._known = [True] * houses + [False] * (houses * attributes)
     self._house = list(range(houses)) + [-1] * (houses * attributes)  # house of each reference, -1 if unknown
-    self._all_houses = (1 << houses) - 1  # bit mask of houses
+    self._all_houses = (1 << houses) - 1  # bit mask of all houses
     self._open_houses = [0] + [self._all_houses] * attributes  # bit mask of the empty cells of each row
     self._clues = []  # (rule, references, rows) of every clue
     self._open_clues = 0  # bit mask of the clues that have a reference whose house is unknown
@@ -59,7 +59,7 @@ class Solver:
 
   @property
   def solved(self) -> bool:
-    """Whether all cells are filled."""
+    """Whether all cells of the table are filled."""
     return len(self.filled_cells) == self.houses * self.attributes
 
   def is_known(self, ref: tuple[int, int]) -> bool:
@@ -90,7 +90,7 @@ class Solver:
     self._clues.append((self._rules[clue.kind], refs, tuple(sorted({row for row, _ in clue.refs}))))
 
   def solve(self) -> set[int]:
-    """Fill cells until the rules determine no more; return the indices of the clues that were used.
+    """Fill cells until the rules determine no further cell; return the indices of the clues that were used.
 
     Raises:
       Contradiction: no table satisfies the clues.

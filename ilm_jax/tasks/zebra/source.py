@@ -24,7 +24,7 @@ from ilm_jax.types import UserError
 
 SPLITS = ('train', 'validation', 'test')
 ORDERS = ('solver', 'sorted')  # possible orders of the cells in an answer
-MIN_SIZE = 3  # smallest number of houses, and of attributes
+MIN_SIZE = 3  # minimum number of houses and minimum number of attributes of a puzzle
 SECONDS_BETWEEN_LOGS = 10  # seconds between progress log lines
 
 
@@ -193,7 +193,7 @@ def released_puzzles(cfg, split: str):
     UserError: the files cannot be read, or no puzzle of the split has an allowed size.
   """
   files = released.find_files(cfg.path)
-  limit = cfg[f'num_{split}']  # 0: no limit
+  limit = cfg[f'num_{split}']  # maximum number of puzzles; 0: no limit
   max_length = max_tokens(cfg.max_houses, cfg.max_attributes)
   test_set = set()
   if 'all' not in files and split != 'test':

@@ -13,7 +13,7 @@ from ilm_jax.tasks.zebra.solver import Contradiction, Solver, find_table, solve
 
 def slow_solve(clues, houses, attributes):
   """Reimplement `Solver` with sets, without caching failed attempts; return (cells in filling order, used clues)."""
-  where = {(0, house): house for house in range(houses)}  # known references -> house
+  where = {(0, house): house for house in range(houses)}  # reference -> house, if known
   filled, used, open_clues = [], set(), list(range(len(clues)))
   rows = range(1, attributes + 1)
 

@@ -85,7 +85,7 @@ def test_a_released_puzzle_has_the_expected_token_ids_and_text():
   (CLUE_TEXT.replace('c 2', 'c 5'), ['6 attributes', '3 to 4']),
   (CLUE_TEXT.replace('c 2', 'c 0'), ['2 attributes', '3 to 4']),
 ])  # fmt: skip
-def test_a_bad_prompt_is_refused_in_one_line(prompt, parts):
+def test_a_malformed_or_unsolvable_prompt_is_refused_in_one_line(prompt, parts):
   with pytest.raises(UserError) as error:
     zebra.encode_prompt(prompt, task())
   assert_one_line(error, *parts)
@@ -113,10 +113,10 @@ def test_the_score_compares_sets_of_cells():
     return tuple(pairs[name][0] for name in ('exact_match', 'iou', 'token_accuracy'))
 
   assert score(*reference) == (1, 1, 9)
-  assert score(8, 7, 7, 7, 7, 8, 7, 8, 9) == (1, 1, 2), 'the order of the cells does not matter'
+  assert score(8, 7, 7, 7, 7, 8, 7, 8, 9) == (1, 1, 2), 'the order of cells must not affect exact_match and iou'
   assert score(7, 7, 8, 7, 8, 9) == (0, 2 / 3, 6)
   assert score(7, 7, 8, 7, 8, 9, 8, 7, 8) == (0, 2 / 4, 8)
   assert score(*reference, 9, 9, 9) == (0, 3 / 4, 9)
   assert score(*reference, 9) == (0, 3 / 4, 9), 'an incomplete cell counts as a wrong cell'
-  assert score(7, *reference[:-1])[:2] == (0, 0), 'cells begin at every third token'
+  assert score(7, *reference[:-1])[:2] == (0, 0), 'an answer shifted by one token should have no correct cell'
   assert score() == (0, 0, 0)
