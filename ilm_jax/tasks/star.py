@@ -78,9 +78,7 @@ def check_config(cfg) -> None:
     raise UserError(f'task.order={cfg.order!r}: expected path, or oracle (the path from goal to source)')
   needed = cfg.degree * (cfg.max_length - 1) + 1
   if cfg.num_nodes < needed:
-    raise UserError(
-      f'task.num_nodes={cfg.num_nodes}: {cfg.degree} arms of {cfg.max_length} nodes need {needed} node names'
-    )
+    raise UserError(f'task.num_nodes={cfg.num_nodes}: {cfg.degree} arms of {cfg.max_length} nodes need {needed} nodes')
   if not 2 <= cfg.min_length <= cfg.max_length or cfg.degree < 1 or not 0 <= cfg.min_plan < cfg.min_length:
     raise UserError(
       f'task: expected degree >= 1, 2 <= min_length <= max_length and 0 <= min_plan < min_length, got degree='
