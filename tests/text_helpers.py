@@ -42,7 +42,7 @@ def write_corpus(folder: pathlib.Path) -> pathlib.Path:
 
 
 def task_config(path, cache='', **changes):
-  """Return the task section of a small text config with a trained vocabulary of 330 tokens."""
+  """Return the task section of a small text config that trains a tokenizer of 330 tokens."""
   cfg = text_config.get_config('small').task
   cfg.update({'corpus': str(path), 'cache': str(cache), 'length': 160, 'split_long_documents': False, **changes})
   cfg.tokenizer.size = 330
@@ -56,7 +56,7 @@ def all_texts(source) -> list[str]:
 
 @contextlib.contextmanager
 def refused(*parts):
-  """Assert that the block raises a UserError whose message is a single line that contains all parts."""
+  """Assert that the `with` block raises a UserError with a one-line message that contains all `parts`."""
   with pytest.raises(UserError) as error:
     yield
   assert '\n' not in str(error.value)

@@ -1,4 +1,5 @@
 """From text to batches: tokenizers, prepared data on disk, and the grain pipeline that packs examples into rows.
 
-Imports `types` and `special_tokens`; no module here starts a JAX backend. Start with `packing.py` and `pipeline.py`.
+Of ilm_jax, this package imports only `types` and `special_tokens`, and it never starts a JAX backend. Read `packing.py`
+and `pipeline.py` first.
 """

@@ -1,7 +1,7 @@
 """Prepared data on disk: TFDS builders that write token sequences and documents as ArrayRecord, without TensorFlow.
 
-A data set is built under a temporary name and renamed when it is complete, so it is never seen half-finished. Only one
-process at a time builds it, and the next one removes whatever a killed one left behind.
+A data set is built under a temporary name and renamed when it is complete, so no reader sees a partial data set. A lock
+allows one builder process at a time, and a new builder first deletes the unfinished files of killed processes.
 """
 
 import contextlib
@@ -18,16 +18,16 @@ import numpy as np
 from ilm_jax.data import storage
 from ilm_jax.types import UserError
 
-VERSION = '1.0.0'  # version of the TFDS data sets, part of their path
+VERSION = '1.0.0'  # version number of our TFDS data sets; it is part of their path
 NAME = 'token_sequences'  # folder name that TFDS derives from the class name TokenSequences
-COUNTS = 'counts.json'  # file with the statistics that were collected while documents were prepared
+COUNTS = 'counts.json'  # file with the statistics (numbers of documents, tokens, ...) of a prepared corpus
 
 
 # --- TFDS builders ----------------------------------------------------------------------------------------------------
 
 
 class _Builders(NamedTuple):
-  """The two TFDS builder classes."""
+  """The TFDS builder classes, for token sequences and for documents."""
 
   token_sequences: type
   documents: type
@@ -35,22 +35,22 @@ class _Builders(NamedTuple):
 
 @functools.cache
 def _builders() -> _Builders:
-  """Define the TFDS builder classes. They live in a function because importing TFDS takes a second."""
+  """Define the TFDS builder classes; inside a function, because importing TFDS takes a second."""
   import tensorflow_datasets as tfds
 
   tfds.disable_progress_bar()
 
   class LocalInfo(tfds.core.DatasetInfo):
-    """A DatasetInfo that does not ask TFDS's public bucket about a data set which has not been prepared yet."""
+    """A DatasetInfo that does not look for metadata of an unprepared data set in TFDS's public bucket."""
 
     def initialize_from_bucket(self):
-      """Do nothing: TFDS would look for our data set online, and leave an empty folder in the temporary directory."""
+      """Do nothing; the TFDS method would search for the data set online and leave an empty temporary folder."""
 
   class LocalBuilder:
-    """The parts that both builders share. `make` returns a generator of the examples."""
+    """Base class of both TFDS builders; `make()` returns a generator of the examples to write."""
 
     VERSION = tfds.core.Version(VERSION)
-    code_path = None  # TFDS would search for metadata files next to the code, with a package that it does not install
+    code_path = None  # with a path, TFDS searches for metadata files there, using a package that it does not install
 
     def __init__(self, *, make=None, **settings):
       self.make = make
@@ -76,7 +76,7 @@ def _builders() -> _Builders:
       return {'tokens': np.asarray(tokens, np.uint8)}
 
   class Documents(LocalBuilder, tfds.core.GeneratorBasedBuilder):
-    """Texts with their token ids, shuffled by TFDS into an order that is the same on every machine."""
+    """Texts with their token ids, shuffled by TFDS into the same order on every machine."""
 
     def _info(self):
       features = tfds.features.FeaturesDict({'text': tfds.features.Text(), 'tokens': tfds.features.Text()})
@@ -90,10 +90,10 @@ def _builders() -> _Builders:
 
 
 def _write(builder) -> None:
-  """Run a TFDS builder.
+  """Run a TFDS builder, which writes the data set.
 
   Raises:
-    OSError: the files cannot be written (array_record raises RuntimeError). Errors of `builder.make` pass unchanged.
+    OSError: the files cannot be written; replaces array_record's RuntimeError. Errors from `builder.make` pass through.
   """
   source_errors, make = [], builder.make
 
@@ -106,7 +106,7 @@ def _write(builder) -> None:
 
   builder.make = watched
   try:
-    # TFDS prints to standard output, and insists on a download folder even if nothing is downloaded.
+    # TFDS prints to standard output, and requires a download folder even if nothing is downloaded.
     with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
       builder.download_and_prepare(download_dir=downloads)
   except RuntimeError as error:
@@ -119,7 +119,7 @@ def _write(builder) -> None:
 
 
 class Prepared:
-  """Random access to prepared token sequences. A pickled copy opens the files again."""
+  """Random access to token sequences that were prepared on disk. Unpickling opens the files again."""
 
   def __init__(self, folder: str, name: str):
     self.folder, self.name = folder, name
@@ -140,19 +140,19 @@ def _open(folder: str, name: str, make=None):
 
 
 def open_or_prepare_sequences(folder: str, name: str, make) -> Prepared:
-  """Open prepared token sequences, writing them first if they are missing.
+  """Open token sequences in a cache folder, writing them first if they are missing.
 
   Args:
     folder: the cache folder; created if missing.
-    name: name of the data set; must identify its content completely and be a valid file name.
-    make: function without arguments that returns a generator of the sequences (arrays of ids below 256).
+    name: name of the data set; must be unique to its content, and a valid file name.
+    make: function without arguments that returns a generator of the sequences (arrays of token ids below 256).
 
   Raises:
     UserError: the folder cannot be written.
   """
   folder = str(pathlib.Path(folder).expanduser())
   place = pathlib.Path(folder, name, NAME)
-  info_file = place / VERSION / 'dataset_info.json'  # exists once the data set is complete
+  info_file = place / VERSION / 'dataset_info.json'  # exists only if the data set is complete
   if not info_file.exists():
     try:
       place.mkdir(parents=True, exist_ok=True)
@@ -174,10 +174,10 @@ def open_or_prepare_sequences(folder: str, name: str, make) -> Prepared:
 
 
 class Documents:
-  """Random access to prepared documents. A pickled copy opens the files again.
+  """Random access to documents that were prepared on disk. Unpickling opens the files again.
 
   Attributes:
-    counts: statistics that were collected while the documents were prepared.
+    counts: statistics (numbers of documents, tokens, ...) collected when the documents were prepared.
   """
 
   def __init__(self, place: pathlib.Path):
@@ -222,12 +222,12 @@ class Documents:
 
 
 def open_or_prepare_documents(folder, name: str, make) -> Documents:
-  """Open prepared documents, writing them first if they are missing.
+  """Open documents in a cache folder, writing them first if they are missing.
 
   Args:
     folder: the cache folder, local or in a bucket (see `storage`); created if missing.
-    name: name of the data set; must identify its content completely and be a valid file name.
-    make: function of a dict that returns a generator of (text, token ids); it may store statistics in the dict.
+    name: name of the data set; must be unique to its content, and a valid file name.
+    make: function that takes a dict and returns a generator of (text, token ids); it may write statistics to the dict.
 
   Raises:
     UserError: the cache cannot be written, or the prepared documents cannot be read.

@@ -1,4 +1,4 @@
-"""Packing: lay corrupted examples of different lengths out in the fixed-size rows of a batch. Pure numpy."""
+"""Packing: place corrupted examples of different lengths into the fixed-size rows of a batch. Pure NumPy."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from ilm_jax.types import Batch, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """The fixed size of one block of packed rows: how many rows there are, and what one row can hold."""
+  """Packing capacities: the number of rows, and how many tokens, targets and examples one row can hold."""
 
   rows: int
   length: int  # token positions per row
@@ -45,14 +45,14 @@ def assign_rows(sizes: list[tuple[int, int]], shape: Shape) -> list[int]:
 
   Args:
     sizes: (number of tokens, number of targets) of each example.
-    shape: the capacities.
+    shape: the number of rows and their capacities.
 
   Returns:
     The row of each example, in the order of `sizes`; -1 if no row has room.
   """
   room = [(shape.length, shape.targets, shape.segments)] * shape.rows
   rows = [-1] * len(sizes)
-  # tokens / length + targets / targets_per_row, multiplied by both capacities to stay in exact integers.
+  # Size of each example: tokens / shape.length + targets / shape.targets, scaled by both capacities to an integer.
   share = [tokens * shape.targets + targets * shape.length for tokens, targets in sizes]
   for i in sorted(range(len(sizes)), key=lambda i: -share[i]):
     tokens, targets = sizes[i]
@@ -65,15 +65,15 @@ def assign_rows(sizes: list[tuple[int, int]], shape: Shape) -> list[int]:
 
 
 def pack(examples: list[dict], ids: list[int], shape: Shape) -> Batch:
-  """Pack corrupted examples into rows.
+  """Pack corrupted examples into the rows of a batch.
 
   Args:
     examples: corrupted examples, as `families.corruption` makes them.
-    ids: an integer for each example, written to `example_id_BxS`.
-    shape: the capacities.
+    ids: one integer id per example, stored in `example_id_BxS`.
+    shape: the number of rows and their capacities.
 
   Returns:
-    A batch. An example for which no row has room is left out, so its id does not appear in `example_id_BxS`.
+    A batch. An example that fits into no row is left out, so its id does not appear in `example_id_BxS`.
   """
   batch = shape.empty()
   filled = [(0, 0, 0)] * shape.rows  # (positions, targets, segments) already used in each row
@@ -102,7 +102,7 @@ def pack(examples: list[dict], ids: list[int], shape: Shape) -> Batch:
 
 
 def concatenate(batches: list[Batch]) -> Batch:
-  """Concatenate batches along their rows."""
+  """Concatenate batches along the row axis."""
   return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
@@ -111,10 +111,10 @@ def shape_of(data, groups: int | None = None) -> Shape:
 
   Args:
     data: the `data` section of a config.
-    groups: number of groups per batch, if not the config's; 1 gives the shape of a whole batch.
+    groups: number of groups per batch; defaults to `data.groups`. 1 gives the shape of a whole batch.
 
   Raises:
-    UserError: `batch_size` or `rows` is not a multiple of the number of groups.
+    UserError: `data.batch_size` or `data.rows` is not a multiple of the number of groups.
   """
   groups = data.groups if groups is None else groups
   for name, total in (('batch_size', data.batch_size), ('rows', data.rows)):

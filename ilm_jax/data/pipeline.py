@@ -1,10 +1,12 @@
 """The input pipeline (grain): batches as a pure function of (seed, step).
 
-A step draws `batch_size` examples, corrupts each, and splits them into `groups`. Each group is packed on its own into
-`rows / groups` rows. A process reads whole groups, so the rows of a step are the same for any number of processes.
+Each training step draws `batch_size` examples, corrupts them and splits them into `groups` groups. Each group is packed
+separately into `rows / groups` rows. A process reads whole groups, so a step has the same rows for any number of
+processes.
 
-An example is corrupted with its own generator, `np.random.default_rng((seed, stream, index of the example))`. Each
-epoch visits the source in a keyed pseudo-random permutation. The step number is therefore the only state to save.
+Each example is corrupted with its own generator, `np.random.default_rng((seed, stream, example index))`. Each epoch
+visits the examples in a different pseudo-random order, derived from the seed and the epoch. To resume a run, the
+pipeline therefore needs only the step number.
 """
 
 import dataclasses
@@ -19,10 +21,10 @@ import grain
 import numpy as np
 from absl import flags
 
-from ilm_jax.data.packing import Shape, assign_rows, concatenate, nearest_multiples, pack, shape_of  # noqa: F401 (also used from here)
+from ilm_jax.data.packing import Shape, assign_rows, concatenate, nearest_multiples, pack, shape_of  # noqa: F401 (re-exported)
 from ilm_jax.types import Batch, UserError
 
-STREAMS = {'train': 0, 'validation': 1}  # keeps the random numbers of training and validation apart
+STREAMS = {'train': 0, 'validation': 1}  # part of the seed, so that training and validation use different randomness
 
 
 # --- order and randomness of examples ---------------------------------------------------------------------------------
@@ -31,13 +33,13 @@ STREAMS = {'train': 0, 'validation': 1}  # keeps the random numbers of training 
 def permute(index: np.ndarray, size: int, seed: tuple[int, ...]) -> np.ndarray:
   """Apply a pseudo-random permutation of range(size) to an array of indices, in O(1) memory.
 
-  The permutation is a Feistel network over the next even number of bits. Results outside of range(size) are fed back
-  into the network until they fall inside (cycle walking).
+  The permutation is a Feistel network on enough bits for `size`, rounded up to an even number. Outputs that are not
+  below `size` are fed through the network again until they are (cycle walking).
 
   Args:
     index: integers in [0, size).
     size: number of elements to permute.
-    seed: selects the permutation.
+    seed: integers that select the permutation.
   """
   half = max(1, math.ceil(math.log2(max(size, 2)) / 2))  # bits in each half of the Feistel network
   keys = np.random.default_rng(seed).integers(0, 2**63, size=6, dtype=np.uint64)
@@ -79,22 +81,22 @@ def example_rng(seed: int, stream: str, index: int) -> np.random.Generator:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-  """A picklable function from a step number to this process's packed rows; grain maps it over the steps."""
+  """A picklable function from a step number to this process's packed rows of that step; grain maps it over steps."""
 
-  source: Any  # random access to examples
-  corrupt: Any  # (rng, example, cfg) -> corrupted example
+  source: Any  # random access to the training examples, a `tasks.contract.Source`
+  corrupt: Any  # function (rng, example, cfg) -> corrupted example
   corrupt_cfg: Any
   seed: int
   batch_size: int  # examples per step, over all processes
   groups: int  # groups per step, over all processes
   shape: Shape  # packing shape of one group
-  groups_of_process: tuple[int, int]  # half-open range of the groups that this process reads
+  groups_of_process: tuple[int, int]  # half-open range of the groups of each step that this process reads
 
   def __reduce__(self):
     return _unpickle, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
   def __call__(self, step: int) -> Batch:
-    """Return this process's rows of a step (0, 1, ...)."""
+    """Return this process's packed rows of one training step (0, 1, ...)."""
     return concatenate([self.group(int(step), g) for g in range(*self.groups_of_process)])
 
   def group(self, step: int, group: int) -> Batch:
@@ -110,7 +112,7 @@ class Packed:
 
 
 def _unpickle(*fields) -> Packed:
-  """Rebuild a `Packed`; in a worker process, also ignore Ctrl-C, which the parent process handles for all."""
+  """Rebuild a `Packed`; in a worker process, also ignore Ctrl-C, which only the parent process should handle."""
   if multiprocessing.parent_process() is not None and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
   return Packed(*fields)
@@ -125,12 +127,12 @@ def groups_of_process(groups: int, host: int, hosts: int) -> tuple[int, int]:
     hosts: number of processes.
 
   Raises:
-    UserError: the groups cannot be divided evenly over the processes.
+    UserError: the number of groups is not a multiple of the number of processes.
   """
   if groups % hosts:
     multiples = [g for g in range(1, 4 * hosts * groups) if g % hosts == 0]
     best = sorted(multiples, key=lambda g: abs(g - groups))[0]
-    raise UserError(f'data.groups={groups} does not divide over {hosts} hosts: use data.groups={best}')
+    raise UserError(f'data.groups={groups} cannot be divided evenly over {hosts} hosts: use data.groups={best}')
   share = groups // hosts
   return host * share, (host + 1) * share
 
@@ -149,7 +151,7 @@ def train_batches(source, corrupt, cfg, *, start: int, stop: int, part: tuple[in
     part: (index, count): read the index-th of `count` equal parts of each batch; a part consists of whole groups.
 
   Raises:
-    UserError: `batch_size`, `rows`, `groups` and the number of parts do not divide.
+    UserError: `batch_size` or `rows` is not a multiple of `groups`, or `groups` not of the number of parts.
   """
   data = cfg.data
   make = Packed(
@@ -166,7 +168,7 @@ def train_batches(source, corrupt, cfg, *, start: int, stop: int, part: tuple[in
   dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch))
   if data.num_workers:
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags and fail if those are unparsed
-    # When a run is interrupted, Python frees grain's shared memory and warns about it; the warning is noise.
+    # When a run is interrupted, Python frees grain's shared memory and prints a warning that users can ignore.
     sys.warnoptions.append('ignore:resource_tracker:UserWarning')
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.num_workers))
   return iter(dataset)
@@ -178,11 +180,11 @@ def train_batches(source, corrupt, cfg, *, start: int, stop: int, part: tuple[in
 def validation_batches(source, corrupt, cfg):
   """Yield packed batches that hold each validation example once, always with the same corruption.
 
-  The number of dropped tokens is stratified over the examples instead of drawn. The batches do not depend on
-  `cfg.seed`, so the losses of different steps and runs can be compared. Unused segments have weight 0.
+  The numbers of dropped tokens are stratified over the examples, not drawn independently. The batches do not depend on
+  `cfg.seed`, so losses of different steps and runs can be compared. Unused segments of a row have weight 0.
 
   Raises:
-    UserError: an example does not fit into an empty row.
+    UserError: a validation example does not fit into an empty row.
   """
   count = len(source)
   quantile = (permute(np.arange(count), count, (0, 0x53545241)) + 0.5) / count  # the constant spells "STRA"

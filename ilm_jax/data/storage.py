@@ -1,9 +1,9 @@
 """Cache folders that are built once and appear atomically, resumable downloads, and progress logging.
 
-A cache folder is built under a temporary name and renamed when it is complete, so it is never seen half-finished. A
-file lock lets only one of the processes that share the cache build it, and the next builder removes whatever a killed
-one left behind. For a cache in a bucket (gs://...), each machine keeps a local copy: the first machine builds the
-folder and uploads it, the others download it.
+A cache folder is built under a temporary name and renamed when it is complete, so no reader sees a partial folder. A
+file lock allows one builder process at a time, and a new builder first deletes the unfinished folders of killed
+processes. If the cache is in a bucket (gs://...), each machine keeps a local copy: the first machine builds the folder
+and uploads it, the other machines download it.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ from etils import epath
 
 from ilm_jax.types import UserError
 
-REPORT_SECONDS = 10  # interval between two progress log lines
+REPORT_SECONDS = 10  # seconds between progress log lines
 WHOLE = '.whole'  # marker file that is uploaded last: a folder in a bucket is complete only if it holds this file
-CHUNK = 2**20  # bytes to copy or download at a time
-TIMEOUT = 60  # seconds to wait for a server before giving up
+CHUNK = 2**20  # number of bytes to copy or download at a time
+TIMEOUT = 60  # seconds to wait for a download server's response before giving up
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------
@@ -37,21 +37,21 @@ class Progress:
 
   Args:
     what: name of the operation, for the log line.
-    total: amount of work in any unit (bytes, say); None if unknown.
-    unit: name of the items that are counted for the rate.
+    total: total amount of work in any unit, such as bytes; None if unknown.
+    unit: name of the items whose number and rate are logged, such as 'documents'.
   """
 
   def __init__(self, what: str, total: int | None, unit: str):
     self.what, self.total, self.unit = what, total, unit
     self.start = self.reported = time.monotonic()
-    self.initial = None  # amount already done at the first call: it does not count for the rate
+    self.initial = None  # work already done at the first call, excluded from the estimate of the remaining time
 
   def __call__(self, done: int, count: int) -> None:
-    """Log the progress if the last report is long enough ago.
+    """Log the progress, unless it was logged less than REPORT_SECONDS ago.
 
     Args:
-      done: amount of work done, in the unit of `total`.
-      count: number of items done.
+      done: amount of work done so far, in the unit of `total`.
+      count: number of items processed so far, in `unit`.
     """
     now = time.monotonic()
     self.initial = done if self.initial is None else self.initial
@@ -66,7 +66,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-  """Format seconds as `M:SS min`, or `H h MM min` from one hour on."""
+  """Format seconds as `M:SS min`, or as `H h MM min` if they are at least an hour."""
   minutes, seconds = divmod(round(seconds), 60)
   return f'{minutes // 60} h {minutes % 60:02d} min' if minutes >= 60 else f'{minutes}:{seconds:02d} min'
 
@@ -84,12 +84,12 @@ def size_and_time(path) -> tuple[int, int]:
   if is_remote(path):
     stat = path.stat()
     return stat.length, int(stat.mtime or 0)
-  stat = os.stat(path)  # not epath's stat(), which fails if the owner's user id has no name (in some containers)
+  stat = os.stat(path)  # epath's stat() fails if the owner's user id has no user name, as in some containers
   return stat.st_size, int(stat.st_mtime)
 
 
 def local(folder) -> pathlib.Path:
-  """Return the local path of a cache folder; for a bucket, this machine's own copy under XDG_CACHE_HOME."""
+  """Return the local path of a cache folder; for a bucket, the path of its local copy under XDG_CACHE_HOME."""
   if not is_remote(folder):
     return pathlib.Path(folder).expanduser()
   home = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
@@ -101,8 +101,8 @@ def once(folder, name: str, make) -> pathlib.Path:
 
   Args:
     folder: the cache folder: a local path (shared between machines or not) or a bucket.
-    name: name of the entry; must identify its content completely and be a valid file name.
-    make: function that fills the empty folder it is called with.
+    name: name of the entry; must be unique to its content, and a valid file name.
+    make: function that takes the path of an empty folder and writes the entry's files into it.
 
   Raises:
     UserError: the cache cannot be written.
@@ -131,7 +131,7 @@ def once(folder, name: str, make) -> pathlib.Path:
             raise
       finally:
         shutil.rmtree(part, ignore_errors=True)
-  except (OSError, ImportError) as error:  # ImportError: epath lacks the package for this kind of bucket
+  except (OSError, ImportError) as error:  # ImportError: the package that epath needs for this bucket is missing
     reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
     raise UserError(
       f'task.cache={folder} could not be written ({reason}): free some disk space or choose another folder'
@@ -141,7 +141,7 @@ def once(folder, name: str, make) -> pathlib.Path:
 
 @contextlib.contextmanager
 def locked(place: pathlib.Path):
-  """Hold an exclusive lock file next to `place`; yields False if the file system does not support locks."""
+  """Hold an exclusive lock on a file next to `place`; yields False if the file system does not support locks."""
   place.parent.mkdir(parents=True, exist_ok=True)
   with (place.parent / f'.{place.name}.lock').open('w') as lock:
     try:
@@ -153,20 +153,20 @@ def locked(place: pathlib.Path):
 
 
 def _download_or_make(remote, part: pathlib.Path, make) -> None:
-  """Fill `part` from a complete folder in a bucket; if there is none, call `make` and upload the result."""
+  """Download a complete folder from a bucket into `part`; if there is none, fill `part` with `make` and upload it."""
   if (remote / WHOLE).exists():
-    logging.info('copying %s', remote)
+    logging.info('downloading the cache folder %s', remote)
     _copy(remote, part)
     (part / WHOLE).unlink(missing_ok=True)
     return
   make(part)
-  logging.info('copying to %s', remote)
+  logging.info('uploading the cache folder %s', remote)
   _copy(epath.Path(part), remote)
   (remote / WHOLE).write_text('')
 
 
 def _copy(source, target) -> None:
-  """Copy a folder recursively, between local disk and bucket in either direction."""
+  """Copy a folder recursively; either path may be local or in a bucket."""
   target.mkdir(parents=True, exist_ok=True)
   for path in sorted(source.iterdir()):
     if path.is_dir():
@@ -186,7 +186,7 @@ def download(url: str, file: pathlib.Path) -> None:
   time that the server reports.
 
   Raises:
-    OSError: the download failed; the message says why.
+    OSError: the download failed; the message gives the reason.
   """
   file.parent.mkdir(parents=True, exist_ok=True)
   with locked(file) as alone:
@@ -202,7 +202,7 @@ def download(url: str, file: pathlib.Path) -> None:
     except urllib.error.HTTPError as error:
       if error.code != 416:  # 416: the requested range starts at or beyond the end of the file
         raise
-      if error.headers.get('Content-Range', '').endswith(f'/{have}'):  # the partial file was already complete
+      if error.headers.get('Content-Range', '').endswith(f'/{have}'):  # the .part file is already complete
         _set_time(part, error.headers.get('Last-Modified'))
         part.rename(file)
         return
@@ -223,7 +223,7 @@ def download(url: str, file: pathlib.Path) -> None:
             done += len(block)
             progress(done, (done - have) >> 20)
         except http.client.HTTPException:
-          pass  # the connection broke: the size check below reports it
+          pass  # the connection broke; the comparison of sizes below raises the error
     if total is not None and done < total:
       raise OSError(f'the connection ended after {done:,} of {total:,} bytes')
     _set_time(part, answer.headers.get('Last-Modified'))
@@ -231,10 +231,10 @@ def download(url: str, file: pathlib.Path) -> None:
 
 
 def _set_time(file: pathlib.Path, last_modified: str | None) -> None:
-  """Set a file's modification time to a Last-Modified header, so that it is the same on every machine."""
+  """Set a file's modification time from the Last-Modified header, so that it is the same on every machine."""
   try:
     seconds = email.utils.parsedate_to_datetime(last_modified or '').timestamp()
   except (TypeError, ValueError):
-    seconds = 0  # without a valid header, any constant gives every machine the same time
+    seconds = 0  # the header is invalid; any constant is the same on every machine
   with contextlib.suppress(OSError):  # some file systems do not allow setting the time
     os.utime(file, (seconds, seconds))

@@ -1,27 +1,29 @@
 """Tokenizers: text to token ids and back.
 
-In every tokenizer the ids 0 to 6 are the special tokens of `special_tokens.SPECIAL`; encoding a text never yields them.
+In every tokenizer the ids 0 to 6 are the special tokens of `special_tokens.SPECIAL`. Encoding a text yields none of
+them except [UNK] (6).
 
 Every tokenizer has
 
-    vocab_size, special_ids     all ids are below vocab_size; samplers never insert the special ones
+    vocab_size, special_ids     all ids are below vocab_size; samplers never insert tokens whose id is in special_ids
     encode(text)                token ids; names of special tokens in the text are treated as ordinary characters
     encode_with_offsets(text)   (ids, spans): spans[i] = (start, end) are the character offsets of token i; spans are in
-                                order and do not overlap. If a character is spelled in several byte tokens, the span
-                                of the last one covers it and the other spans are empty
+                                order and do not overlap. If one character is encoded as several byte tokens, the span
+                                of the last byte token covers it and the other spans are empty
     decode(ids)                 text; special ids are skipped
-    pieces(ids)                 one readable string per token, for displays
+    pieces(ids)                 one readable string per token, for display
     spell(pieces)               for each piece, the characters of the text that it stands for
-    fingerprint                 hash of everything that determines the ids
+    fingerprint                 hash of the vocabulary and of every setting that affects the ids
     save(folder)                writes files from which `load(folder)` restores the same tokenizer
 
 decode(encode(text)) == text, with these exceptions:
 
-- SentencePiece trained here: U+2581, SentencePiece's own sign for a space, is decoded as a space, and a normalization
-  other than `identity` changes the text. A model from elsewhere may also lack characters or drop spaces.
+- SentencePiece trained by this package: U+2581, which SentencePiece uses for a space, is decoded as a space, and a
+  normalization other than `identity` changes the text. Other SentencePiece models may also lack characters or drop
+  spaces.
 - WordPiece: words are separated by single spaces, punctuation is spaced as in English, unknown words become [UNK].
   Uncased vocabularies give lower-case text without accents.
-- Words of the planning tasks: words are separated by single spaces.
+- WordTokenizer (the star and zebra tasks): words are separated by single spaces.
 """
 
 import functools
@@ -35,15 +37,15 @@ from ilm_jax.special_tokens import BOS, CLS, SPECIAL, UNK
 from ilm_jax.types import UserError
 
 BYTE_PIECE = re.compile(r'<0x[0-9A-F]{2}>')  # a SentencePiece piece that stands for one byte
-START = (SPECIAL[CLS], SPECIAL[BOS])  # special tokens that precede a text and stand for no characters
+START = (SPECIAL[CLS], SPECIAL[BOS])  # special tokens at the start of a text, for which `spell` returns ''
 INFO_FILE = 'ilm_tokenizer.json'  # file with the kind and fingerprint of a saved tokenizer; it is written last
-NORMALIZATIONS = ('identity', 'nfkc', 'nmt_nfkc', 'nfkc_cf', 'nmt_nfkc_cf')  # normalization rules of SentencePiece
-THREADS = 8  # SentencePiece training threads; fixed, because the trained model depends on their number
-MODEL_FILES = ('spiece.model', 'tokenizer.model', 'vocab.txt')  # file names to look for in a folder of a released model
+NORMALIZATIONS = ('identity', 'nfkc', 'nmt_nfkc', 'nfkc_cf', 'nmt_nfkc_cf')  # SentencePiece's normalization rules
+THREADS = 8  # number of SentencePiece training threads; constant, because the trained model depends on it
+MODEL_FILES = ('spiece.model', 'tokenizer.model', 'vocab.txt')  # tokenizer files that pretrained models come with
 
 
 class Tokenizer:
-  """The base class. Two tokenizers are the same if they have the same kind and would be saved as the same files."""
+  """Base class of tokenizers. Two tokenizers of the same kind that save identical files have the same fingerprint."""
 
   kind: str
   vocab_size: int
@@ -55,7 +57,7 @@ class Tokenizer:
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """A hash of everything that determines the ids, as 16 hexadecimal digits."""
+    """Hash of the tokenizer's kind and files, as 16 hexadecimal digits."""
     return fingerprint_of(self.kind, self.files())
 
   def save(self, folder) -> None:
@@ -76,7 +78,7 @@ class Tokenizer:
 
 
 class WordTokenizer(Tokenizer):
-  """A closed list of words; their ids follow those of the special tokens."""
+  """A tokenizer with a fixed list of words, whose ids come after those of the special tokens."""
 
   kind = 'words'
 
@@ -110,7 +112,7 @@ class WordTokenizer(Tokenizer):
     return self.ids([match[0] for match in found]), [match.span() for match in found]
 
   def decode(self, ids) -> str:
-    """Join the words of some ids with spaces; special tokens are skipped."""
+    """Return the words of the ids, joined by spaces; special tokens are skipped."""
     return ' '.join(self.words[int(i)] for i in ids if int(i) >= len(SPECIAL))
 
   def pieces(self, ids) -> list[str]:
@@ -123,13 +125,13 @@ class WordTokenizer(Tokenizer):
 
 
 class SentencePiece(Tokenizer):
-  """A SentencePiece model.
+  """A SentencePiece model as a tokenizer.
 
-  Its pieces, without control symbols and <unk>, get the ids from 7 on in the model's order.
+  The model's pieces, except control symbols, unused pieces and <unk>, get the ids 7, 8, ... in the model's order.
 
   Args:
     model: content of the model file.
-    name: what to call the model in error messages.
+    name: the model's name in error messages.
 
   Raises:
     UserError: the content is not a SentencePiece model.
@@ -174,7 +176,7 @@ class SentencePiece(Tokenizer):
     return [self._from_model[p.id] for p in pieces], [(character[p.begin], character[p.end]) for p in pieces]
 
   def decode(self, ids) -> str:
-    """Return the text of some ids; byte tokens that are not valid UTF-8 become U+FFFD."""
+    """Return the text of token ids; byte tokens that do not form valid UTF-8 become U+FFFD."""
     return self._processor.decode([self._to_model[int(i)] for i in ids if int(i) >= UNK])
 
   def pieces(self, ids) -> list[str]:
@@ -183,7 +185,7 @@ class SentencePiece(Tokenizer):
     return [SPECIAL[int(i)] if int(i) < len(SPECIAL) else name(self._to_model[int(i)]) for i in ids]
 
   def spell(self, pieces: list[str]) -> list[str]:
-    """Return the text of each piece; the characters spelled by a run of byte tokens belong to the run's first token."""
+    """Return the text of each piece; a run of byte tokens is decoded together, into the text of its first token."""
     out = []
     for is_byte, run in itertools.groupby(pieces, lambda piece: bool(BYTE_PIECE.fullmatch(piece))):
       run = list(run)
@@ -196,15 +198,15 @@ class SentencePiece(Tokenizer):
 
 
 class WordPiece(Tokenizer):
-  """A WordPiece vocabulary, as BERT has. Its entries, without special tokens, get the ids from 7 on in file order.
+  """WordPiece, as in BERT. The vocabulary's entries, except special tokens, get the ids 7, 8, ... in file order.
 
   Args:
     vocab: content of the vocabulary file, one entry per line.
     lowercase: whether the vocabulary is uncased: texts are then lower-cased and stripped of accents.
-    name: what to call the vocabulary in error messages.
+    name: the vocabulary's name in error messages.
 
   Raises:
-    UserError: the content is not a vocabulary, or the package `tokenizers` is missing.
+    UserError: the content is not a vocabulary, or the package `tokenizers` is not installed.
   """
 
   kind = 'wordpiece'
@@ -224,7 +226,7 @@ class WordPiece(Tokenizer):
       raise UserError(f'{name} is not UTF-8: byte {error.start} is {vocab[error.start]:#04x}') from None
     words = [word for word in lines if word not in SPECIAL]
     if not words or not all(words) or len(set(words)) < len(words) or any(' ' in word for word in words):
-      raise UserError(f'{name} is not a WordPiece vocabulary: expected one word per line, each only once')
+      raise UserError(f'{name} is not a WordPiece vocabulary: expected one word per line, without duplicates')
     self._words = SPECIAL + tuple(words)
     self.vocab_size = len(self._words)
     ids = {word: i for i, word in enumerate(self._words) if i >= UNK}
@@ -248,7 +250,7 @@ class WordPiece(Tokenizer):
     return encoded.ids, encoded.offsets
 
   def decode(self, ids) -> str:
-    """Return the text of some ids, spaced by the rules of BERT's own decoder."""
+    """Return the text of token ids, with spaces placed as by BERT's WordPiece decoder."""
     return self._tokenizer.decode([int(i) for i in ids if int(i) >= UNK])
 
   def pieces(self, ids) -> list[str]:
@@ -256,7 +258,7 @@ class WordPiece(Tokenizer):
     return [self._words[int(i)] for i in ids]
 
   def spell(self, pieces: list[str]) -> list[str]:
-    """Return the text of each piece: continuations (##...) as they are, other pieces with a space before them."""
+    """Return the text of each piece: continuation pieces without their ##, other pieces with a leading space."""
     return ['' if p in START else p[2:] if p.startswith('##') else ' ' + p for p in pieces]
 
 
@@ -264,17 +266,17 @@ class WordPiece(Tokenizer):
 
 
 def check_text(text: str) -> None:
-  """Raise UserError if a text holds an unpaired surrogate, as JSON escapes can; it has no UTF-8 encoding."""
+  """Raise UserError if a text contains an unpaired surrogate (possible in JSON escapes), which UTF-8 cannot encode."""
   try:
     text.encode()
   except UnicodeEncodeError as error:
     raise UserError(
-      f'a text holds {text[error.start]!r} at character {error.start}, half of a surrogate pair: remove it'
+      f'a text contains the unpaired surrogate {text[error.start]!r} at character {error.start}: remove it'
     ) from None
 
 
 def _character_at_byte(text: str):
-  """Return a table from byte offsets in the UTF-8 encoding of a text (its end included) to character offsets."""
+  """Return a list that maps each byte offset of a text's UTF-8 encoding, including its end, to a character offset."""
   if text.isascii():
     return range(len(text) + 1)
   table = []
@@ -296,11 +298,11 @@ def train_sentencepiece(lines, *, size: int, normalization: str = 'identity') ->
 
   Args:
     lines: iterator over lines of text, without their line breaks (a line break is always encoded as a byte token).
-    size: vocabulary size, special tokens included; the vocabulary becomes smaller if the lines hold too little text.
+    size: maximum vocabulary size, including special tokens; the vocabulary is smaller if there is too little text.
     normalization: one of NORMALIZATIONS.
 
   Raises:
-    UserError: an unknown normalization, or a size that is too small for the lines.
+    UserError: the normalization is unknown, or the size is too small for the characters of the lines.
   """
   import sentencepiece
 
@@ -311,7 +313,7 @@ def train_sentencepiece(lines, *, size: int, normalization: str = 'identity') ->
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(lines),
       model_writer=model,
-      vocab_size=size - len(SPECIAL) + 1,  # SentencePiece counts its <unk>, which is one of SPECIAL
+      vocab_size=size - len(SPECIAL) + 1,  # + 1: SentencePiece's count includes <unk>, which is also in SPECIAL
       hard_vocab_limit=False,
       byte_fallback=True,
       normalization_rule_name=normalization,
@@ -328,7 +330,7 @@ def train_sentencepiece(lines, *, size: int, normalization: str = 'identity') ->
   except (RuntimeError, OSError, ValueError) as error:
     raise UserError(
       f'task.tokenizer.size={size}: no SentencePiece model of this size could be trained on the corpus '
-      f'({_one_line(error)}): raise it; the vocabulary must hold 256 bytes, the special tokens and frequent characters'
+      f'({_one_line(error)}): raise the size; it must cover 256 bytes, the special tokens and the frequent characters'
     ) from None
   return SentencePiece(model.getvalue())
 
@@ -337,7 +339,7 @@ def train_sentencepiece(lines, *, size: int, normalization: str = 'identity') ->
 
 
 def fingerprint_of(kind: str, files: dict[str, bytes]) -> str:
-  """Return the fingerprint of a tokenizer of some kind that is saved as these files."""
+  """Return the fingerprint of a tokenizer: a hash of its kind and of the files that it is saved as."""
   digest = hashlib.blake2b(kind.encode(), digest_size=8)
   for name, content in sorted(files.items()):
     digest.update(f'{name} {len(content)} '.encode() + content)
@@ -345,7 +347,7 @@ def fingerprint_of(kind: str, files: dict[str, bytes]) -> str:
 
 
 def _make(kind: str, files: dict[str, bytes]) -> Tokenizer:
-  """Rebuild a tokenizer from its files."""
+  """Create a tokenizer from its kind and the files (name -> content) that it was saved as."""
   if kind == WordTokenizer.kind:
     return WordTokenizer(json.loads(files['words.json']))
   if kind == SentencePiece.kind:
@@ -361,10 +363,10 @@ KINDS = {  # kind of tokenizer -> names of the files that it is saved as
 
 
 def load(folder) -> Tokenizer:
-  """Load a saved tokenizer.
+  """Load a tokenizer that `Tokenizer.save` wrote.
 
   Raises:
-    UserError: there is none in the folder, or its files have changed since it was saved.
+    UserError: the folder holds no saved tokenizer, or its files have changed since they were saved.
   """
   from etils import epath
 
@@ -387,7 +389,7 @@ def load(folder) -> Tokenizer:
 
 
 def read(path, *, lowercase: bool = True) -> Tokenizer:
-  """Read a tokenizer from a path that the user gave.
+  """Read a tokenizer from a path in the config: a model file, a vocabulary file or a folder.
 
   Args:
     path: a SentencePiece model (*.model), a WordPiece vocabulary (*.txt), a folder with one of MODEL_FILES, or a folder
@@ -402,7 +404,7 @@ def read(path, *, lowercase: bool = True) -> Tokenizer:
   given = file = epath.Path(path).expanduser()
   try:
     saved = (given / INFO_FILE).exists()
-  except (OSError, ImportError) as error:  # ImportError: epath lacks the package for this kind of bucket
+  except (OSError, ImportError) as error:  # ImportError: the package that epath needs for this bucket is missing
     raise UserError(f'the tokenizer {path} could not be read: {_one_line(error)}') from None
   if saved:
     return load(given)

@@ -1,10 +1,10 @@
-"""The tasks: star graphs, zebra puzzles and text, under the contract of `contract.Task`.
+"""The tasks: star graphs, zebra puzzles and text, each defined by a `contract.Task`.
 
-A task imports `types`, `special_tokens`, `metrics` and `data`; it knows nothing of models and families, and meets them
-only as arrays. Start with `contract.py`, then `star.py`.
+Of ilm_jax, a task imports only `types`, `special_tokens`, `metrics` and `data`; it exchanges only arrays with models
+and families. Read `contract.py` first, then `star.py`.
 
-A new task is a module that ends in `TASK = Task(...)`. It needs an entry in TASKS to be found by a short name; without
-one, `config.task.name` takes the import path of the module (docs/extending.md).
+A new task is a module that ends in `TASK = Task(...)`. Give it a short name by adding it to TASKS, or set
+`config.task.name` to the import path of the module (docs/extending.md).
 """
 
 from ilm_jax.plugins import find

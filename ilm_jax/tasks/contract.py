@@ -1,8 +1,7 @@
-"""The contract of a task: where its examples come from, and how answers are scored.
+"""The interface of a task: where its examples come from, and how answers are scored.
 
-`Task` lists everything the rest of the package calls. A field without a default is required; the defaults are here and
-nowhere else. Every function takes `cfg`, the `task` section of the config. docs/extending.md builds a task step by
-step.
+`Task` lists every task function that the rest of the package calls; fields without a default are required. Every
+function takes `cfg`, the `task` section of the config. docs/extending.md builds a task step by step.
 """
 
 import dataclasses
@@ -17,17 +16,17 @@ class Source(Protocol):
   """Random access to the examples of one split.
 
   An example is {'tokens': int32[n], 'fixed': bool[n]}; fixed tokens are given (a prompt, or the text around a gap) and
-  never dropped. Example i must depend on the config, the split and i only.
+  never dropped. Example i must depend only on the config, the split and i.
   """
 
-  endless: bool  # every index is a new example: the training loop then draws no epochs
+  endless: bool  # whether every index is a new example, so that training has no epochs
 
   def __len__(self) -> int:
-    """Return the number of examples of an epoch."""
+    """Return the number of examples in an epoch."""
     ...
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    """Return an example."""
+    """Return the example with this index."""
     ...
 
 
@@ -42,24 +41,24 @@ def nothing_to_keep(cfg: ConfigDict, folder: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-  """A task, as functions.
+  """A task, defined by its functions.
 
   Attributes:
-    name: the value of `config.task.name`, and the name in error messages.
+    name: the value of `config.task.name`, and the task's name in error messages.
     tokenizer: cfg -> the tokenizer, see `data.tokenizers`.
     source: (cfg, split) -> the examples of 'train', 'validation' or 'test'.
-    longest: cfg -> number of tokens of the longest example.
-    longest_answer: cfg -> number of free (not fixed) tokens of the longest answer.
+    longest: cfg -> maximum number of tokens of an example.
+    longest_answer: cfg -> maximum number of tokens of an answer (the tokens that are not fixed).
     encode_prompt: (text, cfg) -> the token ids of a prompt, [CLS] first; raises UserError for a malformed prompt.
-    decode: (tokens, cfg) -> the text of a whole row.
-    score: (predicted, reference, cfg) -> (total, weight) pairs by name, from the free tokens of an answer and those of
-      the example; must contain 'exact_match'. None if answers are not right or wrong, as for text: such runs are
-      judged by their validation loss.
-    chance: cfg -> exact match of a well-formed answer with random choices; None if unknown.
-    landmark: (tokens, cfg) -> index in the answer of a token whose place in the decoding order is reported, or None.
-    resolve_assets: (cfg, workdir or None) -> None; finds what a run must carry with it (a tokenizer), in the workdir or
-      by the config, and records in the config which one it is.
-    save_assets: (cfg, workdir) -> None; writes that into the workdir.
+    decode: (token ids of prompt and answer, cfg) -> their text.
+    score: (predicted, reference, cfg) -> {metric name: (total, weight)}, from the answer tokens of the model and those
+      of the example; must contain 'exact_match'. None if there are no correct answers, as for text: such runs are
+      evaluated by their validation loss.
+    chance: cfg -> expected exact match accuracy of random well-formed answers; None if unknown.
+    landmark: (tokens, cfg) -> answer index of a token whose position in the decoding order is reported, or None.
+    resolve_assets: (cfg, workdir or None) -> None; finds the files that a run needs (its tokenizer) in the workdir or
+      through the config, and writes their fingerprint into the config.
+    save_assets: (cfg, workdir) -> None; saves these files in the workdir.
   """
 
   name: str

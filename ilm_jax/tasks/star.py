@@ -1,9 +1,9 @@
 """Star graphs: given the shuffled edges of a graph, a source and a goal, write the path between them.
 
 From Bachmann & Nagarajan 2024; the variant with arms of different lengths is from arXiv 2505.05755. A graph consists
-of several directed paths (arms) that meet in one node. The prompt lists all edges in random order, then the source and
-the goal; the answer lists the edges of the path: `[CLS] u v u v ... source goal [BOS] p1 p2 p2 p3 ...`. The token id of
-node k is 7 + k.
+of several directed paths (arms) that meet in one node (the junction). The prompt lists all edges in random order, then
+the source and the goal; the answer lists the edges of the path: `[CLS] u v u v ... source goal [BOS] p1 p2 p2 p3 ...`.
+The token id of node k is 7 + k.
 
 Text form of prompts and answers: `u,v|u,v|...|u,v/source,goal=p1,p2,...,pL`.
 """
@@ -21,24 +21,24 @@ from ilm_jax.types import UserError
 
 SPLITS = ('train', 'validation', 'test')
 FIRST_NODE_ID = len(SPECIAL)  # token id of node 0
-MAX_DRAWS = 10_000  # graphs drawn per example before giving up on finding one of the requested split
+MAX_DRAWS = 10_000  # maximum number of random graphs drawn to find one that belongs to the requested split
 
 
 class Graph(NamedTuple):
-  """The edges, in the order of the prompt, and the nodes of the path from source to goal."""
+  """A graph: its edges, in the order of the prompt, and the nodes of the path from source to goal."""
 
   edges: list[tuple[int, int]]
   path: list[int]
 
 
 def make_graph(rng: np.random.Generator, cfg) -> Graph:
-  """Draw a random graph.
+  """Draw a random star graph.
 
   Args:
     rng: NumPy random generator.
     cfg: task config. The graph has `degree` arms of `min_length` to `max_length` nodes; node names are distinct numbers
-      below `num_nodes`. All arms contain the junction node. With `min_plan=0` it is the first node of every arm (a
-      symmetric graph); otherwise its index in each arm is uniform, with at least `min_plan` nodes of the arm after it.
+      below `num_nodes`. All arms contain the junction. With `min_plan=0`, it is the first node of every arm (a
+      symmetric graph). Otherwise, its index in each arm is uniform, but at least `min_plan` nodes of the arm follow it.
 
   Returns:
     The graph. Its path is the first arm drawn.
@@ -56,29 +56,29 @@ def make_graph(rng: np.random.Generator, cfg) -> Graph:
 
 
 def split_of(graph: Graph) -> str:
-  """Return the split of a graph: a hash of edge set, source and goal puts 5 % in validation and 5 % in test."""
+  """Return the split of a graph, by a hash of edge set, source and goal: 5 % validation, 5 % test, 90 % training."""
   identity = repr((sorted(graph.edges), graph.path[0], graph.path[-1])).encode()
   bucket = int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), 'big') % 20
   return {0: 'validation', 1: 'test'}.get(bucket, 'train')
 
 
 def longest_answer(cfg) -> int:
-  """Return the number of tokens of the longest answer: two per edge of the path."""
+  """Return the maximum number of tokens of an answer: two per edge of the path."""
   return 2 * (cfg.max_length - 1)
 
 
 def longest(cfg) -> int:
-  """Return the number of tokens of the longest example: [CLS], edges, source, goal, [BOS] and answer."""
+  """Return the maximum number of tokens of an example: [CLS], edges, source, goal, [BOS] and answer."""
   return 2 * cfg.degree * (cfg.max_length - 1) + 4 + longest_answer(cfg)
 
 
 def check_config(cfg) -> None:
-  """Raise UserError if no graph can be drawn from the settings."""
+  """Raise UserError if the task settings are invalid or leave too few node names for a graph."""
   if cfg.get('order', 'path') not in ('path', 'oracle'):
-    raise UserError(f'task.order={cfg.order!r}: expected path, or oracle (the path backwards)')
+    raise UserError(f'task.order={cfg.order!r}: expected path, or oracle (the path from goal to source)')
   needed = cfg.degree * (cfg.max_length - 1) + 1
   if cfg.num_nodes < needed:
-    raise UserError(f'task.num_nodes={cfg.num_nodes}: {cfg.degree} arms of {cfg.max_length} nodes need {needed} names')
+    raise UserError(f'task.num_nodes={cfg.num_nodes}: {cfg.degree} arms of {cfg.max_length} nodes need {needed} nodes')
   if not 2 <= cfg.min_length <= cfg.max_length or cfg.degree < 1 or not 0 <= cfg.min_plan < cfg.min_length:
     raise UserError(
       f'task: expected degree >= 1, 2 <= min_length <= max_length and 0 <= min_plan < min_length, got degree='
@@ -87,9 +87,9 @@ def check_config(cfg) -> None:
 
 
 class Source:
-  """Random access to the examples of one split.
+  """Random access to the star graph examples of one split.
 
-  Example i depends only on the config, the split and i. Examples of a finite split are kept in memory once drawn.
+  Example i depends only on the config, the split and i. Examples of a finite split are cached in memory.
   """
 
   def __init__(self, cfg, split: str):
@@ -103,7 +103,7 @@ class Source:
     return 2**62 if self.endless else self.size
 
   def graph(self, index: int) -> Graph:
-    """Return the graph of example `index`, the first one drawn that belongs to the split."""
+    """Return the graph of example `index`: the first random graph that belongs to the split."""
     rng = np.random.default_rng((self.cfg.seed, SPLITS.index(self.split), index))
     for _ in range(MAX_DRAWS):
       graph = make_graph(rng, self.cfg)
@@ -122,7 +122,7 @@ class Source:
 
 
 def encode(graph: Graph, backwards: bool = False) -> dict[str, np.ndarray]:
-  """Return the example of a graph: tokens up to and including [BOS] are fixed; `backwards` reverses the answer."""
+  """Encode a graph as an example; tokens up to and including [BOS] are fixed. `backwards` reverses the answer."""
   prompt = _prompt_ids(graph.edges, graph.path[0], graph.path[-1])
   answer = [FIRST_NODE_ID + node for edge in itertools.pairwise(graph.path) for node in edge]
   if backwards:
@@ -136,15 +136,15 @@ def _prompt_ids(edges, start: int, goal: int) -> list[int]:
 
 
 def tokenizer(cfg) -> WordTokenizer:
-  """Return the tokenizer, whose words are the node numbers."""
+  """Return the star graph tokenizer, whose words are the node numbers."""
   return WordTokenizer(str(node) for node in range(cfg.num_nodes))
 
 
 def score(predicted: np.ndarray, reference: np.ndarray, cfg) -> dict[str, tuple[float, float]]:
-  """Compare the tokens of an answer with the reference answer.
+  """Compare the tokens of a predicted answer with the reference answer.
 
   Returns:
-    (total, weight) pairs: `exact_match` of the sequences, and `token_accuracy` over the positions of the reference.
+    {metric: (total, weight)}: `exact_match` of the sequences, and `token_accuracy` over the reference's positions.
   """
   del cfg
   common = min(len(predicted), len(reference))
@@ -156,15 +156,15 @@ def score(predicted: np.ndarray, reference: np.ndarray, cfg) -> dict[str, tuple[
 
 
 def chance(cfg) -> float:
-  """Return the exact match of an answer that follows a random arm after the junction."""
+  """Return the expected exact match accuracy of answers that choose a random arm at the junction."""
   return 1 / cfg.degree
 
 
 def landmark(tokens, cfg) -> int | None:
-  """Return the index in the answer of the node after the junction (the choice of an arm).
+  """Return the index in the answer of the node after the junction, the token that chooses an arm.
 
   Args:
-    tokens: token ids of a whole row, prompt and answer.
+    tokens: token ids of prompt and answer.
     cfg: task config.
 
   Returns:
@@ -189,7 +189,7 @@ def is_reversed(cfg) -> bool:
 
 
 def encode_prompt(text: str, cfg) -> list[int]:
-  """Return the prompt tokens of `u,v|u,v|.../source,goal`; an answer after `=` is ignored."""
+  """Return the token ids of a prompt `u,v|u,v|.../source,goal`; an answer after `=` is ignored."""
   words = tokenizer(cfg)
   try:
     edges, ends = text.split('=')[0].strip().split('/')
@@ -203,7 +203,7 @@ def encode_prompt(text: str, cfg) -> list[int]:
 
 
 def decode(tokens, cfg) -> str:
-  """Return the text of a row; an answer whose edges do not form a path is written as `p1,p2|p3,p4`."""
+  """Return the text of a prompt and its answer; if the answer is not a path, its edges are written `p1,p2|p3,p4`."""
   words = tokenizer(cfg).pieces(tokens)
   bos = words.index('[BOS]')
   prompt, answer = words[1:bos], words[bos + 1 :]

@@ -1,4 +1,4 @@
-"""Packing against a simulation with lists, on random examples and on the sizes of the shipped configs."""
+"""Tests of packing: against a simple implementation with lists, and with the row sizes of the star configs."""
 
 import collections
 import fractions
@@ -13,7 +13,7 @@ from ilm_jax.tasks import star
 
 
 def first_fit(sizes, shape):
-  """Pack with lists: by decreasing share of a row, each example into the first row with room; -1 if there is none."""
+  """First-fit decreasing with lists: return the row of each example, or -1 if no row has room for it."""
   rows = [[] for _ in range(shape.rows)]
   shares = [fractions.Fraction(a, shape.length) + fractions.Fraction(b, shape.targets) for a, b in sizes]
   for i in sorted(range(len(sizes)), key=lambda i: (-shares[i], i)):
@@ -29,7 +29,7 @@ def random_shape(rng):
   return packing.Shape(*(int(rng.integers(1, high)) for high in (6, 30, 40, 5)))
 
 
-def test_placement_is_first_fit_decreasing_within_all_capacities():
+def test_examples_are_assigned_to_rows_first_fit_decreasing_within_all_capacities():
   rng, left_out = np.random.default_rng(0), 0
   for _ in range(300):
     shape = random_shape(rng)
@@ -60,7 +60,7 @@ def test_packed_examples_can_be_read_back_unchanged():
   assert missing > 50
 
 
-def test_arrays_of_a_batch_have_the_shapes_of_their_suffixes_and_fixed_types():
+def test_batch_arrays_have_the_shapes_of_their_name_suffixes_and_the_documented_dtypes():
   batch = packing.pack(random_examples(np.random.default_rng(0), 5), list(range(5)), packing.Shape(3, 20, 30, 4))
   sizes = {'B': 3, 'L': 20, 'T': 30, 'S': 4}
   for name, value in batch.items():
@@ -73,7 +73,7 @@ def test_arrays_of_a_batch_have_the_shapes_of_their_suffixes_and_fixed_types():
 
 
 def count_left_out(cfg, steps, pool):
-  """Count the examples without room in some steps, with numbers of dropped tokens drawn as the corruption does."""
+  """Simulate `steps` training steps with random numbers of dropped tokens; count the examples that fit into no row."""
   source = star.Source(cfg.task, 'train')
   fixed = np.array([source[i]['fixed'].sum() for i in range(pool)])
   free = np.array([(~source[i]['fixed']).sum() for i in range(pool)])
@@ -88,7 +88,7 @@ def count_left_out(cfg, steps, pool):
 
 @pytest.mark.parametrize('size', ['tiny', 'mini', 'easy', 'medium', 'hard'])
 @pytest.mark.parametrize('steps', [200, pytest.param(10_000, marks=pytest.mark.long)])
-def test_the_rows_of_the_star_configs_hold_every_example_with_little_to_spare(size, steps):
+def test_star_configs_have_just_enough_rows_for_every_example(size, steps):
   cfg = star_config.get_config(size)
   shape = packing.shape_of(cfg.data)
   assert star.longest(cfg.task) <= shape.length and 2 * (cfg.task.max_length - 1) <= shape.targets

@@ -1,4 +1,4 @@
-"""The input pipeline: permutations, batches as a function of (seed, step), worker processes, and a golden batch."""
+"""Tests of the input pipeline: permutations, batches as a function of (seed, step), worker processes, golden batch."""
 
 import collections
 import hashlib
@@ -28,7 +28,7 @@ def test_permute_is_a_bijection(size):
   assert out.dtype == np.int64 and sorted(out.tolist()) == list(range(size))
 
 
-def test_permute_maps_each_index_independently_and_leaves_its_input():
+def test_permute_maps_each_index_independently_and_does_not_modify_its_input():
   whole = pipeline.permute(np.arange(1000), 1000, (3,))
   part = np.random.default_rng(0).permutation(1000)[:100]
   before = part.copy()
@@ -36,14 +36,14 @@ def test_permute_maps_each_index_independently_and_leaves_its_input():
   np.testing.assert_array_equal(part, before)
 
 
-def test_permute_covers_ranges_too_large_for_an_array():
+def test_permute_works_for_ranges_too_large_for_an_array():
   size = 2**40 + 12_345
   out = pipeline.permute(np.arange(size - 2_000, size), size, (0,))
   assert len(set(out.tolist())) == 2_000 and out.min() >= 0 and out.max() < size
   assert np.abs(np.histogram(out, 10, (0, size))[0] - 200).max() < 80
 
 
-def test_permutations_of_different_seeds_are_uniform_and_uncorrelated():
+def test_permutations_are_uniform_over_seeds_and_uncorrelated_between_seeds():
   number, size = 2_000, 7
   counts = np.zeros((size, size))
   for seed in range(number):
@@ -75,7 +75,7 @@ def config(**data):
   return ConfigDict({'seed': 3, 'data': data, 'corrupt': CORRUPT.to_dict()})
 
 
-SOURCE = star.Source(star_task(num_train=50), 'train')  # with 16 examples per step, epochs end inside a step
+SOURCE = star.Source(star_task(num_train=50), 'train')  # epochs end within a step: 50 is no multiple of 16
 
 
 def make_batches(start, stop, *, cfg=None, source=SOURCE, corrupt=corruption.ilm, **part):
@@ -101,7 +101,7 @@ def first_eight():
   return make_batches(0, 8)
 
 
-def test_batches_do_not_depend_on_the_first_or_last_step(first_eight):
+def test_the_batch_of_a_step_does_not_depend_on_where_the_iterator_starts_or_stops(first_eight):
   for start, stop in ((5, 8), (0, 3)):
     assert_equal_batches(make_batches(start, stop), first_eight[start:stop])
   assert_equal_batches(make_batches(7, 8, source=star.Source(star_task(num_train=50), 'train')), first_eight[7:])
@@ -109,7 +109,7 @@ def test_batches_do_not_depend_on_the_first_or_last_step(first_eight):
 
 
 @pytest.mark.parametrize('hosts', [2, 4])
-def test_the_rows_of_all_processes_are_the_rows_of_one(hosts, first_eight):
+def test_several_processes_together_read_the_same_rows_as_a_single_process(hosts, first_eight):
   parts = [make_batches(2, 5, part=(host, hosts)) for host in range(hosts)]
   assert all(len(part[0]['tokens_BxL']) == 8 // hosts for part in parts)
   assert_equal_batches([packing.concatenate(list(step)) for step in zip(*parts, strict=True)], first_eight[2:5])
@@ -122,21 +122,21 @@ def test_the_seed_changes_the_order_and_the_corruption_of_examples(first_eight):
   assert (other['tokens_BxL'] != first_eight[0]['tokens_BxL']).any()
   (one,) = make_batches(0, 1, cfg=cfg, source=star.Source(star_task(num_train=1), 'train'))
   (two,) = make_batches(0, 1, source=star.Source(star_task(num_train=1), 'train'))
-  assert (one['target_token_BxT'] != two['target_token_BxT']).any()  # copies of one graph, corrupted differently
+  assert (one['target_token_BxT'] != two['target_token_BxT']).any()  # the same graph, with a different corruption
 
 
-def test_each_epoch_is_a_different_permutation_and_each_example_has_its_own_generator(first_eight):
+def test_each_epoch_has_a_new_permutation_and_each_example_its_own_random_generator(first_eight):
   back = {}
   for batch in first_eight:
     back |= unpack(batch)
-  assert sorted(back) == list(range(128))  # 50 examples are an epoch
+  assert sorted(back) == list(range(128))  # 8 steps of 16 examples; an epoch has 50 examples
 
   def graph_of(i):
     for graph in range(50):
       example = corruption.ilm(np.random.default_rng((3, 0, i)), SOURCE[graph], CORRUPT)
       if all(np.array_equal(back[i][name], example[name]) for name in back[i]):
         return graph
-    raise AssertionError(f'example {i} is no graph of the source, corrupted with generator {i}')
+    raise AssertionError(f'corrupting any graph of the source with random generator {i} does not give example {i}')
 
   graphs = [graph_of(i) for i in range(128)]
   epochs = graphs[:50], graphs[50:100]
@@ -144,7 +144,7 @@ def test_each_epoch_is_a_different_permutation_and_each_example_has_its_own_gene
   assert epochs[0] != epochs[1] and list(range(50)) not in epochs
 
 
-def test_an_endless_source_is_read_in_order():
+def test_examples_of_an_endless_source_are_read_in_order():
   source = star.Source(star_task(num_train=0), 'train')
   back = unpack(make_batches(1_000_000, 1_000_001, source=source)[0])
   assert sorted(back) == list(range(16_000_000, 16_000_016))
@@ -152,12 +152,12 @@ def test_an_endless_source_is_read_in_order():
     assert_same_example(got, corruption.ilm(np.random.default_rng((3, 0, i)), source[i], CORRUPT))
 
 
-def test_ids_of_examples_without_room_are_missing_from_the_batch():
+def test_examples_that_fit_into_no_row_are_missing_from_the_batch():
   cfg = config(rows=4, segments=1)
   (batch,) = make_batches(0, 1, cfg=cfg)
   ids = batch['example_id_BxS']
   assert (ids >= 0).sum() == 4 == batch['segment_weight_BxS'].sum()
-  for group in range(4):  # each group has one row, for one of its four examples
+  for group in range(4):  # each group has four examples, but one row with room for one of them
     assert 4 * group <= ids[group, 0] < 4 * (group + 1)
 
 
@@ -171,7 +171,7 @@ def count_jax_backends():
 
 
 def spying_corrupt(rng, example, cfg, u=None):
-  """Corrupt as ILM does; note this process and the number of jax backends that it has started in a file."""
+  """Apply the ILM corruption; write the number of JAX backends of this process to a file named after its id."""
   pathlib.Path(cfg.folder, str(os.getpid())).write_text(str(count_jax_backends()))
   return corruption.ilm(rng, example, cfg, u)
 
@@ -181,12 +181,12 @@ def test_worker_processes_make_the_same_batches_without_a_jax_backend(first_eigh
   cfg.corrupt.folder = str(tmp_path)
   assert_equal_batches(make_batches(3, 8, cfg=cfg, corrupt=spying_corrupt), first_eight[3:])
   notes = {path.name: path.read_text() for path in tmp_path.iterdir()}
-  assert len(notes) == 2 and str(os.getpid()) not in notes, 'two other processes must have done the work'
+  assert len(notes) == 2 and str(os.getpid()) not in notes, 'two worker processes should have made the batches'
   assert set(notes.values()) == {'0'}
 
   import jax
 
-  assert jax.devices() and count_jax_backends(), 'jax keeps its backends elsewhere now: adapt count_jax_backends'
+  assert jax.devices() and count_jax_backends(), 'JAX has moved its list of backends: adapt count_jax_backends'
 
 
 # --- invalid settings -------------------------------------------------------------------------------------------------
@@ -211,8 +211,8 @@ def test_errors_for_indivisible_settings_name_the_nearest_valid_value(data, host
 # --- validation batches -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('rows', [4, 8])  # with 4 rows, the examples of a batch do not fit at once
-def test_validation_holds_each_example_once_with_the_same_corruption(rows):
+@pytest.mark.parametrize('rows', [4, 8])  # 4 rows are too few for the 16 examples of a batch
+def test_validation_batches_hold_each_example_once_with_the_same_corruption_for_every_seed(rows):
   source, cfg = star.Source(star_task(num_train=0), 'validation'), config(rows=rows)
   made = list(pipeline.validation_batches(source, corruption.ilm, cfg))
   other = config(rows=rows)
@@ -243,7 +243,7 @@ def test_validation_stratifies_the_number_of_dropped_tokens():
     number_by_index += [(i, len(got['target_token'])) for i, got in back.items()]
   assert seen == dict.fromkeys(range(9), 10)
   correlation = np.corrcoef(np.array(number_by_index).T)[0, 1]
-  assert abs(correlation) < 0.3, 'the number must not depend on the index of the example'
+  assert abs(correlation) < 0.3, 'the number of dropped tokens must not depend on the index of the example'
 
 
 def test_a_validation_example_longer_than_a_row_is_refused():
@@ -272,10 +272,10 @@ GOLDEN = {
 }
 
 CHANGED = """
-The batch of this (seed, step) has changed. Runs that were started before this change will continue with different data,
-and the numbers in docs/measured.md were measured with the old batches. If the change is intended (a different random
-generator, order of draws or packing policy), mention it in CHANGELOG.md and update the values here. If not, find out
-what changed the batch; a new numpy version may have changed its random numbers.
+The batch of this (seed, step) has changed: runs started before the change would resume with different data, and the
+results in docs/measured.md were measured with the old batches. If you changed the random generator, the order of random
+draws or the packing policy on purpose, mention it in CHANGELOG.md and update the golden values in this file. Otherwise,
+find out what changed the batch; a new NumPy version may generate different random numbers.
 """
 
 
@@ -283,7 +283,7 @@ def digest(array):
   return hashlib.sha256(repr((array.dtype.str, array.shape)).encode() + array.tobytes()).hexdigest()[:16]
 
 
-def test_the_batch_of_a_step_is_golden(first_eight):
+def test_a_training_batch_equals_the_golden_batch(first_eight):
   batch = first_eight[3]  # the first epoch ends in this step
   assert batch['tokens_BxL'][0, :8].tolist() == [1, 8, 21, 7, 13, 13, 23, 23], CHANGED
   assert batch['target_gap_BxT'][0, :12].tolist() == [25, 25, 25, 26, 26, 50, 50, 50, 53, 53, 82, 82], CHANGED

@@ -1,4 +1,4 @@
-"""Tokenizers: the common interface, SentencePiece, WordPiece against a simple reimplementation, and damaged files."""
+"""Tests of tokenizers: common interface, SentencePiece, WordPiece against a simple reimplementation, damaged files."""
 
 import io
 import json
@@ -41,7 +41,7 @@ NAMES = [  # texts that look like special tokens
 
 
 def sentencepiece_model(**settings) -> bytes:
-  """Return the content of a model trained with SentencePiece's own defaults, except for `settings`."""
+  """Train a SentencePiece model with SentencePiece's default settings, except `settings`; return its file content."""
   import sentencepiece
 
   model = io.BytesIO()
@@ -99,14 +99,14 @@ def random_texts(count: int):
 # --- common interface -------------------------------------------------------------------------------------------------
 
 
-def test_special_ids_are_0_to_6_and_never_come_from_text(tokenizer):
+def test_special_ids_are_0_to_6_and_text_is_never_encoded_as_them_except_unk(tokenizer):
   assert tokenizer.special_ids == (0, 1, 2, 3, 4, 5, 6)
   for text in [*LINES, *UNUSUAL, *NAMES, ' '.join(NAMES), f'a{"".join(NAMES)}b']:
     ids = tokenizer.encode(text)
     assert all(UNK <= i < tokenizer.vocab_size for i in ids), (text, ids)
 
 
-def test_offsets_are_in_order_and_do_not_overlap(tokenizer):
+def test_token_offsets_are_in_order_and_do_not_overlap(tokenizer):
   for text in [*LINES, *UNUSUAL, *NAMES, *random_texts(200)]:
     ids, spans = tokenizer.encode_with_offsets(text)
     assert ids == tokenizer.encode(text)
@@ -150,7 +150,7 @@ def test_an_unpaired_surrogate_is_refused(tokenizer):
       call('ab\ud83dc')
 
 
-def test_word_tokenizers_have_the_same_interface(tmp_path):
+def test_word_tokenizers_have_the_common_interface(tmp_path):
   words = WordTokenizer(['7', 'left-of', '='])
   assert words.encode(' 7  =\n7 ') == [7, 9, 7]
   assert words.encode_with_offsets(' 7  =\n7 ') == ([7, 9, 7], [(1, 2), (4, 5), (6, 7)])
@@ -168,17 +168,17 @@ def test_word_tokenizers_have_the_same_interface(tmp_path):
 @pytest.mark.parametrize(
   'texts', [LINES, UNUSUAL, NAMES, list(random_texts(300))], ids=['lines', 'unusual', 'names', 'random']
 )
-def test_a_trained_model_preserves_every_character(ours, texts):
+def test_decoding_with_a_trained_sentencepiece_model_restores_every_character(ours, texts):
   for text in texts:
     text = text.replace('\u2581', '')
     ids, spans = ours.encode_with_offsets(text)
     assert ours.decode(ids) == text
     assert ''.join(text[start:end] for start, end in spans) == text
     assert UNK not in ids
-  assert ours.decode(ours.encode('a\u2581b')) == 'a b', 'the sign for a space is the only exception'
+  assert ours.decode(ours.encode('a\u2581b')) == 'a b', 'U+2581 is the only character that decoding does not restore'
 
 
-def test_each_span_covers_the_characters_of_its_piece(ours):
+def test_the_span_of_each_token_covers_the_characters_of_its_piece(ours):
   for text in [*LINES, *random_texts(100)]:
     for i, (start, end) in zip(*ours.encode_with_offsets(text.replace('\u2581', '')), strict=True):
       piece, surface = ours.pieces([i])[0], text.replace('\u2581', '')[start:end]
@@ -188,7 +188,7 @@ def test_each_span_covers_the_characters_of_its_piece(ours):
         assert len(surface) <= 1 and (not surface or surface.encode()[-1] == int(piece[3:5], 16))
 
 
-def test_normalization_folds_case_and_compatibility_characters(tokenizers):
+def test_nfkc_cf_normalization_folds_case_and_compatibility_characters(tokenizers):
   folding = tokenizers['folding']
   assert folding.decode(folding.encode('The ﬁrst ½ of Å')) == 'the first 1⁄2 of å'
 
@@ -200,13 +200,13 @@ def test_a_line_break_is_a_separate_token(ours):
   assert ours.decode([i for i in ids if i != line]) == 'sand.The boat'
 
 
-def test_training_is_deterministic(ours):
+def test_sentencepiece_training_is_deterministic(ours):
   again = lib.train_sentencepiece(iter(LINES * 3), size=380)
   assert again.files() == ours.files() and again.fingerprint == ours.fingerprint
   assert lib.train_sentencepiece(LINES[1:] * 3, size=380).fingerprint != ours.fingerprint
 
 
-def test_the_vocabulary_size_includes_special_tokens_and_is_a_maximum():
+def test_the_size_setting_is_the_maximum_vocabulary_size_including_special_tokens():
   assert lib.train_sentencepiece(LINES * 3, size=340).vocab_size == 340
   assert lib.train_sentencepiece(LINES * 3, size=5_000).vocab_size < 1_000
 
@@ -224,7 +224,7 @@ def test_invalid_training_settings_are_refused(settings, parts):
     lib.train_sentencepiece(LINES, **settings)
 
 
-def test_ids_of_a_given_model_keep_its_order_without_special_pieces():
+def test_a_given_sentencepiece_model_keeps_the_order_of_its_pieces_without_control_symbols():
   import sentencepiece
 
   model = given_model()
@@ -266,7 +266,7 @@ def greedy_wordpiece(text: str, ids: dict[str, int]) -> list[int]:
   return out
 
 
-def test_wordpiece_takes_the_longest_matching_entry(tokenizers):
+def test_wordpiece_matches_the_longest_vocabulary_entry_first(tokenizers):
   wordpiece = tokenizers['wordpiece']
   ids = {word: i for i, word in enumerate(wordpiece.pieces(range(wordpiece.vocab_size))) if i >= 7}
   assert ids['[unused0]'] == 7 and ids['.'] == 8
@@ -283,7 +283,7 @@ def test_wordpiece_folds_case_and_accents_only_if_uncased(tokenizers):
   assert tokenizers['cased'].pieces(tokenizers['cased'].encode('naive Cafe')) == ['naive', '[UNK]']
 
 
-def test_wordpiece_encodes_its_decoded_text_to_the_same_ids(tokenizers):
+def test_encoding_text_decoded_by_wordpiece_gives_the_same_ids(tokenizers):
   wordpiece = tokenizers['wordpiece']
   for text in LINES:
     ids = wordpiece.encode(text)
@@ -293,7 +293,7 @@ def test_wordpiece_encodes_its_decoded_text_to_the_same_ids(tokenizers):
 
 
 @needs_real_text
-def test_the_bert_vocabulary_of_the_paper_has_its_known_size():
+def test_the_bert_base_uncased_vocabulary_has_the_size_used_in_the_paper():
   wordpiece = lib.read(DATA / 'bert-base-uncased' / 'vocab.txt')
   lines = (DATA / 'bert-base-uncased' / 'vocab.txt').read_text('utf-8').split('\n')[:-1]
   assert wordpiece.vocab_size == 30_524 == len(lines) + 2
@@ -331,7 +331,7 @@ def test_errors_for_invalid_models_name_the_file(ours, tmp_path):
       lib.read(tmp_path / 'my.model')
 
 
-def test_errors_for_missing_tokenizers_say_what_is_expected(tmp_path):
+def test_errors_for_missing_tokenizers_name_the_expected_files(tmp_path):
   missing = [(lib.read, tmp_path / name, [name, 'does not exist', '*.model']) for name in ('none.model', 'none')]
   empty = [(lib.read, tmp_path, list(lib.MODEL_FILES)), (lib.load, tmp_path, ['not a saved tokenizer'])]
   for read, path, parts in missing + empty:
@@ -355,7 +355,7 @@ def test_errors_for_damaged_saved_tokenizers_name_the_file(ours, tmp_path):
       lib.load(tmp_path)
 
 
-def test_the_error_without_the_wordpiece_library_says_what_to_install(monkeypatch):
+def test_the_error_for_the_missing_tokenizers_package_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, 'tokenizers', None)
   with refused('vocab.txt', 'ilm_jax[wordpiece]'):
     WordPiece(vocabulary(), name='vocab.txt')

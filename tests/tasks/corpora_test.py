@@ -1,4 +1,4 @@
-"""Corpora: which files and documents belong to which split, what ends a document, and errors for bad files."""
+"""Tests of text corpora: the split of each file and document, where documents end, and errors for invalid files."""
 
 import hashlib
 import itertools
@@ -17,7 +17,7 @@ HELD_OUT = ('validation', 'test')
 
 
 def find(tmp_path, *names):
-  """Create files with these names; return (split -> names of its files, the `shared` table) of the corpus."""
+  """Create a corpus of files with these names; return {split: names of its files} and the corpus's `shared` table."""
   for name in names:
     file = tmp_path / 'folder' / name
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -41,28 +41,28 @@ LM1B_TRAIN, LM1B_HELD_OUT = (
     (['a.TRAIN.tokens', 'b-train.jsonl'], ['VALID.txt']),
   ],
 )
-def test_file_or_folder_names_mark_training_and_held_out_text(tmp_path, train, held_out):
+def test_file_or_folder_names_mark_training_and_held_out_files(tmp_path, train, held_out):
   files, shared = find(tmp_path, *train, *held_out, 'README', 'notes.md', 'retrieval-notes.txt')
   assert files == {'train': train, 'validation': held_out, 'test': held_out}
   assert shared == dict.fromkeys(HELD_OUT, HELD_OUT)
 
 
-def test_a_file_named_test_becomes_the_test_split(tmp_path):
+def test_files_with_test_in_their_name_become_the_test_split(tmp_path):
   files, shared = find(tmp_path, 'a.train.jsonl', 'a.dev.jsonl', 'a.test.jsonl', 'latest-notes.txt')
   assert files == {'train': ['a.train.jsonl'], 'validation': ['a.dev.jsonl'], 'test': ['a.test.jsonl']}
   assert not shared
 
 
 @pytest.mark.parametrize('names', [['heldout_s10-11.dev.tokens'], ['a.txt', 'b.txt'], ['later.txt', 'train.txt']])
-def test_without_training_and_held_out_names_all_splits_share_all_files(tmp_path, caplog, names):
+def test_unless_names_mark_training_and_held_out_files_all_splits_share_all_files(tmp_path, caplog, names):
   files, shared = find(tmp_path, *names)
   assert files == dict.fromkeys(corpora.SPLITS, names)
   assert shared == dict.fromkeys(corpora.SPLITS, corpora.SPLITS)
   warned = '(later.txt, train.txt) do not mark both' in caplog.text
-  assert warned == ('train.txt' in names), 'a warning is expected if only training files are named'
+  assert warned == ('train.txt' in names), 'a warning is expected if names mark only training files'
 
 
-def test_a_cache_inside_the_corpus_folder_is_ignored(tmp_path):
+def test_a_cache_folder_inside_the_corpus_folder_is_ignored(tmp_path):
   (tmp_path / 'a.txt').write_text('the dog ran')
   for name, mark in (('data/1.0.0', 'dataset_info.json'), ('words', 'ilm_tokenizer.json')):
     folder = tmp_path / name
@@ -73,8 +73,8 @@ def test_a_cache_inside_the_corpus_folder_is_ignored(tmp_path):
   assert [file.name for file in corpora.find(str(tmp_path)).files['train']] == ['a.txt']
 
 
-def test_a_file_whose_owner_has_no_name_can_be_read(tmp_path, monkeypatch):
-  monkeypatch.setattr(pwd, 'getpwuid', lambda uid: {}[f'uid not found: {uid}'])  # as in some containers
+def test_a_file_whose_owner_has_no_user_name_can_be_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(pwd, 'getpwuid', lambda uid: {}[f'uid not found: {uid}'])  # simulates an owner id without a name
   path = write(tmp_path / 'a.txt', stories(3))
   (file,) = corpora.find(str(path)).files['train']
   assert (file.size, file.changed) == (path.stat().st_size, int(path.stat().st_mtime))
@@ -110,7 +110,7 @@ def test_the_hash_divides_held_out_documents_into_halves(tmp_path):
 
 
 def read(tmp_path, content, mode='endoftext', name='all.txt') -> list[str]:
-  """Write a file and return its documents."""
+  """Write `content` to a corpus file; return the documents read from it."""
   (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
   return [text for _, text in corpora.read(corpora.find(str(tmp_path / name)).files['train'][0], mode)]
 
@@ -132,11 +132,11 @@ def read(tmp_path, content, mode='endoftext', name='all.txt') -> list[str]:
     ('\ufeffone\n\ufefftwo', 'line', ['one', '\ufefftwo']),
   ],
 )
-def test_the_mode_determines_where_documents_end(tmp_path, content, mode, expected):
+def test_the_documents_mode_determines_where_documents_end(tmp_path, content, mode, expected):
   assert read(tmp_path, content, mode) == expected
 
 
-def test_json_lines_hold_one_document_each(tmp_path):
+def test_each_json_line_holds_one_document(tmp_path):
   lines = [{'text': 'one\ntwo', 'id': 3}, {'text': '<|endoftext|>'}, {'text': ' é '}, {'text': ''}]
   content = '\n'.join([json.dumps(lines[0]), '', *map(json.dumps, lines[1:])])
   assert read(tmp_path, content, name='all.jsonl') == ['one\ntwo', '<|endoftext|>', 'é', '']
@@ -152,7 +152,7 @@ def test_the_error_for_an_invalid_json_line_names_the_line(tmp_path, line):
 
 
 @pytest.mark.parametrize(('name', 'end'), [('all.txt', '\n'), ('all.txt', '\r\n'), ('all.jsonl', '\r\n')])
-def test_the_error_for_invalid_utf8_names_the_byte(tmp_path, name, end):
+def test_the_error_for_invalid_utf8_names_the_byte_and_its_offset(tmp_path, name, end):
   content = end.join(['{"text": "é"}', '{"text": "é"}', '{"text": "']).encode() + b'\xff'
   with refused(name, f'not UTF-8: byte {len(content) - 1} is 0xff'):
     read(tmp_path, content, name=name)
@@ -172,7 +172,7 @@ def test_the_error_for_invalid_utf8_names_the_byte(tmp_path, name, end):
     ('" One quote that stays open .', '"One quote that stays open.'),
   ],
 )
-def test_detokenization_restores_ordinary_spacing(tokenized, plain):
+def test_detokenization_removes_the_extra_spaces_of_lm1b(tokenized, plain):
   assert corpora.detokenize(tokenized) == plain
 
 

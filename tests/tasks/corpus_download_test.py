@@ -1,4 +1,4 @@
-"""Downloads of the public corpora: resuming, dates, the LM1B archive, and errors without a network."""
+"""Tests of corpus downloads: resuming, modification times, the LM1B archive, and errors without a network."""
 
 import http.server
 import io
@@ -16,7 +16,7 @@ DATE, SECONDS = 'Fri, 12 May 2023 18:31:07 GMT', 1_683_916_267  # the same momen
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-  """Serves `files`, honouring byte ranges. The first response ends after `cut` bytes if that is set."""
+  """HTTP server that serves `files` with byte ranges. If `cut` is set, the next response ends after `cut` bytes."""
 
   files, cut, ranges = {}, None, []
 
@@ -43,7 +43,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-  """A local web server that the addresses of the public corpora point to."""
+  """Start a local HTTP server and redirect the download URLs of all corpora to it."""
   Server.files, Server.cut, Server.ranges = {}, None, []
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server)
   threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -71,10 +71,10 @@ def test_an_interrupted_download_is_resumed(server, tmp_path):
   assert server.ranges == [None, 'bytes=1000-', None]
   assert (folder / 'TinyStoriesV2-GPT4-train.txt').read_bytes() == files['train']
   server.files = {}
-  assert len(task.Source(cfg, 'validation')) > 0, 'files that are already there are not downloaded again'
+  assert len(task.Source(cfg, 'validation')) > 0, 'downloaded files must not be downloaded again'
 
 
-def test_a_partial_file_that_is_complete_or_too_long_is_handled(server, tmp_path):
+def test_a_complete_part_file_is_kept_and_a_too_long_one_is_downloaded_again(server, tmp_path):
   server.files = {'/a': b'all of it'}
   url = corpora.SOURCES['tinystories'][0].rpartition('/')[0] + '/a'
   (tmp_path / 'a.part').write_bytes(b'all of it')
@@ -87,7 +87,7 @@ def test_a_partial_file_that_is_complete_or_too_long_is_handled(server, tmp_path
 
 
 def archive(files: dict[str, str]) -> bytes:
-  """Return a *.tar.gz of files in the layout of the LM1B archive."""
+  """Return the bytes of a *.tar.gz archive of files (name -> content) in the layout of the LM1B archive."""
   out = io.BytesIO()
   with tarfile.open(fileobj=out, mode='w:gz') as tar:
     for name, content in files.items():
@@ -112,7 +112,7 @@ def test_the_lm1b_archive_is_downloaded_unpacked_and_detokenized(server, tmp_pat
   rest = all_texts(task.Source(cfg, 'validation')) + all_texts(task.Source(cfg, 'test'))
   assert sorted(rest) == sorted(f"Odd's goat, number {i}, wasn't sold." for i in range(100, 140))
   file = next((tmp_path / 'downloads').rglob('*.tar.gz'))
-  cfg.corpus, cfg.source = str(file), ''  # the archive as a local path
+  cfg.corpus, cfg.source = str(file), ''  # read the archive from a local path
   assert all_texts(task.Source(cfg, 'train')) == train
   cfg.corpus = str(tmp_path / 'cut.tar.gz')
   (tmp_path / 'cut.tar.gz').write_bytes(file.read_bytes()[:200])
@@ -120,7 +120,7 @@ def test_the_lm1b_archive_is_downloaded_unpacked_and_detokenized(server, tmp_pat
     task.Source(cfg, 'train')
 
 
-def test_errors_without_a_network_say_which_file_to_put_where(server, tmp_path):
+def test_errors_for_failed_downloads_say_which_files_to_put_into_which_folder(server, tmp_path):
   names = 'TinyStoriesV2-GPT4-train.txt and TinyStoriesV2-GPT4-valid.txt'
   folder = str(tmp_path / 'downloads' / 'tinystories')
   for cache, source, parts in (

@@ -1,4 +1,4 @@
-"""Tests of the star graphs: graphs are checked from their edges alone, by search and by statistics."""
+"""Tests of the star graph task: graphs (checked by search and by statistics), splits, text, scores and landmarks."""
 
 import collections
 import functools
@@ -13,11 +13,11 @@ from ilm_jax.configs import star as star_config
 from ilm_jax.tasks import star
 from ilm_jax.types import UserError
 
-CLS, BOS, FIRST = 1, 4, 7  # token ids; FIRST is node 0
+CLS, BOS, FIRST = 1, 4, 7  # token ids; FIRST is the id of node 0
 
 
 TASKS = {name: star_config.get_config(name).task for name in ('tiny', 'easy', 'medium', 'hard')}
-# (shortest, longest) number of tokens of the prompt (edges, source and goal) and of the answer, from the specification.
+# Config -> (minimum, maximum) number of tokens of the prompt (edges, source, goal), and the same of the answer.
 LENGTHS = {
   'tiny': ((14, 14), (6, 6)),
   'easy': ((26, 26), (8, 8)),
@@ -37,7 +37,7 @@ def graphs(name, number):
 
 
 def all_paths(edges, start, goal):
-  """Return every path without a repeated node, by depth-first search."""
+  """Return all paths from start to goal without a repeated node, by depth-first search."""
   successors = collections.defaultdict(list)
   for u, v in edges:
     successors[u].append(v)
@@ -51,7 +51,7 @@ def all_paths(edges, start, goal):
 
 
 def junction(graph):
-  """Return the node that all arms share: with three arms or more, the only one with more than two edges."""
+  """Return the junction: in a graph with at least three arms, the only node with more than two edges."""
   num_edges = collections.Counter(node for edge in graph.edges for node in edge)
   (found,) = [node for node, number in num_edges.items() if number > 2]
   return found
@@ -74,7 +74,7 @@ def test_a_graph_is_a_tree_with_one_path_from_source_to_goal(name):
 
 
 @pytest.mark.parametrize('name', TASKS)
-def test_an_example_lists_edges_source_and_goal_then_the_path(name):
+def test_a_star_example_lists_edges_source_and_goal_and_then_the_edges_of_the_path(name):
   cfg = TASKS[name]
   (shortest_prompt, longest_prompt), (shortest_answer, longest_answer) = LENGTHS[name]
   answer_lengths = set()
@@ -93,10 +93,10 @@ def test_an_example_lists_edges_source_and_goal_then_the_path(name):
     assert shortest_prompt <= len(prompt) <= longest_prompt
     assert min(prompt + answer) >= FIRST and max(prompt + answer) < star.tokenizer(cfg).vocab_size
     answer_lengths.add(len(answer))
-  assert answer_lengths == set(range(shortest_answer, longest_answer + 1, 2)), 'every path length occurs'
+  assert answer_lengths == set(range(shortest_answer, longest_answer + 1, 2)), 'every allowed path length should occur'
 
 
-def test_lengths_and_vocabularies_match_the_specification():
+def test_lengths_vocabularies_and_chance_of_the_star_configs_have_the_expected_values():
   for name, cfg in TASKS.items():
     assert star.longest(cfg) == LENGTHS[name][0][1] + LENGTHS[name][1][1] + 2  # + 2: [CLS] and [BOS]
     assert star.longest_answer(cfg) == LENGTHS[name][1][1]
@@ -126,7 +126,7 @@ def deviation(counts, probabilities):
 
 
 @pytest.mark.parametrize('name', ['medium', 'hard'])
-def test_the_junction_index_is_uniform(name):
+def test_the_index_of_the_junction_in_an_arm_is_uniform(name):
   """At least `min_plan` nodes follow the junction; all indices that allow this are equally likely."""
   cfg = TASKS[name]
   counts = collections.Counter((len(g.path), g.path.index(junction(g))) for g in graphs(name, 4_000))
@@ -136,8 +136,8 @@ def test_the_junction_index_is_uniform(name):
 
 
 @pytest.mark.parametrize('name', ['medium', 'hard'])
-def test_arms_draw_their_length_and_junction_index_independently(name):
-  """The number of edges has the variance of a sum of independent lengths; the arms that enter are binomial."""
+def test_arms_have_independent_lengths_and_junction_indices(name):
+  """The number of edges has the variance of a sum of independent lengths; the junction's in-degree is binomial."""
   cfg = TASKS[name]
   num_edges = np.array([len(graph.edges) for graph in graphs(name, 4_000)])
   variance = cfg.degree * ((cfg.max_length - cfg.min_length + 1) ** 2 - 1) / 12
@@ -146,7 +146,7 @@ def test_arms_draw_their_length_and_junction_index_independently(name):
   assert abs(num_edges.var() / variance - 1) < 4 * math.sqrt(2 / 4_000)
 
   lengths = range(cfg.min_length, cfg.max_length + 1)
-  starts = np.mean([1 / (n - cfg.min_plan) for n in lengths])  # probability that an arm starts at the junction
+  starts = np.mean([1 / (n - cfg.min_plan) for n in lengths])  # probability that an arm's first node is the junction
   binomial = {
     k: math.comb(cfg.degree, k) * (1 - starts) ** k * starts ** (cfg.degree - k) for k in range(cfg.degree + 1)
   }
@@ -164,8 +164,8 @@ def test_node_names_and_the_order_of_edges_are_uniform():
 # --- the source -------------------------------------------------------------------------------------------------------
 
 
-def test_splits_share_no_graph():
-  """Only 120 graphs have this size and far more are drawn, so without a rule each split would contain them all."""
+def test_training_validation_and_test_share_no_graph():
+  """Only 120 different graphs exist and far more are drawn, so without the hash, every split would contain them all."""
   cfg = changed('tiny', min_length=3, max_length=3, num_nodes=5, num_train=1_500, num_validation=300, num_test=300)
   found = {}
   for split in star.SPLITS:
@@ -182,23 +182,25 @@ def test_the_split_of_a_graph_ignores_the_order_of_its_edges():
     assert {star.split_of(star.Graph(list(edges), graph.path)) for edges in orders} == {star.split_of(graph)}
 
 
-def test_validation_and_test_are_five_percent_each():
+def test_five_percent_of_the_graphs_belong_to_validation_and_five_percent_to_test():
   counts = collections.Counter(map(star.split_of, graphs('hard', 4_000)))
   for split, p in (('train', 0.9), ('validation', 0.05), ('test', 0.05)):
     assert abs(counts[split] - 4_000 * p) < 4 * math.sqrt(4_000 * p * (1 - p))
 
 
-def test_access_is_random_and_repeatable():
+def test_examples_do_not_depend_on_the_order_of_access():
   first, second = (star.Source(TASKS['medium'], 'train') for _ in range(2))
   forwards = [first[i]['tokens'].tolist() for i in range(40)]
   assert [second[i]['tokens'].tolist() for i in reversed(range(40))][::-1] == forwards
-  assert [first[i]['tokens'].tolist() for i in range(40)] == forwards, 'examples kept in memory are the same'
+  assert [first[i]['tokens'].tolist() for i in range(40)] == forwards, (
+    'reading an example again should give the same tokens'
+  )
   assert len({tuple(tokens) for tokens in forwards}) == 40
   assert star.Source(changed('medium', seed=1), 'train')[0]['tokens'].tolist() != forwards[0]
   assert star.Source(TASKS['medium'], 'test')[0]['tokens'].tolist() != forwards[0]
 
 
-def test_a_split_is_finite_unless_num_train_is_zero():
+def test_the_training_split_is_endless_only_if_num_train_is_zero():
   assert [len(star.Source(TASKS['tiny'], split)) for split in star.SPLITS] == [50_000, 1_000, 1_000]
   assert not star.Source(TASKS['tiny'], 'train').endless
   endless = star.Source(changed('tiny', num_train=0), 'train')
@@ -211,14 +213,14 @@ def test_a_split_is_finite_unless_num_train_is_zero():
   'change',
   [{'num_nodes': 15}, {'min_length': 1}, {'min_length': 7}, {'min_plan': 3}, {'min_plan': -1}, {'degree': 0}],
 )
-def test_settings_without_a_graph_are_refused_in_one_line(change):
+def test_settings_that_allow_no_graph_are_refused_in_one_line(change):
   star.check_config(TASKS['medium'])
   with pytest.raises(UserError) as error:
     star.Source(changed('medium', **change), 'train')
   assert '\n' not in str(error.value) and 'task' in str(error.value)
 
 
-def test_the_smallest_allowed_num_nodes_is_enough():
+def test_the_smallest_allowed_num_nodes_is_enough_for_every_graph():
   cfg, rng = changed('medium', num_nodes=16), np.random.default_rng(0)
   star.check_config(cfg)
   for _ in range(300):
@@ -227,7 +229,7 @@ def test_the_smallest_allowed_num_nodes_is_enough():
 
 def test_a_split_that_no_graph_belongs_to_is_refused(monkeypatch):
   monkeypatch.setattr(star, 'MAX_DRAWS', 100)
-  cfg = changed('tiny', degree=1, min_length=2, max_length=2, num_nodes=2)  # two graphs exist
+  cfg = changed('tiny', degree=1, min_length=2, max_length=2, num_nodes=2)  # only two different graphs exist
   with pytest.raises(UserError, match=r'none of 100 random graphs belongs to the (validation|test|train) split'):
     for split in star.SPLITS:
       star.Source(cfg, split).graph(0)
@@ -237,7 +239,7 @@ def test_a_split_that_no_graph_belongs_to_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize('name', TASKS)
-def test_a_prompt_survives_decoding_and_encoding(name):
+def test_decoding_and_encoding_a_prompt_gives_the_same_tokens(name):
   cfg = TASKS[name]
   for graph in graphs(name, 30):
     example = star.encode(graph)
@@ -249,7 +251,7 @@ def test_a_prompt_survives_decoding_and_encoding(name):
       assert star.encode_prompt(form, cfg) == prompt
 
 
-def test_an_answer_that_is_no_path_is_written_edge_by_edge():
+def test_an_answer_that_is_not_a_path_is_decoded_edge_by_edge():
   prompt = star.encode_prompt('1,2|2,3/1,3', TASKS['easy'])
 
   def text(*answer):
@@ -282,14 +284,14 @@ UNKNOWN = ['1,20/1,2', '1,x/1,2', '1,2/1,-2', '01,2/1,2', '[BOS],2/1,2', '1,/1,2
 @pytest.mark.parametrize(
   'prompts, parts', [(MALFORMED, ['u,v|u,v|.../source,goal']), (UNKNOWN, ['unknown token', '0 ... 19'])]
 )
-def test_a_bad_prompt_is_refused_in_one_line(prompts, parts):
+def test_a_malformed_prompt_is_refused_in_one_line(prompts, parts):
   for prompt in prompts:
     with pytest.raises(UserError) as error:
       star.encode_prompt(prompt + '\n', TASKS['easy'])
     assert '\n' not in str(error.value) and all(part in str(error.value) for part in parts), prompt
 
 
-def test_the_score_counts_exact_answers_and_correct_positions():
+def test_the_score_measures_exact_matches_and_correct_tokens():
   reference = np.array([8, 9, 9, 10])
 
   def score(*predicted):
@@ -300,7 +302,7 @@ def test_the_score_counts_exact_answers_and_correct_positions():
   assert score(8, 9, 9, 10) == (1, 4)
   assert score(8, 9, 9, 11) == (0, 3)
   assert score(8, 9, 9) == (0, 3), 'a correct prefix is not an exact match'
-  assert score(8, 9, 9, 10, 10) == (0, 4), 'nor is a correct answer with an extra token'
+  assert score(8, 9, 9, 10, 10) == (0, 4), 'a correct answer with an extra token is not an exact match'
   assert score() == (0, 0)
 
 
@@ -308,9 +310,9 @@ def test_the_score_counts_exact_answers_and_correct_positions():
 
 
 @pytest.mark.parametrize('name', ['tiny', 'hard'])
-def test_the_oracle_order_reverses_the_answer_but_not_its_text(name):
+def test_the_oracle_order_reverses_the_answer_tokens_but_not_the_decoded_text(name):
   cfg, oracle = changed(name), changed(name, order='oracle')
-  del cfg.order  # as in the configs of old runs
+  del cfg.order  # configs of old runs have no `order`
   for i in range(20):
     forwards, backwards = star.Source(cfg, 'test')[i], star.Source(oracle, 'test')[i]
     fixed = forwards['fixed']
@@ -320,7 +322,7 @@ def test_the_oracle_order_reverses_the_answer_but_not_its_text(name):
     assert star.decode(forwards['tokens'], cfg) == star.decode(backwards['tokens'], oracle)
 
 
-def test_an_unknown_order_is_refused():
+def test_an_unknown_answer_order_is_refused():
   with pytest.raises(UserError, match=r"task.order='random': expected path, or oracle"):
     star.Source(changed('tiny', order='random'), 'test')
 

@@ -1,4 +1,4 @@
-"""The text task: cutting documents, preparing and reading examples, the tokenizer's training sample, and configs."""
+"""Tests of the text task: cutting documents, preparing and reading examples, tokenizer training data, and configs."""
 
 import errno
 import json
@@ -61,7 +61,7 @@ def without_spaces(content: str) -> str:
 
 
 class Letters:
-  """A tokenizer with one token per letter; whitespace has no tokens."""
+  """A tokenizer that makes one token of each letter and ignores whitespace."""
 
   def encode_with_offsets(self, text):
     at = [i for i, letter in enumerate(text) if not letter.isspace()]
@@ -72,7 +72,7 @@ class Letters:
 
 
 class Pairs(Letters):
-  """A tokenizer with one token per two letters in texts of more than 12 letters, and one per letter in shorter ones."""
+  """A tokenizer that makes one token of two characters if the text is longer than 12 characters, else of each one."""
 
   def encode_with_offsets(self, text):
     size = 2 if len(text) > 12 else 1
@@ -94,17 +94,17 @@ class Pairs(Letters):
     ('Aa.b cc. Dd', 7, ['Aa.b cc.', 'Dd']),
   ],
 )
-def test_a_long_text_is_cut_after_a_sentence_or_else_a_word(whole, limit, pieces):
+def test_a_long_text_is_cut_after_a_sentence_or_if_impossible_after_a_word(whole, limit, pieces):
   assert [piece for piece, _ in text.pieces_of(whole, Letters(), limit)] == pieces
 
 
-def test_a_piece_that_needs_more_tokens_on_its_own_is_shortened():
+def test_a_piece_that_has_more_tokens_when_encoded_alone_is_shortened_to_the_limit():
   pieces = list(text.pieces_of('abcdefghijklmnopqrstuvwxyz', Pairs(), 5))
   assert [piece for piece, _ in pieces] == ['abcde', 'fghij', 'klmno', 'pqrst', 'uvwxy', 'z']
   assert [''.join(map(chr, ids)) for _, ids in pieces] == [piece for piece, _ in pieces]
 
 
-def test_pieces_respect_the_limit_and_lose_only_whitespace(tokenizer):
+def test_pieces_of_a_cut_text_respect_the_token_limit_and_lose_only_whitespace(tokenizer):
   rng = np.random.default_rng(0)
   for _ in range(30):
     parts = stories(int(rng.integers(1, 12)), seed=int(rng.integers(99)))
@@ -118,7 +118,7 @@ def test_pieces_respect_the_limit_and_lose_only_whitespace(tokenizer):
       assert ids == tokenizer.encode(piece)[:limit]
 
 
-def test_very_long_texts_and_very_long_characters_are_cut(tokenizer):
+def test_very_long_texts_and_characters_of_many_byte_tokens_are_cut(tokenizer):
   whole = ' '.join(stories(60)) * 8
   lengths = []
 
@@ -135,15 +135,15 @@ def test_very_long_texts_and_very_long_characters_are_cut(tokenizer):
   assert [(piece, len(ids)) for piece, ids in text.pieces_of('日本', tokenizer, 2)] == [
     ('日', 2),
     ('本', 2),
-  ]  # truncated
-  spaces = 'a' + ' ' * 9_999 + 'b'  # a window without tokens grows
+  ]  # each character has more than two byte tokens, which are truncated
+  spaces = 'a' + ' ' * 9_999 + 'b'  # the window grows until it contains more than one token
   assert [piece.split() for piece, _ in text.pieces_of(spaces, Letters(), 1)] == [['a'], ['b']]
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_example_is_cls_bos_and_the_text(corpus, cache):
+def test_a_text_example_is_cls_bos_and_the_tokens_of_the_text(corpus, cache):
   cfg = task_config(corpus, cache)
   tokenizer = text.tokenizer(cfg)
   sources = {split: text.Source(cfg, split) for split in corpora.SPLITS}
@@ -163,7 +163,7 @@ def test_an_example_is_cls_bos_and_the_text(corpus, cache):
     assert all_texts(text.Source(task_config(corpus, cache, num_train=limit), 'train')) == texts['train'][:count]
 
 
-def test_the_rest_of_a_long_document_is_dropped_or_becomes_examples(corpus, cache):
+def test_the_rest_of_a_long_document_is_dropped_or_becomes_further_examples(corpus, cache):
   tokenizer = text.tokenizer(task_config(corpus, cache))
   lengths = [len(tokenizer.encode(story)) for story in stories(60)]
   limit = int(np.median(lengths))
@@ -196,7 +196,7 @@ def test_documents_without_tokens_are_skipped_with_a_warning(tmp_path, caplog):
   assert 'skipped 2 documents' in line and f'document 31 of {tmp_path / "train.jsonl"}' in line
 
 
-def test_names_of_special_tokens_in_a_prompt_are_ordinary_characters(corpus, cache):
+def test_names_of_special_tokens_in_a_prompt_are_encoded_as_ordinary_characters(corpus, cache):
   cfg = task_config(corpus, cache)
   whole = 'Mara said [CLS] and [MASK], then <|endoftext|>.'
   ids = text.encode_prompt(whole, cfg)
@@ -205,7 +205,7 @@ def test_names_of_special_tokens_in_a_prompt_are_ordinary_characters(corpus, cac
   assert text.encode_prompt('', cfg) == [CLS, BOS]
 
 
-def test_the_tokenizer_trains_on_a_uniform_sample_that_depends_on_the_seed():
+def test_the_tokenizer_is_trained_on_a_uniform_sample_of_documents_that_depends_on_the_seed():
   settings = text_config.get_config('small').task.tokenizer
   settings.documents = 20
   texts = [str(i) for i in range(100)]
@@ -224,7 +224,7 @@ def test_the_tokenizer_trains_on_a_uniform_sample_that_depends_on_the_seed():
 
 
 def forbid_preparation(monkeypatch):
-  """Make tokenizing a corpus and training a tokenizer fail, and forget the tokenizers of this process."""
+  """Make corpus preparation and tokenizer training fail, and clear the tokenizers cached in this process."""
   monkeypatch.setattr(text, 'prepare', None)
   monkeypatch.setattr(tokenizer_lib, 'train_sentencepiece', None)
   monkeypatch.setattr(text, '_TOKENIZERS', {})
@@ -235,7 +235,7 @@ def file_names(folder) -> set[str]:
   return {str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file()}
 
 
-def test_a_prepared_split_is_reopened_and_pickled_without_preparing_again(corpus, cache, monkeypatch):
+def test_a_prepared_split_is_reopened_and_unpickled_without_preparing_it_again(corpus, cache, monkeypatch):
   cfg = task_config(corpus, cache)
   first = text.Source(cfg, 'train')
   forbid_preparation(monkeypatch)
@@ -249,14 +249,14 @@ def test_preparation_leaves_no_temporary_folders(corpus, tmp_path, monkeypatch):
   assert not list((tmp_path / 'temporary').iterdir())
 
 
-def test_processes_that_share_a_cache_prepare_only_once(corpus, tmp_path, monkeypatch):
+def test_of_several_processes_that_share_a_cache_only_one_prepares_the_data(corpus, tmp_path, monkeypatch):
   calls, wait, results = [], threading.Barrier(3), []
   prepare = text.prepare
   monkeypatch.setattr(text, 'prepare', lambda *args: calls.append(args[1]) or prepare(*args))
   cfg = task_config(corpus, tmp_path)
   text.tokenizer(cfg)
 
-  def start():  # file locks belong to open files, so threads wait for each other as processes do
+  def start():  # each thread opens the lock file itself, so threads wait for each other as processes would
     wait.wait()
     results.append(all_texts(text.Source(cfg, 'test')))
 
@@ -268,7 +268,7 @@ def test_processes_that_share_a_cache_prepare_only_once(corpus, tmp_path, monkey
   assert calls == ['test'] and len(results) == 3 and results[0] == results[1] == results[2]
 
 
-def test_without_file_locks_the_first_finished_preparation_is_kept(tmp_path, monkeypatch):
+def test_without_file_locks_the_cache_keeps_the_preparation_that_finishes_first(tmp_path, monkeypatch):
   def no_locks(*_):
     raise OSError(errno.ENOLCK, 'No locks available')
 
@@ -276,7 +276,7 @@ def test_without_file_locks_the_first_finished_preparation_is_kept(tmp_path, mon
 
   def make(folder):
     (folder / 'file').write_text('slow')
-    storage.once(tmp_path, 'place', lambda other: (other / 'file').write_text('fast'))  # a process that is faster
+    storage.once(tmp_path, 'place', lambda other: (other / 'file').write_text('fast'))  # simulates a faster process
 
   assert (storage.once(tmp_path, 'place', make) / 'file').read_text() == 'fast'
   assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ['place']
@@ -289,10 +289,10 @@ def test_separate_caches_and_no_cache_give_the_same_tokenizer_and_examples(corpu
     sources = [text.Source(task_config(corpus, cache), split) for split in corpora.SPLITS]
     results.append([(source.text(i), source[i]['tokens'].tolist()) for source in sources for i in range(len(source))])
   assert results[0] == results[1] == results[2]
-  assert file_names(tmp_path / 'a') == file_names(tmp_path / 'b')  # the names hold the tokenizer's fingerprint
+  assert file_names(tmp_path / 'a') == file_names(tmp_path / 'b')  # names contain a hash of the tokenizer fingerprint
 
 
-def test_an_interrupted_preparation_leaves_nothing_behind(corpus, tmp_path, monkeypatch):
+def test_an_interrupted_preparation_leaves_no_files_except_locks(corpus, tmp_path, monkeypatch):
   cfg = task_config(corpus, tmp_path)
   text.tokenizer(cfg)
   before = file_names(tmp_path)
@@ -305,14 +305,14 @@ def test_an_interrupted_preparation_leaves_nothing_behind(corpus, tmp_path, monk
     patch.setattr(text, 'prepare', interrupted)
     text.Source(cfg, 'train')
   assert {name for name in file_names(tmp_path) - before if '.lock' not in name} == set()
-  # The unfinished folder of a killed process is removed by the next preparation.
+  # A killed process leaves an unfinished folder, which the next preparation removes.
   name = next(path.name for path in tmp_path.glob('.text-train-*.lock')).removeprefix('.').removesuffix('.lock')
   killed = tmp_path / f'.{name}.part-1-2'
   (killed / 'documents').mkdir(parents=True)
   assert len(text.Source(cfg, 'train')) == 60 and not killed.exists()
 
 
-def test_errors_for_damaged_prepared_files_say_what_to_remove(corpus, tmp_path):
+def test_errors_for_damaged_prepared_files_say_which_folder_to_remove(corpus, tmp_path):
   full = text_config.get_config('small')
   full.task = cfg = task_config(corpus, tmp_path)
 
@@ -339,7 +339,7 @@ def test_preparation_logs_its_progress(corpus, tmp_path, monkeypatch, caplog):
   assert all(' a second' in line for line in lines) and any(line.endswith(' left') for line in lines)
 
 
-def test_a_cache_in_a_bucket_is_filled_once_and_copied_unless_incomplete(corpus, tmp_path, monkeypatch):
+def test_a_cache_in_a_bucket_is_built_by_one_machine_and_rebuilt_if_incomplete(corpus, tmp_path, monkeypatch):
   bucket = tmp_path / 'bucket'
   shutil.copytree(corpus, bucket / 'corpus')
   fake = types.SimpleNamespace(Path=lambda path: epath.Path(str(path).replace('gs://bucket', str(bucket))))
@@ -356,7 +356,7 @@ def test_a_cache_in_a_bucket_is_filled_once_and_copied_unless_incomplete(corpus,
     forbid_preparation(patch)
     assert read_on('two') == read_on('two') == first
   for marker in (bucket / 'cache').glob(f'*/{storage.WHOLE}'):
-    marker.unlink()  # as if the upload had been interrupted
+    marker.unlink()  # simulates an interrupted upload
   for file in (bucket / 'cache').rglob('*array_record*'):
     file.write_bytes(b'')
   assert read_on('three') == first
@@ -390,19 +390,19 @@ def test_errors_for_missing_or_empty_corpora_name_the_path(tmp_path, cache, file
     ({'source': 'wikipedia'}, "task.source='wikipedia'"),
   ],
 )
-def test_invalid_settings_are_refused(corpus, cache, changes, part):
+def test_invalid_settings_of_the_text_task_are_refused(corpus, cache, changes, part):
   with refused(part, 'expected'):
     text.Source(task_config(corpus, cache, **changes), 'train')
 
 
-def test_the_error_for_an_unwritable_cache_names_the_setting(corpus, tmp_path, monkeypatch):
+def test_the_error_for_an_unwritable_cache_folder_names_task_cache(corpus, tmp_path, monkeypatch):
   (tmp_path / 'file').write_text('')
   monkeypatch.setattr(text, '_TOKENIZERS', {})
   with refused('task.cache', 'could not be written'):
     text.Source(task_config(corpus, tmp_path / 'file'), 'test')
 
 
-def test_a_full_disk_is_reported_and_other_errors_pass_unchanged(corpus, tmp_path, monkeypatch):
+def test_a_full_disk_raises_a_user_error_and_errors_of_the_examples_pass_unchanged(corpus, tmp_path, monkeypatch):
   cfg = task_config(corpus, tmp_path)
   text.tokenizer(cfg)
 
@@ -415,7 +415,7 @@ def test_a_full_disk_is_reported_and_other_errors_pass_unchanged(corpus, tmp_pat
 
   def broken(*_):
     yield 'one', [7]
-    raise RecursionError('a RuntimeError, but one raised while examples are made')
+    raise RecursionError('a subclass of RuntimeError that is raised while examples are prepared')
 
   monkeypatch.setattr(text, 'prepare', broken)
   with pytest.raises(RecursionError):
@@ -435,7 +435,7 @@ def test_lengths_and_metric_of_the_shipped_configs_are_consistent(module, name):
     module.get_config('tiny')
 
 
-def test_the_corpus_path_and_the_length_are_set_by_one_flag_each(monkeypatch):
+def test_one_flag_sets_the_corpus_path_everywhere_and_one_the_length(monkeypatch):
   argv = [f'--config={ROOT}/configs/tinystories.py:small', '--config.data.path=/some/where', '--config.task.length=99']
   monkeypatch.setattr(sys, 'argv', ['main', *argv])  # config_flags reads overrides from sys.argv
   values = flags.FlagValues()
@@ -448,7 +448,7 @@ def test_the_corpus_path_and_the_length_are_set_by_one_flag_each(monkeypatch):
 
 @needs_real_text
 @pytest.mark.parametrize(('module', 'name'), [(tinystories_config, 'tinystories'), (lm1b_config, 'lm1b')])
-def test_real_text_survives_preparation_and_tokenization(module, name, tmp_path):
+def test_real_text_is_unchanged_by_preparation_and_tokenization(module, name, tmp_path):
   (tmp_path / 'corpus').mkdir()
   for file in (DATA / name).iterdir():
     lines = file.read_bytes().splitlines(keepends=True)

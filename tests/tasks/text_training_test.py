@@ -1,4 +1,4 @@
-"""Runs on text: validation, resuming, signals while data is prepared, every family, and the tokenizer of a run."""
+"""Tests of training on text: validation, resuming, signals during data preparation, all families, run tokenizers."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ from ilm_jax.training import experiment, loop, signals
 
 
 def run_config(path, cache, **changes):
-  """Return the config of a run of four steps."""
+  """Return the config of a small run of four training steps."""
   cfg = text_config.get_config('small')
   settings = {
     **{'data.path': str(path), 'task.cache': str(cache), 'task.length': 64, 'task.tokenizer.size': 330},
@@ -46,7 +46,7 @@ def run_config(path, cache, **changes):
 
 @pytest.fixture(scope='module', autouse=True)
 def one_device_and_kept_programs(tmp_path_factory):
-  """Run on one device, and compile each program once."""
+  """Run on one device, and compile each JAX program once for all tests of this file."""
   with small.compilation_cache_in(tmp_path_factory.mktemp('programs')), pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, 'make_mesh', lambda *_: small.mesh())
     yield
@@ -64,7 +64,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def trained(corpus, cache, tmp_path_factory):
-  """The workdir of a finished run."""
+  """Train a small run to its end; return its workdir."""
   workdir = tmp_path_factory.mktemp('run') / 'work'
   assert loop.train(run_config(corpus, cache), workdir) == loop.FINISHED
   return workdir
@@ -72,7 +72,7 @@ def trained(corpus, cache, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def other_tokenizer(tmp_path_factory):
-  """The folder of a tokenizer that differs from the one of `trained`."""
+  """Save a tokenizer that differs from the tokenizer of the run `trained`; return its folder."""
   lines = [line for story in stories(60, seed=7) for line in story.split('\n')]
   folder = tmp_path_factory.mktemp('tokenizer') / 'other'
   tokenizer_lib.train_sentencepiece(lines, size=330).save(folder)
@@ -83,7 +83,7 @@ def copy_of(workdir, tmp_path) -> pathlib.Path:
   return pathlib.Path(shutil.copytree(workdir, tmp_path / 'work', copy_function=shutil.copy2))
 
 
-def test_a_run_measures_the_loss_and_logs_sampled_texts(trained):
+def test_a_run_on_text_measures_the_validation_loss_and_logs_samples(trained):
   result = json.loads((trained / 'eval.json').read_text())
   assert result['chance'] is None and result['finished'] and 'exact_match' not in result['metrics']
   assert set(result['pairs']) >= {'stopped', 'length'} and result['pairs']['length'][1] == 2
@@ -95,7 +95,7 @@ def test_a_run_measures_the_loss_and_logs_sampled_texts(trained):
 
 
 @pytest.mark.parametrize('number, kind', [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
-def test_a_signal_during_data_preparation_ends_a_run_at_once(corpus, tmp_path, monkeypatch, number, kind):
+def test_a_signal_during_data_preparation_stops_the_run_at_once(corpus, tmp_path, monkeypatch, number, kind):
   prepare, calls = text.prepare, []
 
   def signalled(*args):
@@ -112,26 +112,26 @@ def test_a_signal_during_data_preparation_ends_a_run_at_once(corpus, tmp_path, m
 
 
 @pytest.mark.parametrize('family', ['arm', 'it', 'mdm'])
-def test_every_family_measures_a_loss_and_samples_text(corpus, cache, family):
+def test_every_family_evaluates_the_loss_and_samples_text(corpus, cache, family):
   cfg = run_config(corpus, cache, **{'family': family, 'data.rows': 16, 'eval.samples': 1})
   exp = experiment.build(cfg)
   evaluator = evaluate.Evaluator(cfg, **{k: v for k, v in exp._asdict().items() if k != 'cfg'})
   params = transformer.unbox(transformer.init(exp.model_cfg, small.jax.random.key(0)))
   total, weight = evaluator.validation_loss(params)['loss']
-  assert 0.5 < total / weight / np.log(330) < 3, 'an untrained model should be about as good as guessing'
+  assert 0.5 < total / weight / np.log(330) < 3, 'the loss of an untrained model should be close to uniform guessing'
   scores = evaluator.sample_answers(params, 'validation')
   assert scores.pairs['length'][0] > 0 and ' tokens, ' in scores.texts[0]
   (batch,) = pipeline.train_batches(exp.task.source(cfg.task, 'train'), exp.family.corrupt, cfg, start=0, stop=1)
-  assert (batch['example_id_BxS'] >= 0).sum() == 8, 'all examples should fit into the rows'
+  assert (batch['example_id_BxS'] >= 0).sum() == 8, 'all examples of the batch should fit into its rows'
 
 
 def test_resuming_with_a_moved_corpus_and_an_empty_cache_is_bitwise_identical(corpus, trained, tmp_path, monkeypatch):
   work = copy_of(trained, tmp_path)
-  for step in (3, 4):  # as if the run had been killed after step 2
+  for step in (3, 4):  # simulates a run that was killed after step 2
     shutil.rmtree(work / 'checkpoints' / str(step))
   shutil.copytree(corpus, tmp_path / 'moved', copy_function=shutil.copy2)
   monkeypatch.setattr(text, '_TOKENIZERS', {})
-  monkeypatch.setattr(tokenizer_lib, 'train_sentencepiece', None)  # the run has a tokenizer: none must be trained
+  monkeypatch.setattr(tokenizer_lib, 'train_sentencepiece', None)  # the run has a tokenizer and must not train another
   cfg = run_config(tmp_path / 'moved', tmp_path / 'cache', **{'task.tokenizer.path': str(tmp_path / 'gone.model')})
   assert loop.evaluate_run(cfg, work) == loop.FINISHED
   assert json.loads((work / 'eval.json').read_text())['step'] == 2
@@ -143,7 +143,7 @@ def test_resuming_with_a_moved_corpus_and_an_empty_cache_is_bitwise_identical(co
 # --- the tokenizer of a run -------------------------------------------------------------------------------------------
 
 
-def test_a_run_carries_its_tokenizer_and_needs_no_corpus_to_generate(corpus, cache, trained, monkeypatch):
+def test_a_run_saves_its_tokenizer_and_needs_no_corpus_to_generate_text(corpus, cache, trained, monkeypatch):
   expected = text.tokenizer(run_config(corpus, cache).task)
   run = json.loads((trained / 'run.json').read_text())
   assert run['config']['task']['tokenizer']['fingerprint'] == expected.fingerprint
@@ -159,7 +159,9 @@ def test_a_run_carries_its_tokenizer_and_needs_no_corpus_to_generate(corpus, cac
     lm.generate([story * 9])
 
 
-def test_a_run_refuses_a_different_tokenizer(corpus, trained, other_tokenizer, tmp_path, monkeypatch):
+def test_a_run_refuses_a_tokenizer_that_its_checkpoints_were_not_trained_with(
+  corpus, trained, other_tokenizer, tmp_path, monkeypatch
+):
   work = copy_of(trained, tmp_path)
   own, other = (tokenizer_lib.load(path).fingerprint for path in (work / 'tokenizer', other_tokenizer))
 
@@ -169,14 +171,14 @@ def test_a_run_refuses_a_different_tokenizer(corpus, trained, other_tokenizer, t
   changed = run_config(corpus, tmp_path, **{'task.tokenizer.size': 331})
   with refused('task.tokenizer.size=330', 'nothing was overwritten'):
     loop.train(changed, work)
-  # The run's own tokenizer was replaced.
+  # Replace the tokenizer in the run's folder by another one.
   shutil.rmtree(work / 'tokenizer')
   shutil.copytree(other_tokenizer, work / 'tokenizer')
   with refused(str(work / 'tokenizer'), other, own):
     ilm_jax.load(work)
   with refused('task.tokenizer.fingerprint', own):
     loop.evaluate_run(run_config(corpus, tmp_path), work)
-  # It is missing, and the corpus as well.
+  # Remove the tokenizer from the run's folder, and let the corpus be missing too.
   shutil.rmtree(work / 'tokenizer')
   monkeypatch.setattr(text, '_TOKENIZERS', {})
   monkeypatch.setattr(text, 'corpus_of', lambda cfg: corpora.find(str(tmp_path / 'gone')))
@@ -184,7 +186,7 @@ def test_a_run_refuses_a_different_tokenizer(corpus, trained, other_tokenizer, t
     ilm_jax.load(work)
 
 
-def test_init_from_a_run_requires_its_tokenizer(corpus, trained, other_tokenizer, tmp_path):
+def test_init_from_a_run_requires_the_tokenizer_of_that_run(corpus, trained, other_tokenizer, tmp_path):
   changes = {'init_from': str(trained), 'task.tokenizer.path': str(other_tokenizer), 'steps': 1, 'eval.samples': 1}
   fingerprint = tokenizer_lib.load(other_tokenizer).fingerprint
   with refused(fingerprint, f'--config.task.tokenizer.path={trained / "tokenizer"}'):
@@ -193,6 +195,6 @@ def test_init_from_a_run_requires_its_tokenizer(corpus, trained, other_tokenizer
   assert loop.train(run_config(corpus, tmp_path, **changes), tmp_path / 'new') == loop.FINISHED
 
 
-def test_exact_match_is_refused_as_the_metric_for_text(corpus, cache):
+def test_exact_match_is_refused_as_the_evaluation_metric_for_text(corpus, cache):
   with refused('no right answers', 'eval.metric=loss'):
     experiment.build(run_config(corpus, cache, **{'eval.metric': 'exact_match', 'eval.mode': 'max'}))

@@ -1,1 +1,1 @@
-"""Text: the task (`task.py`) and the corpora that it reads (`corpora.py`)."""
+"""The text task (`task.py`) and the corpora that it reads (`corpora.py`)."""

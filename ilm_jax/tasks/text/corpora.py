@@ -1,15 +1,15 @@
-"""Text corpora: which files belong to which split, and which documents the files hold.
+"""Text corpora: which files belong to which split, and which documents the files contain.
 
 A corpus is a file, or a folder (with subfolders) of *.txt, *.tokens, *.jsonl and shards `NAME-00001-of-00100`. A file
 belongs to a split if its name, or else its folder's name, contains train, valid, heldout, dev, eval or test. If there
 are held-out files but no separate test files (or no separate validation files), a hash of each document divides the
-held-out documents between validation and test. If training or held-out files are not named (or the corpus is a single
-file), the hash divides all documents into 95 % training, 2.5 % validation and 2.5 % test. Documents that occur twice
-get the same split from the hash.
+held-out documents between validation and test. If no file name marks training files, or none marks held-out files (or
+the corpus is a single file), the hash divides all documents into 95 % training, 2.5 % validation and 2.5 % test. The
+hash gives identical documents the same split.
 
-Documents are UTF-8. In JSONL, a document is the field `text` of a line. In other files it ends at a line
-`<|endoftext|>` (mode `endoftext`), at an empty line (`paragraph`) or at the end of its line (`line`), and at the end of
-the file.
+Documents are UTF-8. In JSONL files, each line's field `text` is a document. In other files, a document ends at a line
+`<|endoftext|>` (mode `endoftext`), at an empty line (`paragraph`) or at each line's end (`line`), and at the end of the
+file.
 """
 
 import functools
@@ -28,12 +28,12 @@ from ilm_jax.data import storage
 from ilm_jax.types import UserError
 
 SPLITS = ('train', 'validation', 'test')
-DOCUMENTS = ('endoftext', 'paragraph', 'line')  # modes: what ends a document in a text file
+DOCUMENTS = ('endoftext', 'paragraph', 'line')  # modes, each named after what ends a document in a text file
 END = '<|endoftext|>'
 BYTE_ORDER_MARK = b'\xef\xbb\xbf'  # the UTF-8 byte order mark, which some editors write at the start of a file
-SHARES = 40  # hash buckets of documents: one is for validation, one for test, the others for training
+SHARES = 40  # number of hash buckets for documents: one for validation, one for test, 38 for training
 
-NAMES = {  # split -> pattern that marks a file or folder name as belonging to it; earlier patterns win
+NAMES = {  # split -> pattern of the names of its files or folders; the first matching pattern wins
   'test': re.compile(r'(?<![a-z])test(?![a-z])'),
   'validation': re.compile(r'valid|held[-_ ]?out|(?<![a-z])(val|dev|eval)(?![a-z])'),
   'train': re.compile(r'train'),
@@ -43,7 +43,7 @@ CACHE_FILES = ('dataset_info.json', 'ilm_tokenizer.json')  # a folder with one o
 
 
 class File(NamedTuple):
-  """A file of a corpus."""
+  """A file of a text corpus."""
 
   path: Any
   name: str  # path relative to the corpus folder
@@ -52,12 +52,12 @@ class File(NamedTuple):
 
 
 class Corpus(NamedTuple):
-  """The files of each split.
+  """The files of each split of a corpus.
 
   Attributes:
     files: split -> its files.
-    shared: split -> the splits that share these files; a hash of each document decides between them. Splits with files
-      of their own have no entry.
+    shared: split -> all splits that read the same files; a hash of each document selects one of these splits. A split
+      that shares its files with no other split has no entry.
   """
 
   files: dict[str, list[File]]
@@ -102,7 +102,7 @@ def find(path: str) -> Corpus:
                  'documents of all files are divided among the splits by a hash')  # fmt: skip
     return Corpus({split: files for split in SPLITS}, dict.fromkeys(SPLITS, SPLITS))
   if unnamed := [file.name for file in files if split_named(file.name) is None]:
-    _warn_once(f'data.path={path}: ignored {", ".join(unnamed[:5])}: the name matches no split')
+    _warn_once(f'data.path={path}: ignored {", ".join(unnamed[:5])}: their names indicate no split')
   held_out = ('validation', 'test')
   if named['validation'] and named['test']:
     return Corpus(named, {})
@@ -117,7 +117,7 @@ def _warn_once(line: str) -> None:
 
 
 def split_named(name: str) -> str | None:
-  """Return the split that a file name indicates, or else the innermost folder name that indicates one, or None."""
+  """Return the split indicated by a file's name, or else by the innermost folder whose name indicates one, or None."""
   for part in reversed(pathlib.PurePosixPath(name.lower()).parts):
     for split, pattern in NAMES.items():
       if pattern.search(part):
@@ -126,7 +126,7 @@ def split_named(name: str) -> str | None:
 
 
 def _walk(folder, prefix: str = ''):
-  """Yield the corpus files below a folder, without hidden files and caches."""
+  """Yield the corpus files in a folder and its subfolders, except hidden files and cache folders."""
   for path in folder.iterdir():
     if path.name.startswith('.'):
       continue
@@ -156,7 +156,8 @@ def split_of(text: str, splits: tuple[str, ...]) -> str:
 
   Args:
     text: the document.
-    splits: the candidates. With 'train', validation and test get 1 / SHARES of the documents each; without, half each.
+    splits: the candidate splits. If they include 'train', validation and test get 1 / SHARES of the documents each;
+      otherwise, they get half of them each.
   """
   value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'big')
   if 'train' not in splits:
@@ -168,10 +169,10 @@ def documents(corpus: Corpus, split: str, mode: str, *, what: str = ''):
   """Yield ((file path, document number), text) for the documents of a split.
 
   Args:
-    corpus: as `find` returns it.
+    corpus: the corpus, as returned by `find`.
     split: one of SPLITS.
-    mode: one of DOCUMENTS; JSONL files ignore it.
-    what: name of the operation, for progress log lines; '' logs none.
+    mode: one of DOCUMENTS; does not apply to JSONL files.
+    what: name of the operation in progress log lines; '' disables them.
 
   Raises:
     UserError: text that is not UTF-8, an invalid JSONL line, or a file that cannot be read.
@@ -191,14 +192,14 @@ def documents(corpus: Corpus, split: str, mode: str, *, what: str = ''):
 
 
 def read_split(path: str, split: str, mode: str, *, detokenised: bool = False, flag: str = '--path'):
-  """Yield the non-empty documents of one split of a corpus; for commands, whose flags the error messages name.
+  """Yield the non-empty documents of one split of a corpus; used by commands: error messages name command-line flags.
 
   Args:
-    path: the corpus.
+    path: path of the corpus.
     split: one of SPLITS.
     mode: one of DOCUMENTS.
     detokenised: whether to pass the documents through `detokenize`.
-    flag: the command's flag that holds the path.
+    flag: the command-line flag that sets the path.
 
   Raises:
     UserError: an unknown split or mode, or a corpus that cannot be read.
@@ -216,7 +217,7 @@ def read_split(path: str, split: str, mode: str, *, detokenised: bool = False, f
 
 
 def sample_uniformly(found, count: int, seed: int) -> list:
-  """Draw at most `count` items of an iterable uniformly (reservoir sampling); returns them in their original order."""
+  """Sample up to `count` items of an iterable uniformly (reservoir sampling); return them in their original order."""
   rng, kept = np.random.default_rng(seed), []
   for index, item in enumerate(found):
     if len(kept) < count:
@@ -239,7 +240,7 @@ def read(file: File, mode: str):
 
 
 def _lines(stream):
-  """Yield (byte offset, line) of a binary stream, without line ends (LF or CRLF) and without a byte order mark."""
+  """Yield (byte offset, line) for the lines of a binary stream, without line breaks (LF, CRLF) or a byte order mark."""
   offset = 0
   for line in stream:
     start, offset = offset, offset + len(line)
@@ -249,7 +250,7 @@ def _lines(stream):
 
 
 def _texts(path, stream, mode: str):
-  """Yield (byte offset of the end, text) for the documents of a text file."""
+  """Yield (byte offset of the document's end, text) for the documents of a text file."""
   pending, end = [], 0  # lines of the current document; byte offset of its end
   for start, line in _lines(stream):
     end, text = start + len(line), decode(line, path, start)
@@ -267,7 +268,7 @@ def _texts(path, stream, mode: str):
 
 
 def _json_lines(path, stream):
-  """Yield (byte offset of the end, text) for the documents of a JSONL file."""
+  """Yield (byte offset of the document's end, text) for the documents of a JSONL file."""
   for number, (start, line) in enumerate(_lines(stream), 1):
     if not line.strip():
       continue
@@ -278,19 +279,19 @@ def _json_lines(path, stream):
         raise TypeError
       found.encode()
     except UnicodeEncodeError:
-      raise UserError(f'{path}, line {number}: "text" holds half of a surrogate pair: remove it') from None
+      raise UserError(f'{path}, line {number}: "text" contains an unpaired surrogate: remove it') from None
     except (KeyError, TypeError, ValueError, RecursionError):
       raise UserError(f'{path}, line {number}: expected JSON with "text", a string, got {text.strip()[:80]}') from None
     yield start + len(line), found.strip()
 
 
 def decode(content: bytes, path, start: int) -> str:
-  """Decode UTF-8 bytes; a UserError names the file and the byte offset of what is not UTF-8.
+  """Decode UTF-8 bytes; raise a UserError with the file and the offset of the first byte that is not valid UTF-8.
 
   Args:
     content: the bytes.
-    path: the file they come from.
-    start: their byte offset in the file.
+    path: the file that contains the bytes.
+    start: offset of the bytes in the file.
   """
   try:
     return content.decode()
@@ -302,7 +303,7 @@ def decode(content: bytes, path, start: int) -> str:
 # --- the One Billion Word corpus --------------------------------------------------------------------------------------
 
 ARCHIVE = '1-billion-word-language-modeling-benchmark-r13output'
-DETOKENIZATION = [  # (pattern, replacement): removes the spaces that the corpus's tokenizer put between characters
+DETOKENIZATION = [  # (pattern, replacement) pairs that remove the spaces inserted when LM1B was tokenized
   (re.compile(pattern), replacement)
   for pattern, replacement in [
     (r'(https?) : / / ', r'\1://'),
@@ -338,14 +339,14 @@ SOURCES = {  # name of a corpus -> URLs of its files
 
 
 def fetch(name: str, cache: str) -> str:
-  """Return the folder of a known corpus, downloading the corpus first if it is missing.
+  """Return the folder of a corpus listed in SOURCES, downloading the corpus first if it is missing.
 
   Args:
     name: a key of SOURCES.
     cache: the cache folder.
 
   Raises:
-    UserError: the download failed; the message says which files to put where instead.
+    UserError: the download failed; the message says which files the user can put into which folder instead.
   """
   if not cache:
     raise UserError(f'data.path and task.cache are empty: set data.path to a copy of {name}, or task.cache to a folder '
@@ -365,7 +366,7 @@ def fetch(name: str, cache: str) -> str:
 
 
 def unpack(archive: str, cache: str) -> str:
-  """Return the folder inside a cache into which a *.tar.gz is unpacked, unpacking it first if necessary."""
+  """Return the cache folder with the unpacked content of a *.tar.gz archive, unpacking it first if necessary."""
   path = epath.Path(archive).expanduser()
   try:
     size, _ = storage.size_and_time(path)

@@ -1,10 +1,10 @@
 """The text task: language modelling on TinyStories, LM1B (arXiv 2505.05755) or any other corpus.
 
-An example is `[CLS] [BOS] text`, where all tokens of the text are free. There is no correct answer, so the task has no
-`score`, and validation measures the loss. A document that is too long is cut after a sentence; the rest is dropped or
-becomes further examples.
+An example is `[CLS] [BOS] text`; all tokens of the text are generated, none is given. There is no correct answer, so
+the task has no `score`, and runs are evaluated by their validation loss. A document that is too long is cut after a
+sentence; the rest is dropped or becomes further examples.
 
-The tokenizer is given by the user or is SentencePiece trained on the corpus. A run keeps a copy in its folder.
+The tokenizer is given by the user, or is SentencePiece trained on the corpus. Each run saves a copy in its folder.
 """
 
 import functools
@@ -26,7 +26,7 @@ from ilm_jax.tasks.text import corpora
 from ilm_jax.types import UserError
 
 PREFIX = 2  # fixed tokens before the text: [CLS] and [BOS]
-FOLDER = 'tokenizer'  # subfolder of a run that holds its tokenizer
+FOLDER = 'tokenizer'  # subfolder of a run's folder that holds its tokenizer
 # Characters scanned per expected token when truncating a document; the window grows if it yields too few.
 WINDOW = 8
 SENTENCE = re.compile(r'[.!?…]["\'”’)\]]*(?=\s)|[。！？][」』”’]*|(?<=\S)(?=\n)')  # matches the end of a sentence
@@ -34,7 +34,7 @@ WORD = re.compile(r'(?<=\S)(?=\s)')  # matches the end of a word
 
 
 def check(cfg) -> None:
-  """Raise UserError if the settings are invalid."""
+  """Raise UserError if the settings of the text task are invalid."""
   if cfg.length < PREFIX + 1:
     raise UserError(f'task.length={cfg.length}: expected at least {PREFIX + 1} ([CLS], [BOS] and a token)')
   if cfg.documents not in corpora.DOCUMENTS:
@@ -44,12 +44,12 @@ def check(cfg) -> None:
 
 
 def longest(cfg) -> int:
-  """Return the number of tokens of the longest example."""
+  """Return the maximum number of tokens of an example, including [CLS] and [BOS]."""
   return cfg.length
 
 
 def longest_answer(cfg) -> int:
-  """Return the number of free tokens of the longest example."""
+  """Return the maximum number of text tokens of an example, without [CLS] and [BOS]."""
   return cfg.length - PREFIX
 
 
@@ -58,12 +58,12 @@ def longest_answer(cfg) -> int:
 
 @functools.cache
 def _scratch() -> tempfile.TemporaryDirectory:
-  """Return a temporary cache folder for this process, used if `task.cache` is empty."""
+  """Create this process's temporary cache folder, which is used if `task.cache` is empty."""
   return tempfile.TemporaryDirectory(prefix='ilm_jax-')
 
 
 def _cache(cfg) -> str:
-  """Return the cache folder."""
+  """Return the cache folder, `task.cache` or a temporary folder."""
   return cfg.cache or _scratch().name
 
 
@@ -83,7 +83,7 @@ def corpus_of(cfg) -> corpora.Corpus:
 def texts(cfg, split: str, *, what: str = ''):
   """Yield ((file path, document number), text) for the documents of a split, detokenized if the config says so.
 
-  `what` names the operation in progress log lines; '' logs none.
+  `what` is the name of the operation in progress log lines; '' disables them.
   """
   for place, text in corpora.documents(corpus_of(cfg), split, cfg.documents, what=what):
     yield place, corpora.detokenize(text) if cfg.detokenize else text
@@ -109,11 +109,11 @@ def pieces_of(text: str, tokenizer, limit: int):
     _, spans = tokenizer.encode_with_offsets(window)
     piece = window[: cut_at(window, max(spans[limit - 1][1], 1))]
     ids, spans = tokenizer.encode_with_offsets(piece)
-    # Without the text that follows it, a piece may be encoded into more tokens than before: shorten it further.
+    # Encoded on its own, the piece may have more tokens than it had within the window: shorten it further.
     while len(ids) > limit and (end := max(spans[limit - 1][1], 1)) < len(piece):
       piece = piece[:end]
       ids, spans = tokenizer.encode_with_offsets(piece)
-    yield piece, ids[:limit]  # a single character can have more byte tokens than `limit`
+    yield piece, ids[:limit]  # truncates a single character that is encoded as more than `limit` byte tokens
     start += len(piece)
     while start < len(text) and text[start].isspace():
       start += 1
@@ -123,9 +123,9 @@ def pieces_of(text: str, tokenizer, limit: int):
 
 
 def cut_at(text: str, end: int) -> int:
-  """Return where to cut a text to at most `end` characters.
+  """Return the index at which to cut a text so that at most `end` characters remain.
 
-  This is after the last sentence, or else the last word, that ends in the second half of these characters; else `end`.
+  The cut is after the last sentence, or else the last word, that ends between `end // 2` and `end`; otherwise at `end`.
   """
   for pattern in (SENTENCE, WORD):
     cuts = [match.end() for match in pattern.finditer(text, 0, end + 1) if end // 2 <= match.end() <= end]
@@ -140,9 +140,9 @@ def prepare(cfg, split: str, tokenizer, counts: dict):
   Args:
     cfg: the task section of a config.
     split: one of corpora.SPLITS.
-    tokenizer: the tokenizer.
-    counts: receives the numbers of `documents` and `tokens`, of documents that were `cut`, and of documents that were
-      skipped because they are `without_tokens`.
+    tokenizer: encodes the documents.
+    counts: dict that receives the numbers of `documents`, of `tokens`, of documents that were `cut`, and of documents
+      that were skipped because they have no tokens (`without_tokens`).
 
   Yields:
     (text, token ids) of each example, without [CLS] and [BOS].
@@ -171,13 +171,13 @@ def prepare(cfg, split: str, tokenizer, counts: dict):
                     counts['without_tokens'], number, file)  # fmt: skip
   if not counts['tokens']:
     raise UserError(
-      f'data.path={cfg.corpus}: the {split} split is empty, it has no document with a token: add text, or name the '
-      'files so that they contain train or valid'
+      f'data.path={cfg.corpus}: the {split} split is empty, it has no document with a token: add text, or use file '
+      'names that contain train or valid'
     )
 
 
 def _hash(cfg, *what) -> str:
-  """Return a hash of the document settings and any other JSON values, for the names of cache entries."""
+  """Return a hash of the document settings and of further JSON values, used in the names of cache entries."""
   settings = cfg.documents, cfg.detokenize, *what
   return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
 
@@ -186,13 +186,13 @@ def _hash(cfg, *what) -> str:
 
 
 class Source:
-  """Random access to the examples of one split, which are prepared on disk when it is first opened.
+  """Random access to the text examples of one split, which are tokenized and written to disk on first use.
 
   Attributes:
-    counts: statistics of the preparation, see `prepare`.
+    counts: numbers of documents and tokens of the split, see `prepare`.
   """
 
-  endless = False  # an epoch ends after len() examples
+  endless = False  # the split is finite: an epoch has len(source) examples
 
   def __init__(self, cfg, split: str):
     check(cfg)
@@ -218,7 +218,7 @@ class Source:
     return {'tokens': tokens, 'fixed': np.arange(len(tokens)) < PREFIX}
 
   def text(self, index: int) -> str:
-    """Return the text of an example, as it was before tokenization."""
+    """Return the text of an example before tokenization."""
     return self._stored.text(index)
 
 
@@ -233,14 +233,14 @@ def _log_once(line: str) -> None:
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
-_TOKENIZERS = {}  # fingerprint -> tokenizer, for the tokenizers that this process has loaded
+_TOKENIZERS = {}  # fingerprint -> tokenizer, of all tokenizers that this process has loaded
 
 
 def tokenizer(cfg) -> tokenizer_lib.Tokenizer:
   """Return the tokenizer of a config: the one at `tokenizer.path`, or SentencePiece trained on the corpus.
 
   Raises:
-    UserError: the config holds a fingerprint (see `resolve_assets`) and this tokenizer has a different one.
+    UserError: the tokenizer does not have the fingerprint in the config (see `resolve_assets`).
   """
   fingerprint = cfg.tokenizer.fingerprint
   if fingerprint not in _TOKENIZERS:
@@ -262,27 +262,27 @@ def given(cfg) -> tokenizer_lib.Tokenizer | None:
 
 
 def trained(cfg) -> tokenizer_lib.Tokenizer:
-  """Return SentencePiece trained on documents drawn from the training split, from the cache if it is there."""
+  """Train SentencePiece on a sample of training documents, or load it from the cache if it was trained before."""
   check(cfg)
   settings = cfg.tokenizer
   identity = corpus_of(cfg).identity('train')
   what = identity, settings.size, settings.seed, settings.normalization, settings.documents
 
   def make(folder):
-    sample = draw((text for _, text in texts(cfg, 'train', what='reading for the tokenizer')), settings)
+    sample = draw((text for _, text in texts(cfg, 'train', what='reading documents to train the tokenizer')), settings)
     if not sample:
       raise UserError(f'data.path={cfg.corpus}: the train split is empty, so no tokenizer can be trained')
     logging.info('training SentencePiece on %s documents', f'{len(sample):,}')
     lines = (line for text in sample for line in text.split('\n') if line)
     words = tokenizer_lib.train_sentencepiece(lines, size=settings.size, normalization=settings.normalization)
-    logging.info('SentencePiece: %s pieces', f'{words.vocab_size:,}')
+    logging.info('trained a SentencePiece tokenizer with %s tokens', f'{words.vocab_size:,}')
     words.save(folder)
 
   return tokenizer_lib.load(storage.once(_cache(cfg), f'sentencepiece-{_hash(cfg, *what)}', make))
 
 
 def draw(found, settings) -> list[str]:
-  """Draw at most `settings.documents` texts uniformly with seed `settings.seed`; returns them in their order."""
+  """Sample up to `settings.documents` texts uniformly with seed `settings.seed`, in their original order."""
   return corpora.sample_uniformly(found, settings.documents, settings.seed)
 
 
@@ -290,11 +290,11 @@ def resolve_assets(cfg, folder) -> None:
   """Find the tokenizer of a run and write its fingerprint into the config.
 
   Args:
-    cfg: the task section of a config; `tokenizer.fingerprint` is set.
-    folder: the run's folder; its own tokenizer takes precedence over the one of the config. None: use the config's.
+    cfg: the task section of a config; its `tokenizer.fingerprint` is overwritten.
+    folder: the run's folder; a tokenizer saved there takes precedence over the config's. None: use the config's.
 
   Raises:
-    UserError: the config names a different tokenizer than the run has, or than its checkpoints were trained with.
+    UserError: the config, the run's folder and the checkpoints do not agree on the tokenizer.
   """
   own = epath.Path(folder) / FOLDER if folder else None
   if own is None or not (own / tokenizer_lib.INFO_FILE).exists():
@@ -321,7 +321,7 @@ def resolve_assets(cfg, folder) -> None:
 
 
 def save_assets(cfg, folder) -> None:
-  """Save the tokenizer in a run's folder."""
+  """Save the config's tokenizer in a run's folder."""
   tokenizer(cfg).save(epath.Path(folder) / FOLDER)
 
 
@@ -329,12 +329,12 @@ def save_assets(cfg, folder) -> None:
 
 
 def encode_prompt(text: str, cfg) -> list[int]:
-  """Return the tokens of a prompt to continue: [CLS], [BOS] and the text. An empty prompt asks for a whole text."""
+  """Return the token ids of a prompt: [CLS], [BOS] and the text to continue. '' asks for an unconditional sample."""
   return [CLS, BOS, *tokenizer(cfg).encode(text)]
 
 
 def decode(tokens, cfg) -> str:
-  """Return the text of a row of tokens; special tokens are skipped."""
+  """Return the text of a sequence of token ids; special tokens are skipped."""
   return tokenizer(cfg).decode(tokens)
 
 

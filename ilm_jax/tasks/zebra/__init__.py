@@ -1,12 +1,12 @@
 """Zebra puzzles: from clues about a row of houses, work out which house has which value of each attribute.
 
     clues.py       clues, their meaning, their text form, and the split of a puzzle
-    solver.py      a rule-based solver, and a search for any solution
-    generator.py   random puzzles
+    solver.py      a rule-based solver, and a backtracking search for any solution
+    generator.py   a generator of random puzzles
     encoding.py    puzzles as token ids
-    released.py    the puzzles that Shah et al. released, read from their pickle files
+    released.py    a reader for the pickle files of puzzles that Shah et al. released
     source.py      the examples of a split: generated, cached on disk, or released
-    task.py        the task: scores, prompts, text
+    task.py        the task's functions: scores, prompts, text
 
-Each file imports only files above it in this list. Start with clues.py, or with task.py for the contract of a task.
+Each file imports only files above it in this list. Read clues.py first, or task.py for the interface of the task.
 """

@@ -1,8 +1,9 @@
 """Clues of zebra puzzles: what they mean, how they are written, and the hash that assigns a puzzle to a split.
 
-After Shah et al. 2024. A puzzle has n houses in a row and m attributes; each attribute gives each house a different one
-of the values 0 .. n-1. A reference (row, value) names a house: row 0 holds the house numbers, row 1 + a the values of
-attribute a. A table is a list of rows, and `table[row][house]` a value; houses are numbered from left to right.
+From Shah et al. 2024. A puzzle has n houses in a row and m attributes. Each attribute gives each house a different one
+of the values 0 .. n-1. A table is a list of rows: row 0 has the house numbers, from left to right; row 1 + a has the
+values of attribute a, and `table[row][house]` is a value. A reference (row, value) stands for the house that has this
+value in this row.
 
     kind             references   meaning, where A, B and C are house numbers
     =                A B          A = B
@@ -22,21 +23,21 @@ from typing import NamedTuple
 
 from ilm_jax.types import UserError
 
-# Number of references of each kind of clue.
+# Number of references (to houses) in each kind of clue.
 NUM_REFERENCES = {'=': 2, '!=': 2, 'nbr': 2, 'ends': 1, 'immediate-left': 2, 'left-of': 2, 'inbetween': 3}
 SYMMETRIC = ('=', '!=', 'nbr')  # kinds whose two references can be swapped
-MAX_SIZE = 6  # largest number of houses, and of attributes: the vocabulary has the digits 0 to 5
+MAX_SIZE = 6  # maximum number of houses and of attributes, because the vocabulary has only the digits 0 to 5
 
 
 class Clue(NamedTuple):
-  """A kind of clue, and its references (row, value) in the order of the text form."""
+  """A clue: its kind, and its references (row, value) in the order of the text form."""
 
   kind: str
   refs: tuple[tuple[int, int], ...]
 
 
 class Puzzle(NamedTuple):
-  """Clues, the table that solves them, and its cells (attribute, house, value) in the order the solver fills them."""
+  """A puzzle: clues, the table that solves them, and its (attribute, house, value) cells in the solver's order."""
 
   clues: list[Clue]
   table: list[list[int]]
@@ -44,7 +45,7 @@ class Puzzle(NamedTuple):
 
   @property
   def size(self) -> tuple[int, int]:
-    """Numbers of houses and of attributes."""
+    """(Number of houses, number of attributes)."""
     return len(self.table[0]), len(self.table) - 1
 
 
@@ -52,7 +53,7 @@ class Puzzle(NamedTuple):
 
 
 def is_true_of_houses(kind: str, at: tuple[int, ...], houses: int) -> bool:
-  """Return whether a clue of this kind is true if its references name the houses `at`, out of `houses` houses."""
+  """Return whether a clue of this kind is true if its references stand for the house numbers `at`."""
   match kind:
     case '=':
       return at[0] == at[1]
@@ -71,12 +72,12 @@ def is_true_of_houses(kind: str, at: tuple[int, ...], houses: int) -> bool:
 
 
 def is_true(clue: Clue, table: list[list[int]]) -> bool:
-  """Return whether a clue is true of a complete table."""
+  """Return whether a clue is true for a complete table."""
   return is_true_of_houses(clue.kind, tuple(table[row].index(value) for row, value in clue.refs), len(table[0]))
 
 
 def is_solution(table: list[list[int]], clues: list[Clue]) -> bool:
-  """Return whether every row of a table is a permutation of the values and every clue is true of it."""
+  """Return whether every row of a table is a permutation of the values and every clue is true for the table."""
   values = list(range(len(table[0])))
   return all(sorted(row) == values for row in table) and all(is_true(clue, table) for clue in clues)
 
@@ -85,18 +86,18 @@ def is_solution(table: list[list[int]], clues: list[Clue]) -> bool:
 
 
 def canonical(clue: Clue) -> Clue:
-  """Return the clue with the references of a symmetric kind sorted, so that equivalent clues are equal."""
+  """Return the clue, with sorted references if its kind is symmetric, so that equivalent clues compare equal."""
   return Clue(clue.kind, tuple(sorted(clue.refs))) if clue.kind in SYMMETRIC else clue
 
 
 def identity(clues: list[Clue], houses: int, attributes: int) -> int:
-  """Return a 64-bit hash of the size of a puzzle and its set of clues; the order of the clues does not matter."""
+  """Return a 64-bit hash of a puzzle's size and clues that does not depend on the order of the clues."""
   content = repr((houses, attributes, sorted({tuple(canonical(clue)) for clue in clues}))).encode()
   return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'big')
 
 
 def split_of(clues: list[Clue], houses: int, attributes: int) -> str:
-  """Return the split of a puzzle: its hash puts 5 % of the puzzles in validation and 5 % in test."""
+  """Return the split of a puzzle, by a hash of its size and clues: 5 % validation, 5 % test, 90 % training."""
   return {0: 'validation', 1: 'test'}.get(identity(clues, houses, attributes) % 20, 'train')
 
 
@@ -104,7 +105,7 @@ def split_of(clues: list[Clue], houses: int, attributes: int) -> str:
 
 
 def to_words(clues: list[Clue]) -> list[str]:
-  """Return the words of the text form of clues."""
+  """Convert clues to their text form, as a list of words."""
   words = []
   for kind, refs in clues:
     references = [['c', str(row - 1), str(value)] if row else ['n', '0', str(value)] for row, value in refs]
@@ -116,7 +117,7 @@ def from_words(words: list[str]) -> list[Clue]:
   """Parse the text form of clues.
 
   Raises:
-    UserError: a clue is malformed; the message quotes it and says what was expected.
+    UserError: a clue is malformed; the message quotes the clue and shows the expected form.
   """
   clues, start = [], 0
   while start < len(words):

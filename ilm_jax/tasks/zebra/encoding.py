@@ -15,7 +15,7 @@ TOKENIZER = WordTokenizer(WORDS)
 
 
 def max_tokens(houses: int, attributes: int) -> int:
-  """Return the largest number of tokens allowed for a puzzle of a size: 11 per cell plus 64, which is 460 for 6 x 6.
+  """Return the maximum number of tokens of a puzzle: 11 per cell plus 64, which is 460 for 6 houses x 6 attributes.
 
   None of 16,000 generated puzzles was longer.
   """
@@ -23,14 +23,14 @@ def max_tokens(houses: int, attributes: int) -> int:
 
 
 def to_ids(puzzle: Puzzle) -> np.ndarray:
-  """Return the token ids of a puzzle as uint8[n], with the cells in the order the solver fills them."""
+  """Return the token ids of a puzzle's clues and answer as uint8[n], with the cells in the solver's order."""
   digits = [str(number) for cell in puzzle.cells for number in cell]
   ids = [CLS, *TOKENIZER.ids(to_words(puzzle.clues)), BOS, *TOKENIZER.ids(digits)]
   return np.array(ids, np.uint8)
 
 
 def to_example(ids: np.ndarray, order: str = 'solver') -> dict[str, np.ndarray]:
-  """Return the example of a puzzle: tokens up to and including [BOS] are fixed; order 'sorted' sorts the cells."""
+  """Make an example from a puzzle's token ids; tokens up to [BOS] are fixed, and order='sorted' sorts the cells."""
   tokens = ids.astype(np.int32)
   prompt_length = int(np.argmax(tokens == BOS)) + 1
   if order == 'sorted':

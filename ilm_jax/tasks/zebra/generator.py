@@ -1,26 +1,26 @@
-"""A generator of random zebra puzzles: draws a table, then true clues until the solver can fill the table."""
+"""A generator of random zebra puzzles: it draws a table, then true clues until the solver can fill the table."""
 
 import numpy as np
 
 from ilm_jax.tasks.zebra.clues import SYMMETRIC, Clue, Puzzle, canonical, split_of
 from ilm_jax.tasks.zebra.solver import Solver, solve
 
-# Relative frequency of each kind of clue; the order of the kinds decides which puzzle a seed gives.
+# Relative frequency of each kind of clue. Reordering the kinds would change the puzzles that a seed generates.
 WEIGHTS = {'=': 4, '!=': 1, 'nbr': 2, 'ends': 2, 'immediate-left': 2, 'left-of': 2, 'inbetween': 1}
 CLUES_BEFORE_SOLVING = 5  # clues drawn before the solver is called for the first time
-SWAP_PROBABILITY = 0.25  # probability that the references of a symmetric clue are exchanged
-MAX_RELABELLINGS = 300  # attempts to move a puzzle to the requested split by renaming its values
+SWAP_PROBABILITY = 0.25  # probability that the two references of a symmetric clue are swapped
+MAX_RELABELLINGS = 300  # maximum number of attempts to move a puzzle to the requested split by renaming its values
 
 
 class ClueGenerator:
-  """Draws a random table, and clues that are true of it.
+  """Draws a random table, and random clues that are true for the table.
 
   Attributes:
-    table: the table; row 0 holds the house numbers.
+    table: the table; row 0 has the house numbers.
     clues: all clues drawn so far, including those the solver did not need.
-    solver: the solver, which has been given these clues.
-    row_counts: for each row of the table, how many references in the clues belong to it.
-    guided: whether the solver has been called; clues then aim at rows with few filled cells.
+    solver: a solver with all clues drawn so far.
+    row_counts: for each row of the table, the number of references to it in the clues.
+    guided: whether the solver has been called; from then on, clues favour rows with few filled cells.
   """
 
   def __init__(self, rng: np.random.Generator, houses: int, attributes: int):
@@ -43,7 +43,7 @@ class ClueGenerator:
     """Draw clues until the solver fills the table.
 
     Returns:
-      The clues that a solver uses when it gets all of them at once; some symmetric ones have their references swapped.
+      The clues that a new solver uses when it gets all clues at once. Symmetric clues have randomly swapped references.
     """
     seen = set()
     kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
@@ -82,31 +82,31 @@ class ClueGenerator:
     return len(weights) - 1
 
   def _row(self) -> int:
-    """Draw a row; rows that occur often in the clues are less likely, and so is row 0 (the house numbers)."""
+    """Draw a table row; row 0 (the house numbers) and rows that occur often in the clues are less likely."""
     weights = [1 / (3 + count) for count in self.row_counts]
     weights[0] /= 5
     return self._weighted_index(weights)
 
   def _row_unless(self, is_refused) -> int:
-    """Draw a row for which `is_refused(row)` is false."""
+    """Draw a table row for which `is_refused(row)` is false."""
     while is_refused(row := self._row()):
       pass
     return row
 
   def _cell(self) -> tuple[int, int]:
-    """Draw a cell (row, house); once the solver has run, prefer rows with few filled cells, and filled cells there."""
+    """Draw a cell (row, house); once the solver has run, prefer rows with few filled cells, and their filled cells."""
     if not self.guided:
       return self._row(), self._below(self.houses)
     row = self._weighted_index([self.houses - self.solver.num_filled(row) + 1 for row in range(self.attributes + 1)])
     return row, self._weighted_index([5 if self.solver.is_filled(row, house) else 1 for house in range(self.houses)])
 
   def _cell_before_last_house(self) -> tuple[int, int]:
-    """Draw a cell (row, house) outside the last house."""
+    """Draw a cell (row, house) that is not in the last house."""
     while (cell := self._cell())[1] >= self.houses - 1:
       pass
     return cell
 
-  # One method for each kind of clue; it returns the cells (row, house) that the references of a true clue name.
+  # One method for each kind of clue. It draws a true clue and returns the cell (row, house) of each reference.
 
   def _draw_equal(self):
     row, house = self._cell()
@@ -148,16 +148,16 @@ class ClueGenerator:
 
 
 def relabel(rng: np.random.Generator, clues: list[Clue], houses: int, attributes: int) -> list[Clue]:
-  """Rename the values of every attribute at random; the new puzzle is as likely as the old, with another identity."""
+  """Rename the values of every attribute at random, which makes an equally likely puzzle, usually with a new hash."""
   new_values = [list(range(houses)), *(rng.permutation(houses).tolist() for _ in range(attributes))]
   return [Clue(kind, tuple((row, new_values[row][value]) for row, value in refs)) for kind, refs in clues]
 
 
 def make_puzzle(rng: np.random.Generator, houses: int, attributes: int, split: str | None = None) -> Puzzle | None:
-  """Draw a random puzzle, of the given split if any.
+  """Draw a random puzzle that belongs to the given split (None: any split).
 
   Returns:
-    The puzzle. None, rarely: the solver fails on the clues that were kept, or no relabelling belongs to the split.
+    The puzzle; rarely None, if the solver fails on the selected clues or no relabelling belongs to the split.
   """
   clues = ClueGenerator(rng, houses, attributes).run()
   for _ in range(MAX_RELABELLINGS):

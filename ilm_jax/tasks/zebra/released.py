@@ -1,8 +1,8 @@
-"""The zebra puzzles that Shah et al. (2024) released as pickle files, read without running any code from the files.
+"""Reads the zebra puzzles that Shah et al. (2024) released as pickle files, without running any code from the files.
 
-A file is a pickled list of [words, table, order]. `words` are the clues, `ANSWER`, then `attribute house value` for
-each cell in the order in which the solver fills them; `table` has the house numbers in row 0 and one more row for each
-attribute; `order` is an array that repeats information from `words`.
+A file is a pickled list of puzzles [words, table, order]. `words` are the clues, `ANSWER`, then `attribute house value`
+for each cell in the order in which the solver fills the cells. `table` has the house numbers in row 0 and one more row
+for each attribute. `order` is an array that repeats information from `words`.
 """
 
 import gc
@@ -16,7 +16,7 @@ LAYOUT = 'expected a pickled list of [words, table, order], as Shah et al. 2024 
 
 
 class _Placeholder:
-  """Replaces every NumPy object of a pickle: the arrays are not needed, so no NumPy code has to run."""
+  """Stands in for every NumPy object in a pickle; the arrays are not needed, so no NumPy code has to run."""
 
   __slots__ = ()
 
@@ -27,7 +27,7 @@ class _Placeholder:
     pass
 
 
-# (module, name) of the functions and classes that a pickled NumPy array refers to, in old and new versions of NumPy.
+# (module, name) of all functions and classes that pickled NumPy arrays refer to, in old and new NumPy versions.
 _NUMPY_GLOBALS = {
   *((f'numpy.{core}.multiarray', '_reconstruct') for core in ('core', '_core')),
   *((f'numpy.{core}.numeric', '_frombuffer') for core in ('core', '_core')),
@@ -37,11 +37,11 @@ _NUMPY_GLOBALS = {
 
 
 class _ForbiddenGlobal(Exception):
-  """The pickle refers to a function or class other than those of NumPy arrays."""
+  """The pickle refers to a function or class that is not in _NUMPY_GLOBALS."""
 
 
 class _Unpickler(pickle.Unpickler):
-  """Loads lists, numbers and strings; puts placeholders for arrays, and raises _ForbiddenGlobal for anything else."""
+  """Loads lists, numbers and strings, replaces arrays by placeholders, raises _ForbiddenGlobal for other objects."""
 
   def find_class(self, module, name):
     if (module, name) not in _NUMPY_GLOBALS:
@@ -50,7 +50,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def find_files(path: str) -> dict[str, pathlib.Path]:
-  """Return {'all': path} if the path is a file, or {'train': ..., 'test': ...} if it is a folder with both sets."""
+  """Return {'all': path} for a single file, or {'train': path, 'test': path} for a folder with the released files."""
   place = pathlib.Path(path).expanduser()
   if place.is_file():
     return {'all': place}
@@ -69,10 +69,11 @@ def find_files(path: str) -> dict[str, pathlib.Path]:
 
 
 def read(file: pathlib.Path):
-  """Yield the puzzles of a file; the whole pickle is loaded first, then each record is freed after use.
+  """Yield the puzzles of a released file. The whole file is loaded first; each record is freed after it was yielded.
 
   Raises:
-    UserError: the file is truncated, has another layout, or holds anything but lists, strings, numbers and arrays.
+    UserError: the file is truncated, has a different layout, or contains other types than lists, strings, numbers and
+      arrays.
   """
   records = _load(file)
   if type(records) is not list or not records:
@@ -83,9 +84,9 @@ def read(file: pathlib.Path):
 
 
 def _load(file: pathlib.Path):
-  """Unpickle a file; raise UserError if it is refused, unreadable or damaged."""
+  """Unpickle a file; raise UserError if the file is unreadable or damaged, or contains forbidden types."""
   gc_was_enabled = gc.isenabled()
-  gc.disable()  # all of the millions of new lists stay alive, so collecting garbage would only cost time
+  gc.disable()  # unpickling allocates millions of lists and frees none, so collecting garbage would only cost time
   try:
     with file.open('rb') as stream:
       return _Unpickler(stream).load()
@@ -107,7 +108,7 @@ def _load(file: pathlib.Path):
 
 
 def _to_puzzle(record, where: str) -> Puzzle:
-  """Check a record and return it as a puzzle; `where` names the record in error messages."""
+  """Convert a record of a released file to a puzzle, after checking it; error messages begin with `where`."""
   if type(record) not in (list, tuple) or len(record) != 3:
     raise UserError(f'{where}: {LAYOUT}')
   words, table, _ = record

@@ -1,31 +1,33 @@
-"""Solvers for zebra puzzles: `Solver` combines a few clues at a time, as people do; `find_table` uses backtracking."""
+"""Zebra puzzle solvers: `Solver` combines up to three clues at a time, as people do; `find_table` uses backtracking."""
 
 import itertools
 
 from ilm_jax.tasks.zebra.clues import Clue, is_true_of_houses
 
-MAX_COMBINED_CLUES = 3  # clues that the solver combines to fill one cell
+MAX_COMBINED_CLUES = 3  # maximum number of clues that the solver combines to fill one cell
 
 
 class Contradiction(Exception):
-  """The clues leave a value without a possible house, or a house without a possible value."""
+  """The clues contradict each other: some value has no possible house, or some house has no possible value."""
 
 
 class Solver:
   """Fills a table cell by cell, by combining up to three clues and eliminating candidates.
 
-  It runs in polynomial time and fills a cell only if the clues imply its value, but it does not solve every puzzle that
-  has a unique solution. New clues can be added after a call of `solve`.
+  The solver runs in polynomial time and fills a cell only if the clues imply its value, but it does not solve every
+  puzzle that has a unique solution. New clues can be added after a call of `solve`.
 
   The candidates of a reference (row, value) are the houses in which the value may still be. A *state* holds the
   candidates of all references in one integer: n bits for each reference, with reference r = row * n + value at bit r*n.
+  A reference is *known* if its value has been placed in a house, otherwise it is *open*; an *open* house of a row is
+  one whose cell is empty.
 
-  To fill a cell, the solver takes a sequence of clues, starts from the state in which every open value may be in every
-  open house of its row, and applies the clues one after the other. If this determines a cell, the cell is filled, the
-  narrowed candidates are discarded, and the search starts again from the new table. Sequences of one clue are tried
+  To fill a cell, the solver takes a sequence of clues, starts from the state in which every open reference may be in
+  every open house of its row, and applies the clues one after the other. If this determines a cell, the cell is filled,
+  the narrowed candidates are discarded, and the search starts again from the new table. Sequences of one clue are tried
   first, then those of two, then of three, each in lexicographic order. `_tried` records which clues were applied to
-  which state, so no sequence is tried twice on the same table: a clue added later costs only the sequences that contain
-  it, and clues that change nothing or lead to a known state cost nothing more.
+  which state, so no sequence is tried twice on the same table. After a clue is added, only sequences that contain this
+  clue are tried.
 
   Attributes:
     houses, attributes: size of the puzzle.
@@ -35,13 +37,13 @@ class Solver:
   def __init__(self, houses: int, attributes: int, clues=()):
     self.houses, self.attributes = houses, attributes
     self.filled_cells = []
-    # The table, indexed by reference; the references of row 0, the house numbers, are known from the start.
+    # `_known` and `_house` are indexed by reference; the references of row 0, the house numbers, are always known.
     self._known = [True] * houses + [False] * (houses * attributes)
     self._house = list(range(houses)) + [-1] * (houses * attributes)  # house of each reference, -1 if unknown
-    self._all_houses = (1 << houses) - 1  # bit mask of houses
+    self._all_houses = (1 << houses) - 1  # bit mask of all houses
     self._open_houses = [0] + [self._all_houses] * attributes  # bit mask of the empty cells of each row
     self._clues = []  # (rule, references, rows) of every clue
-    self._open_clues = 0  # bit mask of the clues with a reference whose house is unknown
+    self._open_clues = 0  # bit mask of the clues that have a reference whose house is unknown
     self._rules = {
       '=': self._equal,
       '!=': self._unequal,
@@ -57,7 +59,7 @@ class Solver:
 
   @property
   def solved(self) -> bool:
-    """Whether all cells are filled."""
+    """Whether all cells of the table are filled."""
     return len(self.filled_cells) == self.houses * self.attributes
 
   def is_known(self, ref: tuple[int, int]) -> bool:
@@ -69,7 +71,7 @@ class Solver:
     return self.houses - self._open_houses[row].bit_count()
 
   def is_filled(self, row: int, house: int) -> bool:
-    """Return whether a cell is filled."""
+    """Return whether the cell of this row and house is filled."""
     return not self._open_houses[row] >> house & 1
 
   def table(self) -> list[list[int]]:
@@ -81,14 +83,14 @@ class Solver:
     return out
 
   def add(self, clue: Clue) -> None:
-    """Add a clue, for the next call of `solve`."""
+    """Add a clue; the next call of `solve` uses it."""
     refs = tuple(row * self.houses + value for row, value in clue.refs)
     if not all(self._known[ref] for ref in refs):
       self._open_clues |= 1 << len(self._clues)
     self._clues.append((self._rules[clue.kind], refs, tuple(sorted({row for row, _ in clue.refs}))))
 
   def solve(self) -> set[int]:
-    """Fill cells until the rules determine no more; return the indices of the clues that were used.
+    """Fill cells until the rules determine no further cell; return the indices of the clues that were used.
 
     Raises:
       Contradiction: no table satisfies the clues.
@@ -105,9 +107,9 @@ class Solver:
     return used
 
   def _search(self, state: int, applied: tuple[int, ...], length: int):
-    """Apply `length` more clues to a state, in every possible way.
+    """Search for a sequence of `length` more clues that determines a cell when it is applied to a state.
 
-    All shorter sequences have failed before, so a clue that does not change the state cannot begin a longer one.
+    All shorter sequences have failed before, so sequences that start with a clue without effect need not be tried.
 
     Returns:
       (clue indices, (reference, house)) of the first sequence that determines a cell, or None.
@@ -132,7 +134,7 @@ class Solver:
     return None
 
   def _apply(self, state: int, index: int):
-    """Apply a clue, then eliminate; return the new state and the determined cell (reference, house) or None."""
+    """Apply a clue, then `_eliminate` in its rows; return the new state and a determined (reference, house) or None."""
     rule, refs, rows = self._clues[index]
     new, cell = rule(state, *refs)
     if cell is None and new != state:
@@ -146,11 +148,11 @@ class Solver:
     return new, cell
 
   def _eliminate(self, state: int, row: int):
-    """Return a determined cell (reference, house) of a row, or None.
+    """Return a (reference, house) of a row that the candidates determine, or None.
 
-    This is the first house with one possible value, otherwise the first value with one possible house.
+    Prefers the first house with only one possible value, then the first value with only one possible house.
     """
-    once = twice = 0  # bit masks of the houses that are candidates of at least one value, and of at least two
+    once = twice = 0  # bit masks of the houses that are candidates for at least one value, and for at least two
     single_candidate = None
     open_refs = [ref for ref in range(row * self.houses, (row + 1) * self.houses) if not self._known[ref]]
     for ref in open_refs:
@@ -167,7 +169,7 @@ class Solver:
     return single_candidate
 
   def _commit(self, ref: int, house: int) -> None:
-    """Fill a cell, and then every row with one empty cell; drop the clues whose references are all known."""
+    """Fill a cell, then the last empty cell of every row with only one; drop clues whose references are all known."""
     self._fill(ref, house)
     for row in range(1, self.attributes + 1):
       if self._open_houses[row].bit_count() == 1:
@@ -185,20 +187,20 @@ class Solver:
     self.filled_cells.append((row - 1, house, value))
 
   def _reset_search(self) -> None:
-    """Compute the start state of the current table: every open value may be in every open house of its row."""
+    """Compute the start state of the current table: each unplaced value may be in every empty cell of its row."""
     masks = [
       1 << self._house[ref] if known else self._open_houses[ref // self.houses] for ref, known in enumerate(self._known)
     ]
     self._start_state = sum(mask << ref * self.houses for ref, mask in enumerate(masks))
-    # State -> [bit mask of the clues that were applied to it and determined no cell, {clue: new state, if different}].
+    # State -> [bit mask of the clues tried on it without determining a cell, {clue: new state, if it changed}].
     self._tried = {}
 
   def _candidates(self, state: int, ref: int) -> int:
-    """Return the bit mask of the houses in which a reference may be."""
+    """Return the bit mask of the candidate houses of a reference in a state."""
     return state >> ref * self.houses & self._all_houses
 
   def _restrict(self, state: int, ref: int, allowed: int) -> int:
-    """Remove the candidates of an open reference outside the bit mask `allowed`; return the new state."""
+    """Remove a reference's candidates outside the bit mask `allowed`, unless its house is known; return the state."""
     candidates = self._candidates(state, ref)
     if self._known[ref] or not candidates & ~allowed:
       return state
@@ -207,12 +209,12 @@ class Solver:
     return state ^ (candidates & ~allowed) << ref * self.houses
 
   def _beside(self, houses: int) -> int:
-    """Return the bit mask of the houses next to one of the given houses."""
+    """Return the bit mask of the houses next to at least one of the given houses (a bit mask)."""
     return (houses << 1 | houses >> 1) & self._all_houses
 
-  # Rules, one for each kind of clue. A rule takes a state and the references of a clue, at least one of them open, and
-  # returns the new state and the cell (reference, house) that the clue determines, or None. For two open references,
-  # restricting a by b and then b by a is enough; a second pass would remove nothing. `inbetween` needs two passes.
+  # Rules, one for each kind of clue. A rule takes a state and the references of a clue, of which at least one has no
+  # known house. It returns the new state and the (reference, house) that the clue determines, or None. With two unknown
+  # houses, one pass (restrict a by b, then b by a) removes all it can; `inbetween` needs two passes.
 
   def _equal(self, state, a, b):
     if self._known[a] or self._known[b]:
@@ -244,7 +246,7 @@ class Solver:
     return self._restrict(state, b, self._candidates(state, a) << 1), None
 
   def _restrict_order(self, state, a, b):
-    """Restrict by a < b: a is left of the rightmost candidate of b, and b right of the leftmost candidate of a."""
+    """Apply a < b: a must be left of the rightmost candidate of b, and b right of the leftmost candidate of a."""
     state = self._restrict(state, a, (1 << self._candidates(state, b).bit_length() - 1) - 1)
     return self._restrict(state, b, -2 << _lowest(self._candidates(state, a)))
 
@@ -270,12 +272,12 @@ class Solver:
 
 
 def _lowest(bits: int) -> int:
-  """Return the index of the lowest set bit."""
+  """Return the index of the lowest set bit of an integer."""
   return (bits & -bits).bit_length() - 1
 
 
 def solve(clues: list[Clue], houses: int, attributes: int) -> Solver:
-  """Return a solver that has filled all cells it can; raise Contradiction if it finds that no table fits the clues."""
+  """Return a solver that has filled all cells it can; raise Contradiction if it finds the clues contradictory."""
   solver = Solver(houses, attributes, clues)
   solver.solve()
   return solver
@@ -285,16 +287,16 @@ def find_table(clues: list[Clue], houses: int, attributes: int, max_nodes: int =
   """Search for a table that satisfies the clues, by backtracking with constraint propagation.
 
   Returns:
-    A table, or None if there is none.
+    A table, or None if no table satisfies the clues.
 
   Raises:
-    TimeoutError: the search visited `max_nodes` nodes without an answer.
+    TimeoutError: the search visited `max_nodes` nodes without finding an answer.
   """
   node_numbers = itertools.count(1)
   refs = [(row, value) for row in range(1, attributes + 1) for value in range(houses)]
 
   def propagate(candidates):
-    """Remove the houses that a clue or another value of the row excludes; return None on a contradiction."""
+    """Remove candidate houses that a clue or another value of the row excludes; return None on a contradiction."""
     while True:
       before = dict(candidates)
       for kind, names in clues:

@@ -1,4 +1,4 @@
-"""The examples of zebra puzzles: generated (in several processes, cached on disk) or read from the released files."""
+"""Zebra puzzle examples: generated on demand or in advance (cached on disk), or read from the released files."""
 
 import array
 import concurrent.futures.process
@@ -23,13 +23,13 @@ from ilm_jax.tasks.zebra.generator import make_puzzle
 from ilm_jax.types import UserError
 
 SPLITS = ('train', 'validation', 'test')
-ORDERS = ('solver', 'sorted')  # orders of the cells in an answer
-MIN_SIZE = 3  # smallest number of houses, and of attributes
-SECONDS_BETWEEN_LOGS = 10
+ORDERS = ('solver', 'sorted')  # possible orders of the cells in an answer
+MIN_SIZE = 3  # minimum number of houses and minimum number of attributes of a puzzle
+SECONDS_BETWEEN_LOGS = 10  # seconds between progress log lines
 
 
 def check_config(cfg) -> None:
-  """Raise UserError if a setting is out of range, or if the settings contradict each other."""
+  """Raise UserError if a setting of the zebra task is out of range or conflicts with another one."""
   for what in ('houses', 'attributes'):
     low, high = cfg[f'min_{what}'], cfg[f'max_{what}']
     if not MIN_SIZE <= low <= high <= MAX_SIZE:
@@ -48,9 +48,9 @@ def check_config(cfg) -> None:
 
 
 class Source:
-  """Random access to the examples of one split: released, cached on disk, or generated on demand.
+  """Random access to the zebra examples of one split: released, cached on disk, or generated on demand.
 
-  Example i depends only on the config, the split and i. Generated examples of a finite split are kept in memory.
+  Example i depends only on the config, the split and i. Generated examples of a finite split are cached in memory.
   """
 
   def __init__(self, cfg, split: str):
@@ -59,7 +59,7 @@ class Source:
     self.size = cfg[f'num_{split}']
     self.endless = split == 'train' and not cfg.num_train and not cfg.path
     self._recipe = Recipe.from_config(cfg, split)
-    self._stored = None  # the token ids of all puzzles, if the split is released or cached
+    self._stored = None  # the token ids of all puzzles, if they are released or cached on disk
     self._generated = {}  # the token ids of the puzzles generated so far, by index
     if cfg.path:
       read = functools.partial(released_puzzles, cfg, split)
@@ -78,7 +78,7 @@ class Source:
     return 2**62 if self.endless else self.size
 
   def puzzle(self, index: int) -> Puzzle:
-    """Return a generated puzzle, with its table; the index counts the puzzles of the split."""
+    """Generate the split's puzzle with this index, including its table."""
     return generate_one(self._recipe, index)
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
@@ -97,7 +97,7 @@ class Source:
 
 
 class Recipe(NamedTuple):
-  """The settings that determine the generated puzzles of a split; sizes are (smallest, largest)."""
+  """The settings that determine a split's generated puzzles; `houses` and `attributes` are (minimum, maximum)."""
 
   seed: int
   split: str
@@ -115,7 +115,7 @@ class Recipe(NamedTuple):
 
 
 def generate_one(recipe: Recipe, index: int) -> Puzzle:
-  """Return puzzle `index` of a split, of uniformly random size; it depends on the recipe and the index only."""
+  """Generate puzzle `index` of a split, with a uniformly random size; depends only on the recipe and the index."""
   rng = np.random.default_rng((recipe.seed, SPLITS.index(recipe.split), index))
   while True:
     houses, attributes = (int(rng.integers(*bounds, endpoint=True)) for bounds in (recipe.houses, recipe.attributes))
@@ -129,19 +129,19 @@ def _generate_ids(recipe: Recipe, index: int) -> np.ndarray:
 
 
 def generate(recipe: Recipe, count: int, num_workers: int):
-  """Yield the token ids of puzzles 0 to count-1 of a split, and log the progress.
+  """Generate puzzles 0 to count-1 of a split, yield their token ids, and log the progress.
 
   Args:
-    recipe: settings of the puzzles.
-    count: number of puzzles.
-    num_workers: number of processes that generate puzzles; 0 generates them in this process. The puzzles are the same.
+    recipe: the settings that determine the puzzles.
+    count: number of puzzles to generate.
+    num_workers: number of worker processes; 0 generates in this process. The number does not affect the puzzles.
   """
   make = functools.partial(_generate_ids, recipe)
   start = last_log = time.monotonic()
   with contextlib.ExitStack() as stack:
     puzzles = map(make, range(count))
     if num_workers:
-      # 'spawn', because forking a process that runs accelerator threads can deadlock.
+      # Use 'spawn', because forking a process that runs accelerator threads can deadlock.
       pool = concurrent.futures.ProcessPoolExecutor(num_workers, multiprocessing.get_context('spawn'), _start_worker)
       chunk_size = max(1, min(64, count // (4 * num_workers)))
       puzzles = stack.enter_context(pool).map(make, range(count), chunksize=chunk_size)
@@ -164,7 +164,7 @@ def generate(recipe: Recipe, count: int, num_workers: int):
 
 
 def _start_worker() -> None:
-  """Let only the parent process handle Ctrl-C, and exit when the parent ends, even if it was killed."""
+  """Initialize a worker process: ignore Ctrl-C, and exit when the parent process ends, even if that was killed."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
 
   def exit_with_parent():
@@ -183,21 +183,21 @@ def _duration(seconds: float) -> str:
 
 
 def released_puzzles(cfg, split: str):
-  """Yield the token ids of the released puzzles of a split whose sizes the config allows.
+  """Yield the token ids of the released puzzles of a split, restricted to the puzzle sizes in the config.
 
-  If `cfg.path` is a folder, it holds the published training and test sets: validation is the part of the training set
-  that `split_of` assigns to it, and puzzles that also occur in the test set are left out of training and validation. If
-  `cfg.path` is a file, `split_of` alone decides.
+  If `cfg.path` is a folder, it must hold the released training and test files. The test file is the test split;
+  `split_of` moves some puzzles of the training file to validation, and puzzles that also occur in the test file are
+  excluded from training and validation. If `cfg.path` is a single file, `split_of` divides its puzzles into all splits.
 
   Raises:
-    UserError: the files cannot be read, or no puzzle remains.
+    UserError: the files cannot be read, or no puzzle of the split has an allowed size.
   """
   files = released.find_files(cfg.path)
-  limit = cfg[f'num_{split}']  # 0: no limit
+  limit = cfg[f'num_{split}']  # maximum number of puzzles; 0: no limit
   max_length = max_tokens(cfg.max_houses, cfg.max_attributes)
   test_set = set()
   if 'all' not in files and split != 'test':
-    logging.info('zebra: reading %s, to exclude its puzzles from training', files['test'])
+    logging.info('zebra: reading %s, to exclude the test puzzles from training and validation', files['test'])
     test_set = {identity(puzzle.clues, *puzzle.size) for puzzle in released.read(files['test'])}
   file = files.get('all') or files['test' if split == 'test' else 'train']
   logging.info('zebra: reading %s', file)
@@ -234,7 +234,7 @@ def released_puzzles(cfg, split: str):
 
 
 def _released_name(cfg, split: str) -> str:
-  """Return the name of the cache folder of a split: it changes with the files and with the settings that select."""
+  """Return a split's cache folder name, a hash of the released files and of the settings that select puzzles."""
   files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
            for file in released.find_files(cfg.path).values()]  # fmt: skip
   sizes = cfg.min_houses, cfg.max_houses, cfg.min_attributes, cfg.max_attributes
@@ -243,7 +243,7 @@ def _released_name(cfg, split: str) -> str:
 
 
 class IdArrays:
-  """A read-only list of uint8 arrays, stored in one buffer: far smaller than separate arrays."""
+  """A read-only list of uint8 arrays in one buffer, which needs far less memory than separate arrays."""
 
   def __init__(self, arrays):
     self._buffer, self._ends = bytearray(), array.array('q', [0])

@@ -1,7 +1,7 @@
 """Zebra puzzles (Shah et al. 2024; arXiv 2505.05755): which house has which value of each attribute, given clues.
 
-The answer lists the cells of the table: `[CLS] clues [BOS] attribute house value attribute house value ...`, in the
-order in which a solver fills them (`task.order=solver`) or sorted (`task.order=sorted`).
+The answer lists the cells of the table: `[CLS] clues [BOS] attribute house value attribute house value ...`. They are
+in the order in which a solver fills them (`task.order=solver`) or sorted (`task.order=sorted`).
 
 Text form of prompts and answers: `KIND LHS ref RHS ref CLUE_END ... ANSWER attribute house value ...`, see clues.py.
 """
@@ -27,27 +27,27 @@ def tokenizer(cfg) -> WordTokenizer:
 
 
 def longest(cfg) -> int:
-  """Return the largest number of tokens of an example; longer puzzles are never used."""
+  """Return the maximum number of tokens of an example; longer puzzles are discarded."""
   return max_tokens(cfg.max_houses, cfg.max_attributes)
 
 
 def longest_answer(cfg) -> int:
-  """Return the number of tokens of the longest answer: three per cell of the largest table."""
+  """Return the maximum number of tokens of an answer: three per cell of the largest table."""
   return 3 * cfg.max_houses * cfg.max_attributes
 
 
 def chance(cfg) -> float:
-  """Return the exact match of random permutations of the values, averaged over the sizes of puzzles."""
+  """Return the expected exact match accuracy of answers with random permutations, averaged over puzzle sizes."""
   houses, attributes = (range(cfg[f'min_{what}'], cfg[f'max_{what}'] + 1) for what in ('houses', 'attributes'))
   return float(np.mean([math.factorial(n) ** -m for n in houses for m in attributes]))
 
 
 def score(predicted: np.ndarray, reference: np.ndarray, cfg) -> dict[str, tuple[float, float]]:
-  """Compare the tokens of an answer with the reference answer; every three tokens are one cell.
+  """Compare the tokens of a predicted answer with the reference answer; every three tokens are one cell.
 
   Returns:
-    (total, weight) pairs. `exact_match`: the sets of cells are equal, in any order. `iou`: intersection over union of
-    the sets of cells. `token_accuracy`: correct tokens over the positions of the reference; it depends on the order.
+    {metric: (total, weight)}. `exact_match`: whether the sets of cells are equal, in any order. `iou`: intersection
+    over union of the sets of cells. `token_accuracy`: fraction of the reference's positions with the correct token.
   """
   del cfg
   predicted_cells, reference_cells = _cells(predicted), _cells(reference)
@@ -65,11 +65,11 @@ def _cells(tokens) -> set[tuple[int, ...]]:
 
 
 def encode_prompt(text: str, cfg) -> list[int]:
-  """Return the prompt tokens of clues, after checking that they form a puzzle; text after `ANSWER` is ignored.
+  """Return the token ids of a prompt, after checking that its clues are solvable; text after `ANSWER` is ignored.
 
   Raises:
-    UserError: the prompt is empty or malformed, has an unknown word or a size outside the config's range, or the clues
-      contradict each other or are too few for the solver.
+    UserError: the prompt is empty or malformed or has an unknown word, the puzzle's size is outside the config's range,
+      or the clues contradict each other or are too few for the solver.
   """
   words = text.split()
   words = words[: words.index('ANSWER')] if 'ANSWER' in words else words
@@ -81,9 +81,9 @@ def encode_prompt(text: str, cfg) -> list[int]:
 
 
 def check_solvable(clues, cfg) -> None:
-  """Raise UserError if the solver cannot turn the clues into a table.
+  """Raise UserError if the solver cannot determine the whole table from the clues.
 
-  The clues need not mention the last value, so the number of houses that they imply and one more are both tried.
+  The clues need not mention the largest value, so there may be one house more than they mention; both sizes are tried.
   """
   attributes = max(row for clue in clues for row, _ in clue.refs)
   houses = max(cfg.min_houses, 1 + max(value for clue in clues for _, value in clue.refs))
@@ -102,7 +102,7 @@ def check_solvable(clues, cfg) -> None:
 
 
 def _problem(clues, houses: int, attributes: int) -> str | None:
-  """Return an error message if the solver finds no table that satisfies the clues, None if it does."""
+  """Return an error message if the clues contradict each other or the solver cannot fill the table, else None."""
   contradiction = (
     f'the clues contradict each other: no table of {houses} houses and {attributes} attributes satisfies them all'
   )
@@ -113,7 +113,7 @@ def _problem(clues, houses: int, attributes: int) -> str | None:
   except Contradiction:
     return contradiction
   except TimeoutError:
-    pass  # the search found neither a table nor a contradiction
+    pass  # the backtracking search gave up before it found a table or proved a contradiction
   if solver.solved:
     return None if is_solution(solver.table(), clues) else contradiction
   return (
@@ -123,7 +123,7 @@ def _problem(clues, houses: int, attributes: int) -> str | None:
 
 
 def decode(tokens, cfg) -> str:
-  """Return the text of a row of token ids."""
+  """Return the text of the token ids of a prompt and its answer."""
   del cfg
   return ' '.join('ANSWER' if word == '[BOS]' else word for word in TOKENIZER.pieces(tokens[1:]))
 

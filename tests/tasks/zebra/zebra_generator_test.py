@@ -1,4 +1,4 @@
-"""Tests of the zebra generator: its puzzles have one solution, and its draws have the intended frequencies."""
+"""Tests of the zebra puzzle generator: each puzzle has one solution, and random draws have the intended frequencies."""
 
 import collections
 
@@ -10,7 +10,7 @@ from ilm_jax.tasks.zebra.generator import WEIGHTS, ClueGenerator, make_puzzle, r
 from ilm_jax.tasks.zebra.solver import Solver, solve
 
 
-def test_a_puzzle_has_different_true_clues_and_the_cells_of_its_table():
+def test_a_generated_puzzle_has_distinct_true_clues_and_lists_every_cell_of_its_table():
   for puzzle in puzzles():
     assert is_solution(puzzle.table, puzzle.clues)
     assert len(set(map(canonical, puzzle.clues))) == len(puzzle.clues)
@@ -18,20 +18,20 @@ def test_a_puzzle_has_different_true_clues_and_the_cells_of_its_table():
     assert sorted(puzzle.cells) == cells
 
 
-def test_a_puzzle_has_one_solution():
+def test_a_generated_puzzle_has_exactly_one_solution():
   for seed in range(25):
     puzzle = make_puzzle(np.random.default_rng(seed), 3, 3)
     assert [table for table in all_tables(3, 3) if is_solution(table, puzzle.clues)] == [puzzle.table]
 
 
-def test_only_clues_that_the_solver_uses_are_kept_in_their_order():
+def test_the_generator_returns_only_the_clues_that_the_solver_uses_in_their_order():
   for _, clues, kept in drawn(12, 4, 4):
     used = Solver(4, 4, clues).solve()
     assert list(map(canonical, kept)) == [canonical(clues[i]) for i in sorted(used)]
 
 
-def test_drawing_stops_at_the_first_clue_that_makes_the_puzzle_solvable():
-  """The solver is called for the first time after five clues; from then on, one clue less is not enough."""
+def test_the_generator_stops_at_the_first_clue_that_makes_the_puzzle_solvable():
+  """The solver first runs after five clues; if more were drawn, the puzzle is unsolvable without the last clue."""
   lengths = set()
   for _, clues, _ in drawn(40, 3, 3):
     lengths.add(len(clues))
@@ -40,7 +40,7 @@ def test_drawing_stops_at_the_first_clue_that_makes_the_puzzle_solvable():
 
 
 def test_numbers_of_clues_match_an_independent_implementation():
-  """Compares the mean numbers of clues and of tokens (with ANSWER) for two sizes, and the commonest and rarest kind."""
+  """Compare the mean numbers of clues and tokens (with ANSWER) for two sizes, and the most and least frequent kinds."""
   kinds = collections.Counter()
   for size, num_clues, num_tokens in (((3, 3), 5.3, 80.5), ((4, 4), 11.1, 158.5)):
     some = [make_puzzle(np.random.default_rng((5, i)), *size) for i in range(150)]
@@ -51,7 +51,7 @@ def test_numbers_of_clues_match_an_independent_implementation():
   assert order[0] == '=' and order[-1] == '!=' and set(order) == set(WEIGHTS)
 
 
-def test_symmetric_clues_are_swapped_one_time_in_four():
+def test_the_references_of_symmetric_clues_are_swapped_with_probability_one_quarter():
   generator = ClueGenerator(np.random.default_rng(0), 3, 3)
   for kind in WEIGHTS:
     clue = Clue(kind, ((1, 0), (2, 1))[: 1 if kind == 'ends' else 2])
@@ -62,7 +62,7 @@ def test_symmetric_clues_are_swapped_one_time_in_four():
       assert num_swapped == 0
 
 
-def test_rows_and_cells_are_drawn_by_their_weights():
+def test_rows_and_cells_are_drawn_in_proportion_to_their_weights():
   generator = ClueGenerator(np.random.default_rng(0), 4, 2)
   generator.row_counts = [0, 2, 7]
   rows = collections.Counter(generator._row() for _ in range(12_000))
@@ -79,7 +79,7 @@ def test_rows_and_cells_are_drawn_by_their_weights():
   np.testing.assert_allclose(house_shares, [5 / 8, 1 / 8, 1 / 8, 1 / 8], rtol=0, atol=0.03)
 
 
-def test_relabelled_clues_still_have_one_solution():
+def test_clues_with_renamed_values_still_have_exactly_one_solution():
   rng = np.random.default_rng(2)
   for _, _, kept in drawn(6, 3, 3):
     other = relabel(rng, kept, 3, 3)

@@ -1,4 +1,4 @@
-"""Tests of the reader of the released zebra files: it accepts their layout only, and runs no code from them."""
+"""Tests of the reader for released zebra puzzles: it accepts only the documented layout and runs no pickled code."""
 
 import os
 import pickle
@@ -12,13 +12,13 @@ from ilm_jax.tasks.zebra.clues import Puzzle
 from ilm_jax.types import UserError
 
 
-def test_puzzles_of_every_pickle_protocol_are_read(tmp_path):
+def test_puzzles_pickled_with_any_protocol_are_read(tmp_path):
   some = puzzles()[::8]
   for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
     assert list(released.read(write_records(tmp_path / 'some.pkl', [to_record(p) for p in some], protocol))) == some
 
 
-def test_arrays_of_numpy_before_version_2_are_read(tmp_path):
+def test_pickles_with_arrays_of_numpy_1_are_read(tmp_path):
   content = pickle.dumps([to_record(puzzles()[0])], 2).replace(b'numpy._core.', b'numpy.core.')
   (tmp_path / 'old.pkl').write_bytes(content)
   assert b'numpy.core.multiarray' in content
@@ -58,7 +58,7 @@ def test_a_truncated_pickle_is_refused_in_one_line(tmp_path):
 
 
 def malformed_records(puzzle):
-  """Return records that differ from the layout, by what is wrong with them."""
+  """Return {what is wrong: record} for records that do not have the expected layout."""
   words, table, order = to_record(puzzle)
   answer_start = words.index('ANSWER') + 1
   return {
@@ -92,7 +92,7 @@ def test_a_malformed_record_is_refused_in_one_line(tmp_path, what):
 @pytest.mark.parametrize(
   'content', [pickle.dumps({'a': 1}), pickle.dumps([]), pickle.dumps('x'), b'PK\x03\x04zip', b'hello\n']
 )
-def test_another_kind_of_file_is_refused_in_one_line(tmp_path, content):
+def test_files_that_do_not_hold_a_list_of_records_are_refused_in_one_line(tmp_path, content):
   (tmp_path / 'odd.pkl').write_bytes(content)
   with pytest.raises(UserError) as error:
     list(released.read(tmp_path / 'odd.pkl'))

@@ -1,4 +1,4 @@
-"""Puzzles and helpers that the zebra tests share."""
+"""Sample puzzles and helpers for the zebra tests."""
 
 import functools
 import itertools
@@ -10,7 +10,7 @@ from ilm_jax.configs import zebra as zebra_config
 from ilm_jax.tasks.zebra.clues import Clue, to_words
 from ilm_jax.tasks.zebra.generator import ClueGenerator, make_puzzle
 
-# An example of the released data set: its text, its clues and its table.
+# A puzzle of the released data set: its text, its clues and its table.
 TEXT = (
   'ends LHS c 0 1 RHS CLUE_END left-of LHS c 2 1 RHS c 2 2 CLUE_END = LHS n 0 0 RHS c 0 0 CLUE_END '
   'inbetween LHS c 1 1 RHS c 2 0 c 1 2 CLUE_END ANSWER 0 0 0 0 2 1 0 1 2 1 1 0 1 0 1 1 2 2 2 1 0 2 0 1 2 2 2'
@@ -25,7 +25,7 @@ TABLE = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 0, 2]]
 
 
 def task(**changes):
-  """Return the task config of a few small puzzles without a cache, with changes."""
+  """Return a zebra task config with few, small puzzles and no cache; `changes` override settings."""
   cfg = zebra_config.get_config('small').task
   cfg.update({'num_train': 40, 'num_validation': 10, 'num_test': 10, 'cache': '', **changes})
   return cfg
@@ -33,14 +33,14 @@ def task(**changes):
 
 @functools.cache
 def puzzles():
-  """Return forty puzzles of each size from 3 x 3 to 4 x 4."""
+  """Return forty puzzles of each size (houses, attributes) from 3 x 3 to 4 x 4."""
   sizes = itertools.product((3, 4), (3, 4))
   rng = np.random.default_rng(1)
   return [make_puzzle(rng, houses, attributes) for houses, attributes in sizes for _ in range(40)]
 
 
 def drawn(number, houses, attributes):
-  """Return (table, all clues drawn, clues kept) of some puzzles."""
+  """Generate some puzzles; return (table, all clues drawn, clues that the generator selected) of each."""
   out = []
   for seed in range(number):
     generator = ClueGenerator(np.random.default_rng((7, houses, attributes, seed)), houses, attributes)
@@ -50,31 +50,31 @@ def drawn(number, houses, attributes):
 
 
 def all_tables(houses, attributes):
-  """Yield every table of a size."""
+  """Yield every possible table with these numbers of houses and attributes."""
   rows = [list(row) for row in itertools.permutations(range(houses))]
   for chosen in itertools.product(rows, repeat=attributes):
     yield [list(range(houses)), *chosen]
 
 
 def all_tokens(source):
-  """Return the tokens of all examples of a source."""
+  """Return the token ids of all examples of a source."""
   return [source[i]['tokens'].tolist() for i in range(len(source))]
 
 
 def assert_one_line(error, *parts):
-  """Assert that the message of an error is a single line that contains all parts."""
+  """Assert that an error message is a single line that contains all `parts`."""
   assert '\n' not in str(error.value)
   for part in parts:
     assert part in str(error.value), f'{part!r} is not in {error.value}'
 
 
 def to_record(puzzle):
-  """Return a puzzle in the layout of the released files."""
+  """Convert a puzzle to a record in the layout of the released files."""
   words = [*to_words(puzzle.clues), 'ANSWER', *(str(number) for cell in puzzle.cells for number in cell)]
   return [words, puzzle.table, np.array([cell[:2] for cell in puzzle.cells], np.int16)]
 
 
 def write_records(path, records, protocol=4):
-  """Pickle records into a file and return its path."""
+  """Pickle records to a file; return its path."""
   path.write_bytes(pickle.dumps(list(records), protocol))
   return path

@@ -1,4 +1,4 @@
-"""Tests of the zebra solver against a slow reimplementation with sets, and of the search for any table."""
+"""Tests of the zebra solver against a slow reimplementation with sets, and of the backtracking search find_table."""
 
 import contextlib
 import itertools
@@ -12,8 +12,8 @@ from ilm_jax.tasks.zebra.solver import Contradiction, Solver, find_table, solve
 
 
 def slow_solve(clues, houses, attributes):
-  """Solve with sets and without a memory of failed attempts; return (cells in the order of filling, clues used)."""
-  where = {(0, house): house for house in range(houses)}  # known references -> house
+  """Reimplement `Solver` with sets, without caching failed attempts; return (cells in filling order, used clues)."""
+  where = {(0, house): house for house in range(houses)}  # reference -> house, if known
   filled, used, open_clues = [], set(), list(range(len(clues)))
   rows = range(1, attributes + 1)
 
@@ -35,7 +35,7 @@ def slow_solve(clues, houses, attributes):
     return None
 
   def apply(clue, may):
-    """Narrow `may`, the possible houses of each reference; return the cell that the clue determines or None."""
+    """Apply a clue to `may`, the possible houses of each reference; return the cell that it determines or None."""
     kind, refs = clue
     if kind == 'ends':
       for end, opposite in ((0, houses - 1), (houses - 1, 0)):
@@ -85,17 +85,17 @@ def slow_solve(clues, houses, attributes):
 
 
 @pytest.mark.parametrize('size', [(3, 3), (3, 4), (4, 4), (5, 3)])
-def test_the_solver_agrees_with_the_slow_one(size):
+def test_the_solver_agrees_with_the_slow_reimplementation(size):
   for _, clues, kept in drawn(6, *size):
-    # The last two sets of clues are often too few to fill the table.
+    # The last two sets of clues often do not determine the whole table.
     for given in (clues, kept[::-1], kept[:-1], clues[: len(clues) // 2]):
       solver = Solver(*size, given)
       used = solver.solve()
       assert (solver.filled_cells, used) == slow_solve(given, *size)
 
 
-def test_the_solver_agrees_with_the_slow_one_on_order_and_distance_alone():
-  """Without = and != in six houses, clues mostly narrow the candidates; few of these sets can be solved."""
+def test_the_solver_agrees_with_the_slow_reimplementation_on_clues_of_order_and_distance_alone():
+  """Without = and != clues, most clues only narrow the candidates; few of these random puzzles can be solved."""
   houses, rng = 6, np.random.default_rng(11)
   kinds = ['nbr', 'ends', 'immediate-left', 'left-of', 'inbetween']
   num_filled = 0
@@ -125,7 +125,7 @@ def test_clues_can_be_added_between_calls_of_solve():
     assert solver.solved and solver.table() == table
 
 
-def test_the_cells_of_the_released_example_are_filled_in_its_order():
+def test_the_solver_fills_the_cells_of_a_released_puzzle_in_the_published_order():
   words = TEXT.split()
   answer_start = words.index('ANSWER') + 1
   assert from_words(words[: answer_start - 1]) == CLUES

@@ -1,4 +1,4 @@
-"""Tests of the zebra examples: generated, cached on disk, or taken from the released files."""
+"""Tests of the zebra example source: puzzles generated on demand, cached on disk, or read from the released files."""
 
 import os
 import pathlib
@@ -24,26 +24,26 @@ ROOT = pathlib.Path(__file__).parents[3]
 # --- generated puzzles ------------------------------------------------------------------------------------------------
 
 
-def test_access_is_random_and_repeatable():
+def test_puzzles_do_not_depend_on_the_order_of_access_or_on_num_train():
   first, second = (Source(task(), 'train') for _ in range(2))
   forwards = all_tokens(first)
   assert [second[i]['tokens'].tolist() for i in reversed(range(40))][::-1] == forwards == all_tokens(first)
   assert len(set(map(tuple, forwards))) == 40
-  assert all_tokens(Source(task(num_train=5), 'train')) == forwards[:5], 'the number of puzzles does not matter'
+  assert all_tokens(Source(task(num_train=5), 'train')) == forwards[:5], 'num_train must not change the puzzles'
   assert Source(task(seed=1), 'train')[0]['tokens'].tolist() != forwards[0]
   assert Source(task(), 'test')[0]['tokens'].tolist() != forwards[0]
   sizes = {first.puzzle(i).size for i in range(40)}
   assert sizes == {(3, 3), (3, 4), (4, 3), (4, 4)}
 
 
-def test_training_data_is_endless_if_num_train_is_zero():
+def test_training_puzzles_are_endless_if_num_train_is_zero():
   endless = Source(task(num_train=0), 'train')
   assert endless.endless and len(endless) > 10**12
   assert endless[2**40]['tokens'].tolist() == endless[2**40]['tokens'].tolist() != endless[2**40 + 1]['tokens'].tolist()
   assert not Source(task(), 'train').endless and len(Source(task(), 'test')) == 10
 
 
-def test_every_puzzle_belongs_to_its_split_in_any_order_of_clues_and_references():
+def test_the_split_of_a_puzzle_ignores_the_order_of_clues_and_of_symmetric_references():
   for split in SPLITS:
     source = Source(task(), split)
     for puzzle in map(source.puzzle, range(10)):
@@ -52,7 +52,7 @@ def test_every_puzzle_belongs_to_its_split_in_any_order_of_clues_and_references(
 
 
 @pytest.mark.parametrize('order', ['solver', 'sorted'])
-def test_an_example_is_clues_then_cells(order):
+def test_a_zebra_example_lists_the_clues_and_then_the_cells(order):
   source = Source(task(order=order), 'train')
   num_unsorted = 0
   for index in range(20):
@@ -75,7 +75,7 @@ def test_an_example_is_clues_then_cells(order):
    {'num_workers': -1}, {'num_train': 0, 'cache': 'somewhere'},
    {'path': '/nowhere'}, {'cache': __file__}],
 )  # fmt: skip
-def test_unusable_settings_are_refused_in_one_line(change):
+def test_invalid_settings_of_the_zebra_task_are_refused_in_one_line(change):
   with pytest.raises(UserError) as error:
     Source(task(**change), 'train')
   assert_one_line(error, 'task.')
@@ -120,12 +120,12 @@ def test_cached_puzzles_equal_those_generated_on_demand(tmp_path, monkeypatch):
   expected = all_tokens(Source(task(num_test=25), 'test'))
   assert all_tokens(cached) == expected and len(cached) == 25
   assert all_tokens(pickle.loads(pickle.dumps(cached))) == expected
-  monkeypatch.setattr(source_lib, 'generate_one', None)  # an existing cache is read, not generated again
+  monkeypatch.setattr(source_lib, 'generate_one', None)  # an existing cache must be read without generating puzzles
   assert all_tokens(Source(cfg, 'test')) == expected
   assert all_tokens(Source(task(cache='data', num_test=25, order='sorted'), 'test')) != expected
 
 
-def test_the_cache_folder_is_named_after_all_settings_that_matter():
+def test_the_cache_folder_name_contains_every_setting_that_changes_the_puzzles():
   cfg = task(seed=3)
   assert Recipe.from_config(cfg, 'test').folder_name(25) == 'zebra-3-4-3-4-seed3-test-25'
   changes = {'seed': 1}, {'min_houses': 4}, {'max_houses': 5}, {'min_attributes': 4}, {'max_attributes': 5}, {}
@@ -149,7 +149,7 @@ def test_an_interrupted_preparation_leaves_no_half_written_cache(tmp_path, error
     builders.open_or_prepare_sequences(tmp_path, 'some', interrupted)
   assert closed
   assert [file.name for file in tmp_path.rglob('*') if file.is_file()] == ['.token_sequences.lock']
-  # A killed process cannot clean up: the next preparation removes its folder.
+  # A killed process leaves an unfinished folder, which the next preparation removes.
   killed = tmp_path / 'some' / builders.NAME / f'incomplete.ABCDEF_{builders.VERSION}'
   killed.mkdir()
   (killed / 'dataset_info.json').write_text('{')
@@ -166,8 +166,8 @@ def tokens_of(some):
 
 
 @pytest.mark.parametrize('cache', [False, True])
-def test_a_folder_keeps_the_published_test_set(tmp_path, cache):
-  train_file, test_file = puzzles()[:120], puzzles()[120:] + puzzles()[:3]  # three puzzles occur in both
+def test_a_folder_of_released_files_keeps_the_published_test_set(tmp_path, cache):
+  train_file, test_file = puzzles()[:120], puzzles()[120:] + puzzles()[:3]  # three puzzles occur in both files
   write_records(tmp_path / 'zebra-train.pkl', map(to_record, train_file))
   write_records(tmp_path / 'zebra-test.pkl', map(to_record, test_file))
   cfg = task(path=str(tmp_path), cache=str(tmp_path / 'cache') if cache else '', num_train=0, num_test=50)
@@ -178,10 +178,10 @@ def test_a_folder_keeps_the_published_test_set(tmp_path, cache):
   assert train == tokens_of(p for p, yes in zip(train_file[3:], is_validation, strict=True) if not yes)
   assert len(Source(task(path=str(tmp_path), num_train=7), 'train')) == 7
   small = Source(task(path=str(tmp_path), num_train=0, max_houses=3, max_attributes=3), 'train')
-  assert all_tokens(small) == [tokens for tokens in train if tokens in tokens_of(train_file[:40])]  # forty are 3 x 3
+  assert all_tokens(small) == [tokens for tokens in train if tokens in tokens_of(train_file[:40])]  # those of 3 x 3
 
 
-def test_a_single_file_is_split_by_identity(tmp_path):
+def test_a_single_released_file_is_divided_into_splits_by_hash(tmp_path):
   file = write_records(tmp_path / 'some.pkl', map(to_record, puzzles()))
   cfg = task(path=str(file), num_train=0, num_validation=99, num_test=99)
   for split in SPLITS:
@@ -189,7 +189,7 @@ def test_a_single_file_is_split_by_identity(tmp_path):
     assert all_tokens(Source(cfg, split)) == expected != []
 
 
-def test_a_folder_without_exactly_one_file_of_each_set_is_refused(tmp_path):
+def test_a_folder_without_exactly_one_training_and_one_test_file_is_refused(tmp_path):
   for names in ((), ('train.pkl',), ('train.pkl', 'test.pkl', 'test2.pkl')):
     for name in names:
       write_records(tmp_path / name, map(to_record, puzzles()[:1]))
@@ -198,9 +198,9 @@ def test_a_folder_without_exactly_one_file_of_each_set_is_refused(tmp_path):
     assert_one_line(error, 'task.path', 'expected one .pkl file')
 
 
-def test_a_released_split_without_puzzles_of_the_sizes_is_refused(tmp_path):
+def test_a_released_split_without_puzzles_of_the_configured_sizes_is_refused(tmp_path):
   for name in ('train.pkl', 'test.pkl'):
-    write_records(tmp_path / name, map(to_record, puzzles()[:1]))  # a puzzle of 3 x 3
+    write_records(tmp_path / name, map(to_record, puzzles()[:1]))  # one 3 x 3 puzzle
   with pytest.raises(UserError) as error:
     Source(task(path=str(tmp_path), min_houses=4), 'test')
   assert_one_line(error, 'no puzzle of the test split')

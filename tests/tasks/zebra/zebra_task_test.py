@@ -1,4 +1,4 @@
-"""Tests of the zebra task: vocabulary, lengths, prompts, text and scores."""
+"""Tests of the zebra task: vocabulary, lengths, prompts, text form and scores."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ CLS, BOS = 1, 4
 CLUE_TEXT = TEXT.split(' ANSWER')[0]
 
 
-def test_words_have_the_ids_of_the_reference_implementation():
+def test_zebra_words_have_the_same_ids_as_in_the_reference_implementation():
   words = zebra.tokenizer(task()).words
   assert len(words) == zebra.tokenizer(task()).vocab_size == 25
   assert words[:7] == ('[PAD]', '[CLS]', '[MASK]', '[EOS]', '[BOS]', '[SEP]', '[UNK]')
@@ -25,23 +25,25 @@ def test_words_have_the_ids_of_the_reference_implementation():
   assert words[20:] == ('c', 'n', 'CLUE_END', 'RHS', 'LHS')
 
 
-def test_configs_are_consistent_with_the_task():
+def test_zebra_configs_have_rows_and_sampling_lengths_that_fit_the_longest_puzzle():
   for name in ('small', 'full'):
     cfg = zebra_config.get_config(name)
     assert cfg.data.row_length >= zebra.longest(cfg.task) == cfg.sampling.max_length
     assert cfg.sampling.max_steps >= zebra.longest_answer(cfg.task)
     assert zebra.longest_answer(cfg.task) == 3 * cfg.task.max_houses * cfg.task.max_attributes
     check_config(cfg.task)
-  assert zebra.longest(zebra_config.get_config('full').task) == 460, 'the block size of the paper'
+  assert zebra.longest(zebra_config.get_config('full').task) == 460, (
+    'the maximum length should equal the block size in the paper'
+  )
   with pytest.raises(ValueError, match='small, full'):
     zebra_config.get_config('medium')
 
 
-def test_chance_is_that_of_random_permutations():
+def test_chance_is_the_mean_probability_that_random_permutations_are_correct():
   assert zebra.chance(task(max_houses=3, max_attributes=4)) == pytest.approx((6**-3 + 6**-4) / 2)
 
 
-def test_a_prompt_survives_decoding_and_encoding():
+def test_decoding_and_encoding_a_prompt_gives_the_same_tokens():
   source = zebra.Source(task(), 'train')
   for index in range(20):
     example = source[index]
@@ -51,7 +53,7 @@ def test_a_prompt_survives_decoding_and_encoding():
       assert zebra.encode_prompt(form, source.cfg) == prompt
 
 
-def test_the_released_example_has_the_expected_ids_and_text():
+def test_a_released_puzzle_has_the_expected_token_ids_and_text():
   prompt = zebra.encode_prompt(TEXT, task())
   assert prompt[:9] == [CLS, 17, 24, 20, 7, 8, 23, 22, 14] and prompt[-1] == BOS
   answer = TOKENIZER.ids(TEXT.split('ANSWER ')[1].split())
@@ -83,13 +85,13 @@ def test_the_released_example_has_the_expected_ids_and_text():
   (CLUE_TEXT.replace('c 2', 'c 5'), ['6 attributes', '3 to 4']),
   (CLUE_TEXT.replace('c 2', 'c 0'), ['2 attributes', '3 to 4']),
 ])  # fmt: skip
-def test_a_bad_prompt_is_refused_in_one_line(prompt, parts):
+def test_a_malformed_or_unsolvable_prompt_is_refused_in_one_line(prompt, parts):
   with pytest.raises(UserError) as error:
     zebra.encode_prompt(prompt, task())
   assert_one_line(error, *parts)
 
 
-def test_clues_need_not_mention_the_last_value():
+def test_clues_need_not_mention_the_largest_value():
   """These clues say nothing about value 3 of four houses, but determine the values 0 to 2 of every attribute."""
   clues = [Clue('=', ((1, value), (2, value))) for value in range(3)]
   clues += [Clue('immediate-left', ((1, value), (3, value))) for value in range(3)]
@@ -111,10 +113,10 @@ def test_the_score_compares_sets_of_cells():
     return tuple(pairs[name][0] for name in ('exact_match', 'iou', 'token_accuracy'))
 
   assert score(*reference) == (1, 1, 9)
-  assert score(8, 7, 7, 7, 7, 8, 7, 8, 9) == (1, 1, 2), 'the order of the cells does not matter'
+  assert score(8, 7, 7, 7, 7, 8, 7, 8, 9) == (1, 1, 2), 'the order of cells must not affect exact_match and iou'
   assert score(7, 7, 8, 7, 8, 9) == (0, 2 / 3, 6)
   assert score(7, 7, 8, 7, 8, 9, 8, 7, 8) == (0, 2 / 4, 8)
   assert score(*reference, 9, 9, 9) == (0, 3 / 4, 9)
-  assert score(*reference, 9) == (0, 3 / 4, 9), 'an incomplete cell is a wrong cell'
-  assert score(7, *reference[:-1])[:2] == (0, 0), 'cells begin at every third token'
+  assert score(*reference, 9) == (0, 3 / 4, 9), 'an incomplete cell counts as a wrong cell'
+  assert score(7, *reference[:-1])[:2] == (0, 0), 'an answer shifted by one token should have no correct cell'
   assert score() == (0, 0, 0)
