@@ -101,8 +101,12 @@ def is_relevant(record) -> bool:
 
 
 def print_unraisable(event) -> None:
-  """Print an unraisable exception, unless it comes from TensorStore's threads after a failed write."""
-  if str(event.exc_value) != 'Event loop is closed':
+  """Print an unraisable exception, unless it follows from a failed read or write of a checkpoint.
+
+  TensorStore's threads and Orbax's coroutines cause such exceptions; the failure itself is raised and printed.
+  """
+  code = getattr(event.object, 'cr_code', None)  # set if the object is a coroutine
+  if str(event.exc_value) != 'Event loop is closed' and not (code and f'{os.sep}orbax{os.sep}' in code.co_filename):
     sys.__unraisablehook__(event)
 
 

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import shlex
 import shutil
 import sys
 
@@ -450,77 +449,3 @@ def test_the_reported_probabilities_are_those_of_the_model_at_each_step(trained,
     assert weights[gap - bos, token - 7] / weights.sum() == pytest.approx(probability, abs=5e-6)
     stop = np.exp(np.array(out.stop_BxSx2[i, 0], np.float64))
     assert stop[0] / stop.sum() == pytest.approx(stop_probability, abs=5e-6)
-
-
-# --- the README -------------------------------------------------------------------------------------------------------
-
-
-def blocks(language: str) -> list[str]:
-  return re.findall(rf'```{language}\n(.*?)```', (small.ROOT / 'README.md').read_text(), re.S)
-
-
-def test_the_commands_of_the_readme_run(command, tmp_path, monkeypatch):
-  """Each with few steps and a small model; every command but the first may use the runs of those before it."""
-  os.symlink(small.ROOT / 'configs', tmp_path / 'configs')
-  lines = [line for block in blocks('sh') for line in block.splitlines()]
-  words = [shlex.split(line, comments=True) for line in lines]
-  commands = [(word[2], word[3:]) for word in words if word[:2] == ['python', '-m']]
-  assert {module for module, _ in commands} >= {'ilm_jax.main', 'ilm_jax.generate'}
-  makes = [word[1] for word in words if word[:1] == ['make']]
-  targets = re.findall(r'^([a-z-]+):', (small.ROOT / 'Makefile').read_text(), re.M)
-  assert 'train' in makes and set(makes) <= set(targets)
-
-  def shortened(arguments):
-    """The arguments, over settings that make them quick; what the README itself sets wins."""
-    quick = {'steps': 5, 'task.num_nodes': 20, 'sampling.max_length': 36, 'task.num_train': 20}
-    settings = small.flags(changes=quick)
-    if '--config=configs/text.py:small' in arguments:
-      size = {'num_layers': 1, 'num_heads': 2, 'd_model': 16, 'd_ff': 32}
-      text = {'steps': 5, 'task.length': 48, 'task.tokenizer.size': 300, 'data.batch_size': 4, 'eval.every': 5}
-      settings = [f'--config.{k}={v}' for k, v in (text | {f'model.{k}': v for k, v in size.items()}).items()]
-    named = {word.split('=')[0] for word in arguments}
-    return [*arguments, *(word for word in settings if word.split('=')[0] not in named)]
-
-  rng = np.random.default_rng(0)
-  vocabulary = re.split(' ', 'Tom had a dog . He was happy The cat ran home and then Once upon time')
-  (tmp_path / 'stories').mkdir()
-  for i in range(60):
-    (tmp_path / 'stories' / f'{i}.txt').write_text(' '.join(rng.choice(vocabulary, rng.integers(5, 30))))
-  (tmp_path / 'requests.jsonl').write_text('{"infill": ["Tom had a ", " ."], "most": 5}')
-
-  default = ('ilm_jax.main', ['--config=configs/star.py:tiny'])  # what `make train` does
-  assert re.search(
-    r'^train:.*\n\t.* -m ilm_jax.main --config=configs/star.py:tiny', (small.ROOT / 'Makefile').read_text(), re.M
-  )
-  for module, arguments in [default, *commands]:
-    given = shortened(arguments) if module == 'ilm_jax.main' else arguments
-    if module == 'ilm_jax.evaluation.report':
-      given = [*arguments, '--mixed_commits']  # a checkout without git has none
-    code, out, err = command(module, given, cwd=tmp_path)
-    assert code == 0, (module, arguments, err)
-    if module == 'ilm_jax.main':
-      assert ('test loss' if 'text.py' in arguments[0] else 'test exact match') in out
-    elif module == 'ilm_jax.inference.stopping':
-      assert out.count('(fitted)') == 2
-    elif '--out=answers.jsonl' in arguments:
-      assert json.loads((tmp_path / 'answers.jsonl').read_text())['text'].startswith('Once upon a time')
-    elif module == 'ilm_jax.evaluation.report':
-      assert (
-        len(re.findall(r'^\| star tiny \| (?:arm|ilm) \|', out, re.M)) == 7
-      )  # two rows in three tables, one with likelihoods
-    else:
-      assert all(json.loads(line)['tokens'] for line in out.splitlines())
-  assert (tmp_path / 'runs' / 'star-tiny' / 'eval.json').exists()
-
-  monkeypatch.chdir(tmp_path)
-  graphs, gaps = ({} for _ in range(2))
-  exec(blocks('python')[0], graphs)
-  assert re.fullmatch(r'[\d,|]+/\d+,\d+=[\d,|]*', graphs['answer'].text)
-  exec(blocks('python')[1], gaps)
-  assert all(re.fullmatch(r'Tom had a .* \. He was .* \.', one.text, re.S) for one in gaps['filled'])
-
-  names = {}
-  for cell in json.loads((small.ROOT / 'docs' / 'infilling.ipynb').read_text())['cells']:
-    if cell['cell_type'] == 'code':
-      exec(''.join(cell['source']), names)
-  assert (tmp_path / 'trace.html').read_text() == names['page']

@@ -13,7 +13,7 @@ from text_models import TableModel, make_language_model, run_command, sentences,
 from ilm_jax import families, generate, tasks
 from ilm_jax.configs import text as text_config
 from ilm_jax.evaluation import generative_perplexity, infill_sets, samples, scoring_models
-from ilm_jax.training import experiment, loop
+from ilm_jax.training import experiment, final_evaluation
 from ilm_jax.types import UserError
 
 
@@ -185,10 +185,10 @@ def test_a_run_scores_its_samples_and_as_many_test_texts(monkeypatch):
   monkeypatch.setattr(scoring_models, 'get', lambda name: TableModel())
   cfg = ConfigDict({'seed': 1, 'eval': {'perplexity_model': 'runs/arm'}})
   source = types.SimpleNamespace(text=['a bb', 'ccc', 'not scored'].__getitem__)
-  result = loop.judge(cfg, ('dd', ''), source)
+  result = final_evaluation.judge(cfg, ('dd', ''), source)
   assert result['samples']['nll'].value == 2 and result['test']['nll'].value == (1.5 + 3) / 2
   assert result['notes'] == ['samples: 1 of 2 texts have no tokens, and so no NLL and no entropy']
-  assert loop.judge(ConfigDict({'eval': {}}), (), source) is None
+  assert final_evaluation.judge(ConfigDict({'eval': {}}), (), source) is None
 
 
 def test_a_run_with_an_unusable_scoring_model_is_refused_at_its_start(tmp_path):

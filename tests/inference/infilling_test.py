@@ -389,6 +389,7 @@ def test_a_browser_shows_the_text_after_each_step(small_lm, tmp_path):
   (tmp_path / 'page.html').write_text(lm.page([infilled]))
   spelled = lm.tokenizer.spell(infilled.tokens)
   flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking', '--dump-dom']
+  flags.append('--virtual-time-budget=5000')  # wait for the page's script, also on a busy machine
   flags.append(f'--user-data-dir={tmp_path / "profile"}')
   for step in (0, 2, max(infilled.order) + 1):
     address = f'file://{tmp_path / "page.html"}#{step}'

@@ -426,7 +426,7 @@ def test_a_full_disk_is_reported_and_other_errors_pass_unchanged(corpus, tmp_pat
 
 
 @pytest.mark.parametrize('module', [text_config, tinystories_config, lm1b_config])
-@pytest.mark.parametrize('name', text_config.NAMES)
+@pytest.mark.parametrize('name', text_config.VARIANTS)
 def test_lengths_and_metric_of_the_shipped_configs_are_consistent(module, name):
   cfg = module.get_config(name)
   assert cfg.sampling.max_length == cfg.corrupt.length == text.longest(cfg.task) <= cfg.data.row_length

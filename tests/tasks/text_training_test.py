@@ -23,7 +23,7 @@ from ilm_jax.models import transformer
 from ilm_jax.runs import logs
 from ilm_jax.tasks.text import corpora
 from ilm_jax.tasks.text import task as text
-from ilm_jax.training import experiment, loop
+from ilm_jax.training import experiment, loop, signals
 
 
 def run_config(path, cache, **changes):
@@ -108,7 +108,7 @@ def test_a_signal_during_data_preparation_ends_a_run_at_once(corpus, tmp_path, m
   with pytest.raises(kind) as error:
     loop.train(run_config(corpus, tmp_path / 'cache'), tmp_path / 'work')
   assert len(calls) == 1 and not list((tmp_path / 'cache').glob('text-*'))
-  assert kind is KeyboardInterrupt or error.value.code == loop.PREEMPTED
+  assert kind is KeyboardInterrupt or error.value.code == signals.PREEMPTED
 
 
 @pytest.mark.parametrize('family', ['arm', 'it', 'mdm'])
