@@ -62,8 +62,8 @@ class Prompt(NamedTuple):
   open_BxL: Array  # whether a token may be inserted to the right of each token
   request_B: Array  # number of each request; the randomness of a row depends only on it and the seed
   free_B: Array | None = None  # number of tokens to generate, for families that need it in advance; -1: unknown
-  least_BxL: Array | None = None  # minimum number of tokens to insert to the right of each token, where open
-  most_BxL: Array | None = None  # maximum number of tokens to insert to the right of each token, where open
+  least_BxL: Array | None = None  # minimum number of tokens to insert to the right of each token with open_BxL
+  most_BxL: Array | None = None  # maximum number of tokens to insert to the right of each token with open_BxL
 
 
 class Rule(NamedTuple):

@@ -13,7 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.seed = 0
   config.family = 'ilm'
   config.steps = 50_000
-  config.stop_at = 0.0  # stop early when eval.metric reaches this value on validation; 0: never
+  config.stop_at = 0.0  # stop training early when eval.metric reaches this value on validation; 0: never
   config.init_from = ''  # workdir of another run whose weights initialize this one
 
   config.model = ml_collections.ConfigDict()
@@ -98,7 +98,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.sampling.joint = rule()  # ilm: sampling rule for (gap, token) pairs if two_stage is False
   config.sampling.order = 'ancestral'  # mdm: ancestral, or most confident first: top_probability, margin, entropy
   config.sampling.length = 'predicted'  # mdm: predicted (sample [PAD]s up to max_length), or given with each prompt
-  config.sampling.score_draws = 32  # forward passes per example to estimate a likelihood bound
+  config.sampling.score_draws = 32  # forward passes per example to estimate a bound on its likelihood
 
   config.eval = ml_collections.ConfigDict()
   config.eval.every = 1_000  # training steps between validations

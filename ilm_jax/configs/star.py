@@ -7,7 +7,7 @@ mini    Three arms of four nodes, otherwise as tiny: solves 93.9, 97.9 and 16.2 
 easy, medium, hard
         `python -m ilm_jax.main --config=configs/star.py:hard --workdir=runs/hard`: the paper's task, model size (small,
         85M parameters in the blocks), learning rate, batch size and 50,000 steps, for a GPU or TPU. hard, with
-        --config.model.compute=bfloat16 on one H200, solves 98.67 % of 300 test graphs after 9,000 steps, 3.5 min (seed 0).
+        --config.model.compute=bfloat16 on one H200: 98.67 % of 300 test graphs after 9,000 steps, 3.5 min (seed 0).
         On two CPU cores, a model of tiny's size solves easy (100 % of 1,000 test graphs, 26 min) with
         `--config.model.num_layers=4 --config.model.num_heads=4 --config.model.d_model=128 --config.model.d_ff=512
         --config.model.final_norm=True --config.model.dropout=0 --config.model.attention_dropout=0

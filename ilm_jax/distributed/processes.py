@@ -37,7 +37,7 @@ PROCESS_COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')  # set by Slur
 
 
 class PeerLost(UserError):
-  """Another process did not start, died, or sees other files; starting all processes again may succeed."""
+  """Another process did not start, died, or sees different files; starting all processes again may succeed."""
 
   code = PEER_LOST
 

@@ -143,7 +143,7 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
   if stop_head != (family == 'ilm'):
     found = min(set(STOP_HEAD) & set(arrays)) if stop_head else 'no length_output_layer.*'
     wanted = 'a stop head' if family == 'ilm' else 'no stop head'
-    raise UserError(f'family={family!r} has {wanted}, but the weights have {found}: pass their family')
+    raise UserError(f'family={family!r} has {wanted}, but the weights have {found}: pass the right family=')
   num_layers = max(1, len(layer_ids))
   names = _names(num_layers, final_norm=final_norm, stop_head=stop_head, noise=noise)
   missing = [name for name in names if name not in arrays]
@@ -259,7 +259,7 @@ def _head_count(rotary_buffers: dict[str, np.ndarray], d_model: int, num_heads: 
 
 def _check_frequencies(name: str, buffer: np.ndarray, expected: np.ndarray, owner: str) -> None:
   """Raise UserError if a buffer does not hold the expected frequencies; `owner` names the layer that uses them."""
-  if buffer.shape != expected.shape or not np.allclose(buffer, expected, rtol=1e-2):  # for bfloat16 rounding, 0.4 %
+  if buffer.shape != expected.shape or not np.allclose(buffer, expected, rtol=1e-2):  # bfloat16 rounds by 0.4 %
     raise UserError(f'{name}: expected the {expected.size} frequencies of {owner} with base 10000, got other values')
 
 
