@@ -27,9 +27,7 @@ SUBCOMMANDS = {
   'perplexity': Subcommand('ilm_jax.evaluation.generative_perplexity', 'measure generative perplexity of samples'),
   'report': Subcommand('ilm_jax.evaluation.report', 'tabulate runs, with confidence intervals'),
   'compile': Subcommand('ilm_jax.aot.compile', 'compile a config ahead of time for a TPU slice'),
-  'convert': Subcommand(
-    'ilm_jax.evaluation.convert', "exchange weights with the authors' code, or compare numbers with it"
-  ),
+  'convert': Subcommand('ilm_jax.evaluation.convert', "exchange weights with the authors' code, or compare with it"),
 }
 
 
