@@ -13,8 +13,8 @@ line, either a prompt as plain text or a JSON object (in a *.jsonl file, every l
     "least", "most"      optional: limits on the number of tokens in a gap; a number, or a list with one for each gap
     "truth", "fillings"  optional: the original text and the original fillings; copied to the result
 
-Results are written as soon as they finish, so their order may differ from the requests'; their "id" identifies the request. A
-line that cannot be served is reported on standard error; the other lines are still served, and the exit code is then 1.
+Results are written as soon as they finish, so they may be out of order; their "id" identifies the request. A line
+that cannot be served is reported on standard error; the other lines are still served, and the exit code is then 1.
 
 Several devices or several processes can share the work, without any effect on the results:
 
