@@ -157,7 +157,7 @@ def run(cfg, topology: str | None, log: Path) -> int:
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', '')
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # safe: only the compiler is used, not a TPU
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # no TPU is used, so several processes may compile at once
   if not topology:
     raise UserError('--topology is missing: expected a chip and the shape of a slice, such as --topology=v5e:2x4')
   quiet()

@@ -17,7 +17,7 @@ _CALLED = re.compile(
 class Array(NamedTuple):
   """An array in the result of an HLO instruction."""
 
-  size: int  # bytes
+  size: int  # size of the array in bytes
   in_memory: bool  # in the device's memory (HBM); False if its layout, S(1), places it in on-chip memory
 
 
@@ -97,7 +97,7 @@ def _arrays(shape: str) -> list[Array]:
 
 
 def _count_runs(computations: dict, entry: str) -> dict[str, tuple[int, bool]]:
-  """Return how often each computation runs per run of the program, and whether that number is exact."""
+  """Return how often each computation executes per run of the program, and whether that number is exact."""
   calls = defaultdict(list)
   for name, body in computations.items():
     for instruction in body.values():
@@ -151,7 +151,7 @@ def _root(body: dict) -> Instruction | None:
 
 
 def _element(made: Instruction | None, index: int) -> str:
-  """Return the name of the operand that becomes a tuple's element; '' if `made` is not a tuple instruction."""
+  """Return the name of the operand that becomes a tuple's element; '' if `made` is no tuple instruction."""
   return made.operands[index] if made is not None and made.opcode == 'tuple' and index < len(made.operands) else ''
 
 
