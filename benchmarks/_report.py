@@ -1,4 +1,4 @@
-"""Code shared by the benchmarks: command-line flags, random weights, the printed table, and a count of compilations."""
+"""Code shared by the benchmarks: command-line flags, random weights, printed tables, and counting compilations."""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
     self.exit(1, f'error: flags: {message} (see --help)\n')
 
   def add_common_flags(self, *, size: str | None = None) -> None:
-    """Add --size, --compute, --vocab and --json; `size` is the default size, None: it depends on the device."""
+    """Add --size, --compute, --vocab and --json; `size` is the default of --size; if None, the device decides."""
     default = size or 'xtiny2 on a CPU, small on other devices'
     self.add_argument('--size', choices=list(SIZES), default=size, help=f'model size (default: {default})')
     self.add_argument(
@@ -84,7 +84,7 @@ def counts(text: str) -> list[int]:
 
 
 def model_of(args) -> transformer.ModelConfig:
-  """Return the model of --size, --compute and --vocab; fills in --size where it depends on the device."""
+  """Return the ModelConfig given by --size, --compute and --vocab; sets args.size to its default if it is None."""
   args.size = args.size or ('xtiny2' if jax.default_backend() == 'cpu' else 'small')
   return transformer.ModelConfig.create(args.vocab, **SIZES[args.size], compute=args.compute)
 
@@ -123,12 +123,12 @@ def processor() -> str:
 
 
 def number(x: float, digits: int = 3) -> str:
-  """Format a number with `digits` significant digits, and never fewer than its integer digits: `0.0123`, `12,345`."""
+  """Format a number with `digits` significant digits, but with all of its integer digits: `0.0123`, `12,345`."""
   return f'{x:,.0f}' if abs(x) >= 10 ** (digits - 1) else f'{x:.{digits}g}'
 
 
 def median_of(values, digits: int = 3) -> str:
-  """Format a sample as `median (minimum - maximum)`."""
+  """Format repeated measurements as `median (minimum - maximum)`."""
   return '{} ({} - {})'.format(*(number(x, digits) for x in (statistics.median(values), min(values), max(values))))
 
 

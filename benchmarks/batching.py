@@ -2,8 +2,8 @@
 
 The requests have lengths like LM1B sentences (lognormal, mean 29 tokens, at most 126), and the model has random
 weights, so each request prescribes its number of tokens. Both samplers serve the same requests with the same number of
-slots, in turns, and should generate the same tokens. The second table inserts into the 1, 2, 4, ... best gaps per
-decoding step (0: all gaps). One insertion per step is the sampler of the ILM paper.
+slots, alternately, and should generate the same tokens. The second table compares insertions into the 1, 2, 4, ... most
+probable gaps per decoding step (0: all gaps). The sampler of the ILM paper makes one insertion per step.
 """
 
 import statistics
@@ -26,7 +26,7 @@ BLOCK = 128  # maximum number of tokens in a row, including [CLS] and [BOS]
 
 
 def make_requests(count: int) -> list[dict]:
-  """Return empty prompts that each ask for a lognormal number of tokens."""
+  """Return requests with an empty prompt, each for a lognormally distributed number of tokens."""
   rng, requests = np.random.default_rng(0), []
   for _ in range(count):
     length = np.full(2, lm1b_length(rng), np.int32)
@@ -56,7 +56,7 @@ def timed(call) -> tuple[list[dict], float]:
 
 
 def compare_batching(args, params, requests: list[dict]) -> dict:
-  """Time both kinds of batching in turns, after one turn that compiles."""
+  """Time static and continuous batching alternately, after one untimed call of each that compiles."""
   cfg, key, family = make_sample_config(args), jax.random.key(0), families.get('ilm')
   static = StaticSampler(args.model_cfg, family, cfg, args.slots)
   continuous = ContinuousSampler(args.model_cfg, family, cfg, args.slots)
@@ -74,12 +74,12 @@ def compare_batching(args, params, requests: list[dict]) -> dict:
   same = [np.array_equal(a['tokens'], b['tokens']) for a, b in zip(rows['static'], rows['continuous'], strict=True)]
   lengths = [int(request['least'][1]) for request in requests]
   if [len(row['tokens']) - 2 for row in rows['continuous']] != lengths:
-    raise AssertionError('a request did not get the number of tokens that it asked for')
+    raise AssertionError('a completion does not have the number of tokens that its request prescribes')
   return {'seconds': seconds, 'same_tokens': float(np.mean(same)), 'tokens': sum(lengths)}
 
 
 def time_insertions(args, params, requests: list[dict], gaps: int) -> dict:
-  """Time continuous batching with `gaps` insertions per decoding step (0: one in each gap)."""
+  """Time continuous batching with `gaps` insertions per decoding step (0: one into each gap)."""
   sampler = ContinuousSampler(args.model_cfg, families.get('ilm'), make_sample_config(args, gaps), args.slots)
   seconds = []
   for turn in range(args.repeats + 1):
@@ -93,7 +93,7 @@ def time_insertions(args, params, requests: list[dict], gaps: int) -> dict:
 def parse(argv):
   """Parse the command line."""
   parser = _report.Parser(__doc__)
-  parser.add_argument('--requests', type=_report.positive, default=512, help='sequences per turn (default: 512)')
+  parser.add_argument('--requests', type=_report.positive, default=512, help='sequences per timed call (default: 512)')
   parser.add_argument('--slots', type=_report.positive, default=64, help='rows decoded at the same time (default: 64)')
   parser.add_argument(
     '--min_buffer', type=_report.positive, default=32, help='initial buffer length, in tokens (default: 32)'
@@ -101,13 +101,13 @@ def parse(argv):
   parser.add_argument(
     '--gaps', type=_report.counts, default=[1, 2, 4, 8, 0], help='insertions per step in the second table; 0: all gaps'
   )
-  parser.add_argument('--repeats', type=_report.positive, default=3, help='timed turns (default: 3)')
+  parser.add_argument('--repeats', type=_report.positive, default=3, help='timed calls of each sampler (default: 3)')
   parser.add_common_flags()
   return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
-  """Run the benchmark; return 1 if continuous and static batching gave different tokens in float32."""
+  """Run the benchmark; return 1 if continuous and static batching generated different tokens in float32."""
   args = parse(argv)
   args.model_cfg = _report.model_of(args)
   params, requests = _report.random_params(args.model_cfg), make_requests(args.requests)
@@ -124,7 +124,7 @@ def main(argv=None) -> int:
      'x static': '1' if name == 'static' else _report.median_of(ratios)}
     for name, values in rates.items()
   ]))  # fmt: skip
-  print(f'\nsequences with the same tokens: {100 * both["same_tokens"]:.1f} %\n')
+  print(f'\nstatic and continuous batching: sequences with the same tokens: {100 * both["same_tokens"]:.1f} %\n')
   rows = []
   for gaps in args.gaps:
     _report.progress(f'{gaps or "all"} insertions per step')

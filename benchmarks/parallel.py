@@ -1,8 +1,8 @@
 """Several insertions per decoding step on a trained model: the speed gained, and the loss in text quality.
 
-The run in --workdir generates texts from empty prompts, inserting into the 1, 2, 4, ... best gaps per decoding step
-(0: all gaps; one is the sampler of the ILM paper). The scoring model --judge (the workdir of an ARM run, or hf:NAME)
-gives the negative log-likelihood per token. All rows of the table use the same requests and the same seed.
+The run in --workdir generates texts from empty prompts, inserting into the 1, 2, 4, ... most probable gaps per decoding
+step (0: all gaps; 1: the sampler of the ILM paper). The scoring model --judge (the workdir of an ARM run, or hf:NAME)
+gives the negative log-likelihood per token of the texts. All rows of the table use the same requests and the same seed.
 """
 
 import sys
@@ -15,7 +15,7 @@ from ilm_jax.types import UserError
 
 
 def measure(args, judge, gaps: int) -> dict:
-  """Generate texts and score them; an untimed call compiles first."""
+  """Generate texts with `gaps` insertions per step, timed after a call that compiles, and score them."""
   lm = api.load(args.workdir, gaps=gaps, gap_threshold=args.gap_threshold, batch_size=args.slots)
   prompts = [''] * args.count
   list(lm.stream(prompts[: 2 * args.slots], seed=1))
@@ -36,7 +36,7 @@ def measure(args, judge, gaps: int) -> dict:
 
 
 def cells(row: dict, first: dict) -> dict[str, str]:
-  """Format a row of the table; `first` is the row that the speed-up refers to."""
+  """Format a row of the table; `first` is the baseline row for the speed-up."""
   return {
     'insertions / step': str(row['gaps'] or 'all'),
     'passes / text': f'{row["passes"]:.1f}',

@@ -1,16 +1,16 @@
 """Sampling cost: microseconds per generated token, by number of rows and by row length.
 
-The first table is for family=ilm. Prompts of random words with all gaps open get --insert more tokens, from a model
-with random weights and a stop head that never stops; --lengths are the row lengths at the end. A call that inserts n
-tokens per row makes n + 1 forward passes, the last of which finds nothing to do. The time per token counts all passes:
+The first table is for family=ilm. A model with random weights, whose stop head never stops, inserts --insert tokens
+anywhere into prompts of random words; --lengths are the final row lengths. A call that inserts n tokens per row makes
+n + 1 forward passes, the last of which inserts nothing. The time per token counts all passes:
 
     us / token = seconds per call / ((n + 1) x rows)
 
 The cost should depend on the current row length and not on --max_length, and no program should be compiled after the
 warm-up call of each configuration.
 
-The second table is for family=arm, at --arm_lengths: with the key-value cache, and with a forward pass over the whole
-row for each token.
+The second table is for family=arm, with rows of --arm_lengths: sampling with the key-value cache, and with a forward
+pass over the whole row for each token.
 
 `benchmarks.batching` compares continuous and static batching; `benchmarks.parallel` measures several insertions per
 step on a trained model.
@@ -38,7 +38,7 @@ MIN_CALLS, MAX_CALLS = 2, 30  # timed calls per configuration
 
 
 def make_prompts(rng: np.random.Generator, rows: int, length: int, vocab_size: int) -> list[dict]:
-  """Return random prompts `[CLS] [BOS] word word ...` in which every gap but the one after [CLS] is open."""
+  """Return random prompts `[CLS] [BOS] word word ...` that accept insertions everywhere but after [CLS]."""
   prompts = []
   for _ in range(rows):
     words = rng.integers(len(SPECIAL), vocab_size, size=length - 2)
@@ -64,7 +64,7 @@ def predict_pass_seconds(args, measured: dict, rows: int, length: int) -> float:
 
 
 def choose_insertions(args, pass_seconds: float) -> int:
-  """Return the number of tokens to insert per call: --insert, halved until the minimum of calls fits in --seconds."""
+  """Return the number of tokens to insert per call: --insert, halved until 1 + MIN_CALLS calls fit in --seconds."""
   count = args.insert
   while count > 1 and (1 + MIN_CALLS) * (count + 1) * pass_seconds > args.seconds:
     count //= 2
@@ -112,7 +112,7 @@ def measure(args, params, samplers: dict, compilations, *, rows: int, length: in
 
 
 def measure_all(args, measured: dict) -> None:
-  """Fill `measured` with a row of the table for each (rows, length)."""
+  """Measure each (rows, length) for family=ilm, and store its table row in `measured`."""
   params = _report.random_params(args.model_cfg)
   compilations, samplers = _report.Compilations(), {}
   todo = [(rows, length) for rows in sorted(args.batches) for length in sorted(args.lengths)]
@@ -128,7 +128,7 @@ def measure_all(args, measured: dict) -> None:
 
 
 def cells(row: dict, shortest: dict) -> dict[str, str]:
-  """Format a row of the table; `shortest` is the shortest length with the same number of rows, for the ratio."""
+  """Format a row of the table; `shortest` is the row of the shortest length, the baseline of the ratio."""
   median, shortest_median = statistics.median(row['token_us']), statistics.median(shortest['token_us'])
   return {
     'rows': str(row['rows']),
@@ -160,7 +160,7 @@ def sample_without_cache(forward, tokens_BxL, length_B, number: int, cfg):
 
 
 def measure_arm(args, params, *, rows: int, length: int) -> dict:
-  """Time the generation of the last --insert tokens of rows of a length, with and without the cache, in turns."""
+  """Time generating the last --insert tokens of rows of this length, alternately with and without the KV cache."""
   cfg = arm.SampleConfig(
     max_length=length, max_steps=args.insert, suppressed_tokens=tuple(range(len(SPECIAL))), compute=args.compute
   )
@@ -204,7 +204,7 @@ def measure_arm(args, params, *, rows: int, length: int) -> dict:
 
 
 def measure_all_arm(args, measured: list) -> None:
-  """Append a row of the second table for each (rows, length) to `measured`."""
+  """Measure each (rows, length) for family=arm, and append its table row to `measured`."""
   args.arm_cfg = dataclasses.replace(args.model_cfg, causal=True, stop_head=False)
   params = _report.random_params(args.arm_cfg)
   for rows in sorted(args.batches):
@@ -214,7 +214,7 @@ def measure_all_arm(args, measured: list) -> None:
 
 
 def arm_cells(row: dict) -> dict[str, str]:
-  """Format a row of the second table."""
+  """Format a row of the table for family=arm."""
   return {
     'rows': str(row['rows']),
     'row grows': f'{row["length"] - row["insertions"]} - {row["length"]}',
@@ -233,15 +233,15 @@ def arm_cells(row: dict) -> dict[str, str]:
 def parse(argv):
   """Parse the command line."""
   parser = _report.Parser(__doc__)
-  parser.add_argument('--batches', type=_report.positives, default=[1, 8, 64], help='numbers of rows')
+  parser.add_argument('--batches', type=_report.positives, default=[1, 8, 64], help='numbers of rows to measure')
   parser.add_argument(
     '--lengths', type=_report.positives, default=[16, 64, 128, 256, 512, 1024], help='row lengths of the ilm table'
   )
   parser.add_argument('--arm_lengths', type=_report.positives, default=[128, 512], help='row lengths of the arm table')
   parser.add_argument(
-    '--insert', type=_report.positive, default=16, help='tokens per row and call, fewer if calls are slow (default: 16)'
+    '--insert', type=_report.positive, default=16, help='tokens inserted per row and call, fewer if slow (default: 16)'
   )
-  parser.add_argument('--top_p', type=float, default=0.0, help='nucleus probability of the token draw; 0: greedy')
+  parser.add_argument('--top_p', type=float, default=0.0, help='top_p of nucleus sampling of tokens; 0: greedy')
   parser.add_argument(
     '--max_length', type=_report.positive, default=1024, help='maximum row length of the sampler (default: 1024)'
   )
@@ -276,7 +276,7 @@ def main(argv=None) -> int:
     rule = f'nucleus sampling with top_p={args.top_p}' if args.top_p else 'greedy'
     print(_report.machine())
     print(f'size {args.size}, compute {args.compute}, vocabulary {args.vocab:,}, {rule}')
-    print('x shortest: ratio to the shortest length with the same number of rows\n')
+    print('x shortest: time per token relative to the shortest length with the same number of rows\n')
     print(_report.table([cells(row, shortest[row['rows']]) for row in measured.values()]))
     print(f'\ncompilations after warm-up: {compiled}')
     code = code or int(compiled > 0)

@@ -1,17 +1,17 @@
 """Training step time and memory: padded against packed rows, chunked against dense vocabulary logits.
 
-A step is the one of `ilm_jax.training.loop` (forward, backward, AdamW, moving average of the weights), on one group of
-examples and one device. The variants are:
+A step is a training step of `ilm_jax.training.loop` (forward, backward, AdamW, moving average of the weights), on one
+group of examples and one device. The variants are:
 
     padded        one example per row, padded to the block length
-    packed        several examples per row; the number of rows is what the largest of many groups needs
+    packed        several examples per row, with as many rows as the largest of many groups of examples needs
     ...-dense     with a loss that materialises logits and targets of size rows x positions x vocabulary
 
 The data sets (--mixes) are star_hard (the graphs and the vocabulary of the config star:hard), lm1b (random words,
-lognormal lengths with mean 29) and full (random words, all examples fill a block of 128).
+lognormal lengths with mean 29) and full (random words, every example has 128 tokens).
 
 Gradients are accumulated over parts of about --positions positions, the same for every variant, so that ratios compare
-equal conditions. Each configuration runs in its own process, so that its peak memory is its own.
+equal conditions. Each configuration runs in its own process, so that peak memory is measured separately.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ VARIANTS = ('padded', 'packed', 'padded-dense', 'packed-dense')
 GOALS = {'lm1b': 5.0, 'full': 1.7}  # expected speed-up of packed over padded rows, in examples per second
 EXAMPLES = {'star_hard': 256, 'lm1b': 256, 'full': 512}  # examples per training step
 BLOCK = 128  # maximum tokens per example of lm1b and full
-SURVEYED = 25_600  # examples, drawn in groups, from which the number of packed rows is determined
+SURVEYED = 25_600  # number of examples, in groups, from which the number of packed rows is determined
 TIMED_GROUPS = 4  # groups of examples that the timed steps alternate between
 MIN_STEPS, MAX_STEPS = 2, 50  # timed steps per configuration
 GIB = 2**30
@@ -58,7 +58,7 @@ GIB = 2**30
 class Mix(NamedTuple):
   """A data set for the benchmark, and the shape of its rows."""
 
-  source: Any  # examples by index
+  source: Any  # source[index] is an example
   vocab_size: int
   block: int  # length of a padded row
   row_length: int  # length of a packed row
@@ -101,7 +101,7 @@ MIXES = {
 
 
 def corrupted(mix: Mix, group: int, examples: int, cfg) -> list[dict]:
-  """Return the examples of a group, corrupted as in training."""
+  """Return the examples of group number `group`, corrupted as in training."""
   ids = range(group * examples, (group + 1) * examples)
   return [ilm.corrupt(pipeline.example_rng(0, 'train', i), mix.source[i], cfg.corrupt) for i in ids]
 
@@ -132,7 +132,7 @@ def split_rows(rows: int, length: int, positions: int) -> tuple[int, int]:
 
 
 def dense_loss(outputs, batch, cfg):
-  """Compute the loss of `families.ilm` from dense logits_BxLxV and targets_BxLxV, the baseline of the chunked loss."""
+  """Compute the loss of `families.ilm` from dense logits_BxLxV and targets_BxLxV, the baseline for the chunked loss."""
   segments = batch['cls_BxS'].shape[1]
   compute = vocabulary.head_compute(cfg.compute)
   logits_BxLxV = numerics.einsum('bld,vd->blv', outputs.hidden_BxLxD, outputs.unembed_VxD, compute)
@@ -159,7 +159,7 @@ def dense_loss(outputs, batch, cfg):
 
 
 def measure(args, name: str, variant: str) -> dict:
-  """Time training steps of one configuration, and measure their memory."""
+  """Measure the time and memory of training steps of one configuration, a data set and a variant."""
   mix, packed, dense = MIXES[name](args.vocab), variant.startswith('packed'), variant.endswith('dense')
   cfg, examples = default.get_config(), args.examples or EXAMPLES[name]
   number = max(TIMED_GROUPS, SURVEYED // examples) if packed else TIMED_GROUPS
@@ -227,7 +227,7 @@ def peak_bytes() -> int:
   if stats:
     return stats['peak_bytes_in_use']
   try:
-    with open('/proc/self/status') as file:  # on Linux, ru_maxrss includes the parent's memory at the fork
+    with open('/proc/self/status') as file:  # on Linux, ru_maxrss would include the parent process's memory at the fork
       return next(int(line.split()[1]) * 1024 for line in file if line.startswith('VmHWM'))
   except (OSError, StopIteration):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
@@ -252,7 +252,7 @@ def parse(argv):
   parser.add_argument(
     '--positions',
     type=_report.positive,
-    help='positions per forward pass, the rest is accumulated (default: 2048 on a CPU, 32768 on other devices)',
+    help='positions per forward pass of gradient accumulation (default: 2048 on a CPU, 32768 on other devices)',
   )
   parser.add_argument(
     '--seconds', type=float, default=10.0, help='time limit per configuration, for at least 2 timed steps (default: 10)'
@@ -293,8 +293,8 @@ def summary(rows: list[dict], failed: list[str], args) -> str:
   lines = [
     rows[0]['machine'],
     f'size {args.size}, compute {args.compute}; gradients accumulated over parts of at most {args.positions} positions',
-    'speed-up and x: ratios to the variant padded',
-    'program: arguments, temporaries and results of the compiled step; peak: of the device, or on a CPU of the process',
+    'speed-up, x program and x peak: ratios to the variant padded',
+    'program: arguments, temporaries and results of the compiled step; peak: peak memory of the device or CPU process',
     '',
     _report.table([cells(row, baselines.get(row['mix'])) for row in rows]),
     '',

@@ -12,7 +12,7 @@ __all__ = ['LanguageModel', 'UserError', 'load']
 
 
 def __getattr__(name):
-  """Import a public name on first use, so that `import ilm_jax` loads nothing heavy."""
+  """Import a public name on first use, so that `import ilm_jax` does not load JAX."""
   if name == '__version__':
     from importlib.metadata import PackageNotFoundError, version
 

@@ -1,4 +1,4 @@
-"""The `ilm-jax` command: one subcommand for everything that can be done from a terminal."""
+"""The `ilm-jax` command, with subcommands for training, evaluation, generation and tools."""
 
 import importlib
 import os
@@ -10,7 +10,7 @@ from ilm_jax.types import UserError
 
 
 class Subcommand(NamedTuple):
-  """A subcommand: the module whose `main(argv)` runs it, a line of help, and arguments that it always passes."""
+  """A subcommand: the module whose `main(argv)` runs it, its help line, and arguments that are always passed to it."""
 
   module: str
   help: str
@@ -27,12 +27,12 @@ SUBCOMMANDS = {
   'perplexity': Subcommand('ilm_jax.evaluation.generative_perplexity', 'measure generative perplexity of samples'),
   'report': Subcommand('ilm_jax.evaluation.report', 'tabulate runs, with confidence intervals'),
   'compile': Subcommand('ilm_jax.aot.compile', 'compile a config ahead of time for a TPU slice'),
-  'convert': Subcommand('ilm_jax.evaluation.convert', 'convert weights of the reference code, or check its numbers'),
+  'convert': Subcommand('ilm_jax.evaluation.convert', "exchange weights with the authors' code, or compare with it"),
 }
 
 
 def table_of_contents() -> str:
-  """Return what `ilm-jax --help` prints."""
+  """Return the text that `ilm-jax --help` prints."""
   lines = [f'  {name:<12} {command.help}' for name, command in SUBCOMMANDS.items()]
   return '\n'.join(
     [
@@ -61,8 +61,8 @@ def main(argv=None) -> int:
     return fail(UserError(f'ilm-jax {name}: expected one of {", ".join(SUBCOMMANDS)}; see ilm-jax --help'))
   command = SUBCOMMANDS[name]
   if os.getcwd() not in sys.path:
-    sys.path.append(os.getcwd())  # families and tasks of the user's own; last, so that nothing is shadowed
-  sys.argv = [f'ilm-jax {name}', *arguments[1:]]  # recorded in run.json
+    sys.path.append(os.getcwd())  # find the user's own families and tasks; last, so that they shadow nothing
+  sys.argv = [f'ilm-jax {name}', *arguments[1:]]  # the command that run.json records
   return importlib.import_module(command.module).main([sys.argv[0], *command.arguments, *arguments[1:]])
 
 

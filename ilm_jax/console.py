@@ -1,4 +1,4 @@
-"""What all commands share: flags, one-line errors, exit codes, log format and the compilation cache."""
+"""Code shared by all commands: flags, one-line errors, exit codes, log format and the compilation cache."""
 
 import os
 import sys
@@ -31,14 +31,14 @@ def usage(doc: str, values: flags.FlagValues, names) -> int:
 
 
 def command(doc: str, define, run, argv=None, *, positional: bool = False) -> int:
-  """Run a command that has its own flags; a user's mistake is one line on standard error and exit code 1.
+  """Run a command that has its own flags; a user's mistake gives one line on standard error and exit code 1.
 
   Args:
     doc: printed by --help, before the flags.
-    define: called with a FlagValues, in which it defines the flags.
-    run: values -> exit code; raises UserError for a user's mistake.
+    define: function that defines the command's flags in the FlagValues that it is given.
+    run: function from the parsed flags to the exit code; raises UserError for a user's mistake.
     argv: the arguments; sys.argv by default.
-    positional: accept arguments that are not flags, and pass them to `run` as its second argument.
+    positional: accept arguments that are not flags, and pass their list to `run` as its second argument.
   """
   values = flags.FlagValues()
   define(values)
@@ -69,7 +69,7 @@ def define_processes(values: flags.FlagValues) -> None:
 
 
 def quiet() -> None:
-  """Restrict logging to short lines of this project, and switch on the persistent compilation cache."""
+  """Log only relevant messages, in a short format, and enable JAX's persistent compilation cache."""
   import jax
 
   if not flags.FLAGS.is_parsed():
@@ -79,7 +79,7 @@ def quiet() -> None:
   logging.get_absl_handler().setFormatter(ShortFormatter())
   logging.get_absl_handler().addFilter(is_relevant)
   sys.unraisablehook = print_unraisable
-  # Orbax leaves coroutines of a failed write behind; the failure itself is raised.
+  # Orbax never awaits the coroutines of a failed write, but raises the failure itself.
   warnings.filterwarnings('ignore', "coroutine '.*' was never awaited")
   if (cache := os.environ.get('JAX_COMPILATION_CACHE_DIR')) is None:
     cache = os.path.join(os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache')), 'ilm_jax', 'xla')
@@ -89,10 +89,9 @@ def quiet() -> None:
 
 
 def is_relevant(record) -> bool:
-  """Return whether a log record is printed.
+  """Return whether a log record is printed: those of this project, CLU's progress reports, and libraries' warnings.
 
-  Records of this project and CLU's progress reports are; libraries may only warn. Errors that Orbax and asyncio log are
-  dropped, because they are also raised and then printed as one line.
+  Errors that Orbax and asyncio log are dropped, because they are also raised and then printed as one line.
   """
   if record.pathname.startswith(HERE) or 'Setting work unit notes' in str(record.msg):
     return True
@@ -102,20 +101,20 @@ def is_relevant(record) -> bool:
 
 
 def print_unraisable(event) -> None:
-  """Print an exception that could not be raised, unless it follows from a failed read or write of a checkpoint.
+  """Print an unraisable exception, unless it follows from a failed read or write of a checkpoint.
 
-  TensorStore's threads and Orbax's coroutines cause those; the failure itself is raised, and printed as one line.
+  TensorStore's threads and Orbax's coroutines cause such exceptions; the failure itself is raised and printed.
   """
-  code = getattr(event.object, 'cr_code', None)  # of a coroutine
+  code = getattr(event.object, 'cr_code', None)  # set if the object is a coroutine
   if str(event.exc_value) != 'Event loop is closed' and not (code and f'{os.sep}orbax{os.sep}' in code.co_filename):
     sys.__unraisablehook__(event)
 
 
 class ShortFormatter(logging.PythonFormatter):
-  """Formats a record as time and message, with the level from warnings on."""
+  """Formats a log record as time and message; warnings and errors also show their level."""
 
   def format(self, record):
-    """Return the line of a record."""
+    """Return a log record as one line of text."""
     stamp = self.formatTime(record, '%H:%M:%S')
     level = '' if record.levelno <= 20 else record.levelname.lower() + ': '
     return f'{stamp} {level}{record.getMessage().removeprefix("Setting work unit notes: ")}'

@@ -13,8 +13,8 @@ line, either a prompt as plain text or a JSON object (in a *.jsonl file, every l
     "least", "most"      optional: limits on the number of tokens in a gap; a number, or a list with one for each gap
     "truth", "fillings"  optional: the original text and the original fillings; copied to the result
 
-Results are written as soon as they finish, so their order may differ; their "id" identifies the request. A line that
-cannot be served is reported on standard error; the other lines are still served, and the exit code is then 1.
+Results are written as soon as they finish, so they may be out of order; their "id" identifies the request. A line
+that cannot be served is reported on standard error; the other lines are still served, and the exit code is then 1.
 
 Several devices or several processes can share the work, without any effect on the results:
 
@@ -40,7 +40,7 @@ from ilm_jax.tasks.text import corpora
 from ilm_jax.types import UserError
 
 TOKEN_RULE_FLAGS = ('temperature', 'top_p')  # flags that set fields of the rule for sampling a token
-# Flags that override a sampling setting of the same name.
+# Flags that override the sampling setting of the same name in the run's config.
 SAMPLING_FLAGS = ('stop_threshold', 'stop_temperature', 'max_length', 'gaps', 'gap_threshold')
 # Flags whose values must be equal in all processes.
 SHARED_FLAGS = ('workdir', 'checkpoint', 'seed', 'n', 'marker', 'batch_size', 'mesh', *SAMPLING_FLAGS,
@@ -93,12 +93,12 @@ class Request(NamedTuple):
   kind: str  # 'prompt' or 'infill'
   content: Any  # the prompt, the text with markers, or the list of parts
   where: str  # flag or line that holds the request, for error messages
-  limits: dict  # 'least' and 'most', if given
+  limits: dict  # 'least' and 'most', the limits on the tokens in a gap, if given
   truth: dict | None = None  # original 'text' and 'fillings' of an infill request, if known
 
 
 def read_requests(values) -> tuple[list[Request], list[UserError]]:
-  """Return the requests, and an error for each line that holds no valid request."""
+  """Return the requests from the flags, a file or standard input, and an error for each invalid line."""
   given = [name for name in ('prompt', 'infill', 'prompts') if values[name].value]
   if len(given) > 1:
     raise UserError(f'--{given[0]} and --{given[1]}: expected one of them, got both')
@@ -161,11 +161,11 @@ def read_line(text: str, number: int, where: str, limits: dict, *, json_only: bo
 
 
 def check_files(values, out: str | None = None) -> None:
-  """Raise UserError if two of the files are the same, or if the folder of --trace does not exist.
+  """Raise UserError if two of --prompts, --out and --trace are the same file, or the folder of --trace does not exist.
 
   Args:
     values: the flags.
-    out: the file that this process writes, if it differs from --out.
+    out: the results file that this process writes, if it differs from --out.
   """
   named = {name: values[name].value for name in ('prompts', 'out', 'trace')} | ({'out': out} if out else {})
   paths = {name: Path(value).resolve() for name, value in named.items() if value}
@@ -177,7 +177,7 @@ def check_files(values, out: str | None = None) -> None:
 
 
 def run(values) -> int:
-  """Serve the requests that the flags name; returns the exit code, 1 if a request could not be served."""
+  """Serve the requests given by the flags; returns the exit code, 1 if a request could not be served."""
   if not values.workdir:
     raise UserError('--workdir is missing: expected the folder of a run, such as --workdir=runs/star-tiny')
   check_files(values)
@@ -196,11 +196,11 @@ def serve(values, requests: list[Request], errors: list[UserError]) -> int:
 
   Args:
     values: the flags.
-    requests: the requests of all processes.
-    errors: an error for each line that holds no valid request.
+    requests: all requests; each process writes the results of its share.
+    errors: an error for each invalid line of the file of requests.
 
   Returns:
-    The exit code: 1 if a request could not be served.
+    The exit code: 1 if a request could not be served, else 0.
   """
   from ilm_jax.distributed import processes
   from ilm_jax.inference import api
@@ -227,7 +227,7 @@ def serve(values, requests: list[Request], errors: list[UserError]) -> int:
       message = str(error).removeprefix(f'prompt {number + 1}: ').removeprefix(f'text {number + 1}: ')
       errors.append(error if request.where.startswith('--') else UserError(f'{request.where}: {message}'))
   if errors and (not valid or values.prompt or values.infill):
-    raise errors[0]  # the output file has not been created yet
+    raise errors[0]  # no output file has been created yet
   for error in errors if index == 0 else ():
     fail(error)
 
@@ -275,7 +275,7 @@ def shared_flags(values) -> dict:
 
 
 def shard(name: str | None, index: int, count: int) -> str | None:
-  """Return the output file of one of `count` processes: results-00000-of-00002.jsonl for results.jsonl."""
+  """Return the output file of process `index` of `count`, such as results-00000-of-00002.jsonl for results.jsonl."""
   if not name or count == 1:
     return name
   stem, dot, suffix = name.rpartition('.') if '.' in Path(name).name else (name, '', '')
@@ -283,7 +283,7 @@ def shard(name: str | None, index: int, count: int) -> str | None:
 
 
 def write(record: dict, out, name) -> None:
-  """Write a record to `out` as a line of JSON; `name` is the file's name for error messages."""
+  """Write a result to the open file `out` as a line of JSON; `name` is the file's name for error messages."""
   try:
     print(json.dumps(record), file=out, flush=True)
   except BrokenPipeError:
@@ -293,7 +293,7 @@ def write(record: dict, out, name) -> None:
 
 
 def main(argv=None) -> int:
-  """Run the command; returns the exit code."""
+  """Run `ilm-jax generate`; returns the exit code."""
   return command(__doc__, define, run, argv)
 
 

@@ -21,7 +21,7 @@ from ilm_jax.types import UserError
 MODES = ('train', 'eval')
 PACKAGED = Path(__file__).parent / 'configs'
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'Config file or packaged config, with its variant: star:tiny.'
+  'config', None, 'Config file or packaged config, with a variant, such as star:tiny.'
 )
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/CONFIG-VARIANT.')
 _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'Train (or resume), or evaluate a run on the test split.')
@@ -29,7 +29,7 @@ define_processes(flags.FLAGS)
 
 
 def parse(argv) -> list[str]:
-  """Parse the flags; raises UserError, in one line, for every mistake in them."""
+  """Parse the flags; raises UserError with a one-line message for every mistake in them."""
   argv = locate_config(argv)
   try:
     rest = flags.FLAGS(argv)
@@ -47,7 +47,7 @@ def parse(argv) -> list[str]:
 
 
 def locate_config(argv) -> list[str]:
-  """Return the arguments with the path of the config file in place of the name of a packaged config."""
+  """Return the arguments, with the name of a packaged config in --config replaced by the path of its file."""
   argv = list(argv)
   for index, word in enumerate(argv[1:], 1):
     name, equals, value = word.removeprefix('-').removeprefix('-').partition('=')
@@ -71,12 +71,12 @@ def locate_config(argv) -> list[str]:
 
 
 def is_config(file: Path) -> bool:
-  """Return whether a file of the configs folder is a config that a run can name."""
+  """Return whether a file in ilm_jax/configs is a config that --config accepts by name."""
   return file.stem not in ('__init__', 'default', 'list')
 
 
 def unknown_setting(text: str) -> str:
-  """Return the message for a setting that the config lacks; names its successor if it was renamed."""
+  """Return the error message for a setting that the config lacks; for a renamed setting, it gives the new name."""
   from ilm_jax.runs.run_file import RENAMED
 
   for argument in sys.argv[1:]:
@@ -87,7 +87,7 @@ def unknown_setting(text: str) -> str:
 
 
 def plain(error: Exception) -> str:
-  """Return the message of an error of the flags, without the traceback and quotes that libraries wrap around it."""
+  """Return the message of a flag parsing error, without the traceback and quotes that libraries add."""
   text = str(error.args[0]) if error.args else str(error)
   while len(text) > 1 and text[0] == text[-1] and text[0] in '\'"':
     text = text[1:-1].replace("\\'", "'").replace('\\n', ' ')
@@ -95,14 +95,14 @@ def plain(error: Exception) -> str:
 
 
 def default_workdir() -> str:
-  """Return `runs/star-tiny` for --config=star:tiny and for --config=configs/star.py:tiny."""
+  """Return the default --workdir: `runs/star-tiny` for --config=star:tiny and for --config=configs/star.py:tiny."""
   name, _, argument = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
   argument = argument or (flags.FLAGS['config'].config_filename.partition(':')[2])
   return str(Path('runs') / '-'.join(part for part in (Path(name).stem, argument) if part))
 
 
 def run() -> int:
-  """Train or evaluate; returns the exit code."""
+  """Train or evaluate, as --mode says; returns the exit code."""
   quiet()
   from ilm_jax.distributed import processes
   from ilm_jax.training import loop
@@ -116,12 +116,12 @@ def run() -> int:
 
 
 def command(doc: str, names, call, argv=None) -> int:
-  """Run a command that takes a config; a user's mistake is one line on standard error and exit code 1.
+  """Run a command that takes a config; a user's mistake gives one line on standard error and exit code 1.
 
   Args:
     doc: printed by --help, before the flags.
-    names: the flags that --help prints.
-    call: () -> exit code, called after the flags were parsed.
+    names: names of the flags that --help prints.
+    call: function that runs the command after the flags are parsed, and returns the exit code.
     argv: the arguments; sys.argv by default.
   """
   argv = sys.argv if argv is None else argv
@@ -137,7 +137,7 @@ def command(doc: str, names, call, argv=None) -> int:
 
 
 def main(argv=None) -> int:
-  """Run this command."""
+  """Run `ilm-jax train` or `ilm-jax eval`; returns the exit code."""
   return command(__doc__, ('config', 'workdir', 'mode', 'coordinator', 'num_processes', 'process_id'), run, argv)
 
 

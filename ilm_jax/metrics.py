@@ -6,7 +6,7 @@ from ilm_jax.types import Metrics
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:
-  """Return the sum of two metrics dicts, name by name; a name that only one of them has keeps its pair."""
+  """Add two metrics dicts name by name; a name that is in only one of them keeps its (total, weight) pair."""
   out = dict(a)
   for name, (total, weight) in b.items():
     old_total, old_weight = out.get(name, (0.0, 0.0))
@@ -15,7 +15,7 @@ def add(a: Metrics, b: Metrics) -> Metrics:
 
 
 def means(pairs: Metrics) -> dict[str, float]:
-  """Return total / weight by name, without the names whose weight is 0."""
+  """Return each metric's mean, total / weight, by name; metrics whose weight is 0 are left out."""
   return {name: float(total) / float(weight) for name, (total, weight) in pairs.items() if float(weight)}
 
 
@@ -28,9 +28,9 @@ def order_statistics(steps, landmark: int | None = None) -> Metrics:
 
   Returns:
     (total, weight) pairs; a statistic that is undefined for the answer is missing:
-    order_tau: Kendall's tau between step and position; 1 is left to right, pairs of equal steps count as 0.
-    order_adjacent: share of tokens inserted next to the token of the previous step, at the time of the insertion.
-    order_junction: step of the landmark divided by the last step.
+    order_tau: Kendall's tau between step and position; 1 is left to right, pairs inserted in the same step count as 0.
+    order_adjacent: share of tokens that were inserted directly next to the token of the previous step.
+    order_junction: step that inserted the landmark token, divided by the last step.
   """
   n, pairs = len(steps), {}
   if n > 1:
@@ -47,7 +47,7 @@ def order_statistics(steps, landmark: int | None = None) -> Metrics:
 
 
 def wilson_interval(successes: float, trials: float, z: float = 1.959964) -> tuple[float, float]:
-  """Return the Wilson interval (low, high) of a proportion; the default z gives 95 %."""
+  """Return the Wilson confidence interval (low, high) of a proportion; the default z gives 95 % confidence."""
   if not trials:
     return 0.0, 1.0
   p = successes / trials

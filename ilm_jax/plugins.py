@@ -1,4 +1,4 @@
-"""Families and tasks by name: of this package, or of any module that can be imported."""
+"""Look up families and tasks by name, in this package or in any module that can be imported."""
 
 import importlib
 import importlib.util
@@ -7,7 +7,7 @@ from ilm_jax.types import UserError
 
 
 def find(name: str, *, table: dict[str, str], attribute: str, kind: type, setting: str):
-  """Return the object `attribute` of the module that `name` stands for; raises UserError if there is none."""
+  """Return `attribute` of the module with the import path table[name], or else name; UserError if there is none."""
   path = table.get(name, name)
   try:
     found = importlib.util.find_spec(path) if path.replace('.', '').isidentifier() else None

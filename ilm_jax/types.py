@@ -1,4 +1,4 @@
-"""The structures that cross the borders of packages, and the legend of the axis letters.
+"""Data structures shared by several packages, and the meaning of the axis letters in array names.
 
 Arrays carry shape suffixes, axes joined by `x` (`tokens_BxL`):
 
@@ -9,16 +9,16 @@ Arrays carry shape suffixes, axes joined by `x` (`tokens_BxL`):
 A batch is a plain dict of arrays, made on the host by `data.pipeline` and read by the losses of `families`. A segment
 is one corrupted example in a packed row:
 
-    tokens_BxL, position_BxL           the kept tokens; positions restart in each segment
-    segment_BxL                        number of the segment, 1..S; 0 on padding
-    open_BxL                           whether a token may be inserted to the right of this one
-    target_gap_BxT, target_token_BxT   a dropped token, and the position (in the row) after which it belongs
+    tokens_BxL, position_BxL           the tokens kept by the corruption; positions restart in each segment
+    segment_BxL                        number of each token's segment, 1..S; 0 for padding
+    open_BxL                           whether a token may be inserted to the right of each token
+    target_gap_BxT, target_token_BxT   position (in the row) after which a dropped token belongs, and its token id
     target_segment_BxT                 segment of the target, 1..S; 0 in unused entries
     target_weight_BxT                  weight of the target in the loss; 0 in unused entries
     cls_BxS                            position (in the row) of each segment's [CLS]
     segment_weight_BxS                 weight of the segment's example in the loss; 0 for unused segments
     example_id_BxS                     global index of the example; -1 for unused segments
-    length_BxS, free_BxS               numbers of all tokens and of free tokens of the example before corruption
+    length_BxS, free_BxS               number of all tokens, and of tokens to generate, before corruption
     noise_BxS                          noise level of the example, for families whose model is conditioned on it
 """
 
@@ -30,7 +30,7 @@ Metrics = dict[str, tuple[Array, Array]]  # name -> (total, weight)
 
 
 class UserError(Exception):
-  """A mistake of the user. Commands print it as one line and exit with its code.
+  """A mistake of the user. Commands print its message as one line and exit with its code.
 
   The message says what is wrong, what was expected and how to fix it.
 
@@ -59,15 +59,15 @@ class Prompt(NamedTuple):
 
   tokens_BxL: Array
   length_B: Array
-  open_BxL: Array  # whether a token may be inserted to the right of this one
-  request_B: Array  # number of each request; the randomness of a row depends on it and the seed only
-  free_B: Array | None = None  # tokens to generate, for families that need the number in advance; -1: unknown
-  least_BxL: Array | None = None  # minimum number of tokens to insert into the gap right of each open token
-  most_BxL: Array | None = None  # maximum number of tokens to insert into that gap
+  open_BxL: Array  # whether a token may be inserted to the right of each token
+  request_B: Array  # number of each request; the randomness of a row depends only on it and the seed
+  free_B: Array | None = None  # number of tokens to generate, for families that need it in advance; -1: unknown
+  least_BxL: Array | None = None  # minimum number of tokens to insert to the right of each token with open_BxL
+  most_BxL: Array | None = None  # maximum number of tokens to insert to the right of each token with open_BxL
 
 
 class Rule(NamedTuple):
-  """Sampling rule for an index given logits: temperature 0 is greedy; top_k 0 and top_p 1 keep all candidates."""
+  """How to sample an index from logits: temperature 0 is greedy; top_k 0 and top_p 1 keep all candidates."""
 
   temperature: float = 1.0
   top_k: int = 0
@@ -78,26 +78,25 @@ GREEDY = Rule(temperature=0.0)
 
 
 class Score(NamedTuple):
-  """Negative log-likelihood, in nats, of each row's free tokens and its end given its fixed tokens, or a bound on
-  it."""
+  """Negative log-likelihood in nats, or an upper bound on it, of each row's completion given its prompt."""
 
   kind: str  # 'exact'; 'bound' (an upper bound in expectation); 'importance-weighted' (a tighter upper bound)
   nll_B: Array
-  error_B: Array  # standard error of the estimate; 0 if it is exact
-  tokens_B: Array  # number of free tokens, not counting the end
+  error_B: Array  # standard error of nll_B; 0 if nll_B is exact
+  tokens_B: Array  # number of tokens in the completion, not counting the end of the row
 
 
 class Sampled(NamedTuple):
-  """Output of a sampler: completed rows, tokens in reading order.
+  """Output of a sampler: the completed rows, with their tokens in reading order.
 
-  Log-probabilities are those of the model at temperature 1 over the admissible (gap, token) pairs, whatever the
-  sampling rule is.
+  Log-probabilities are those of the model at temperature 1 over the allowed (gap, token) pairs, whatever the sampling
+  rule is.
   """
 
   tokens_BxL: Array
   length_B: Array
-  order_BxL: Array  # decoding step (0, 1, ...) that inserted each token; -1 for given tokens and padding
+  order_BxL: Array  # decoding step (0, 1, ...) that inserted each token; -1 for prompt tokens and padding
   log_prob_BxM: Array  # log-probability of each step's insertion; 0 after the last step
-  stop_prob_BxM: Array  # p(stop) at each forward pass, the stopping one included; 0 after it
-  steps_B: Array  # number of decoding steps that inserted
-  stopped_B: Array  # whether the model ended the row; False if a limit did
+  stop_prob_BxM: Array  # p(stop) at each forward pass, including the last one; 0 after it
+  steps_B: Array  # number of decoding steps that inserted a token
+  stopped_B: Array  # whether the model ended the row; False if a length or step limit did

@@ -1,4 +1,4 @@
-"""The collective operations of a compiled program: how many bytes each device sends."""
+"""The collective operations of a compiled program, and how many bytes each device sends for them."""
 
 import re
 from typing import NamedTuple
@@ -9,17 +9,17 @@ KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective
 
 
 class Collective(NamedTuple):
-  """A collective operation of a program."""
+  """A collective operation of a compiled program."""
 
   kind: str
-  size: int  # bytes of its result on each device
+  size: int  # bytes of the operation's result on each device
   group: int  # number of devices that take part in one operation
   times: int  # executions per run of the program
-  certain: bool  # False inside a loop of unknown length, which counts as one iteration
-  where: str  # op_name of the source operation
+  certain: bool  # whether `times` is exact: False inside a loop of unknown length, counted as one iteration
+  where: str  # op_name in the HLO metadata: the JAX operation it comes from
 
   def traffic(self) -> float:
-    """Return the bytes that a device sends per run of the program, with ring algorithms."""
+    """Return the bytes that a device sends per run of the program, assuming ring algorithms."""
     share = (self.group - 1) / self.group
     once = {
       'all-gather': share * self.size,
@@ -32,9 +32,9 @@ class Collective(NamedTuple):
 
 
 def collectives(program: Program, devices: int) -> list[Collective]:
-  """Return the collectives of a program for a number of devices, the largest traffic first.
+  """Return the collective operations of a program for `devices` devices, sorted by traffic, largest first.
 
-  Operations with the same channel are parts of one collective, which is listed once.
+  Operations with the same channel_id are parts of one collective, which is listed once.
   """
   found = {}
   for name, body in program.computations.items():
@@ -56,7 +56,7 @@ def collectives(program: Program, devices: int) -> list[Collective]:
 
 
 def _result_size(instruction: Instruction, kind: str) -> int:
-  """Return the bytes of the result; asynchronous operations list their inputs before it."""
+  """Return the bytes of a collective's result; asynchronous operations list their inputs before the result."""
   sizes = [array.size for array in instruction.arrays]
   if instruction.opcode == 'all-gather-start':  # (inputs, results)
     return sum(sizes[len(sizes) // 2 :])
@@ -66,7 +66,7 @@ def _result_size(instruction: Instruction, kind: str) -> int:
 
 
 def _group_size(instruction: Instruction, devices: int) -> int:
-  """Return the number of devices in a replica group."""
+  """Return the number of devices in each replica group of a collective."""
   text = instruction.attributes
   if match := re.search(r'replica_groups=\[(\d+),(\d+)\]', text):
     return int(match[2])

@@ -2,11 +2,11 @@
 
     ilm-jax compile --config=lm1b:full --topology=v5e:4x4 --config.mesh.fsdp=16
 
-A topology is a chip and the shape of a slice: v4:2x2x1, v5e:2x4, v5p:4x4x4, v6e:16x16; cpu:8 compiles for eight CPU
-devices. Only the config is read: the corpus and its tokenizer need not exist. Prints for the training step and for a
-decoding step: memory per device, collectives, and arrays that the compiler gathers unnecessarily; for the training step
-also its arithmetic, from a formula, and a roofline from published limits of the chip, which is a prediction and not a
-measurement. Needs libtpu (pip install 'ilm_jax[tpu]'), which runs on any x86_64 Linux machine.
+A topology names a chip and the shape of a slice: v4:2x2x1, v5e:2x4, v5p:4x4x4, v6e:16x16; cpu:8 compiles for eight CPU
+devices. Only the config is read: the corpus and its tokenizer need not exist. For the training step and for a decoding
+step, the command prints memory per device, collectives, and arrays that the compiler gathers unnecessarily; for the
+training step also its floating-point operations, from a formula, and a roofline prediction (not a measurement) from the
+chip's published limits. Needs libtpu (pip install 'ilm_jax[tpu]'), which runs on any x86_64 Linux machine.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from ilm_jax.types import UserError
 
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'Chip and slice, such as v5e:2x4; cpu:8 for eight CPU devices.')
 _VOCAB = flags.DEFINE_integer('vocab_size', None, "Vocabulary size; the config's by default.")
-_SLOTS = flags.DEFINE_integer('slots', 0, 'Rows of the compiled decoding step; 0: eight per device.')
+_SLOTS = flags.DEFINE_integer('slots', 0, 'Number of rows in the compiled decoding step; 0: eight per device.')
 
 
 def devices_of(topology: str):
-  """Return the devices of a topology, to compile for."""
+  """Return the devices of a topology, which need not be attached, as targets for compilation."""
   import jax
 
   from ilm_jax.aot.roofline import CHIPS
@@ -52,7 +52,7 @@ def devices_of(topology: str):
 
   try:
     return topologies.get_topology_desc(topology, 'tpu').devices
-  except Exception as error:  # the runtime raises types of its own
+  except Exception as error:  # libtpu raises its own error types
     text = ' '.join(str(error).split())
     if 'lockfile' not in text and ('not installed' in text or 'libtpu' in text.lower()):
       raise UserError(
@@ -73,7 +73,7 @@ def vocab_of(cfg) -> int:
 
 
 def lower_training(exp):
-  """Lower the training step of an experiment."""
+  """Return the lowered (not yet compiled) training step of an experiment."""
   import jax
 
   from ilm_jax.data import pipeline
@@ -89,7 +89,7 @@ def lower_training(exp):
 
 
 def lower_sampling(exp, slots: int):
-  """Lower the decoding step at its longest buffers; None for a family without continuous batching."""
+  """Return the lowered decoding step with the longest buffers; None for a family without continuous batching."""
   import jax
 
   from ilm_jax.inference import continuous_batching
@@ -106,14 +106,14 @@ def lower_sampling(exp, slots: int):
 
 @contextlib.contextmanager
 def compiler_log():
-  """Have the TPU compiler write its warnings into a temporary folder, which is yielded; enter before it is loaded."""
+  """Yield a temporary folder into which the TPU compiler writes its warnings; enter before libtpu is loaded."""
   with tempfile.TemporaryDirectory(prefix='ilm-tpu-') as folder:
     os.environ['TPU_LOG_DIR'] = folder
     yield Path(folder)
 
 
 def rematerialized(log: Path) -> list[str] | None:
-  """Return the compiler's warnings that it gathers a whole array to change its sharding; None without a log."""
+  """Return the compiler's warnings about gathering a whole array to change its sharding; None without a log."""
   if not any(log.iterdir()):
     return None
   text = ''.join(file.read_text(errors='replace') for file in log.glob('*.log.WARNING.*'))
@@ -121,14 +121,14 @@ def rematerialized(log: Path) -> list[str] | None:
 
 
 def compile_and_print(lowered, devices, chip, log: Path, more=None) -> None:
-  """Compile a lowered program and print what it costs, or that it does not fit.
+  """Compile a lowered program and print its costs, or that it does not fit into memory.
 
   Args:
-    lowered: the program.
+    lowered: the program, from `jax.jit(...).lower(...)`.
     devices: the devices to compile for.
-    chip: their limits, a `roofline.Chip`; None for CPUs.
+    chip: limits of one device, a `roofline.Chip`; None for CPUs.
     log: folder of the compiler's log.
-    more: compiled program -> further lines, printed for chips with known limits.
+    more: function from the compiled program to further lines to print; unused if `chip` is None.
   """
   import jax
 
@@ -153,7 +153,7 @@ def compile_and_print(lowered, devices, chip, log: Path, more=None) -> None:
 
 
 def run(cfg, topology: str | None, log: Path) -> int:
-  """Compile the training step and the decoding step of a config, and print what they cost."""
+  """Compile the training step and a decoding step of a config, and print their costs; returns the exit code."""
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', '')
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -163,7 +163,7 @@ def run(cfg, topology: str | None, log: Path) -> int:
   quiet()
   import jax
 
-  jax.config.update('jax_enable_compilation_cache', False)  # programs for other devices cannot be loaded here
+  jax.config.update('jax_enable_compilation_cache', False)  # cached programs for other devices could not be loaded here
   from ilm_jax.aot.roofline import CHIPS, roofline, training_flops
   from ilm_jax.distributed import sharding
   from ilm_jax.training.experiment import build
@@ -182,15 +182,15 @@ def run(cfg, topology: str | None, log: Path) -> int:
   slots = _SLOTS.value or 8 * sharding.num_row_shards(exp.mesh)
   lowered = lower_sampling(exp, slots)
   if lowered is None:
-    print(f'decoding: {cfg.family} has no step for continuous batching; not compiled')
+    print(f'decoding step not compiled: family={cfg.family} does not support continuous batching')
     return 0
-  print(f'decoding step: {slots} rows of {exp.sample_cfg.max_length}', flush=True)
+  print(f'decoding step: {slots} rows of {exp.sample_cfg.max_length} tokens', flush=True)
   compile_and_print(lowered, devices, chip, log)
   return 0
 
 
 def main(argv=None) -> int:
-  """Run the command."""
+  """Run `ilm-jax compile`; returns the exit code."""
 
   def call() -> int:
     with compiler_log() as log:

@@ -15,41 +15,41 @@ _CALLED = re.compile(
 
 
 class Array(NamedTuple):
-  """An array of an instruction's result."""
+  """An array in the result of an HLO instruction."""
 
-  size: int  # bytes
-  in_memory: bool  # False if its layout places it on the chip, S(1)
+  size: int  # size of the array in bytes
+  in_memory: bool  # in the device's memory (HBM); False if its layout, S(1), places it in on-chip memory
 
 
 class Instruction(NamedTuple):
-  """An instruction of a computation."""
+  """An HLO instruction of a computation."""
 
   name: str
   opcode: str
-  arrays: list[Array]  # of its result, which may be a tuple
-  operands: list[str]  # names
-  attributes: str  # text behind the operands
+  arrays: list[Array]  # arrays of the result, which may be a tuple
+  operands: list[str]  # names of the operands
+  attributes: str  # text after the operands
   root: bool
 
   def size(self) -> int:
-    """Return the bytes of the result."""
+    """Return the size of the result in bytes."""
     return sum(array.size for array in self.arrays)
 
   def size_in_memory(self) -> int:
-    """Return the bytes of the result that are in the device's memory rather than on the chip."""
+    """Return the bytes of the result that are in the device's memory (HBM) rather than in on-chip memory."""
     return sum(array.size for array in self.arrays if array.in_memory)
 
   def attribute(self, name: str) -> str:
-    """Return the computation or value that an attribute names, '' without it."""
+    """Return the value of an attribute, such as the name of a called computation; '' if it is absent."""
     found = re.search(rf'\b{name}=%?([\w.\-]+)', self.attributes)
     return found[1] if found else ''
 
 
 class Program(NamedTuple):
-  """A compiled program."""
+  """A parsed HLO program."""
 
   computations: dict[str, dict[str, Instruction]]  # computation -> its instructions by name, in order
-  runs: dict[str, tuple[int, bool]]  # computation -> (executions per run of the program, whether that is certain)
+  runs: dict[str, tuple[int, bool]]  # computation -> (executions per run of the program, whether exact)
 
 
 def parse(text: str) -> Program:
@@ -97,7 +97,7 @@ def _arrays(shape: str) -> list[Array]:
 
 
 def _count_runs(computations: dict, entry: str) -> dict[str, tuple[int, bool]]:
-  """Return how often each computation runs, and whether that is certain."""
+  """Return how often each computation executes per run of the program, and whether that number is exact."""
   calls = defaultdict(list)
   for name, body in computations.items():
     for instruction in body.values():
@@ -120,10 +120,10 @@ def _count_runs(computations: dict, entry: str) -> dict[str, tuple[int, bool]]:
 
 
 def _trip_count(computations: dict, outer: dict, loop: Instruction) -> int | None:
-  """Return the number of iterations of a loop, None if it is unknown.
+  """Return the number of iterations of a while loop; None if it is unknown.
 
-  XLA notes it for some loops. For others it is derived from a counter that starts at 0, grows by a constant and is
-  compared with a constant.
+  XLA annotates some loops with this number. For other loops it is derived from a counter that starts at 0, grows by a
+  constant and is compared with a constant.
   """
   if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
     return int(noted[1])
@@ -151,12 +151,12 @@ def _root(body: dict) -> Instruction | None:
 
 
 def _element(made: Instruction | None, index: int) -> str:
-  """Return the name of an element of a tuple, '' if the instruction makes no tuple."""
+  """Return the name of the operand that becomes a tuple's element; '' if `made` is no tuple instruction."""
   return made.operands[index] if made is not None and made.opcode == 'tuple' and index < len(made.operands) else ''
 
 
 def _original(body: dict, name: str) -> Instruction | None:
-  """Return the instruction that a name stands for, through copies."""
+  """Return the instruction of this name; if it is a copy, the instruction that was copied."""
   instruction = body.get(name)
   while instruction is not None and instruction.opcode == 'copy':
     instruction = body.get(instruction.operands[0])
@@ -164,7 +164,7 @@ def _original(body: dict, name: str) -> Instruction | None:
 
 
 def _constant(body: dict, name: str) -> int | None:
-  """Return the integer constant that a name stands for, None if it is no constant."""
+  """Return the value of the constant of this name; None if the instruction is not an integer constant."""
   found = _original(body, name)
   return (
     int(found.operands[0]) if found is not None and found.opcode == 'constant' and found.operands[0].isdigit() else None

@@ -1,4 +1,4 @@
-"""The bytes that a compiled program reads from and writes to a device's memory (HBM)."""
+"""Estimate how many bytes a compiled program reads from and writes to a device's memory (HBM)."""
 
 from ilm_jax.aot.hlo import Instruction, Program
 
@@ -8,10 +8,10 @@ _SLICES = ('dynamic-slice', 'slice', 'gather')
 
 
 def bytes_moved(program: Program) -> int:
-  """Return the bytes that a run of a program reads from a device's memory and writes there.
+  """Return the bytes that one run of a program reads from and writes to a device's memory (HBM).
 
-  Counts operands and results of each instruction, times the iterations of its loop (one if unknown). Of an array that
-  is sliced or updated in place only the affected part counts, and nothing that the compiler keeps on the chip.
+  Counts operands and results of each instruction, times the iterations of its loop (one if unknown). An array that is
+  sliced or updated in place counts only with the affected part; arrays in on-chip memory do not count.
   """
   bodies = program.computations
   fused = {
@@ -25,7 +25,7 @@ def bytes_moved(program: Program) -> int:
 
 
 def _moved(body: dict[str, Instruction], bodies: dict) -> int:
-  """Return the bytes of one execution of a computation."""
+  """Return the bytes that one execution of a computation reads from and writes to memory."""
   total = 0
   for one in body.values():
     if one.opcode in _FREE or one.opcode.endswith('-done'):
@@ -50,7 +50,7 @@ def _moved(body: dict[str, Instruction], bodies: dict) -> int:
 
 
 def _fusion(one: Instruction, operands: list[Instruction], body: dict[str, Instruction]) -> int:
-  """Return the bytes of a fusion; of arrays that it slices or updates, those of the parts."""
+  """Return the bytes that a fusion reads and writes; sliced or updated arrays count only with the affected part."""
   total = 0
   parameters = {int(inner.operands[0]): inner.name for inner in body.values() if inner.opcode == 'parameter'}
   for slot, operand in enumerate(operands):

@@ -1,4 +1,4 @@
-"""What a compiled program costs on a chip: memory, arithmetic, and the least time that published limits allow."""
+"""Costs of a compiled program on a TPU chip: memory, arithmetic, and a lower bound on its time (roofline)."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,10 @@ GIB = 2**30
 class Chip(NamedTuple):
   """Published limits of a TPU chip (cloud.google.com/tpu/docs has a page for each version)."""
 
-  memory: float  # bytes; the compiler reserves a little of it
-  flops: float  # bfloat16 operations per second
-  hbm: float  # memory bandwidth, bytes per second
-  ici: float  # bytes per second out of a chip, over all its links
+  memory: float  # HBM size in bytes; the compiler reserves a little of it
+  flops: float  # peak bfloat16 operations per second
+  hbm: float  # HBM bandwidth, bytes per second
+  ici: float  # bytes per second that a chip can send over all its links (ICI)
 
 
 CHIPS = {
@@ -28,15 +28,15 @@ def training_flops(cfg, rows: int, length: int, targets: int, *, again: bool = T
   """Return the floating-point operations of the matrix products of a training step.
 
   Per position: 8 D^2 (queries, keys, values, output), 4 D F (MLP) and 4 L D (scores, weighted values) in each block,
-  and 2 V D in the head; per target 2 D. The backward pass takes twice as many.
+  and 2 V D in the vocabulary head; per target 2 D. The backward pass takes twice as many operations.
 
   Args:
     cfg: the ModelConfig.
     rows: number of rows.
     length: positions per row.
     targets: targets per row.
-    again: count recomputation as well: the head's logits, and with `cfg.remat` the blocks. Without it, the result is
-      the model FLOPs that MFU counts.
+    again: also count recomputation in the backward pass: the head's logits, and with `cfg.remat` the blocks. If
+      False, the result is the model FLOPs that count for MFU.
   """
   D, F = cfg.d_model, cfg.d_ff
   blocks = cfg.num_layers * (8 * D * D + 4 * D * F + 4 * length * D)
@@ -46,7 +46,7 @@ def training_flops(cfg, rows: int, length: int, targets: int, *, again: bool = T
 
 
 def memory_of(compiled) -> dict[str, int]:
-  """Return the bytes on each device: arguments, temporary arrays, program, and their peak."""
+  """Return a compiled program's bytes on each device: arguments, temporary arrays, program, and peak."""
   stats = compiled.memory_analysis()
   arguments, results = stats.argument_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes
   peak = arguments + results + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
@@ -55,7 +55,7 @@ def memory_of(compiled) -> dict[str, int]:
 
 
 def describe(compiled, devices: int, chip: Chip | None, seconds: float) -> list[str]:
-  """Return lines on a compiled program's memory and collectives; `seconds` is how long it took to compile."""
+  """Describe a compiled program's memory and collectives in lines of text; `seconds` is the compilation time."""
   memory = memory_of(compiled)
   fits = ''
   if chip:
@@ -75,12 +75,12 @@ def describe(compiled, devices: int, chip: Chip | None, seconds: float) -> list[
 
 
 def roofline(compiled, flops: float, useful: float, devices: int, chip: Chip) -> list[str]:
-  """Return a line with the least time of a step: that of its slowest part, if arithmetic, memory and links overlap.
+  """Return a line with a lower bound on the step time: the largest of the arithmetic, HBM and ICI times.
 
   Args:
-    compiled: the step.
+    compiled: the compiled training step.
     flops: floating-point operations of the step, recomputation included.
-    useful: model FLOPs of the step, for the MFU.
+    useful: model FLOPs of the step (without recomputation), for the MFU.
     devices: number of devices that share the step.
     chip: limits of each device.
   """
@@ -91,6 +91,6 @@ def roofline(compiled, flops: float, useful: float, devices: int, chip: Chip) ->
   limit = max(times, key=times.get)
   parts = ', '.join(f'{name} {1e3 * seconds:.1f}' for name, seconds in times.items())
   return [
-    f'  predicted from published limits, least ms per step: {parts}; limited by {limit}, MFU at most '
+    f'  predicted from published limits, minimum ms per step: {parts}; limited by {limit}, MFU at most '
     f'{100 * useful / devices / chip.flops / times[limit]:.0f} %'
   ]

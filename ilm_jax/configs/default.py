@@ -1,6 +1,6 @@
 """The settings that every config shares, with the defaults of arXiv 2505.05755.
 
-Comments that begin with a family (ilm, arm, it, mdm) mark settings that only this family reads.
+A comment that begins with families (ilm, arm, it, mdm) marks a setting that only these families use.
 """
 
 import ml_collections
@@ -8,12 +8,12 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Return a config without a task; a config file adds the task and sizes the data for it."""
+  """Return a config without a task; each config file adds its task and the batch shape for it."""
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.family = 'ilm'
   config.steps = 50_000
-  config.stop_at = 0.0  # stop early when eval.metric reaches this value on validation; 0: never
+  config.stop_at = 0.0  # stop training early when eval.metric reaches this value on validation; 0: never
   config.init_from = ''  # workdir of another run whose weights initialize this one
 
   config.model = ml_collections.ConfigDict()
@@ -24,39 +24,39 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.d_model = placeholder(int)
   config.model.d_ff = placeholder(int)
   config.model.activation = 'relu'
-  config.model.final_norm = True  # a LayerNorm before the output; the reference has none in its ILM runs
+  config.model.final_norm = True  # LayerNorm before the output embedding; the authors' ILM runs have none
   config.model.dropout = 0.1
   config.model.attention_dropout = 0.1
-  config.model.compute = 'mixed'  # mixed: matrix products in bfloat16, all else in float32; or float32, or bfloat16
-  config.model.scan_layers = False  # compile one block and scan over the layers; costs a copy of their parameters
+  config.model.compute = 'mixed'  # mixed (matrix products in bfloat16, all else in float32), float32 or bfloat16
+  config.model.scan_layers = False  # scan over the layers: faster compilation, but a copy of their parameters
   config.model.remat = False  # rematerialization: recompute each block in the backward pass to save memory
-  config.model.init = 'normal'  # embeddings: normal N(0, 0.02), or reference N(0, 1)
-  config.model.open_gap_embedding = False  # ilm, it: an input embedding marks the open gaps; needs close_prompt
-  config.model.conditioning = placeholder(str)  # mdm: adaln (default) conditions the model on the noise level; or none
+  config.model.init = 'normal'  # initial embeddings: normal, from N(0, 0.02), or reference, from N(0, 1)
+  config.model.open_gap_embedding = False  # ilm, it: embed whether a gap accepts insertions; needs close_prompt
+  config.model.conditioning = placeholder(str)  # mdm: condition on the noise level by adaln (default), or none
   config.model.d_cond = placeholder(int)  # mdm: width of the noise level embedding; 128 by default
-  config.model.residual = placeholder(str)  # mdm: what adaln adds its output to: input, or modulated (the reference)
+  config.model.residual = placeholder(str)  # mdm: attention's skip connection: input, or modulated (authors' code)
 
   config.corrupt = ml_collections.ConfigDict()
-  config.corrupt.close_prompt = False  # ilm, it: exclude the prompt's gaps from the training softmax
-  config.corrupt.infill_rate = 0.0  # ilm, it: fraction of examples trained as infilling: one to three gaps in a text
+  config.corrupt.close_prompt = False  # ilm, it: exclude gaps within the prompt from the training softmax
+  config.corrupt.infill_rate = 0.0  # ilm, it: fraction of examples trained as infilling, with 1 to 3 gaps to fill
   config.corrupt.fim_rate = 0.0  # arm: fraction of examples rearranged for fill-in-the-middle
-  config.corrupt.eos_weight = 1.0  # it: loss weight of [EOS], the target of an empty gap
-  config.corrupt.length = 0  # mdm: pad examples to this many tokens and predict the [PAD]s; 0: no padding
+  config.corrupt.eos_weight = 1.0  # it: loss weight of [EOS], the target of a gap that misses no token
+  config.corrupt.length = 0  # mdm: pad examples to this length and train to predict the [PAD]s; 0: no padding
   config.corrupt.noise_eps = 1e-3  # mdm: fraction of tokens that stay unmasked at the end of the noise schedule
 
   config.loss = ml_collections.ConfigDict()
   config.loss.stop_weight = 1.0  # ilm: weight of the stop head's loss
-  config.loss.length_weight = 'none'  # ilm: none (the paper), or elbo: minimize a bound on the negative log-likelihood
-  config.loss.mdm = 'mean_masked'  # mdm: mean_masked: weighted mean over masked tokens (the reference); or nelbo
+  config.loss.length_weight = 'none'  # ilm: none (as in the paper), or elbo: minimize an upper bound on the NLL
+  config.loss.mdm = 'mean_masked'  # mdm: mean_masked (weighted mean over masked tokens, as the authors), or nelbo
   config.loss.vocab_chunk = 2048  # vocabulary entries per chunk of the chunked softmax
 
   config.data = ml_collections.ConfigDict()
   config.data.batch_size = 64  # examples per training step
-  config.data.groups = 1  # parts of a batch that are packed separately; each process reads whole groups
+  config.data.groups = 1  # groups of a batch's examples that are packed separately; each process reads whole groups
   config.data.rows = 64  # packed rows per training step
   config.data.row_length = 128  # tokens per row
-  config.data.targets = 0  # target slots per row; 0: twice row_length
-  config.data.segments = 8  # most examples per row
+  config.data.targets = 0  # maximum loss targets (dropped tokens) per row; 0: twice row_length
+  config.data.segments = 8  # maximum examples per row
   config.data.num_workers = 0  # worker processes that prepare batches; 0: a thread of this process
   config.data.prefetch = 8  # batches prepared in advance
 
@@ -69,51 +69,51 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.b2 = 0.999
   config.optimizer.eps = 1e-8
   config.optimizer.weight_decay = 0.01
-  config.optimizer.clip = 1.0  # largest global norm of the gradient; 0: no clipping
+  config.optimizer.clip = 1.0  # gradient clipping: maximum global norm; 0: no clipping
   config.optimizer.ema_decay = 0.9999  # decay of the moving average of the weights; 0: no average
   config.optimizer.accumulation_steps = 1  # gradient accumulation: microbatches per training step
 
   config.mesh = ml_collections.ConfigDict()
-  config.mesh.data = -1  # devices per mesh axis; -1: all devices that the other axes leave
+  config.mesh.data = -1  # number of devices along each mesh axis; -1: all remaining devices
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
 
-  config.distributed = ml_collections.ConfigDict()  # for runs of several processes
+  config.distributed = ml_collections.ConfigDict()  # for runs with several processes
   config.distributed.initialization_timeout = 300  # seconds to wait for all processes at the start
   config.distributed.heartbeat_timeout = 30  # seconds without a heartbeat after which a process counts as lost
 
   config.sampling = ml_collections.ConfigDict()
   config.sampling.max_length = 128  # tokens of prompt and completion together
-  config.sampling.max_steps = placeholder(int)  # most decoding steps; by default up to max_length
+  config.sampling.max_steps = placeholder(int)  # maximum decoding steps; by default limited only by max_length
   config.sampling.stop_threshold = 0.9  # ilm: stop when p(stop) exceeds this; 0: stop with probability p(stop)
   config.sampling.stop_temperature = 1.0  # ilm: temperature of the stop head
-  config.sampling.end_threshold = 0.9  # it: close a gap when p([EOS]) exceeds this; 0: when [EOS] is the argmax
-  config.sampling.parallel = False  # it: insert into all open gaps in each decoding step
+  config.sampling.end_threshold = 0.9  # it: finish a gap when p([EOS]) exceeds this; 0: when [EOS] is the argmax
+  config.sampling.parallel = False  # it: insert into all unfinished gaps in each decoding step
   config.sampling.gaps = 1  # ilm: insertions per decoding step, into the most probable gaps; 0: all gaps
   config.sampling.gap_threshold = 0.0  # ilm: with gaps != 1, skip gaps less probable than this fraction of the best
   config.sampling.force_first = False  # ilm: insert at least one token before stopping
-  config.sampling.gap = rule(temperature=0.0)  # ilm: how the gap is drawn
-  config.sampling.token = rule(temperature=0.0)  # how the token is drawn
-  config.sampling.two_stage = True  # ilm: draw the gap, then the token; False: draw a (gap, token) pair by `joint`
-  config.sampling.joint = rule()  # ilm: how a (gap, token) pair is drawn if two_stage is False
-  config.sampling.order = 'ancestral'  # mdm: or most confident first, by top_probability, margin or entropy
-  config.sampling.length = 'predicted'  # mdm: predicted: sample [PAD]s up to max_length; or given with each prompt
-  config.sampling.score_draws = 32  # forward passes per example to estimate a likelihood bound
+  config.sampling.gap = rule(temperature=0.0)  # ilm: sampling rule for the gap to insert into
+  config.sampling.token = rule(temperature=0.0)  # sampling rule for the token
+  config.sampling.two_stage = True  # ilm: sample the gap, then the token; False: sample (gap, token) pairs by `joint`
+  config.sampling.joint = rule()  # ilm: sampling rule for (gap, token) pairs if two_stage is False
+  config.sampling.order = 'ancestral'  # mdm: ancestral, or most confident first: top_probability, margin, entropy
+  config.sampling.length = 'predicted'  # mdm: predicted (sample [PAD]s up to max_length), or given with each prompt
+  config.sampling.score_draws = 32  # forward passes per example to estimate a bound on its likelihood
 
   config.eval = ml_collections.ConfigDict()
   config.eval.every = 1_000  # training steps between validations
   config.eval.batch_size = 100  # prompts per sampling batch
-  config.eval.metric = 'exact_match'  # selects the best checkpoint
+  config.eval.metric = 'exact_match'  # validation metric that selects the best checkpoint
   config.eval.mode = 'max'  # whether the best metric is the largest (max) or the smallest (min)
   config.eval.checkpoint = 'best'  # checkpoint to test: best (on validation), latest, or a step
-  config.eval.samples = 0  # most prompts of a split to complete; 0: all
+  config.eval.samples = 0  # maximum prompts of a split to complete; 0: all
   config.eval.print_samples = 3  # completions to print at each evaluation
-  config.eval.score = 'none'  # or the likelihood of test answers: exact, bound, importance-weighted; '': family default
+  config.eval.score = 'none'  # likelihood of test answers: none, exact, bound, importance-weighted; '': family default
 
   config.log_every = 100  # training steps between records of metrics
   config.report_seconds = 20.0  # seconds between progress lines on the console
   config.checkpoint_every = 1_000  # training steps between checkpoints
-  config.keep = 2  # latest checkpoints to keep, besides the best
+  config.keep = 2  # number of latest checkpoints to keep, besides the best
   return config
 
 

@@ -11,7 +11,7 @@ NAMES = ('star', 'zebra', 'tinystories', 'lm1b', 'text')
 
 
 def lines() -> list[str]:
-  """Return a line for each packaged config: its name for --config, and what it is."""
+  """Return a line for each packaged config: its name for --config, and a description."""
   modules = {name: importlib.import_module(f'ilm_jax.configs.{name}') for name in NAMES}
   rows = [
     (f'{name}:{variant}', about) for name, module in modules.items() for variant, about in module.VARIANTS.items()
@@ -21,16 +21,16 @@ def lines() -> list[str]:
 
 
 def run(values) -> int:
-  """Print the list."""
+  """Print the list of packaged configs."""
   del values
   print('\n'.join(lines()))
-  print(f'\nUse one by its name, --config=star:tiny. The files are in {FOLDER}; a changed copy is used by its path,')
+  print(f'\nUse a config by its name: --config=star:tiny. The files are in {FOLDER}; use an edited copy by its path:')
   print('--config=path/to/file.py:tiny.')
   return 0
 
 
 def main(argv=None) -> int:
-  """Run the command."""
+  """Run `ilm-jax configs`; returns the exit code."""
   return command(__doc__, lambda values: None, run, argv)
 
 

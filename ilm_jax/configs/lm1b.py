@@ -4,12 +4,12 @@ full    `python -m ilm_jax.main --config=configs/lm1b.py --workdir=runs/lm1b`: t
         in the blocks), batch size (512), learning rate, length (128 tokens) and million steps, for a GPU or TPU. The
         paper uses the vocabulary of bert-base-uncased: `--config.task.tokenizer.path=vocab.txt`. Not yet trained.
 small   `python -m ilm_jax.main --config=configs/lm1b.py:small`: 1.9M parameters, batch 64, for two CPU cores. After
-        1,000 of its 5,000 steps on 11,600 sentences (9 minutes on two cores), the bound on held-out sentences is 5.85
-        nats per token (docs/measured.md).
+        1,000 of its 5,000 steps on 11,600 sentences (9 minutes on two cores), the upper bound on the negative
+        log-likelihood of held-out sentences is 5.85 nats per token (docs/measured.md).
 
 The corpus (1.8 GB) is downloaded; `--config.data.path=PATH` reads its archive, its shards (*.en-*-of-*) or *.tokens
-files instead. Each line is a sentence, and is detokenized. Our rules join more than those of earlier papers (n't, %, $,
-both sides of quotes), so likelihoods per token are only roughly comparable with theirs.
+files instead. Each line is a sentence, and is detokenized. Our rules join more tokens than those of earlier papers
+(n't, %, $, both sides of quotes), so likelihoods per token are only roughly comparable with theirs.
 """
 
 import ml_collections
@@ -23,13 +23,13 @@ VARIANTS = {
 
 
 def get_config(name: str = 'full') -> ml_collections.ConfigDict:
-  """Return the config of one of VARIANTS."""
+  """Return the config of a variant, one of the keys of VARIANTS."""
   config = text.text_config('lm1b', name, length=128)
   config.task.source = 'lm1b'
   config.task.documents = 'line'
   config.task.detokenize = True
   config.task.length = 128
-  # In 10,000 sampled steps, no example was left out of its batch (family=arm needs 136 and 26 rows).
+  # These rows held all examples of 10,000 sampled batches (family=arm needs 136 rows for full, 26 for small).
   if name == 'full':
     config.steps = 1_000_000
     config.task.tokenizer.size = 30_000

@@ -1,14 +1,14 @@
 """Star graphs: find the path from source to goal. Variants: tiny, mini, easy, medium, hard.
 
 tiny    `make train`, or `python -m ilm_jax.main --config=configs/star.py:tiny`: 0.86M parameters, batch 32. On two CPU
-        cores: 99.5 to 99.9 % of 1,000 test graphs after 3,500 to 4,000 steps, 4 minutes (3 seeds, docs/measured.md).
-mini    Three arms of four nodes, otherwise as tiny: 93.9, 97.9 and 16.2 % of 1,000 test graphs after 6,000 steps, all
-        still rising (3 seeds, RESULTS.md; 11 minutes on an idle core).
+        cores, solves 99.5 to 99.9 % of 1,000 test graphs after 3,500 to 4,000 steps, 4 min (3 seeds, docs/measured.md).
+mini    Three arms of four nodes, otherwise as tiny: solves 93.9, 97.9 and 16.2 % of 1,000 test graphs after 6,000
+        steps, all still rising (3 seeds, RESULTS.md; 11 minutes on an idle core).
 easy, medium, hard
         `python -m ilm_jax.main --config=configs/star.py:hard --workdir=runs/hard`: the paper's task, model size (small,
         85M parameters in the blocks), learning rate, batch size and 50,000 steps, for a GPU or TPU. hard, with
-        --config.model.compute=bfloat16 on one H200: 98.67 % of 300 test graphs after 9,000 steps, 3.5 minutes (seed 0).
-        On two CPU cores, a model of the size of tiny's solves easy (100 % of 1,000 test graphs, 26 minutes) with
+        --config.model.compute=bfloat16 on one H200: 98.67 % of 300 test graphs after 9,000 steps, 3.5 min (seed 0).
+        On two CPU cores, a model of tiny's size solves easy (100 % of 1,000 test graphs, 26 min) with
         `--config.model.num_layers=4 --config.model.num_heads=4 --config.model.d_model=128 --config.model.d_ff=512
         --config.model.final_norm=True --config.model.dropout=0 --config.model.attention_dropout=0
         --config.data.batch_size=128 --config.data.rows=64 --config.optimizer.learning_rate=1e-3
@@ -26,7 +26,7 @@ VARIANTS = {
   'medium': "three arms of 3 to 6 nodes, the paper's model",
   'hard': "five arms of 6 to 12 nodes, the paper's model",
 }
-GRAPHS = {  # (arms, shortest arm, longest arm, least nodes after the junction, node names, most decoding steps)
+GRAPHS = {  # (arms, shortest arm, longest arm, minimum nodes after the junction, node names, maximum decoding steps)
   'tiny': (2, 4, 4, 0, 10, 6),
   'mini': (3, 4, 4, 0, 14, 6),
   'easy': (3, 5, 5, 0, 20, 8),
@@ -36,7 +36,7 @@ GRAPHS = {  # (arms, shortest arm, longest arm, least nodes after the junction, 
 
 
 def get_config(name: str = 'tiny') -> ml_collections.ConfigDict:
-  """Return the config of one of VARIANTS."""
+  """Return the config of a variant, one of the keys of VARIANTS."""
   if name not in VARIANTS:
     raise ValueError(f'configs/star.py:{name}: expected one of {", ".join(VARIANTS)} after the colon')
   config = default.get_config()
@@ -46,13 +46,13 @@ def get_config(name: str = 'tiny') -> ml_collections.ConfigDict:
   task.num_validation = 100
   task.num_test = 5_000
   task.seed = 0  # seed of the graphs
-  task.order = 'path'  # order of the answer's edges: path, or oracle (from the goal backwards)
+  task.order = 'path'  # order of the answer's edges: path (from source to goal), or oracle (from goal to source)
 
   longest = 2 * task.degree * (task.max_length - 1) + 4 + 2 * (task.max_length - 1)
   config.sampling.max_length = config.corrupt.length = longest
   config.sampling.max_steps = steps
 
-  # Rows are large enough that no example of a batch is left out.
+  # The rows are enough to hold all examples of a batch.
   if name == 'hard':
     config.data.update({'rows': 16, 'row_length': 512, 'segments': 8})
   elif name == 'medium':
@@ -60,14 +60,14 @@ def get_config(name: str = 'tiny') -> ml_collections.ConfigDict:
   elif name == 'easy':
     config.data.update({'rows': 32, 'row_length': 72, 'segments': 2})
   if name not in ('tiny', 'mini'):
-    config.model.update({'final_norm': False, 'init': 'reference'})  # as in the reference
+    config.model.update({'final_norm': False, 'init': 'reference'})  # as in the reference implementation
   else:
     config.steps = 12_000
     config.stop_at = 0.995
     config.model.update({'preset': None, 'num_layers': 4, 'num_heads': 4, 'd_model': 128, 'd_ff': 512})
     config.model.dropout = config.model.attention_dropout = 0.0
     config.model.init = 'reference'
-    # Small batches leave the initial plateau of the loss in less time than large ones.
+    # With small batches, the loss leaves its initial plateau in less time than with large ones.
     config.data.update({'batch_size': 32, 'rows': 16, 'row_length': 2 * longest, 'segments': 2})
     config.optimizer.update({'learning_rate': 1e-3, 'warmup_steps': 100, 'b2': 0.99, 'ema_decay': 0.999})
     task.num_validation, task.num_test = 1_000, 1_000

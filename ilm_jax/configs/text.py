@@ -6,7 +6,7 @@ full    `python -m ilm_jax.main --config=configs/text.py:full --config.data.path
         up to 1,024 tokens, with the model and learning rate that the paper uses for stories. Not yet trained.
 
 PATH is a file or a folder, local or in a bucket, of *.txt, *.tokens or *.jsonl files (field `text` of each line). File
-names that contain train, valid, heldout or test select the split; without such names a hash of each document does. In a
+names that contain train, valid, heldout or test select the split; otherwise, a hash of each document selects it. In a
 *.txt file, a document ends with a line <|endoftext|> or with the file; `--config.task.documents=paragraph` or `line`
 changes that.
 
@@ -25,19 +25,19 @@ VARIANTS = {
 
 
 def get_config(name: str = 'small') -> ml_collections.ConfigDict:
-  """Return the config of one of VARIANTS."""
+  """Return the config of a variant, one of the keys of VARIANTS."""
   config = text_config('text', name, length=1_024)
   config.task.split_long_documents = True
   return config
 
 
 def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigDict:
-  """Return the config of a text corpus, at the sizes of the paper (full) or small.
+  """Return the config of a text corpus, with the sizes of the paper (full) or smaller ones (small).
 
   Args:
     label: name of the corpus and of its file, configs/LABEL.py.
     name: the variant, 'small' or 'full'.
-    length: tokens of the longest example of the full variant.
+    length: maximum number of tokens of an example in the full variant.
   """
   if name not in VARIANTS:
     raise ValueError(f'configs/{label}.py:{name}: expected one of {", ".join(VARIANTS)} after the colon')
@@ -45,12 +45,12 @@ def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigD
   config = default.get_config()
   config.data.path = ''  # file or folder of the corpus
   task = config.task = ml_collections.ConfigDict({'name': 'text', 'label': label if full else f'{label} {name}'})
-  task.corpus = config.data.get_ref('path')  # an alias of data.path
+  task.corpus = config.data.get_ref('path')  # alias of data.path
   task.source = ''  # corpus to download if data.path is empty: tinystories or lm1b
   task.documents = 'endoftext'  # what ends a document of a *.txt file: endoftext, line or paragraph
-  task.detokenize = False  # join the tokens of the One Billion Word corpus to normal text
-  task.length = length if full else 256  # most tokens of an example, [CLS] and [BOS] included
-  task.split_long_documents = False  # make several examples of a long document, instead of truncating it
+  task.detokenize = False  # undo the tokenization of the One Billion Word corpus
+  task.length = length if full else 256  # maximum tokens of an example, including [CLS] and [BOS]
+  task.split_long_documents = False  # split a long document into several examples, instead of truncating it
   task.num_train = 0  # training examples; 0: all
   task.num_validation = 1_000 if full else 200
   task.num_test = 1_000 if full else 200
@@ -58,10 +58,10 @@ def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigD
 
   words = task.tokenizer = ml_collections.ConfigDict()
   words.path = ''  # tokenizer to use; '': train a SentencePiece model on the corpus
-  words.lowercase = True  # whether a WordPiece vocabulary is lower case
+  words.lowercase = True  # whether the WordPiece vocabulary at `path` is lower case
   words.size = 10_000 if full else 4_000  # vocabulary size of a trained tokenizer
-  words.documents = 500_000 if full else 20_000  # most documents to train the tokenizer on
-  words.seed = 0  # seed of the choice of these documents
+  words.documents = 500_000 if full else 20_000  # maximum documents to train the tokenizer on
+  words.seed = 0  # seed for choosing these documents
   words.normalization = 'identity'  # Unicode normalization: identity, nfkc, nmt_nfkc, nfkc_cf or nmt_nfkc_cf
   words.fingerprint = ''  # hash of the tokenizer; set by the run
 
@@ -70,13 +70,13 @@ def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigD
   config.eval.metric, config.eval.mode = 'loss', 'min'
   config.eval.samples = 16
   config.eval.batch_size = 16
-  config.eval.perplexity_model = ''  # scores samples of the test: workdir of an ARM run, or hf:NAME
+  config.eval.perplexity_model = ''  # model that scores test samples: workdir of an ARM run, or hf:NAME
   config.optimizer.warmup_steps = 1_000
-  # Rows are large enough even if every document has the full length: in 10,000 sampled steps, no example was left out
-  # of its batch. Autoregressive models, which drop no tokens, need almost twice as many rows.
+  # The rows held all examples of 10,000 sampled batches in which every document has the full length.
+  # Autoregressive models (family=arm), which drop no tokens, need almost twice as many rows.
   if full:
     config.steps = 100_000
-    config.model.update({'final_norm': False, 'init': 'reference'})  # as in the reference
+    config.model.update({'final_norm': False, 'init': 'reference'})  # as in the reference implementation
     config.data.update({'batch_size': 256, 'rows': 160, 'row_length': 1_024, 'segments': 24})
     config.eval.every = config.checkpoint_every = 5_000
   else:

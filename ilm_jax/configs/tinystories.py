@@ -5,7 +5,7 @@ full    `python -m ilm_jax.main --config=configs/tinystories.py --workdir=runs/t
         paper uses the vocabulary of bert-base-uncased: `--config.task.tokenizer.path=vocab.txt`. Not yet trained.
 small   `python -m ilm_jax.main --config=configs/tinystories.py:small`: stories of up to 256 tokens, 1.9M parameters,
         batch 32, for two CPU cores. After 1,000 of its 5,000 steps on 14,000 stories (40 minutes on one shared core),
-        the bound on held-out stories is 3.60 nats per token (docs/measured.md).
+        the upper bound on the negative log-likelihood of held-out stories is 3.60 nats per token (docs/measured.md).
 
 The stories (TinyStoriesV2-GPT4-train.txt and -valid.txt, 2.2 GB) are downloaded; `--config.data.path=PATH` reads a file
 or folder instead.
@@ -22,11 +22,11 @@ VARIANTS = {
 
 
 def get_config(name: str = 'full') -> ml_collections.ConfigDict:
-  """Return the config of one of VARIANTS."""
+  """Return the config of a variant, one of the keys of VARIANTS."""
   config = text.text_config('tinystories', name, length=1_024)
   config.task.source = 'tinystories'
-  # Stories fill a fifth of 1,024 tokens on average: in 10,000 sampled steps, no example was left out of its batch
-  # (family=arm needs 112 and 16 rows).
+  # Stories fill a fifth of 1,024 tokens on average: these rows held all examples of 10,000 sampled batches (family=arm
+  # needs 112 rows for full, 16 for small).
   if name == 'full':
     config.data.update({'batch_size': 512, 'rows': 64})
   else:

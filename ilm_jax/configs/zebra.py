@@ -23,7 +23,7 @@ VARIANTS = {
 
 
 def get_config(name: str = 'small') -> ml_collections.ConfigDict:
-  """Return the config of one of VARIANTS."""
+  """Return the config of a variant, one of the keys of VARIANTS."""
   if name not in VARIANTS:
     raise ValueError(f'configs/zebra.py:{name}: expected one of {", ".join(VARIANTS)} after the colon')
   full = name == 'full'
@@ -31,20 +31,20 @@ def get_config(name: str = 'small') -> ml_collections.ConfigDict:
   task = config.task = ml_collections.ConfigDict({'name': 'zebra', 'label': 'zebra' if full else f'zebra {name}'})
   task.min_houses = task.min_attributes = 3
   task.max_houses = task.max_attributes = 6 if full else 4
-  task.order = 'solver'  # order of the answer's cells: solver (as deduced) or sorted
-  task.num_train = 1_500_000 if full else 20_000  # 0: all released puzzles with `path`, else never repeat one
+  task.order = 'solver'  # order of the answer's cells: solver (as a solver deduces them) or sorted
+  task.num_train = 1_500_000 if full else 20_000  # 0: all puzzles at `path`; without `path`, never repeat a puzzle
   task.num_validation = 640 if full else 200
   task.num_test = 5_000 if full else 1_000
   task.seed = 0  # seed of the generated puzzles
   task.num_workers = 0  # worker processes that generate puzzles; 0: this process
   task.cache = 'data'  # folder for generated puzzles; '': generate on demand, and keep in memory
-  task.path = ''  # released puzzles to read: the folder of both files, or one file
+  task.path = ''  # released puzzles to read: folder with the train and test files, or one file
 
   config.loss.stop_weight = 0.001
-  config.model.update({'final_norm': False, 'init': 'reference'})  # as in the reference
+  config.model.update({'final_norm': False, 'init': 'reference'})  # as in the reference implementation
   config.optimizer.learning_rate = 1e-3
   config.optimizer.warmup_steps = 1_000
-  # Rows are large enough for every batch: in 10,000 sampled steps, no example was left out of its batch.
+  # The rows (data.rows) below held all examples of 10,000 sampled batches.
   config.corrupt.length = 460 if full else 240  # mdm: length to which examples are padded
   if full:
     config.steps = 200_000

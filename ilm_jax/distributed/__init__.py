@@ -1,4 +1,4 @@
-"""Several devices and several processes: the mesh, where each array lies on it, and how processes agree and stop.
+"""Running on several devices and processes: the device mesh, array sharding, and synchronization of processes.
 
-Imports `types` and `console` only. Start with `sharding.py`: its table maps logical axis names to mesh axes.
+Imports only `ilm_jax.types` and `ilm_jax.console`. Start with `sharding.py`.
 """

@@ -1,6 +1,6 @@
-"""Several processes (usually one per host): how they start, agree, share a folder and stop together.
+"""Runs of several processes (usually one per host): start them, compare settings, share a folder, stop together.
 
-With one process, every function here returns at once.
+In a run of one process, these functions do nothing or return at once.
 """
 
 import contextlib
@@ -24,19 +24,20 @@ from jax.experimental import multihost_utils
 from ilm_jax.console import fail
 from ilm_jax.types import UserError
 
-FILE_TIMEOUT = 60  # seconds until a new file must be visible to all processes
-PEER_LOST = 134  # exit code if another process is lost; the abort of the JAX runtime gives the same one
-PEER_LOST_SIGNS = (  # parts of the runtime's error messages if another process is lost
+FILE_TIMEOUT = 60  # seconds to wait until a file that process 0 writes is visible to all processes
+PEER_LOST = 134  # exit code after losing contact with another process, the same as when the JAX runtime aborts
+PEER_LOST_SIGNS = (  # parts of the JAX runtime's error messages after losing contact with another process
   *('closed by peer', 'remote process exited', 'reset by peer', 'heartbeat'),
   *('coordination service', 'tasks are unhealthy'),
 )
 FLAGS = ('coordinator', 'num_processes', 'process_id')
-TPU_HOSTS = ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES')  # environment variables with a host list
+# Environment variables that list the hosts of a TPU slice.
+TPU_HOSTS = ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES')
 PROCESS_COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')  # set by Slurm and Open MPI: number of processes
 
 
 class PeerLost(UserError):
-  """Another process did not start, or died, or sees other files: starting all of them again may succeed."""
+  """Another process did not start, died, or sees different files; starting all processes again may succeed."""
 
   code = PEER_LOST
 
@@ -46,7 +47,7 @@ def environment_names_peers(env=os.environ, devices=('/dev/accel0', '/dev/vfio/0
 
   Args:
     env: the environment variables.
-    devices: device files of which one exists on a TPU VM.
+    devices: device files; a TPU VM has at least one of them.
   """
   if any(env.get(name, '1') not in ('', '1') for name in PROCESS_COUNTS):
     return True
@@ -69,17 +70,17 @@ def start(
   """Connect to the other processes of the run, if there are any. Call it before JAX uses a device.
 
   Args:
-    coordinator: HOST:PORT of process 0. Without it, the environment decides; if that names no other processes, this is
-      the only one.
+    coordinator: HOST:PORT of process 0. Without it, environment variables are used; if they name no other processes,
+      this is the only one.
     num_processes: number of processes of the run.
     process_id: index of this process, 0 ... num_processes - 1.
-    saving: whether this process will call `stop_requested` at every step. If not, SIGTERM ends it at once.
+    saving: whether this process will call `stop_requested` at every training step. If not, SIGTERM ends it at once.
     initialization_timeout: seconds to wait for the other processes.
-    heartbeat_timeout: seconds of silence after which a process counts as dead, and the runtime ends the others.
+    heartbeat_timeout: seconds without a heartbeat until a process counts as dead and the JAX runtime ends the others.
 
   Raises:
-    UserError: only some of the first three arguments are given, their values are impossible, or the coordinator cannot
-      be reached.
+    UserError: if only some of the first three arguments are given, their values are invalid, or the coordinator
+      cannot be reached.
   """
   given = dict(zip(FLAGS, (coordinator, num_processes, process_id), strict=True))
   missing = [name for name, value in given.items() if value is None]
@@ -106,7 +107,7 @@ def start(
     f'the processes did not all connect to {address} within {initialization_timeout} s: is every process started, and '
     'can each reach that address?'
   )
-  # The runtime would abort this process without a clear message, so this timer ends it first.
+  # The JAX runtime would abort this process without a clear message, so this timer ends it first.
   timer = threading.Timer(initialization_timeout, lambda: _exit(fail(timed_out)))
   timer.daemon = True
   timer.start()
@@ -126,8 +127,8 @@ def start(
         f'{counts[0]}: this is one of several processes, but JAX finds no coordinator in the environment (Open MPI 5 '
         'does not set one): give --coordinator=HOST:PORT, --num_processes and --process_id'
       ) from None
-    return  # the environment looked like that of several processes, but this is the only one
-  except Exception as error:  # the runtime raises its own error types
+    return  # the environment suggested several processes, but this is the only one
+  except Exception as error:  # the JAX runtime raises its own error types
     raise PeerLost(f'{timed_out} ({" ".join(str(error).split())[:200]})') from error
   finally:
     timer.cancel()
@@ -137,7 +138,7 @@ def start(
 
 
 def wait_for_port(address: str, seconds: float) -> None:
-  """Wait until a process listens at HOST:PORT, or raise PeerLost; the runtime would abort without a clear message."""
+  """Wait until a process listens at HOST:PORT, else raise PeerLost: JAX would abort without a clear message."""
   host, _, port = address.rpartition(':')
   end = time.monotonic() + seconds
   while True:
@@ -189,8 +190,8 @@ def raised_by_all(error: UserError) -> UserError:
 def raise_on_all():
   """Context manager: if one process raises a UserError in the body, all processes raise it after the body.
 
-  Otherwise the others would wait for the failed process forever. The body must contain no collective operation: it
-  would be paired with the one that this function makes at the end.
+  Without it, the other processes would wait for the failed one forever. The body must not contain collective
+  operations, because other processes would match them with the one at the end of this function.
   """
   own_error = None
   try:
@@ -209,9 +210,9 @@ def agree(what: dict, error=UserError, advice: str = 'start all with the same co
   """Raise an error in all processes if a value differs between them.
 
   Args:
-    what: name -> value, of values that JSON can hold.
+    what: dict of JSON values that must be the same in every process.
     error: class of the error.
-    advice: end of the error message, what to do.
+    advice: end of the error message, which tells the user what to do.
   """
   first, *others = (json.loads(text) for text in gather(json.dumps(what)))
   for process, other in enumerate(others, 1):
@@ -235,7 +236,7 @@ def check_shared(folder) -> None:
       except OSError as error:
         raise UserError(f'the workdir {folder} cannot be written ({error.strerror or error})') from error
   end = time.monotonic() + FILE_TIMEOUT
-  while not path.exists() and time.monotonic() < end:  # network file systems cache for a while that a file is missing
+  while not path.exists() and time.monotonic() < end:  # network file systems may cache that the file is missing
     time.sleep(0.5)
   blind = [str(process) for process, seen in enumerate(gather('x' if path.exists() else '')) if not seen]
   if is_first():
@@ -258,13 +259,13 @@ def barrier(name: str) -> None:
 def stop_requested(step: int) -> bool:
   """Return whether a process has received SIGTERM or a preemption notice; all processes return True at the same step.
 
-  Every process must call it once at every step.
+  Every process must call this once per training step.
   """
   return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
 def is_peer_lost(error: BaseException | None) -> bool:
-  """Return whether an error of the JAX runtime, or the cause of a UserError, says that another process is lost."""
+  """Return whether a JAX runtime error (or such a cause of a UserError) reports lost contact with another process."""
   if jax.process_count() == 1:
     return False
   if isinstance(error, UserError):
@@ -273,7 +274,7 @@ def is_peer_lost(error: BaseException | None) -> bool:
 
 
 def _exit(code: int) -> None:
-  """End this process at once, without the runtime's wait for the other processes."""
+  """End this process at once; a normal exit would wait for the other processes."""
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
@@ -282,7 +283,7 @@ def _exit(code: int) -> None:
 def end_together(call) -> int:
   """Return call(); if it fails in this process only, end the process at once.
 
-  A normal exit would wait for the other processes, and they wait for this one; after an abrupt end the runtime ends
+  A normal exit would wait for the other processes, which wait for this one; after an abrupt exit, the JAX runtime ends
   them.
   """
   if jax.process_count() == 1:

@@ -22,7 +22,7 @@ AXES = ('data', 'fsdp', 'tensor')
 RULES = {
   'rows': ('data', 'fsdp'),  # rows of a batch
   'vocab': ('tensor', 'fsdp'),  # vocabulary entries of an embedding table
-  'vocab_shard': ('tensor',),  # shards of a table that the vocabulary head has gathered over fsdp
+  'vocab_shard': ('tensor',),  # vocabulary shards of the output embedding after the all-gather over fsdp
   'embed': ('fsdp',),  # model width (d_model)
   'heads': ('tensor',),  # attention heads
   'mlp': ('tensor',),  # hidden units of an MLP
@@ -37,9 +37,9 @@ def spec_of(names, shape, mesh, whole: str | None = None) -> P:
 
   Args:
     names: logical axis name, or None, of each axis.
-    shape: of the array. A mesh axis that does not divide its dimension is left out.
+    shape: shape of the array. A mesh axis is left out if its size does not divide the array's dimension.
     mesh: a Mesh or an AbstractMesh.
-    whole: a mesh axis to leave out, over which the array is then replicated.
+    whole: a mesh axis to leave out; the array is then replicated over it.
   """
   entries = []
   for size, name in zip(shape, names, strict=False):
@@ -52,7 +52,7 @@ def spec_of(names, shape, mesh, whole: str | None = None) -> P:
 
 
 def state_shardings(boxed, mesh: Mesh):
-  """Return the sharding of every leaf of a tree; leaves not boxed with logical names (`models.init`) are replicated."""
+  """Return the sharding of each leaf of a training state; leaves without logical axis names are replicated."""
 
   def is_box(leaf):
     return hasattr(leaf, 'names') and hasattr(leaf, 'value')
@@ -66,12 +66,12 @@ def state_shardings(boxed, mesh: Mesh):
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-  """Return the sharding of a batch array: its first axis (rows) over data and fsdp."""
+  """Return the sharding of a batch array: its first axis (rows) is split over the mesh axes data and fsdp."""
   return NamedSharding(mesh, P(RULES['rows']))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Return the sharding that puts a full copy on every device."""
+  """Return the sharding that puts a full copy of an array on every device."""
   return NamedSharding(mesh, P())
 
 
@@ -95,13 +95,13 @@ def with_mesh(mesh: Mesh | None):
 
 
 def axis_size(axis: str) -> int:
-  """Return the size of an axis of the mesh in use (see `on`); 1 without a mesh."""
+  """Return the size of an axis of the mesh in use (see `with_mesh`); 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else mesh.shape[axis]
 
 
 def on_several_devices() -> bool:
-  """Return whether the mesh in use (see `on`) has more than one device."""
+  """Return whether the mesh in use (see `with_mesh`) has more than one device."""
   mesh = jax.sharding.get_abstract_mesh()
   return not mesh.empty and mesh.size > 1
 
@@ -114,7 +114,7 @@ def constrain(x, names):
 
 
 def gather(x, names):
-  """All-gather a parameter over fsdp for use in a product (FSDP); it stays sharded over tensor."""
+  """All-gather a parameter over the mesh axis fsdp before its use; it stays sharded over the mesh axis tensor."""
   if not on_several_devices():
     return x
   spec = spec_of(names, x.shape, jax.sharding.get_abstract_mesh(), whole='fsdp')
@@ -142,7 +142,7 @@ def make_mesh(cfg, devices=None) -> Mesh:
 
   Args:
     cfg: mapping with the keys data, fsdp and tensor.
-    devices: all devices by default.
+    devices: the devices of the mesh; by default all.
 
   Raises:
     UserError: if the sizes do not fit the number of devices or of TPU slices.
@@ -180,8 +180,8 @@ def make_mesh(cfg, devices=None) -> Mesh:
 def by_host(devices):
   """Reorder a device array by host, so that the rows of a batch that one host holds are contiguous.
 
-  Groups of devices along the last axis (tensor) stay together. Within a host, the order given by the physical links is
-  kept.
+  Groups of devices along the last axis (tensor) stay together. Within a host, devices keep their order, which
+  follows the physical links.
   """
   groups = devices.reshape(-1, devices.shape[-1])
   order = sorted(range(len(groups)), key=lambda group: min(device.process_index for device in groups[group]))
@@ -198,14 +198,14 @@ def slices_of(devices) -> list[list]:
 
 
 def check_model(cfg, mesh: Mesh) -> str | None:
-  """Check that a model divides evenly over a mesh; return a warning if its vocabulary does not, else None.
+  """Check that a model's sizes divide evenly over a mesh; return a warning if the vocabulary does not, else None.
 
   Args:
-    cfg: anything with `num_heads`, `d_ff`, `d_model` and `vocab_size`.
+    cfg: an object with attributes `num_heads`, `d_ff`, `d_model` and `vocab_size`.
     mesh: the device mesh.
 
   Raises:
-    UserError: if heads, d_ff or d_model do not divide.
+    UserError: if num_heads, d_ff or d_model is not divisible by the size of its mesh axis.
   """
   for name, axis in (('num_heads', 'tensor'), ('d_ff', 'tensor'), ('d_model', 'fsdp')):
     size, count = getattr(cfg, name), mesh.shape[axis]
@@ -227,9 +227,9 @@ def check_model(cfg, mesh: Mesh) -> str | None:
 
 
 def describe_placement(tree) -> list[str]:
-  """Describe where the arrays of a training state are, one line per kind of array (the same name in every block).
+  """Describe the sharding of a training state, in one line for all arrays of the same name in different blocks.
 
-  A line gives the number of arrays, their name, shape and PartitionSpec, and the bytes of one array on a device.
+  A line gives the number of these arrays, their name, shape and PartitionSpec, and the bytes per device of one array.
   """
   kinds = {}
   for path, array in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -265,9 +265,9 @@ def check_rows(rows: int, mesh: Mesh, name: str) -> None:
 
 
 def process_shard(mesh: Mesh) -> tuple[int, int]:
-  """Return (index, count): which of `count` equal parts of a batch's rows is on this process's devices.
+  """Return (index, count): this process's devices hold part `index` of the `count` equal parts of a batch's rows.
 
-  Processes that a tensor axis spans hold the same rows and get the same index.
+  Processes that share one tensor axis group hold the same rows and get the same index.
 
   Raises:
     UserError: if the rows of this process are not contiguous.
@@ -290,7 +290,7 @@ def put_process_batch(batch, mesh: Mesh):
 
 
 def put_global_batch(batch, mesh: Mesh):
-  """Turn a whole batch, the same on every process, into global arrays on the mesh."""
+  """Turn a whole batch, which every process has, into global arrays on the mesh."""
   sharding = rows_sharding(mesh)
   arrays = {name: np.asarray(x) for name, x in batch.items()}
   return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in arrays.items()}

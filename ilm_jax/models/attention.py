@@ -1,6 +1,6 @@
 """Multi-head softmax attention within the segments of packed rows, rotary embedding, and the key-value cache.
 
-Axis letters besides those of types.py: Q queries, M keys.
+Axis letters in addition to those of types.py: Q queries, M keys.
 """
 
 from typing import Any, NamedTuple
@@ -27,10 +27,10 @@ def rotary(x_BxLxHxK, position_BxL, *, dim: int, base: float = 10_000.0):
 
 
 def segment_mask(segment_BxL, position_BxL, *, causal: bool):
-  """Return BxLxL: may the query at index i attend to the key at index j?
+  """Return a BxLxL mask: may the query at index i attend to the key at index j?
 
-  Tokens attend within their segment. Padding (segment 0) attends to all tokens, so that no query lacks a key (in a row
-  of padding alone, the softmax over NEG_INF is uniform).
+  Tokens attend within their segment. Padding (segment 0) attends to all tokens, so that every query has a key (in a
+  row with only padding, all logits are NEG_INF and the softmax is uniform).
   """
   query, key = segment_BxL[:, :, None], segment_BxL[:, None, :]
   mask_BxLxL = (key > 0) & ((query == key) | (query == 0))
@@ -40,7 +40,7 @@ def segment_mask(segment_BxL, position_BxL, *, causal: bool):
 
 
 def attend(q_BxQxHxK, k_BxMxHxK, v_BxMxHxK, mask_BxQxM, *, cfg: ModelConfig, rng=None):
-  """Compute softmax attention of Q queries over the M keys that the mask admits; with `rng`, with dropout."""
+  """Compute softmax attention of Q queries over the M keys that the mask allows; `rng` enables dropout."""
   scale = cfg.head_dim**-0.5
   logits_BxHxQxM = numerics.einsum('bqhk,bshk->bhqs', q_BxQxHxK * scale, k_BxMxHxK, cfg.compute).astype(jnp.float32)
   weight_BxHxQxM = jax.nn.softmax(jnp.where(mask_BxQxM[:, None], logits_BxHxQxM, numerics.NEG_INF), axis=-1)
@@ -49,16 +49,16 @@ def attend(q_BxQxHxK, k_BxMxHxK, v_BxMxHxK, mask_BxQxM, *, cfg: ModelConfig, rng
 
 
 class Cache(NamedTuple):
-  """Keys and values of one block, for positions 0 to M-1 of each row."""
+  """Cached attention keys and values of one transformer block, for positions 0 to M-1 of each row."""
 
   k_BxMxHxK: Any
   v_BxMxHxK: Any
 
 
 def empty_cache(cfg: ModelConfig, rows: int, size: int) -> Cache:
-  """Return the cache of one block with room for `size` positions per row."""
+  """Return an empty key-value cache for one transformer block, with room for `size` positions per row."""
   shape = rows, size, cfg.num_heads, cfg.head_dim
-  dtype = jnp.float32 if cfg.compute == 'float32' else jnp.bfloat16  # the matmuls would round to bfloat16 anyway
+  dtype = jnp.float32 if cfg.compute == 'float32' else jnp.bfloat16  # attention rounds both to bfloat16 anyway
   return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 

@@ -29,7 +29,7 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """All settings that determine the shapes of the parameters and the function they compute."""
+  """All settings that determine the parameter shapes and the computation of the model."""
 
   vocab_size: int
   num_layers: int
@@ -37,20 +37,20 @@ class ModelConfig:
   d_model: int
   d_ff: int
   activation: str = 'relu'  # 'relu' or 'gelu' (tanh approximation)
-  causal: bool = False  # attend only to the same and to earlier positions
+  causal: bool = False  # causal attention: only to the same and to earlier positions
   final_norm: bool = True  # apply a LayerNorm after the last block
-  stop_head: bool = True  # predict stop or continue from the features at [CLS]
+  stop_head: bool = True  # predict from the features at [CLS] whether generation stops or continues
   rotary_dim: int = 64  # maximum number of channels per head that rotary embedding rotates
   dropout: float = 0.1  # dropout rate of the residual branches and of the stop head
   attention_dropout: float = 0.1  # dropout rate of the attention weights
   compute: str = 'float32'  # 'float32', 'bfloat16', or 'mixed' (bfloat16 matmul operands, float32 everywhere else)
   remat: bool = False  # rematerialize each block in the backward pass: less memory, slower
-  scan_layers: bool = False  # run the layers as one scan over stacked parameters: same numbers, shorter compilation
-  init: str = 'normal'  # initial embeddings: 'normal' is N(0, 0.02), 'reference' is N(0, 1)
+  scan_layers: bool = False  # run the layers as one scan over stacked parameters: same results, faster compilation
+  init: str = 'normal'  # initial embeddings: 'normal' draws from N(0, 0.02), 'reference' from N(0, 1)
   conditioning: str = 'none'  # 'adaln' conditions the blocks on a noise level; their LayerNorms then have no bias
   d_cond: int = 128  # width of the noise level's embedding (conditioning='adaln')
-  open_gap_embedding: bool = False  # add an embedding that says whether a token may be inserted to the right
-  # Skip connection of attention: 'input' adds to the block's input, 'modulated' to the modulated LayerNorm's output.
+  open_gap_embedding: bool = False  # add an embedding of whether a token may be inserted right of each token
+  # Attention output is added to the block's input ('input') or to the modulated LayerNorm's output ('modulated').
   residual: str = 'input'
 
   def __post_init__(self):
@@ -88,10 +88,10 @@ class ModelConfig:
     Args:
       vocab_size: number of token ids.
       **settings: fields of ModelConfig, and `preset`, a key of PRESETS whose sizes the fields override. A field that
-        is None keeps the value of the preset or the default.
+        is None takes its value from the preset or the default.
 
     Raises:
-      UserError: if a name or a value is not allowed, or a size is missing.
+      UserError: if a setting's name or value is not allowed, or a size is missing.
     """
     preset = settings.pop('preset', None)
     if preset is not None and preset not in PRESETS:

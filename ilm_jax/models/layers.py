@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from ilm_jax.models import numerics
 from ilm_jax.models.config import ModelConfig
 
-NOISE_FREQUENCIES = 128  # cosines, and as many sines, that embed a noise level
+NOISE_FREQUENCIES = 128  # frequencies of the sinusoidal embedding of a noise level; each gives a cosine and a sine
 
 
 def uniform_init(fan_in: int):
@@ -22,7 +22,7 @@ class Linear(nn.Module):
   spec: str  # einsum specification: input,kernel->output
   shape: tuple[int, ...]  # shape of the kernel
   names: tuple[str | None, ...]  # logical axis names of the kernel
-  fan_in: int  # number of input features, for the initialization
+  fan_in: int  # number of input features, which scales the random initialization
   compute: str  # compute type, as in ModelConfig
   bias: bool = False
   zero_init: bool = False  # initialize kernel and bias with zeros
@@ -102,7 +102,7 @@ def modulate(x, shift, scale):
 class StopHead(nn.Module):
   """Classify the features at each segment's [CLS]: logit 0 means stop, logit 1 means continue.
 
-  A residual MLP whose skip connection bypasses the LayerNorm, then a linear layer.
+  It is a residual MLP, whose skip connection bypasses the LayerNorm, followed by a linear layer.
   """
 
   cfg: ModelConfig

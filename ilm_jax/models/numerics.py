@@ -8,7 +8,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from ilm_jax.distributed import sharding
 
-NEG_INF = -1e30  # logit of an excluded entry; finite, so that a softmax over excluded entries alone is not NaN
+NEG_INF = -1e30  # logit of an excluded entry; finite, so that a softmax is not NaN even if all entries are excluded
 
 
 def expand(x, ndim: int):
@@ -23,17 +23,17 @@ def einsum(spec: str, x, y, compute: str, names=None):
   """Contract two operands in the given compute type.
 
   Args:
-    spec: einsum specification, x,y->result. For compute='mixed', every index of an operand must also occur in the
-      other operand or in the result.
+    spec: einsum specification, x,y->result. For compute='mixed', every axis letter of an operand must also
+      occur in the other operand or in the result.
     x: left operand.
     y: right operand.
     compute: 'float32'; 'bfloat16' (operands and result); or 'mixed' (operands rounded to bfloat16, products
       accumulated and returned in float32, in the backward pass too).
-    names: logical axis names of y if y is a sharded parameter. It is then all-gathered over fsdp for the product and
-      again for the gradient, so that between the two a device keeps only its shard.
+    names: logical axis names of y if y is a sharded parameter. It is all-gathered over fsdp in the forward pass and
+      again in the backward pass, so that a device stores only its shard in between.
 
   Returns:
-    The product, float32 for 'float32' and 'mixed', else bfloat16.
+    The product: float32 if compute is 'float32' or 'mixed', else bfloat16.
   """
   if compute == 'mixed':
     return _mixed_einsum(spec, x.astype(jnp.float32), y.astype(jnp.float32), names)
@@ -48,7 +48,7 @@ def _gather(y, names):
 
 
 def _einsum_bwd(product, spec, names, saved, grad):
-  """Return the gradients of `product(spec, x, y)` with respect to x and y, computed with `product` as well."""
+  """Return the gradients of `product(spec, x, y)` with respect to x and y, also computed by `product`."""
   x, y = saved
   operands, result = spec.split('->')
   left, right = operands.split(',')
@@ -58,7 +58,7 @@ def _einsum_bwd(product, spec, names, saved, grad):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def _gathering_einsum(spec, x, y, names):
-  """Einsum with a parameter that is gathered for the product and again for the gradient; the shard is kept."""
+  """Einsum with a sharded parameter y, all-gathered in the forward pass and again in the backward pass."""
   return _gathering_einsum_fwd(spec, x, y, names)[0]
 
 
@@ -77,9 +77,9 @@ def _mixed_einsum(spec, x, y, names):
 
 
 def _mixed_einsum_fwd(spec, x, y, names):
-  # The barrier makes the backward pass reuse the rounded operands; without it XLA recomputes them for each transpose.
+  # The barrier makes the backward pass reuse the rounded operands; without it, XLA rounds them again for each product.
   x, y = jax.lax.optimization_barrier((x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)))
-  y = y if names is None else sharding.constrain(y, names)  # save the shard: the gradient gathers it again
+  y = y if names is None else sharding.constrain(y, names)  # save only the shard: the backward pass gathers y again
   return _bf16_einsum(spec, x, _gather(y, names)), (x, y)
 
 
@@ -91,7 +91,7 @@ _mixed_einsum.defvjp(_mixed_einsum_fwd, _mixed_einsum_bwd)
 
 
 def _bf16_einsum(spec, x, y):
-  """Einsum of bfloat16 operands with a float32 result, arranged for the platform it is compiled for."""
+  """Einsum of bfloat16 operands with a float32 result, in the form that is fast on the platform (CPU or other)."""
   x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
   return jax.lax.platform_dependent(
     x, y, cpu=functools.partial(_bf16_einsum_cpu, spec), default=functools.partial(_bf16_einsum_default, spec)
@@ -103,10 +103,10 @@ def _bf16_einsum_default(spec, x, y):
 
 
 def _bf16_einsum_cpu(spec, x, y):
-  """Compute the same product with the operand order and the stored transpose that XLA's CPU backend runs fast.
+  """Compute the bfloat16 einsum with the operand order and memory layout for which XLA's CPU backend is fast.
 
-  By default, jaxlib 0.10 transposes a left operand in float32 and with strides, which takes four times as long as the
-  product, and it has no kernel for some transposed, batched bfloat16 products.
+  Otherwise, jaxlib 0.10 transposes the left operand by a strided float32 copy, which takes four times as long as the
+  product, and it lacks a kernel for some transposed, batched bfloat16 products.
   """
   operands, result = spec.split('->')
   left, right = operands.split(',')
@@ -136,9 +136,9 @@ def _mix_bits(x):
 
 
 def hash_bits(rng, shape):
-  """Return random uint32 words that are a function of the key and the index only.
+  """Return an array of random uint32 words, each a function of only the key and its index in the array.
 
-  Cheaper than threefry, fused by XLA, and identical under every sharding.
+  This is cheaper than JAX's threefry generator, is fused by XLA, and gives the same bits under every sharding.
   """
   low, high = jax.random.key_data(rng).reshape(-1)[:2].astype(jnp.uint32)
   bits = low
@@ -163,7 +163,7 @@ def dropout(x, rate: float, rng):
 
 
 def segment_logsumexp(value_BxL, segment_BxL, mask_BxL, num_segments: int):
-  """Return BxS, the log-sum-exp of the masked values of each segment 1..S; NEG_INF for a segment without any."""
+  """Return BxS, the log-sum-exp over each segment 1..S of the values with mask True; NEG_INF if there are none."""
   ids_S = jnp.arange(1, num_segments + 1)
   member_BxSxL = (segment_BxL[:, None, :] == ids_S[None, :, None]) & mask_BxL[:, None, :]
   return jax.nn.logsumexp(jnp.where(member_BxSxL, value_BxL[:, None, :], NEG_INF), axis=-1)

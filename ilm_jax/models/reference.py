@@ -17,10 +17,10 @@ from ilm_jax.models.config import ModelConfig
 from ilm_jax.types import Array, UserError
 
 FAMILIES = ('ilm', 'arm', 'mdm')
-ROTARY_DIM = 64  # maximum number of channels per head that the reference rotates
+ROTARY_DIM = 64  # maximum number of channels per head that the reference implementation rotates
 
-# Name in the reference's state_dict -> paths of our parameters. Several parameters are stacked along the first axis of
-# the reference's tensor.
+# Name in the reference implementation's state_dict -> paths of our parameters. If there are several paths, the PyTorch
+# tensor is the concatenation of their (transposed) parameters along the first axis.
 EMBEDDING = {'embed_tokens.weight': ['embed'], 'output_layer.linear.weight': ['unembed']}
 BLOCK = {
   'norm1.weight': ['norm1/scale'],
@@ -61,11 +61,11 @@ NOISE = {
 }
 
 
-# --- names and shapes of the two layouts ------------------------------------------------------------------------------
+# --- parameter names and shapes in PyTorch and here -------------------------------------------------------------------
 
 
 def _names(num_layers: int, *, final_norm: bool, stop_head: bool, noise: bool) -> dict[str, list[str]]:
-  """Map every name of the reference to our paths. With noise conditioning, the LayerNorms have no bias."""
+  """Map each PyTorch parameter name to our paths. With noise conditioning, the LayerNorms have no bias."""
   names = dict(EMBEDDING)
   for layer in range(num_layers):
     block = BLOCK | (MODULATION if noise else {})
@@ -77,12 +77,12 @@ def _names(num_layers: int, *, final_norm: bool, stop_head: bool, noise: bool) -
 def _shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Map the path of every parameter of our model to its shape."""
   leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0))))
-  keys = jax.tree_util.DictKey  # other path entries belong to the boxes that hold logical axis names
+  keys = jax.tree_util.DictKey  # other path entries come from the boxes that hold logical axis names
   return {'/'.join(part.key for part in path if isinstance(part, keys)): leaf.shape for path, leaf in leaves}
 
 
 def _reference_shape(path: str, shape) -> tuple[int, ...]:
-  """Return the reference's shape of one of our parameters; the kernel of a linear layer becomes a matrix (out, in)."""
+  """Return the PyTorch shape of one of our parameters; the kernel of a linear layer becomes an (out, in) matrix."""
   if not path.endswith('/kernel'):
     return tuple(shape)
   inputs = 2 if path.endswith('/out/kernel') else 1
@@ -95,11 +95,11 @@ def _stacked(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _inverse_frequencies(dim: int) -> np.ndarray:
-  """Return the dim / 2 frequencies of rotary embedding with base 10000."""
+  """Return the dim / 2 frequencies of a rotary embedding with base 10000."""
   return 1.0 / np.float32(10_000.0) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
 
 
-NOISE_BUFFER = 'sigma_map.freqs'  # buffer of the reference that holds the frequencies of the noise embedding
+NOISE_BUFFER = 'sigma_map.freqs'  # PyTorch buffer that holds the frequencies of the noise embedding
 NOISE_FREQUENCIES = _inverse_frequencies(2 * layers.NOISE_FREQUENCIES)
 
 
@@ -107,20 +107,20 @@ NOISE_FREQUENCIES = _inverse_frequencies(2 * layers.NOISE_FREQUENCIES)
 
 
 def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None) -> tuple[ModelConfig, dict]:
-  """Convert the reference's state_dict to our parameters.
+  """Convert the state_dict of the reference implementation to our parameters.
 
   Args:
-    state_dict: names to arrays or tensors, or a checkpoint with such a mapping under 'state_dict'. A leading `model.`
-      of a name is dropped. Rotary buffers (`*.inv_freq`), `sigma_map.freqs` and the unused `type_embeddings.*` are not
-      converted.
+    state_dict: maps names to arrays or tensors, or is a checkpoint with such a mapping under 'state_dict'. The prefix
+      `model.` is removed from names. Rotary buffers (`*.inv_freq`), `sigma_map.freqs` and the unused
+      `type_embeddings.*` are not converted.
     family: 'ilm' (has a stop head), 'arm' (causal) or 'mdm' (conditioned on a noise level).
-    num_heads: number of attention heads; required if the rotary buffers leave it ambiguous, else checked against them.
+    num_heads: number of attention heads; required if the rotary buffers do not determine it, else checked against them.
 
   Returns:
     (cfg, params): a ModelConfig and nested dicts of float32 NumPy arrays.
 
   Raises:
-    UserError: if names, shapes or frequencies are not those of the family.
+    UserError: if names, shapes or frequencies do not match the family.
   """
   if family not in FAMILIES:
     raise UserError(f'family={family!r}: expected one of {", ".join(FAMILIES)}')
@@ -143,7 +143,7 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
   if stop_head != (family == 'ilm'):
     found = min(set(STOP_HEAD) & set(arrays)) if stop_head else 'no length_output_layer.*'
     wanted = 'a stop head' if family == 'ilm' else 'no stop head'
-    raise UserError(f'family={family!r} has {wanted}, but the weights have {found}: pass their family')
+    raise UserError(f'family={family!r} has {wanted}, but the weights have {found}: pass the right family=')
   num_layers = max(1, len(layer_ids))
   names = _names(num_layers, final_norm=final_norm, stop_head=stop_head, noise=noise)
   missing = [name for name in names if name not in arrays]
@@ -191,17 +191,17 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
 
 
 def to_reference(cfg: ModelConfig, params) -> dict[str, np.ndarray]:
-  """Convert our parameters to the reference's state_dict, rotary buffers included: the inverse of `from_reference`.
+  """Convert our parameters to the reference implementation's state_dict; the inverse of `from_reference`.
 
   Args:
     cfg: settings of the model.
     params: nested dicts of arrays, without boxes (`transformer.unbox`).
 
   Returns:
-    The reference's names to float32 NumPy arrays.
+    A dict from PyTorch names, including the rotary buffers, to float32 NumPy arrays.
 
   Raises:
-    UserError: if the reference has no such architecture.
+    UserError: if the reference implementation does not support the architecture.
   """
   rotated = min(ROTARY_DIM, cfg.head_dim)
   if min(cfg.rotary_dim, cfg.head_dim) != rotated:
@@ -223,16 +223,16 @@ def to_reference(cfg: ModelConfig, params) -> dict[str, np.ndarray]:
       leaf = np.asarray(leaf, np.float32)
       shape = _reference_shape(path, leaf.shape)
       parts.append(leaf.reshape(shape[::-1]).T if path.endswith('/kernel') else leaf)
-    state[name] = np.ascontiguousarray(np.concatenate(parts))  # safetensors ignores strides
+    state[name] = np.ascontiguousarray(np.concatenate(parts))  # safetensors ignores the strides of arrays
   for layer in range(cfg.num_layers):
     state[f'encoder.{layer}.rotary_emb.inv_freq'] = _inverse_frequencies(rotated)
   return state
 
 
 def _head_count(rotary_buffers: dict[str, np.ndarray], d_model: int, num_heads: int | None) -> int:
-  """Infer the number of heads from the rotary buffers, or check the given number against them.
+  """Infer the number of attention heads from the rotary buffers, or check the given number against them.
 
-  A rotary buffer holds min(ROTARY_DIM, head dimension) / 2 frequencies, so it decides head dimensions below ROTARY_DIM.
+  A rotary buffer holds min(ROTARY_DIM, head dimension) / 2 frequencies, which gives the head dimension if below 64.
   """
   rotated = 2 * rotary_buffers[min(rotary_buffers)].size if rotary_buffers else None
   for name, buffer in rotary_buffers.items():
@@ -264,7 +264,7 @@ def _check_frequencies(name: str, buffer: np.ndarray, expected: np.ndarray, owne
 
 
 def _first_few(items: list[str], separator: str = ', ') -> str:
-  """Join the first three items; if there are more, say how many in all."""
+  """Join the first three items for an error message; if there are more, append their total number."""
   return separator.join(items[:3]) + (f'{separator}... ({len(items)} in all)' if len(items) > 3 else '')
 
 
@@ -278,10 +278,10 @@ def load_state_dict(path) -> dict[str, np.ndarray]:
     path: local or remote file. If names in an .npz file start with `param/`, only those are read, without the prefix.
 
   Returns:
-    Names to float32 NumPy arrays.
+    A dict from parameter names to float32 NumPy arrays.
 
   Raises:
-    UserError: if the file cannot be read, or a package that reads it is not installed.
+    UserError: if the file cannot be read, or the package that reads this format is not installed.
   """
   path = epath.Path(path)
   readers = {'.npz': _read_npz, '.safetensors': _read_safetensors} | dict.fromkeys(
@@ -293,7 +293,7 @@ def load_state_dict(path) -> dict[str, np.ndarray]:
     loaded = _tensors(readers[path.suffix](path.read_bytes()))
   except UserError as error:
     raise UserError(f'{path}: {error}') from error
-  except Exception as error:  # the libraries raise many types of errors on malformed files
+  except Exception as error:  # on malformed files, the libraries raise many types of errors
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise UserError(f'{path} cannot be read: {reason}') from error
   return {name: _float32(f'{path}: {name}', value) for name, value in loaded.items()}
@@ -332,7 +332,7 @@ def _read_torch(data: bytes):
 
 
 def _tensors(loaded) -> dict[str, Array]:
-  """Return a state_dict with string names; of a checkpoint, the mapping under 'state_dict'."""
+  """Return the state_dict with string names; in a checkpoint, it is the mapping under 'state_dict'."""
   if isinstance(loaded, Mapping) and isinstance(loaded.get('state_dict'), Mapping):
     loaded = loaded['state_dict']
   if not isinstance(loaded, Mapping):

@@ -1,8 +1,8 @@
 """The rotary transformer of Insertion Language Models (arXiv 2505.05755), a pure function of parameters and tokens.
 
 Pre-LayerNorm blocks, bidirectional or causal attention within segments, an untied output embedding, and a stop head at
-[CLS]; the architecture follows the authors' reference implementation. With conditioning='adaln', as masked diffusion
-needs it, a noise level shifts, scales and gates the blocks (AdaLN; DiT, arXiv 2212.09748).
+[CLS]; the architecture follows the authors' reference implementation. With conditioning='adaln', for masked diffusion,
+the noise level shifts, scales and gates the activations of every block (AdaLN; DiT, arXiv 2212.09748).
 """
 
 from typing import Any, NamedTuple
@@ -35,13 +35,13 @@ __all__ = [
 ]
 
 FEATURES = ('rows', None, None)  # logical axis names of BxLxD activations
-OPEN_TABLE = (None, 'embed')  # logical axis names of the open-gap embedding
+OPEN_TABLE = (None, 'embed')  # logical axis names of the table of model.open_gap_embedding
 
 
 class Block(nn.Module):
   """Transformer block: x + attention(norm1(x)), then x + mlp(norm2(x)).
 
-  With conditioning, each branch is x + gate * f(norm(x) * (1 + scale) + shift).
+  With noise-level conditioning, each branch is x + gate * f(norm(x) * (1 + scale) + shift).
   """
 
   cfg: ModelConfig
@@ -52,14 +52,14 @@ class Block(nn.Module):
 
     Args:
       x_BxLxD: features.
-      segment_BxL: segment of each token, 0 for padding; unused with a cache.
+      segment_BxL: segment of each token, 0 for padding; ignored with a cache.
       position_BxL: position of each token in its segment.
       noise_BxSxC: noise embeddings, or None without conditioning.
-      rngs: the keys of `dropout_rngs`, or None to disable dropout.
+      rngs: the RNG keys from `dropout_rngs`, or None to disable dropout.
       cache: the block's `Cache`; attention is then causal and covers the cached positions.
 
     Returns:
-      (features, cache): the cache includes the keys and values of this call; None without a cache.
+      (features, cache): the cache includes the keys and values of this call; it is None if no cache is given.
     """
     cfg = self.cfg
     D, H, K, F = cfg.d_model, cfg.num_heads, cfg.head_dim, cfg.d_ff
@@ -113,9 +113,9 @@ def scan_blocks(cfg: ModelConfig, params, rngs, x_BxLxD, *args):
   Args:
     cfg: settings of the model.
     params: list of the blocks' parameters.
-    rngs: list of the blocks' dropout keys (`Block.dropout_rngs`), or of None without dropout.
+    rngs: list of the blocks' dropout keys (`Block.dropout_rngs`); without dropout, a list of None.
     x_BxLxD: features that enter the first block.
-    *args: arguments of every block between the features and its dropout keys.
+    *args: segments, positions and noise embeddings, passed to every block.
 
   Returns:
     BxLxD, the features after the last block.
@@ -144,11 +144,11 @@ class Transformer(nn.Module):
 
     Args:
       tokens_BxL: token ids.
-      position_BxL: rotary position of each token; need not be the order of storage.
+      position_BxL: rotary position of each token; may differ from its index in the row.
       segment_BxL: segment of each token, 0 for padding. Tokens attend within their segment.
-      cls_BxS: index in the row of each segment's [CLS], where the stop head reads; ignored without a stop head.
+      cls_BxS: index in the row of each segment's [CLS], the input of the stop head; ignored without a stop head.
       noise_BxS: noise level of each segment; ignored without conditioning.
-      open_BxL: may a token be inserted to the right of this one? Ignored without open_gap_embedding.
+      open_BxL: whether a token may be inserted right of each token; ignored without open_gap_embedding.
       train: enable dropout (needs an RNG named 'dropout').
       cache: list of one `Cache` per block, for causal models. Each token then attends to all cached positions up to
         its own, and segments are ignored.
@@ -169,13 +169,13 @@ class Transformer(nn.Module):
     embed_VxD = self.param('embed', table, (cfg.vocab_size, cfg.d_model), jnp.float32)
     dtype = jnp.bfloat16 if cfg.compute == 'bfloat16' else jnp.float32
     x_BxLxD = jnp.take(sharding.gather(embed_VxD, vocabulary.TABLE), tokens_BxL, axis=0).astype(dtype)
-    # The embedding of [PAD] gets no gradient and stays zero, as in the reference, even where [PAD] is a real token:
-    # the gradient of a LayerNorm at a zero vector is very large.
+    # As in the reference implementation, the [PAD] embedding gets no gradient and stays zero, even where the model
+    # generates [PAD] (mdm): the gradient of a LayerNorm at a zero vector is very large.
     x_BxLxD = jnp.where((tokens_BxL == 0)[..., None], jax.lax.stop_gradient(x_BxLxD), x_BxLxD)
     if cfg.open_gap_embedding:
       if open_BxL is None:
         raise ValueError(
-          'model.open_gap_embedding needs open_BxL, whether a token may be inserted right of each: pass it'
+          'model.open_gap_embedding needs open_BxL, whether a token may be inserted right of each token: pass it'
         )
       init = nn.with_logical_partitioning(
         lambda rng, shape, dtype: jax.random.normal(rng, shape, dtype) * std, OPEN_TABLE
@@ -215,7 +215,7 @@ unbox = nn.unbox
 
 
 def init(cfg: ModelConfig, rng) -> Any:
-  """Return fresh float32 parameters, boxed with their logical axis names (`unbox` strips the boxes)."""
+  """Return randomly initialized float32 parameters, boxed with their logical axis names (`unbox` removes the boxes)."""
   one = jnp.ones((1, 2), jnp.int32)
   return Transformer(cfg).init(rng, one, one, one, one[:, :1], jnp.zeros((1, 1)), one)['params']
 
@@ -223,7 +223,7 @@ def init(cfg: ModelConfig, rng) -> Any:
 def abstract_params(cfg: ModelConfig, mesh=None):
   """Return the parameters as `jax.ShapeDtypeStruct`s with shardings, the target for restoring a checkpoint.
 
-  The shardings are those of the mesh; without a mesh, everything is on this process's first device.
+  The shardings are for the given mesh; without a mesh, all parameters are on this process's first device.
   """
   boxed = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
   if mesh is None:
@@ -240,14 +240,14 @@ def abstract_params(cfg: ModelConfig, mesh=None):
 def apply(
   cfg: ModelConfig, params, tokens_BxL, position_BxL, segment_BxL, cls_BxS, noise_BxS=None, open_BxL=None, *, rng=None
 ) -> Outputs:
-  """Run the transformer (arguments: `Transformer.__call__`); `rng` enables dropout."""
+  """Run the transformer (for the arguments see `Transformer.__call__`); `rng` enables dropout."""
   rngs = None if rng is None else {'dropout': rng}
   args = tokens_BxL, position_BxL, segment_BxL, cls_BxS, noise_BxS, open_BxL
   return Transformer(cfg).apply({'params': params}, *args, train=rng is not None, rngs=rngs)
 
 
 def apply_batch(cfg: ModelConfig, params, batch: Batch, *, rng=None) -> Outputs:
-  """Run the transformer on a batch of packed rows (types.py); `rng` enables dropout."""
+  """Run the transformer on a batch of packed rows (described in types.py); `rng` enables dropout."""
   names = ('tokens_BxL', 'position_BxL', 'segment_BxL', 'cls_BxS', 'noise_BxS')
   return apply(cfg, params, *(batch[name] for name in names), batch.get('open_BxL'), rng=rng)
 
@@ -261,7 +261,7 @@ def apply_rows(cfg: ModelConfig, params, tokens_BxL, length_B, noise_BxS=None, o
 
 
 class Forward(NamedTuple):
-  """A model with its parameters, as the `forward` argument of samplers and scores."""
+  """A model with its parameters, passed as `forward` to the functions that sample and score."""
 
   cfg: ModelConfig
   params: Any

@@ -1,7 +1,7 @@
 """The vocabulary head: log-sum-exp, maximum and selected logits, computed without storing the BxLxV logits.
 
-Where the mesh has a tensor axis, each of its devices computes over its own shard of the output embedding. Axis letters
-besides those of types.py: C entries of a chunk, P shards of the vocabulary.
+If the mesh has a tensor axis, each device along it computes over its own shard of the output embedding. Axis letters in
+addition to those of types.py: C vocabulary entries in a chunk, P shards of the vocabulary.
 """
 
 import functools
@@ -18,16 +18,16 @@ TABLE = ('vocab', None)  # logical axis names of the VxD input and output embedd
 
 
 def suppressed_bias(vocab: int, tokens):
-  """Return a bias over the vocabulary that excludes the listed tokens: NEG_INF for them, 0 for the others."""
+  """Return a bias over the vocabulary that excludes the given tokens: NEG_INF for them, 0 for all others."""
   return jnp.zeros(vocab, jnp.float32).at[jnp.array(tuple(tokens), jnp.int32)].set(numerics.NEG_INF)
 
 
 def head_compute(compute: str) -> str:
-  """Return the compute type of the head: 'mixed' for a bfloat16 model, because logits are always float32."""
+  """Return the compute type of the vocabulary head: 'mixed' for a bfloat16 model, as logits are always float32."""
   return 'mixed' if compute == 'bfloat16' else compute
 
 
-# --- selected logits --------------------------------------------------------------------------------------------------
+# --- all logits, target logits ----------------------------------------------------------------------------------------
 
 
 def vocab_logits(hidden, unembed_VxD, bias_V, *, compute: str = 'float32'):
@@ -38,7 +38,7 @@ def vocab_logits(hidden, unembed_VxD, bias_V, *, compute: str = 'float32'):
 
 
 def target_logits(hidden_BxLxD, unembed_VxD, gap_BxT, token_BxT, *, compute: str = 'float32'):
-  """Return float32 BxT, the logits of the listed (gap, token) pairs, computed as dot products.
+  """Return the float32 BxT logits of the targets, given as (gap, token) pairs, computed as dot products.
 
   The logit of a token outside the vocabulary is NaN.
   """
@@ -62,17 +62,17 @@ def target_logits(hidden_BxLxD, unembed_VxD, gap_BxT, token_BxT, *, compute: str
 def vocab_logsumexp(hidden, unembed_VxD, bias_V=None, *, chunk: int = 2048, compute: str = 'float32'):
   """Return the log-sum-exp over the vocabulary of hidden @ unembed.T + bias, computed in chunks of the vocabulary.
 
-  The backward pass recomputes the logits of each chunk, so that at most hidden.size / D * chunk logits exist at a time.
+  The backward pass recomputes the logits of each chunk, so that at most hidden.size / D * chunk logits are stored.
 
   Args:
     hidden: features, ...xD.
     unembed_VxD: output embedding.
-    bias_V: 0 or NEG_INF for each token (`suppressed_bias`); it gets no gradient.
+    bias_V: 0 or NEG_INF for each token (`suppressed_bias`); its gradient is zero.
     chunk: vocabulary entries per chunk.
     compute: compute type of the model.
 
   Returns:
-    float32, of hidden's shape without its last axis.
+    A float32 array with the shape of `hidden` without the last axis.
   """
   if bias_V is None:
     bias_V = jnp.zeros(unembed_VxD.shape[0], jnp.float32)
@@ -103,9 +103,9 @@ def vocab_max(hidden, unembed_VxD, bias_V, *, chunk: int = 2048, compute: str = 
 
 
 def _windows(vocab: int, chunk: int):
-  """Return the start of each chunk, and how many of its first entries also belong to the previous chunk.
+  """Return the start of each vocabulary chunk, and how many of its first entries the previous chunk also has.
 
-  Chunks are slices of the unpadded table, all of the same size: the last one starts early rather than exceed the end.
+  Chunks are slices of equal size of the unpadded table, so the last one starts earlier, in order to end at its end.
   """
   wanted = np.arange(math.ceil(vocab / chunk)) * chunk
   starts = np.minimum(wanted, vocab - chunk)
@@ -113,7 +113,7 @@ def _windows(vocab: int, chunk: int):
 
 
 def _chunk_logits(hidden, unembed_VxD, bias_V, window, chunk, compute):
-  """Return the logits of a chunk, NEG_INF for entries of the previous chunk, and the chunk of the output embedding."""
+  """Return a vocabulary chunk's logits (NEG_INF for entries also in the previous chunk) and its output embedding."""
   start, repeated = window
   unembed_CxD = jax.lax.dynamic_slice_in_dim(unembed_VxD, start, chunk)
   bias_C = jax.lax.dynamic_slice_in_dim(bias_V, start, chunk)
@@ -167,7 +167,7 @@ _vocab_logsumexp.defvjp(_vocab_logsumexp_fwd, _vocab_logsumexp_bwd)
 
 
 def _num_shards(unembed_VxD) -> int:
-  """Return the number of vocabulary shards: the size of the mesh's tensor axis, or 1 if it does not divide V."""
+  """Return the number of vocabulary shards: the size of the mesh's tensor axis, or 1 if V is not divisible by it."""
   count = sharding.axis_size('tensor')
   return count if unembed_VxD.shape[0] % count == 0 else 1
 
@@ -179,7 +179,7 @@ def _shards(unembed_VxD):
 
 
 def _reduce_shards(function, reduce, *shards):
-  """Apply a function to every vocabulary shard, each on its own devices, and reduce the stacked results."""
+  """Apply a function to every vocabulary shard, on the devices that hold it, and reduce the stacked results."""
   if shards[0].shape[0] == 1:
     return function(*(shard[0] for shard in shards))
   return reduce(jax.vmap(function, spmd_axis_name='tensor')(*shards))
