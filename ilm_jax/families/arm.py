@@ -62,7 +62,7 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
 
   Args:
     outputs: model outputs for the batch.
-    batch: a packed batch, see `types`.
+    batch: a packed batch, with the fields listed in `types`.
     cfg: settings of the vocabulary head, `compute` and `vocab_chunk`.
 
   Returns:

@@ -39,7 +39,7 @@ class Loss(Protocol):
 
     Args:
       outputs: the model's outputs for the batch.
-      batch: packed rows, see `types`.
+      batch: packed rows, with the fields listed in `types`.
       cfg: the `loss` section of the config, with `compute` and `mean_weight` added.
     """
     ...

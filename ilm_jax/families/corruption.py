@@ -31,11 +31,11 @@ def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
 
   Args:
     rng: the example's random generator.
-    example: see the module docstring.
+    example: the tokens, and which of them are fixed; see the module docstring.
     cfg: the `corrupt` section. `close_prompt` excludes the gaps inside the prompt from the training softmax (the
       reference implementation includes them). `infill_rate` is the fraction of infilling examples, in which only one to
-      three spans are free, and the softmax excludes all gaps outside them. (The reference implementation excludes every
-      gap without dropped tokens, which a sampler cannot know.) `model.open_gap_embedding` marks the open gaps as input.
+      three spans are free, and the softmax excludes all gaps outside these spans. (The reference implementation
+      excludes every gap without dropped tokens, but a sampler does not know these gaps.)
     u: a number in [0, 1) that determines n instead of a random draw, for stratified validation on complete texts.
   """
   tokens, fixed = example['tokens'], example['fixed']
@@ -70,7 +70,7 @@ def arm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
 
   Args:
     rng: the example's random generator.
-    example: see the module docstring.
+    example: the tokens, and which of them are fixed; see the module docstring.
     cfg: the `corrupt` section. `fim_rate` is the fraction of examples that are rearranged for fill-in-the-middle; the
       middle then lies between two uniformly random cuts of the free tokens. An example with fixed tokens after free
       tokens is always rearranged, with its free tokens as the middle.
@@ -129,7 +129,7 @@ def it(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
 
   Args:
     rng: the example's random generator.
-    example: see the module docstring.
+    example: the tokens, and which of them are fixed; see the module docstring.
     cfg: the `corrupt` section: the settings of `ilm`, and `eos_weight`.
     u: a number in [0, 1) that determines how many tokens are dropped, or None, as for `ilm`.
   """
@@ -173,7 +173,7 @@ def mdm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
 
   Args:
     rng: the example's random generator.
-    example: see the module docstring.
+    example: the tokens, and which of them are fixed; see the module docstring.
     cfg: the `corrupt` section. `length` is the number of tokens to which the example is padded with [PAD]s, which count
       as free tokens (0: no padding); `noise_eps` is eps.
     u: a number in [0, 1) that determines t instead of a random draw, for stratified validation; 0 gives t = 1.

@@ -36,7 +36,7 @@ def choose_several(rng_B, logits_BxN, rule: Rule, *, count: int):
 
 
 def draw_token(rng_B, outputs: Outputs, gap_B, bias_V, rule: Rule, *, compute: str):
-  """Draw a token for one gap of each row.
+  """Draw a token to insert into one gap of each row; gap_B is the position to the left of the gap.
 
   Returns:
     (token_B, logit_B): the drawn token, and its logit before temperature, top-k and top-p are applied.

@@ -2,7 +2,7 @@
 
 Notation: s is a text without its dropped tokens, h_k the hidden state of the token s_k, W_v the unembedding of token v,
 and Z[k, v] = <h_k, W_v> the logit of inserting v right of s_k. D is the set of n = |D| dropped tokens; dropped token
-x_j belongs into the gap right of position g(j) of s. The loss of one example is
+x_j belongs to the gap right of position g(j) of s. The loss of one example is
 
     loss = [n > 0] (logsumexp_{k, v} Z[k, v] - 1/n sum_{j in D} Z[g(j), x_j])  +  stop_weight * CE(stop logits, [n > 0])
 
@@ -82,7 +82,7 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
 
   Args:
     outputs: the model's outputs for the batch.
-    batch: a packed batch, see `types`.
+    batch: a packed batch, with the fields listed in `types`.
     cfg: the `loss` section, plus `compute`, `vocab_chunk` and `mean_weight`. `stop_weight` multiplies the stop loss.
       With length_weight='elbo', the loss of an example with L free tokens is multiplied by (L + 1) / mean_weight, where
       mean_weight is the mean of L + 1 over the data; if also stop_weight=1, the loss is an upper bound on -log p(x), up
@@ -170,7 +170,7 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
     cfg: sampling settings.
 
   Returns:
-    Sampled with L = max_length, and M = the maximum number of steps plus one for the forward pass that stops.
+    Sampled with L = max_length, and M = the maximum number of steps plus one for the forward pass that ends a row.
   """
   return growing.sample(GROWTH, forward, rng, prompt, cfg)
 
@@ -310,7 +310,7 @@ def choose_pairs(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token
 
   Returns:
     (gap_BxG, token_BxG, log_prob_BxG, ok_BxG): best gap first. log_prob is a pair's log-probability at temperature 1,
-    without top-k and top-p. ok is false for surplus entries, which are no open gap or below `cfg.gap_threshold`.
+    without top-k and top-p. ok is false for entries to ignore: their gap is not open or below `cfg.gap_threshold`.
   """
   bias_V = vocabulary.suppressed_bias(outputs.unembed_VxD.shape[0], cfg.suppressed_tokens)
   lse_BxL = _gap_logits(outputs, open_BxL, bias_V, cfg)

@@ -48,8 +48,8 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
 
   Args:
     outputs: the model's outputs for the batch.
-    batch: a packed batch, see `types`; `target_weight_BxT` is eos_weight for an [EOS] target, and 1 / (c + 1) for each
-      of the c tokens dropped from a gap.
+    batch: a packed batch, with the fields listed in `types`; `target_weight_BxT` is eos_weight for an [EOS] target, and
+      1 / (c + 1) for each of the c tokens dropped from a gap.
     cfg: the `loss` section, plus `compute` and `vocab_chunk`.
   """
   ce_BxT = arm.target_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)

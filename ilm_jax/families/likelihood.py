@@ -79,7 +79,7 @@ def _free(tokens_BxL, fixed_BxL, length_B):
 
 
 def _standard_error(value_KxB, samples: int):
-  """Return the standard error of the mean over `samples` independent values; NaN for a single one."""
+  """Return the standard error of the mean over `samples` independent values; NaN for a single value."""
   if samples == 1:
     return jnp.full(value_KxB.shape[1:], jnp.nan)
   return value_KxB.std(axis=0, ddof=1) / samples**0.5

@@ -10,8 +10,8 @@ The config key `loss.mdm` selects the training loss: 'nelbo' is the NELBO per st
 'mean_masked' divides the same weighted sum by the number of [MASK]s in the batch. The reference implementation trains
 with 'mean_masked', which is not a bound on -log p(x).
 
-The config key `sampling.length` says whether the length of a string is given or predicted. A model that predicts it is
-trained on strings padded to a fixed length, with [PAD]s that are masked and predicted like other tokens.
+The config key `sampling.length` says whether the length of a string is given or predicted. A model that predicts the
+length is trained on strings padded to a fixed length, with [PAD]s that are masked and predicted like other tokens.
 
 Sampling starts from a fully masked answer. The order 'ancestral' divides the time from 1 to 0 into equal steps. A step
 from t to s reveals each [MASK] with probability (t - s) / t, and the last step reveals all remaining [MASK]s. The other
@@ -68,7 +68,7 @@ def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
   if not length:
     return longest, answer
   if length < longest:
-    raise UserError(f'corrupt.length={length}: the longest example has {longest} tokens: increase it')
+    raise UserError(f'corrupt.length={length}: the longest example has {longest} tokens: increase corrupt.length')
   per_row = min(data.row_length // length, data.segments)
   if 0 < per_row * data.rows < data.batch_size:
     rows = -(-data.batch_size // (per_row * data.groups)) * data.groups
@@ -112,7 +112,7 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
 
   Args:
     outputs: model outputs for the batch.
-    batch: a packed batch, see `types`.
+    batch: a packed batch, with the fields listed in `types`.
     cfg: `mdm`, the name of the training loss (one of LOSSES), and `compute` and `vocab_chunk` of the vocabulary head.
 
   Returns:
@@ -121,7 +121,7 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
   weighted_BxS, plain_BxS, masks_BxS = example_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
   weight_BxS = batch['segment_weight_BxS']
   weighted, masks = (weight_BxS * weighted_BxS).sum(), (weight_BxS * masks_BxS).sum()
-  bound = (1.0 - _corrupt.SHORTEST_TIME) * weighted, weight_BxS.sum()  # t has density 1 / (1 - SHORTEST_TIME)
+  bound = (1.0 - _corrupt.SHORTEST_TIME) * weighted, weight_BxS.sum()  # drawn t have density 1 / (1 - SHORTEST_TIME)
   return {
     'loss': bound if cfg.mdm == 'nelbo' else (weighted, masks),
     'string_bound': bound,
@@ -332,7 +332,7 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
 
   The NELBO bounds -log p of the strings that ancestral sampling generates at temperature 1 in the limit of many steps.
   This sampler reveals each of the F free tokens at its own uniform time in (0, 1], going down from t = 1. At the n-th
-  smallest of these times, t_n, n tokens are still masked, and each is equally likely to be the one revealed. Hence
+  smallest of these times, t_n, n tokens are still masked, and each of these n is equally likely to be revealed. Hence
 
       NELBO = sum_{n=1}^F  E_times  1/n sum_{j masked at t_n} -log p(x_j | z, sigma(t_n))
 
@@ -346,7 +346,7 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
 
   Args:
     forward: (tokens_BxL, length_B, noise_BxS) -> Outputs, with S = 1.
-    rng: a key; each row draws with its own key, derived from this one and the row index.
+    rng: RNG key; each row draws with its own key, derived from `rng` and the row index.
     tokens_BxL: complete rows, starting with [CLS].
     fixed_BxL: True for given tokens, False for the free tokens to be scored.
     length_B: number of tokens per row; 0 for an empty row, whose score is 0.
@@ -355,8 +355,8 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
     longest: not used.
 
   Returns:
-    Score of kind 'bound', infinite for strings that cannot be sampled. Its `kind` is a string, which a jitted function
-    cannot return: return only the arrays from it.
+    Score of kind 'bound', infinite for strings that cannot be sampled. The field `kind` is a string, which a jitted
+    function cannot return; such a function can return only the other fields.
   """
   check_score(kind, longest)
   rows, size = tokens_BxL.shape

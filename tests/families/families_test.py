@@ -85,7 +85,7 @@ def test_corruption_depends_only_on_the_random_generator_and_can_be_packed(made)
   for used, fresh in zip(examples, examples_of(), strict=True):
     for name in used:
       np.testing.assert_array_equal(used[name], fresh[name], err_msg='the corruption modified its input example')
-  assert pickle.loads(pickle.dumps(functools.partial(family.corrupt, cfg=cfg.corrupt)))  # sent to data workers
+  assert pickle.loads(pickle.dumps(functools.partial(family.corrupt, cfg=cfg.corrupt)))  # as data workers do
 
 
 def test_packing_examples_into_rows_does_not_change_the_losses(made):

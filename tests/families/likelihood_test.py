@@ -129,7 +129,7 @@ def test_the_bound_and_the_importance_weighted_estimate_have_the_right_expectati
     expected, logs = by_orders(*row)
     mean = by_sets(*row)
     assert mean == pytest.approx(-np.mean(logs) - math.lgamma(len(strings[i]) + 1), rel=1e-9), (
-      "must equal Jensen's bound over orders"
+      'the bound computed from sets must equal the bound computed from orders'
     )
     assert 0 < error_B[i] < 0.2
     assert abs(nll_B[i] - mean) < 4 * error_B[i]

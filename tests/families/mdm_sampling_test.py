@@ -147,7 +147,7 @@ even_forward = functools.partial(forward, **EVEN)
 
 
 def test_ancestral_samples_follow_the_enumerated_distribution():
-  """Each token is revealed at a uniformly random step, and drawn given the row and the noise level before this step."""
+  """Each token is revealed at an independent, uniformly random step, given the row and the noise level before it."""
   number, steps, exact = 30_000, 3, {}
   closed = (*CLOSED, PAD)
   for times in itertools.product(range(steps), repeat=2):
