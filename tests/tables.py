@@ -8,7 +8,7 @@ from ilm_jax.types import UNLIMITED, Outputs, Prompt
 
 
 def mix(x):
-  """Hash an array of uint32 elementwise."""
+  """Hash uint32 integers, elementwise."""
   x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
   x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
   return x ^ (x >> 16)
@@ -22,8 +22,8 @@ def table(tokens_BxL, length_B, xp, *, vocab=9, scale=64, stop_shift=6.0):
     length_B: number of tokens of each row; later entries are ignored.
     xp: numpy or jax.numpy.
     vocab: vocabulary size.
-    scale: a larger value gives smaller logits, hence a more uniform distribution.
-    stop_shift: a larger value gives smaller stop probabilities.
+    scale: a larger value gives smaller logits, hence more uniform draws.
+    stop_shift: a larger value makes stopping less probable.
   """
   rows, size = tokens_BxL.shape
   index_1xL = xp.arange(size, dtype=xp.uint32)[None]
@@ -39,7 +39,7 @@ def table(tokens_BxL, length_B, xp, *, vocab=9, scale=64, stop_shift=6.0):
 
 
 class Forward:
-  """`table` as a sampler's `forward` argument; its key/value cache contains the tokens themselves."""
+  """The table as the `forward` argument of a sampler; its key/value cache holds the tokens themselves."""
 
   def __init__(self, **settings):
     self.settings = settings
@@ -67,7 +67,7 @@ class Forward:
 
 
 def make_prompt(rows, *, size=8, requests=None, fill=0) -> Prompt:
-  """Build a Prompt from rows (tokens, open) or (tokens, open, least, most), padded with empty rows to `fill` rows."""
+  """Build a Prompt from rows (tokens, open) or (tokens, open, least, most), adding empty rows up to `fill` rows."""
   rows = [*rows, *[([], [])] * (fill - len(rows))]
   columns = [(0, np.int32), (False, bool), (0, np.int32), (UNLIMITED, np.int32)]
   arrays = [np.full((len(rows), size), value, dtype) for value, dtype in columns]

@@ -1,13 +1,13 @@
-"""Autoregressive language model: predicts each token from the tokens to its left, and ends with [EOS].
+"""Autoregressive language model: it predicts each token from the tokens to its left and ends a text with [EOS].
 
-Training minimises the mean cross-entropy of the free tokens and of the [EOS] that follows them. Sampling generates one
-token per forward pass with a key-value cache. Every string has an exact log-probability:
+Training minimizes the mean cross-entropy of the free tokens (to be generated, not given) and of the final [EOS].
+Sampling generates one token per forward pass with a key-value cache. Every string has an exact log-probability:
 
     log p(x | prompt) = sum_t log p(x_t | prompt, x_<t) + log p([EOS] | prompt, x)
 
 With corrupt.fim_rate > 0 the model can also fill one gap in a text (fill-in-the-middle; Bavarian et al. 2022, arXiv
-2207.14255). It then reads `prefix [MASK] suffix [MASK]` as its prompt and generates the middle. This is called the
-model order below, and `prefix middle suffix` the reading order.
+2207.14255). It then reads `prefix [MASK] suffix [MASK]` as its prompt and generates the middle. The names of the two
+token orders are model order (`prefix [MASK] suffix [MASK] middle`) and reading order (`prefix middle suffix`).
 """
 
 from typing import NamedTuple
@@ -35,12 +35,12 @@ def model_settings(cfg) -> dict:
 
 
 def sample_settings(cfg) -> dict:
-  """Return the SampleConfig fields that follow from `cfg.corrupt`."""
+  """Return the SampleConfig field `fim`: whether `cfg.corrupt` trains the model with fill-in-the-middle."""
   return {'fim': cfg.corrupt.get('fim_rate', 0.0) > 0}
 
 
 def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
-  """Return (tokens, targets) of the longest example: fill-in-the-middle adds two [MASK]s, and [EOS] is a target."""
+  """Return the largest (tokens, targets) of an example; fill-in-the-middle adds two [MASK]s, and [EOS] is a target."""
   if not 0 <= cfg.corrupt.fim_rate <= 1:
     raise UserError(f'corrupt.fim_rate={cfg.corrupt.fim_rate}: expected a fraction from 0 to 1')
   return longest + 2 * (cfg.corrupt.fim_rate > 0), answer + 1
@@ -62,7 +62,7 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
 
   Args:
     outputs: model outputs for the batch.
-    batch: a packed batch, see `types`.
+    batch: a packed batch, with the fields listed in `types`.
     cfg: settings of the vocabulary head, `compute` and `vocab_chunk`.
 
   Returns:
@@ -83,7 +83,7 @@ class SampleConfig(NamedTuple):
 
   max_length: int  # maximum tokens per row, counting the prompt but not [EOS]
   max_steps: int | None = None  # maximum generated tokens per row; None: limited by max_length only
-  token: Rule = GREEDY  # how to draw each token
+  token: Rule = GREEDY  # rule for drawing each token: temperature, top-k, top-p
   force_first: bool = False  # do not allow [EOS] as the first generated token
   fim: bool = False  # whether the model was trained with fill-in-the-middle
   suppressed_tokens: tuple[int, ...] = ()  # ids of tokens that are never generated
@@ -98,7 +98,7 @@ class SampleConfig(NamedTuple):
 
   @classmethod
   def create(cls, sampling, **others) -> 'SampleConfig':
-    """Build the settings from the `sampling` part of a config; [EOS] can always be generated."""
+    """Build a SampleConfig from the `sampling` section of a config; [EOS] can always be generated."""
     closed = tuple(token for token in others.pop('suppressed_tokens', ()) if token != EOS)
     return sample_config(cls, sampling, suppressed_tokens=closed, **others)
 
@@ -107,7 +107,7 @@ def check_prompt(given: dict, cfg: SampleConfig) -> None:
   """Raise UserError if the prompt has gaps that this model cannot fill."""
   gaps = np.flatnonzero(given['open']).tolist()
   if len(gaps) > 1:
-    raise UserError(f'family=arm fills one gap of a text, got {len(gaps)}: use a model of family=ilm or mdm')
+    raise UserError(f'family=arm fills one gap of a text, got {len(gaps)} gaps: use a model of family=ilm or mdm')
   if gaps and gaps[0] < len(given['tokens']) - 1 and not cfg.fim:
     raise UserError(
       'family=arm can only continue a text, but this prompt has a gap before its end: use a model trained with '
@@ -118,14 +118,14 @@ def check_prompt(given: dict, cfg: SampleConfig) -> None:
 def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   """Continue each prompt until [EOS], with a key-value cache.
 
-  The prompt takes one forward pass, then each generated token takes one. With `cfg.fim`, a row that has an open gap
-  before its last token is filled there instead of continued.
+  The prompt takes one forward pass, and so does each generated token. With `cfg.fim`, a prompt that has a gap before
+  its last token is filled at this gap instead of being continued.
 
   Args:
     forward: a `transformer.Forward`: `empty_cache(rows, size)` makes an empty cache, and `apply_cached(tokens_BxN,
       start_B, cache)` returns (Outputs, updated cache).
     rng: the key shared by all requests; step t of request r draws with fold_in(fold_in(rng, r), t).
-    prompt: given tokens, and the gaps that are open.
+    prompt: the given tokens, and the gap of each row where tokens are generated.
     cfg: sampling settings.
 
   Returns:
@@ -136,12 +136,12 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
 
 
 def begin(forward, rng, prompt: Prompt, cfg: SampleConfig, size: int) -> Rows:
-  """Return the initial rows: prompts in the model order, with their keys and values in the cache."""
+  """Return the initial rows: prompts in model order, with their keys and values in the cache."""
   memo = ()
   if cfg.fim:
     open_BxL, length_B = jnp.asarray(prompt.open_BxL, bool), jnp.asarray(prompt.length_B, jnp.int32)
     start_B = jnp.where(open_BxL.any(axis=1), open_BxL.argmax(axis=1) + 1, length_B)
-    memo = Layout.of(start_B, start_B, length_B)  # the middle is still empty
+    memo = Layout.of(start_B, start_B, length_B)  # the middle starts empty, so its end is its start
     prompt = prompt._replace(tokens_BxL=memo.arrange(prompt.tokens_BxL), length_B=memo.length_B)
   count, given = prompt.tokens_BxL.shape
   cache = forward.apply_cached(
@@ -153,7 +153,7 @@ def begin(forward, rng, prompt: Prompt, cfg: SampleConfig, size: int) -> Rows:
 def finish(rows: Rows, cfg: SampleConfig) -> Sampled:
   """Return the sampled rows in reading order."""
   if cfg.fim:
-    rows = growing.resize(rows, cfg.capacity)  # `restore` cuts two positions, also of rows without [MASK]s
+    rows = growing.resize(rows, cfg.capacity)  # `restore` removes two positions, even without [MASK]s
     layout = rows.memo.extend_middle(rows.steps_B)
     rows = rows._replace(
       tokens_BxL=layout.restore(rows.tokens_BxL, 0),
@@ -166,17 +166,17 @@ def finish(rows: Rows, cfg: SampleConfig) -> Sampled:
 class Layout(NamedTuple):
   """Mapping between reading order (prefix middle suffix) and model order (prefix [MASK] suffix [MASK] middle).
 
-  In a row without a suffix the two orders are the same, and there are no [MASK]s.
+  A row without a suffix contains no [MASK]s, and its two orders are the same.
   """
 
   start_B: jax.Array  # index of the first token of the middle, in reading order
   end_B: jax.Array  # index after the last token of the middle, in reading order
-  length_B: jax.Array  # row length in model order, with the [MASK]s
-  masks_B: jax.Array  # number of [MASK]s: 2, or 0 without a suffix
+  length_B: jax.Array  # row length in model order, including the [MASK]s
+  masks_B: jax.Array  # number of [MASK]s in the row: 2, or 0 if the row has no suffix
 
   @classmethod
   def of(cls, start_B, end_B, length_B) -> 'Layout':
-    """Build a layout from the middle's borders and the row length, all in reading order."""
+    """Build a layout from the middle's start and end index and the row length, all in reading order."""
     masks_B = jnp.where(end_B < length_B, 2, 0)
     return cls(start_B, end_B, length_B + masks_B, masks_B)
 
@@ -194,7 +194,7 @@ class Layout(NamedTuple):
     first_mask_Bx1, masks_Bx1 = self.start_B[:, None], self.masks_B[:, None]
     suffix_Bx1 = self.suffix_length_B()[:, None]
     second_mask_Bx1 = first_mask_Bx1 + 1 + suffix_Bx1
-    # Reading-order index of the token at each model-order position, if it lies in the suffix or in the middle.
+    # Reading-order index of the token at each model-order position, for positions in the suffix or in the middle.
     from_suffix_BxL = index_1xL + (self.end_B - self.start_B - 1)[:, None]
     from_middle_BxL = index_1xL - 2 - suffix_Bx1
     from_BxL = jnp.where(index_1xL < second_mask_Bx1, from_suffix_BxL, from_middle_BxL)
@@ -206,7 +206,7 @@ class Layout(NamedTuple):
   def restore(self, array_BxL, fill: int):
     """Reorder an array from model order to reading order, two positions shorter, with `fill` after each row's end."""
     index_1xL = jnp.arange(array_BxL.shape[1] - 2)[None]
-    # Model-order index of the entry at each reading-order position, if it lies in the middle or in the suffix.
+    # Model-order index of the entry at each reading-order position, for positions in the middle or in the suffix.
     from_middle_BxL = index_1xL + (2 + self.suffix_length_B())[:, None]
     from_suffix_BxL = index_1xL - (self.end_B - self.start_B - 1)[:, None]
     from_BxL = jnp.where(index_1xL < self.end_B[:, None], from_middle_BxL, from_suffix_BxL)
@@ -257,7 +257,7 @@ GROWTH = growing.Growth(begin, step, finish=finish)
 
 
 def logits(hidden, unembed_VxD, cfg: SampleConfig):
-  """Return vocabulary logits, with NEG_INF for the tokens that are never generated."""
+  """Return vocabulary logits, with NEG_INF for the tokens in `cfg.suppressed_tokens`, which are never generated."""
   bias_V = vocabulary.suppressed_bias(unembed_VxD.shape[0], cfg.suppressed_tokens)
   return vocabulary.vocab_logits(hidden, unembed_VxD, bias_V, compute=cfg.compute)
 
@@ -274,9 +274,9 @@ def check_score(kind: str | None, longest: int) -> None:
 
 def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, kind: str | None = None,
           longest: int = 0) -> Score:  # fmt: skip
-  """Return the exact negative log-likelihood of each row's free tokens and [EOS], as `sample` at temperature 1 has it.
+  """Return the exact -log p of each row's free tokens and [EOS], under the distribution of `sample` at temperature 1.
 
-  Tokens that are never generated have probability 0.
+  Tokens in `cfg.suppressed_tokens` are never generated, so they have probability 0.
 
   Args:
     forward: (tokens_BxL, length_B) -> Outputs.

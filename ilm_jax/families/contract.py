@@ -1,7 +1,7 @@
-"""The contract of a family: what a module must define to be trained, sampled and evaluated.
+"""The interface of a model family: what its module must define so that a model can be trained, sampled and evaluated.
 
-`Family` lists everything the rest of the package calls. A field without a default is required; the defaults are here
-and nowhere else. docs/extending.md builds a family step by step.
+`Family` lists everything that the rest of the package calls in a family. Its fields without a default are required.
+docs/extending.md builds a family step by step.
 """
 
 import dataclasses
@@ -13,20 +13,20 @@ from ml_collections import ConfigDict
 
 from ilm_jax.types import Batch, Metrics, Outputs, Prompt, Sampled, Score, UserError
 
-Example = dict[str, np.ndarray]  # 'tokens': int32[n]; 'fixed': bool[n], the given tokens, which are never dropped
+Example = dict[str, np.ndarray]  # 'tokens': int32[n]; 'fixed': bool[n], true for given tokens
 
 
 class Corrupt(Protocol):
-  """Turn an example into a model input and its targets. Runs in the data workers: NumPy only."""
+  """Turn an example into a model input and its targets. Data workers call it, so it may use NumPy but not JAX."""
 
   def __call__(self, rng: np.random.Generator, example: Example, cfg: ConfigDict, u: float | None = None) -> dict:
-    """Return the fields that `families.corruption` describes.
+    """Return a corrupted example: a dict with the fields that `families.corruption` describes.
 
     Args:
-      rng: generator of this example; every random choice must come from it.
-      example: the tokens and which of them are given.
+      rng: random generator of this example; every random choice must use it.
+      example: the tokens, and which of them are given.
       cfg: the `corrupt` section of the config.
-      u: in [0, 1), replaces the draw of the corruption level; validation passes evenly spaced values.
+      u: a number in [0, 1) that sets the corruption level, for validation; None: the level is drawn at random.
     """
     ...
 
@@ -35,74 +35,74 @@ class Loss(Protocol):
   """Compute the training loss of a batch. Pure and jittable."""
 
   def __call__(self, outputs: Outputs, batch: Batch, cfg: ConfigDict) -> Metrics:
-    """Return (total, weight) pairs by name; the pair 'loss' is minimized.
+    """Return metrics as name -> (total, weight); training minimizes total / weight of the metric 'loss'.
 
     Args:
-      outputs: features and unembedding of the model on the batch.
-      batch: packed rows, see `types`.
+      outputs: the model's outputs for the batch.
+      batch: packed rows, with the fields listed in `types`.
       cfg: the `loss` section of the config, with `compute` and `mean_weight` added.
     """
     ...
 
 
 class Sample(Protocol):
-  """Complete a batch of prompts, inside one jit."""
+  """Complete a batch of prompts, inside one jitted function."""
 
   def __call__(self, forward: Callable[..., Outputs], rng, prompt: Prompt, cfg: Any) -> Sampled:
     """Return the completed rows.
 
     Args:
-      forward: tokens_BxL, length_B -> Outputs.
-      rng: key of the call; the randomness of a row may depend on it and on `prompt.request_B` only.
-      prompt: the given tokens and the open gaps.
+      forward: (tokens_BxL, length_B) -> Outputs.
+      rng: RNG key of the call; a row's randomness may depend only on this key and its number in `prompt.request_B`.
+      prompt: the given tokens, and the gaps where tokens may be inserted.
       cfg: an instance of the family's `SampleConfig`.
     """
     ...
 
 
 class Likelihood(Protocol):
-  """Score rows: the negative log-likelihood of their free tokens, or a bound on it."""
+  """Score rows: compute the negative log-likelihood of their free (not given) tokens, or an upper bound on it."""
 
   def __call__(self, forward: Callable[..., Outputs], rng, tokens_BxL, fixed_BxL, length_B, cfg: Any, *,
                kind: str | None = None, longest: int = 0) -> Score:  # fmt: skip
-    """Return the score in nats.
+    """Return the score of each row in nats.
 
     Args:
-      forward: as for `Sample`.
-      rng: key of the estimate.
+      forward: (tokens_BxL, length_B) -> Outputs, as for `Sample`.
+      rng: RNG key, for scores that are random estimates.
       tokens_BxL: complete rows.
       fixed_BxL: which tokens are given.
       length_B: number of tokens of each row.
       cfg: an instance of the family's `SampleConfig`.
       kind: 'exact', 'bound' or 'importance-weighted'; None selects the family's default.
-      longest: the largest number of free tokens of a row, if the caller knows it.
+      longest: the largest number of free tokens in a row, for scores that need it.
     """
     ...
 
 
 class Growth(Protocol):
-  """The decoding step of a family whose rows grow token by token: a `growing.Growth`."""
+  """Decoding functions of a family whose rows grow token by token; `growing.Growth` implements this protocol."""
 
   @property
   def begin(self) -> Callable:
-    """Return (forward, rng, prompt, SampleConfig, buffer size) -> rows that hold the prompts."""
+    """Return the function (forward, rng, prompt, SampleConfig, buffer size) -> initial rows that hold the prompts."""
 
   @property
   def step(self) -> Callable:
-    """Return (forward, SampleConfig, rows) -> rows after one decoding step."""
+    """Return the function (forward, SampleConfig, rows) -> rows after one decoding step."""
 
   @property
   def needed(self) -> Callable:
-    """Return (length_B, SampleConfig) -> an upper bound on the buffer positions after the next step."""
+    """Return the function (length_B, SampleConfig) -> upper bound on each row's length after the next step."""
 
   @property
   def finish(self) -> Callable:
-    """Return (rows, SampleConfig) -> Sampled."""
+    """Return the function (rows, SampleConfig) -> Sampled, the final result of decoding."""
 
 
 def no_likelihood(kind: str | None, longest: int) -> None:
-  """Raise UserError: the default of `Family.check_score`."""
-  raise UserError('this family has no likelihood: leave eval.score at none')
+  """Raise UserError because the family has no likelihood: the default of `Family.check_score`."""
+  raise UserError('this family has no likelihood: use eval.score=none')
 
 
 def accept_prompt(given: dict, cfg: Any) -> None:
@@ -116,26 +116,26 @@ def no_settings(cfg: ConfigDict) -> dict:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-  """A family of sequence models, as functions and a few facts.
+  """A family of sequence models: its functions and its properties.
 
   Attributes:
-    name: the value of `config.family`, and the name in error messages.
-    corrupt: makes the model input and the targets of an example.
-    loss: the training loss.
+    name: the family's short name, used as the value of `config.family` and in error messages.
+    corrupt: turns an example into a model input and its targets.
+    loss: computes the training loss.
     sample: completes prompts.
-    SampleConfig: hashable settings of `sample` and `score`, a NamedTuple with a static method `create(sampling, **...)`
+    SampleConfig: hashable settings of `sample` and `score`, a NamedTuple with a constructor `create(sampling, **...)`
       that takes the `sampling` section of a config.
-    model_settings: config -> the fields of ModelConfig that the family decides (`causal`, `stop_head`, ...).
-    sizes: (config, longest example, longest answer), in tokens -> (positions, targets) of the largest corrupted
-      example; raises UserError for `corrupt` and `loss` settings that the family does not accept.
-    score: likelihood of complete rows; None if the family has none.
-    check_score: (kind, longest) -> None; raises UserError if `score` would refuse them.
-    sample_settings: config -> the fields of SampleConfig that other sections of the config decide.
+    model_settings: config -> the fields of ModelConfig that the family determines (`causal`, `stop_head`, ...).
+    sizes: (config, tokens of the longest example, tokens of the longest answer) -> (positions, targets) of the largest
+      corrupted example; raises UserError for `corrupt` and `loss` settings that the family does not support.
+    score: computes the likelihood of complete rows; None if the family defines no likelihood.
+    check_score: (kind, longest) -> None; raises UserError if `score` does not support these arguments.
+    sample_settings: config -> the fields of SampleConfig that sections other than `sampling` determine.
     check_prompt: (prompt, SampleConfig) -> None; raises UserError if `sample` cannot complete the prompt.
-    fills: what an infill request may say about the number of tokens of a gap: 'limits' (a minimum and a maximum),
-      'free' (nothing) or 'masks' (exactly how many).
-    growth: the decoding step, for continuous batching; None if rows do not grow token by token.
-    open_gap_embedding: the family supports `model.open_gap_embedding`.
+    fills: what an infill request may specify about the number of tokens inserted into a gap: 'limits' (a minimum and a
+      maximum), 'free' (nothing) or 'masks' (the exact number).
+    growth: decoding functions for continuous batching; None if rows do not grow token by token.
+    open_gap_embedding: whether the family supports `model.open_gap_embedding`.
     length_weights: the values of `loss.length_weight` that the family supports.
   """
 

@@ -1,12 +1,12 @@
-"""The corruption of a training example by each family, in numpy only (data workers must not touch an accelerator).
+"""Corruption of training examples for each family, in NumPy only, because data workers must not use an accelerator.
 
 An example is {'tokens': int32[n], 'fixed': bool[n]} with [CLS] first. Fixed tokens (the prompt, [BOS], the text around
 a gap) are never dropped or masked; the other tokens are free. A corrupted example is a dict of variable-length arrays,
 ready for packing:
 
-    tokens, open          the kept tokens in order, and whether a token may be inserted right of each
-    target_gap            for each target, an index into `tokens`: of the nearest kept token to the left of a dropped
-                          token, or of the [MASK] of a masked one
+    tokens, open          the input tokens, and for each whether a token may be inserted to its right
+    target_gap            for each target, the index in `tokens` from which it is predicted: that of the token left of a
+                          dropped token, or that of the [MASK] of a masked token
     target_token          for each target, the token id to predict
     length, free          number of tokens, and of free tokens, before corruption and padding
     target_weight         weight of each target in the loss (optional, default 1)
@@ -20,22 +20,22 @@ import numpy as np
 from ilm_jax.special_tokens import EOS, MASK, PAD
 from ilm_jax.types import UserError
 
-SHORTEST_TIME = 1e-3  # smallest time of masked diffusion; it bounds a target's weight, 1 / time
+SHORTEST_TIME = 1e-3  # smallest diffusion time t drawn for family=mdm; it bounds the loss weight 1 / t of a target
 
 
 def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
-  """Drop a uniform random subset of n of the L free tokens, with n uniform on {0, ..., L}.
+  """Drop a uniformly random subset of n of the L free tokens, with n uniform on {0, ..., L}.
 
-  Worked example: `CLS p BOS a b c d` with b and c dropped keeps `CLS p BOS a d`, with target_gap [3, 3] and
+  Worked example: dropping b and c from `CLS p BOS a b c d` leaves `CLS p BOS a d`, with target_gap [3, 3] and
   target_token [b, c].
 
   Args:
     rng: the example's random generator.
-    example: see the module docstring.
-    cfg: the config's `corrupt` part. `close_prompt` closes the gaps inside the prompt in the training softmax (the
-      reference leaves them open). `infill_rate` is the fraction of examples that become infilling examples: only one to
-      three spans stay free, and all other gaps are closed. (The reference closes every gap that currently misses no
-      token, which a sampler cannot know.) With model.open_gap_embedding, the model sees which gaps are open.
+    example: the tokens, and which of them are fixed; see the module docstring.
+    cfg: the `corrupt` section. `close_prompt` excludes the gaps inside the prompt from the training softmax (the
+      reference implementation includes them). `infill_rate` is the fraction of infilling examples, in which only one to
+      three spans are free, and the softmax excludes all gaps outside these spans. (The reference implementation
+      excludes every gap without dropped tokens, but a sampler does not know these gaps.)
     u: a number in [0, 1) that determines n instead of a random draw, for stratified validation on complete texts.
   """
   tokens, fixed = example['tokens'], example['fixed']
@@ -60,24 +60,24 @@ def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
 
 
 def arm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
-  """Make every free token, and [EOS] after the last one, the target of the token before it; nothing is dropped.
+  """Predict every free token, and [EOS] at the end, from the position to its left; no token is dropped.
 
-  For filling in the middle (Bavarian et al. 2022, arXiv 2207.14255), a span of tokens (the middle) is moved to the end,
-  a [MASK] takes its place, and a second [MASK] precedes the moved span. The [MASK]s are not targets.
+  For fill-in-the-middle (Bavarian et al. 2022, arXiv 2207.14255), a span of tokens (the middle) is moved to the end, a
+  [MASK] takes its place, and a second [MASK] precedes the moved span. The [MASK]s are not targets.
 
   Worked example: `CLS a b c d` with middle b, c becomes `CLS a MASK d MASK b c`. The targets are a, d, b, c and EOS,
   each predicted from the token to its left.
 
   Args:
     rng: the example's random generator.
-    example: see the module docstring.
-    cfg: the config's `corrupt` part. `fim_rate` is the fraction of examples that are rearranged; the middle then lies
-      between two uniform random cuts of the free tokens. An example with fixed tokens after free ones is always
-      rearranged, with its free tokens as the middle.
-    u: a number for a validation example, whose order is not changed; None for a training example.
+    example: the tokens, and which of them are fixed; see the module docstring.
+    cfg: the `corrupt` section. `fim_rate` is the fraction of examples that are rearranged for fill-in-the-middle; the
+      middle then lies between two uniformly random cuts of the free tokens. An example with fixed tokens after free
+      tokens is always rearranged, with its free tokens as the middle.
+    u: any number for a validation example, whose tokens are not rearranged at random; None for a training example.
 
   Raises:
-    UserError: fixed tokens follow free ones, and `fim_rate` is 0 or the free tokens are not contiguous.
+    UserError: fixed tokens follow free tokens, and `fim_rate` is 0 or the free tokens are not contiguous.
   """
   tokens, fixed = example['tokens'], example['fixed']
   free = np.flatnonzero(~fixed)
@@ -85,12 +85,12 @@ def arm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
   if len(free) and free[0] + len(free) != len(tokens):
     if not cfg.fim_rate:
       raise UserError(
-        'family=arm writes from left to right, but an example has given tokens after free ones: expected the free '
-        'tokens last; use corrupt.fim_rate=0.5 (filling in the middle), or family=ilm or mdm'
+        'family=arm writes from left to right, but an example has given tokens after tokens to generate: use '
+        'corrupt.fim_rate=0.5 (fill-in-the-middle), or family=ilm or mdm'
       )
     if free[-1] - free[0] + 1 != len(free):
       raise UserError(
-        'family=arm fills one gap of a text, but an example has free tokens in several places: use family=ilm or mdm'
+        'family=arm fills one gap of a text, but an example has several gaps to fill: use family=ilm or mdm'
       )
     tokens, place = rearrange(tokens, free[0], free[-1] + 1)
   elif cfg.fim_rate and u is None and rng.random() < cfg.fim_rate:
@@ -109,10 +109,10 @@ def arm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
 
 
 def rearrange(tokens: np.ndarray, first: int, past: int) -> tuple[np.ndarray, np.ndarray]:
-  """Move the middle, tokens[first:past], to the end, with a [MASK] in its old place and a second one before it.
+  """Move tokens[first:past] (the middle) to the end; put a [MASK] in its old place and a second [MASK] before it.
 
   Returns:
-    (new tokens, index of each old token among the new ones).
+    (rearranged tokens, the index in them of each original token).
   """
   prefix, middle, suffix = np.split(tokens, [first, past])
   mask = np.array([MASK], tokens.dtype)
@@ -122,16 +122,16 @@ def rearrange(tokens: np.ndarray, first: int, past: int) -> tuple[np.ndarray, np
 
 
 def it(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
-  """Drop tokens as `ilm` does; list one target or more for every open gap.
+  """Drop tokens as `ilm` does, and list at least one target for every open gap.
 
-  A gap with c > 0 dropped tokens has each of them as a target of weight 1 / (c + 1). A gap without dropped tokens has
-  the target [EOS] of weight eos_weight.
+  In a gap with c > 0 dropped tokens, each of these is a target with weight 1 / (c + 1). In a gap without dropped
+  tokens, [EOS] is the target, with weight eos_weight.
 
   Args:
     rng: the example's random generator.
-    example: see the module docstring.
-    cfg: the config's `corrupt` part: the settings of `ilm`, and `eos_weight`.
-    u: as for `ilm`.
+    example: the tokens, and which of them are fixed; see the module docstring.
+    cfg: the `corrupt` section: the settings of `ilm`, and `eos_weight`.
+    u: a number in [0, 1) that determines how many tokens are dropped, or None, as for `ilm`.
   """
   out = ilm(rng, example, cfg, u)
   count = np.bincount(out['target_gap'], minlength=len(out['tokens']))
@@ -145,7 +145,7 @@ def it(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
 
 
 def choose_spans(rng: np.random.Generator, free: np.ndarray, most: int = 3) -> np.ndarray:
-  """Choose one to `most` disjoint, nonadjacent spans of the free tokens by uniform random cuts.
+  """Choose one to `most` disjoint, nonadjacent spans of the free tokens by uniformly random cuts.
 
   Returns:
     A mask that is true inside the spans.
@@ -159,23 +159,23 @@ def choose_spans(rng: np.random.Generator, free: np.ndarray, most: int = 3) -> n
 
 
 def open_gaps(fixed: np.ndarray) -> np.ndarray:
-  """Return for each token whether the gap right of it is open: it touches a free token and is not right of [CLS]."""
+  """Return for each token whether the gap to its right is open: beside a free token, and not the gap after [CLS]."""
   open_ = ~fixed | np.append(~fixed[1:], False)
   open_[0] = False
   return open_
 
 
 def mdm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
-  """Replace each free token by [MASK] with probability (1 - eps) t, at a time t ~ U(SHORTEST_TIME, 1].
+  """Replace each free token by [MASK] with probability (1 - eps) t, for a diffusion time t ~ U(SHORTEST_TIME, 1].
 
   The schedule is log-linear: at noise level sigma(t) = -log(1 - (1 - eps) t), a token is masked with probability
-  1 - exp(-sigma(t)). A target has weight sigma'(t) / (exp(sigma(t)) - 1) = 1 / t.
+  1 - exp(-sigma(t)). The loss weight of every target is sigma'(t) / (exp(sigma(t)) - 1) = 1 / t.
 
   Args:
     rng: the example's random generator.
-    example: see the module docstring.
-    cfg: the config's `corrupt` part. `length` pads the example to this many tokens with [PAD]s, which count as free
-      tokens (0: no padding); `noise_eps` is eps.
+    example: the tokens, and which of them are fixed; see the module docstring.
+    cfg: the `corrupt` section. `length` is the number of tokens to which the example is padded with [PAD]s, which count
+      as free tokens (0: no padding); `noise_eps` is eps.
     u: a number in [0, 1) that determines t instead of a random draw, for stratified validation; 0 gives t = 1.
 
   Raises:
@@ -185,7 +185,7 @@ def mdm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
   before = {'length': len(tokens), 'free': int((~fixed).sum())}
   if cfg.length:
     if len(tokens) > cfg.length:
-      raise UserError(f'corrupt.length={cfg.length}: an example has {len(tokens)} tokens: raise it')
+      raise UserError(f'corrupt.length={cfg.length}: an example has {len(tokens)} tokens: increase corrupt.length')
     padding = (0, cfg.length - len(tokens))
     tokens, fixed = np.pad(tokens, padding, constant_values=PAD), np.pad(fixed, padding)
   time = 1.0 - (1.0 - SHORTEST_TIME) * (rng.random() if u is None else u)

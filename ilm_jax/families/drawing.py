@@ -1,4 +1,4 @@
-"""Draw indices from logits by a rule (temperature, top-k, nucleus), and insert tokens into rows."""
+"""Draw indices from logits under a sampling rule (temperature, top-k, nucleus), and insert tokens into rows."""
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,10 @@ from ilm_jax.types import Outputs, Rule
 
 
 def choose(rng_B, logits_BxN, rule: Rule):
-  """Draw one index of each row by the rule, with the row's own RNG key; the token that crosses top_p is kept.
+  """Draw one index per row under the sampling rule, with the row's own RNG key.
 
-  The noise of an entry depends only on the key and the entry's index, so closed entries (NEG_INF) appended to a row
-  do not change its draw.
+  The noise added to an entry depends only on the key and the entry's index, so appending entries of logit NEG_INF to a
+  row does not change its draw. Nucleus sampling includes the entry that crosses top_p.
   """
   if _is_greedy(rule):
     return jnp.argmax(logits_BxN, axis=-1)
@@ -21,13 +21,14 @@ def choose(rng_B, logits_BxN, rule: Rule):
 
 
 def choose_several(rng_B, logits_BxN, rule: Rule, *, count: int):
-  """Draw `count` different indices of each row by the rule, without replacement.
+  """Draw `count` different indices per row under the sampling rule, without replacement.
 
   The `count` largest sums of logit and Gumbel noise are a draw without replacement (the Gumbel top-k trick), so the
   first index equals that of `choose` with the same key.
 
   Returns:
-    (index_BxG, ok_BxG): the indices in the order of the draws; ok is false once a row has no admissible entry left.
+    (index_BxG, ok_BxG): the indices in the order of the draws; ok is false once all entries that the rule allows in a
+    row have been drawn.
   """
   score_BxN = logits_BxN if _is_greedy(rule) else _perturbed(rng_B, logits_BxN, rule)
   value_BxG, index_BxG = jax.lax.top_k(score_BxN, count)
@@ -35,10 +36,10 @@ def choose_several(rng_B, logits_BxN, rule: Rule, *, count: int):
 
 
 def draw_token(rng_B, outputs: Outputs, gap_B, bias_V, rule: Rule, *, compute: str):
-  """Draw a token for one gap of each row.
+  """Draw a token to insert into one gap of each row; gap_B is the position to the left of the gap.
 
   Returns:
-    (token_B, logit_B): the drawn token and its logit before the rule is applied.
+    (token_B, logit_B): the drawn token, and its logit before temperature, top-k and top-p are applied.
   """
   hidden_BxD = jnp.take_along_axis(outputs.hidden_BxLxD, gap_B[:, None, None], axis=1)[:, 0]
   logits_BxV = vocabulary.vocab_logits(hidden_BxD, outputs.unembed_VxD, bias_V, compute=compute)
@@ -51,7 +52,7 @@ def _is_greedy(rule: Rule) -> bool:
 
 
 def _perturbed(rng_B, logits_BxN, rule: Rule):
-  """Return the logits under the rule plus Gumbel noise, NEG_INF on entries that the rule excludes."""
+  """Apply the rule to the logits and add Gumbel noise; entries that the rule excludes become NEG_INF."""
   logits = restrict(logits_BxN.astype(jnp.float32) / rule.temperature, rule)
   gumbel = jax.vmap(lambda rng: jax.random.gumbel(rng, logits.shape[1:]))(rng_B)
   return jnp.where(logits > numerics.NEG_INF / 2, logits + gumbel, numerics.NEG_INF)
@@ -74,7 +75,7 @@ def restrict(logits_BxN, rule: Rule):
 
 
 def _largest(key_BxN, sorted_BxN, count_B):
-  """Return a mask of the `count_B` largest entries of each row; among equal entries the first ones win."""
+  """Return a mask of the `count_B` largest entries of each row; among equal entries, the first are selected."""
   count_Bx1 = jnp.broadcast_to(jnp.asarray(count_B), key_BxN.shape[:-1])[..., None]
   least_Bx1 = jnp.take_along_axis(sorted_BxN, sorted_BxN.shape[-1] - count_Bx1, axis=-1)
   above_BxN, equal_BxN = key_BxN > least_Bx1, key_BxN == least_Bx1
@@ -83,13 +84,13 @@ def _largest(key_BxN, sorted_BxN, count_B):
 
 
 def _sort_key(x):
-  """Map float32 to int32 so that integer order equals the order of the floats."""
+  """Map float32 to int32 keys that sort in the same order as the floats."""
   bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # -0.0 and 0.0 get the same key
   return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _from_sort_key(key):
-  """Invert `_sort_key`."""
+  """Map the int32 keys of `_sort_key` back to float32."""
   return jax.lax.bitcast_convert_type(jnp.where(key < 0, key ^ 0x7FFFFFFF, key), jnp.float32)
 
 
@@ -97,9 +98,9 @@ def _from_sort_key(key):
 
 
 def insert(array_BxL, gap_B, value_B, go_B):
-  """Insert a value right of position gap_B in the rows with go_B; later entries move right, the last one is dropped.
+  """Insert value_B right of position gap_B in rows where go_B is true; later entries move right, the last is dropped.
 
-  [a b c _], gap 0, value x -> [a x b c].
+  Example: [a b c _], gap 0, value x -> [a x b c].
   """
   index_1xL = jnp.arange(array_BxL.shape[1])[None]
   shifted = jnp.take_along_axis(array_BxL, index_1xL - (index_1xL > gap_B[:, None]), axis=1)
@@ -108,9 +109,9 @@ def insert(array_BxL, gap_B, value_B, go_B):
 
 
 def insert_all(array_BxL, value_BxL, go_BxL):
-  """Insert value_BxL[b, i] right of every position i with go_BxL; entries pushed beyond the buffer are dropped.
+  """Insert value_BxL[b, i] right of each position i where go_BxL is true; entries beyond the buffer's end are dropped.
 
-  [a b c _ _], go at 0 and 2, values x . z -> [a x b c z].
+  Example: [a b c _ _], go_BxL true at 0 and 2, values [x . z . .] -> [a x b c z].
   """
   size, go_BxL = array_BxL.shape[1], go_BxL.astype(jnp.int32)
   row_Bx1 = jnp.arange(array_BxL.shape[0])[:, None]

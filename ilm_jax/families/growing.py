@@ -2,13 +2,13 @@
 
 A family describes its decoding with four functions, collected in a `Growth`:
 
-    begin(forward, rng, prompt, cfg, size) -> Rows     rows that hold their prompts, in a buffer of `size` positions
+    begin(forward, rng, prompt, cfg, size) -> Rows     initial rows: the prompts in a buffer of `size` positions
     step(forward, cfg, rows)               -> Rows     one decoding step: a forward pass, then the new tokens
     needed(length_B, cfg)                  -> int[B]   upper bound on each row's length after the next step
     finish(rows, cfg)                      -> Sampled  the result, from rows in a buffer of any size
 
-`sample` runs one batch to its end in a single jit; `inference.continuous_batching` uses the same functions to replace
-finished rows by new ones.
+`sample` decodes one batch completely in a single jit; `inference.continuous_batching` uses the same functions, but
+replaces finished rows by new requests.
 """
 
 import functools
@@ -26,18 +26,18 @@ class Rows(NamedTuple):
 
   tokens_BxL: jax.Array  # token ids, 0 on padding
   order_BxL: jax.Array  # step that inserted each token, -1 for given tokens and padding
-  max_left_BxL: jax.Array  # how many more tokens the gap right of each position may receive; 0: the gap is closed
-  min_left_BxL: jax.Array  # how many more tokens the gap right of each position must receive
-  gap_BxL: jax.Array  # number of the prompt's gap that each position belongs to; its positions share room and lack
+  max_left_BxL: jax.Array  # maximum number of tokens still to be inserted into the gap right of each position; 0: none
+  min_left_BxL: jax.Array  # minimum number of tokens still to be inserted into the gap right of each position
+  gap_BxL: jax.Array  # which gap of the prompt each position belongs to (0: none); positions of a gap share its limits
   length_B: jax.Array  # number of tokens in each row
   active_B: jax.Array  # whether the row is still being decoded
-  steps_B: jax.Array  # number of steps that inserted a token
+  steps_B: jax.Array  # number of decoding steps that inserted a token into the row
   stopped_B: jax.Array  # whether the model ended the row (False: still active, or ended by a limit)
   rng_B: jax.Array  # RNG key of each request
   log_prob_BxM: jax.Array  # log-probability of each step's insertions
-  stop_prob_BxM: jax.Array  # probability of stopping, as seen at each step
+  stop_prob_BxM: jax.Array  # the model's probability of stopping at each step
   cache: Any = ()  # key/value cache of a causal model; its arrays have positions as their second axis
-  memo: Any = ()  # other per-row state of a family
+  memo: Any = ()  # further per-row state that only one family uses
 
 
 def most_steps(cfg) -> int:
@@ -51,7 +51,7 @@ def request_keys(rng, prompt: Prompt):
 
 
 def step_keys(rows: Rows, count: int):
-  """Return `count` arrays of RNG keys, one key a row, for the current step of each row."""
+  """Return `count` arrays of RNG keys, with one key per row, for the current step of each row."""
   rng_B = jax.vmap(jax.random.fold_in)(rows.rng_B, rows.steps_B)
   return jax.vmap(functools.partial(jax.random.split, num=count), out_axes=1)(rng_B)
 
@@ -62,7 +62,7 @@ def open_gaps(rows: Rows):
 
 
 def buffers(start: int, cfg) -> list[int]:
-  """Return the buffer sizes that a row of `start` tokens passes through: min_buffer, doubled up to `cfg.capacity`."""
+  """Return the growing buffer sizes for rows that start with `start` tokens: cfg.min_buffer doubled to cfg.capacity."""
   size, sizes = cfg.min_buffer, []
   while size < min(start, cfg.capacity):
     size *= 2
@@ -73,7 +73,7 @@ def buffers(start: int, cfg) -> list[int]:
 
 
 def begin(rng, prompt: Prompt, cfg, size: int, *, cache=(), memo=()) -> Rows:
-  """Return rows that hold their prompts, in a buffer of `size` positions."""
+  """Return the initial rows: the prompts in a buffer of `size` positions."""
   count = prompt.tokens_BxL.shape[0]
   trace_BxM = jnp.zeros((count, most_steps(cfg) + 1), jnp.float32)
   open_BxL = jnp.asarray(prompt.open_BxL, bool).at[:, 0].set(False)
@@ -109,9 +109,9 @@ def advance(rows: Rows, *, go_B, stops_B, inserted_B, log_prob_B, stop_prob_B, *
 
   Args:
     rows: the rows before the step.
-    go_B: whether the step inserts into the row; the others become inactive.
+    go_B: whether the step inserts into the row; rows without an insertion become inactive.
     stops_B: whether the model ends the row.
-    inserted_B: number of tokens inserted into the row.
+    inserted_B: number of tokens that the step inserts into the row.
     log_prob_B: log-probability of the step's insertions, recorded in the rows with `go_B`.
     stop_prob_B: probability of stopping, recorded in the rows that were active.
     **arrays: new values of other fields of `Rows`.
@@ -156,7 +156,7 @@ def one_more(length_B, cfg):
 
 
 class Growth(NamedTuple):
-  """The decoding functions of a family; the module docstring gives their signatures."""
+  """The decoding functions of a family; the docstring of this module gives their signatures."""
 
   begin: Callable[..., Rows]
   step: Callable[..., Rows]

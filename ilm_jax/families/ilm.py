@@ -1,12 +1,13 @@
 """Insertion language model (arXiv 2505.05755): one softmax over all (gap, token) pairs, and a stop head.
 
-Notation: s is a string of kept tokens, h_k the hidden state of its k-th token, W_v the unembedding of token v, and
-Z[k, v] = <h_k, W_v> the logit of inserting v right of s_k. D is the set of n = |D| dropped tokens; dropped token x_j
-belongs right of position g(j). The loss of one example is
+Notation: s is a text without its dropped tokens, h_k the hidden state of the token s_k, W_v the unembedding of token v,
+and Z[k, v] = <h_k, W_v> the logit of inserting v right of s_k. D is the set of n = |D| dropped tokens; dropped token
+x_j belongs to the gap right of position g(j) of s. The loss of one example is
 
     loss = [n > 0] (logsumexp_{k, v} Z[k, v] - 1/n sum_{j in D} Z[g(j), x_j])  +  stop_weight * CE(stop logits, [n > 0])
 
-Decoding step: run a forward pass; end the row if the stop head says so; otherwise draw a gap and a token, and insert.
+Decoding step: run a forward pass; end the row if the stop head decides to stop; otherwise draw a gap and a token, and
+insert the token into the gap.
 """
 
 import math
@@ -28,7 +29,7 @@ score, check_score = likelihood.score, likelihood.check_score
 
 
 def model_settings(cfg) -> dict:
-  """Return the fields of ModelConfig that this family fixes."""
+  """Return the ModelConfig fields that this family sets: a bidirectional model with a stop head."""
   del cfg
   return {'causal': False, 'stop_head': True}
 
@@ -38,8 +39,8 @@ def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
 
   Args:
     cfg: the whole config.
-    longest: tokens of the longest example; all of them are kept if none is dropped.
-    answer: largest number of free tokens of an example; all of them may be dropped.
+    longest: tokens of the longest example, which the model reads in full if none of them is dropped.
+    answer: largest number of free tokens of an example, all of which may be dropped.
 
   Raises:
     UserError: corrupt.infill_rate is not between 0 and 1.
@@ -53,10 +54,10 @@ def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
 
 
 def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', chunk: int = 2048):
-  """Return the two parts of each example's loss, before weighting.
+  """Return the token loss and the stop loss of each example, without weights.
 
   Returns:
-    (token_BxS, stop_BxS, dropped_BxS): cross-entropy of the insertions (0 where nothing was dropped), cross-entropy of
+    (token_BxS, stop_BxS, dropped_BxS): cross-entropy of the insertions (0 if no token was dropped), cross-entropy of
     the stop head, number of dropped tokens.
   """
   segments = batch['cls_BxS'].shape[1]
@@ -81,16 +82,16 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
 
   Args:
     outputs: the model's outputs for the batch.
-    batch: a packed batch, see `types`.
-    cfg: the config's `loss` part, plus `compute`, `vocab_chunk` and `mean_weight`. `stop_weight` multiplies the stop
-      loss. With length_weight='elbo', the loss of an example with L free tokens is multiplied by (L + 1) /
-      mean_weight, where mean_weight is the data's mean of L + 1; with stop_weight=1 the loss is then the bound on
-      -log p(x), up to constants. length_weight='none' is the paper's loss.
+    batch: a packed batch, with the fields listed in `types`.
+    cfg: the `loss` section, plus `compute`, `vocab_chunk` and `mean_weight`. `stop_weight` multiplies the stop loss.
+      With length_weight='elbo', the loss of an example with L free tokens is multiplied by (L + 1) / mean_weight, where
+      mean_weight is the mean of L + 1 over the data; if also stop_weight=1, the loss is an upper bound on -log p(x), up
+      to constants. length_weight='none' gives the paper's loss.
 
   Returns:
-    'loss'; 'token_loss' and 'stop_loss', its parts before stop_weight and length weight; 'string_bound', the estimate
-    (L + 1) (token + stop loss) - log L! of the bound on -log p(x) in nats (see `likelihood`), with the probabilities
-    of the training softmax; 'stop_accuracy', the fraction of correct stop decisions.
+    'loss'; its parts 'token_loss' and 'stop_loss', without stop_weight and length weight; 'string_bound', an estimate
+    in nats of the upper bound on -log p(x) (see `likelihood`): (L + 1) (token loss + stop loss) - log L!, under the
+    training softmax; 'stop_accuracy', the fraction of correct stop decisions.
   """
   token_BxS, stop_BxS, dropped_BxS = example_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
   weight_BxS = batch['segment_weight_BxS']
@@ -114,31 +115,31 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
 
 
 class SampleConfig(NamedTuple):
-  """Settings of the sampler. Hashable: jit compiles one program for each value."""
+  """Sampling settings. Hashable, because they are a static argument of jit."""
 
-  max_length: int  # largest number of tokens of a row, prompt included
-  max_steps: int | None = None  # largest number of decoding steps that insert into a row; None: no limit
-  gap: Rule = GREEDY  # first stage: how to draw a gap, by its total probability
-  token: Rule = GREEDY  # second stage: how to draw a token, given the gap
-  joint: Rule | None = None  # if set, draw the gap and the token at once, among all (gap, token) pairs
-  gaps: int = 1  # number of insertions in a decoding step, each right of a different token; 0: as many as possible
+  max_length: int  # maximum number of tokens per row, counting the prompt
+  max_steps: int | None = None  # maximum number of decoding steps that insert into a row; None: no limit
+  gap: Rule = GREEDY  # rule of the first stage, which draws a gap from the gaps' total probabilities
+  token: Rule = GREEDY  # rule of the second stage, which draws a token for the gap
+  joint: Rule | None = None  # if set: rule for a single stage, which draws a (gap, token) pair among all pairs
+  gaps: int = 1  # maximum insertions per decoding step, each right of a different token; 0: right of every token
   gap_threshold: float = 0.0  # with gaps != 1: skip gaps less probable than this fraction of the best gap's probability
   stop_threshold: float | None = 0.9  # stop when p(stop) >= this; None (0 in a config): stop with probability p(stop)
   stop_temperature: float = 1.0  # divides the logits of the stop head
   force_first: bool = False  # insert at least one token before stopping
   suppressed_tokens: tuple[int, ...] = ()  # token ids that are never inserted (special tokens)
-  min_buffer: int = 64  # positions of the smallest buffer; buffers double up to max_length as rows grow
-  compute: str = 'float32'  # number format of the vocabulary head
-  vocab_chunk: int = 2048  # vocabulary entries processed at a time
+  min_buffer: int = 64  # initial buffer length in tokens; it doubles up to max_length as rows grow
+  compute: str = 'float32'  # precision of the matrix products in the vocabulary head
+  vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
 
   @property
   def capacity(self) -> int:
-    """Number of positions of the largest buffer."""
+    """Maximum buffer length in tokens."""
     return self.max_length
 
   @classmethod
   def create(cls, sampling, **others) -> 'SampleConfig':
-    """Build from a config's `sampling` part; raise UserError for values out of range."""
+    """Build a SampleConfig from the `sampling` section of a config; raise UserError for values out of range."""
     if sampling.get('stop_threshold') == 0:
       sampling = {**sampling, 'stop_threshold': None}
     made = sample_config(cls, sampling, **others)
@@ -153,8 +154,8 @@ class SampleConfig(NamedTuple):
       raise UserError(f'sampling.gap_threshold={made.gap_threshold}: expected a fraction from 0 to 1')
     if made.gaps != 1 and made.joint is not None:
       raise UserError(
-        f'sampling.gaps={made.gaps} cannot be combined with sampling.joint, which draws one (gap, token) pair a step: '
-        'use gaps=1 or remove sampling.joint'
+        f'sampling.gaps={made.gaps} cannot be combined with sampling.joint, which draws one (gap, token) pair per '
+        'step: use sampling.gaps=1 or remove sampling.joint'
       )
     return made
 
@@ -164,12 +165,12 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
 
   Args:
     forward: (tokens_BxL, length_B, open_BxL=) -> Outputs with S = 1.
-    rng: the run's key; a row's noise depends only on fold_in(fold_in(rng, request), step).
+    rng: the key shared by all requests; step t of request r draws with fold_in(fold_in(rng, r), t).
     prompt: the given tokens of each row; its buffer may be shorter than max_length.
-    cfg: see SampleConfig.
+    cfg: sampling settings.
 
   Returns:
-    Sampled with L = max_length, and M = the largest number of steps plus one for the forward pass that stops.
+    Sampled with L = max_length, and M = the maximum number of steps plus one for the forward pass that ends a row.
   """
   return growing.sample(GROWTH, forward, rng, prompt, cfg)
 
@@ -177,8 +178,8 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
 def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   """Run one decoding step: a forward pass, the stop decision, and the insertions of the rows that continue.
 
-  A row does not stop while one of its gaps has fewer tokens than its minimum. Once the stop head would end such a row,
-  or only just enough room is left for the missing tokens, the row inserts only into the gaps below their minimum.
+  A row does not stop while one of its gaps has fewer tokens than its minimum. If the stop head would end such a row, or
+  the row has room only for the tokens that the minimums require, it inserts only into gaps below their minimum.
   """
   gap_rng_B, token_rng_B, stop_rng_B = growing.step_keys(rows, 3)
   open_BxL = growing.open_gaps(rows)
@@ -187,7 +188,7 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
 
   left_B = jnp.minimum(cfg.max_length - rows.length_B, growing.most_steps(cfg) - rows.steps_B)
   lacking_BxL = open_BxL & (rows.min_left_BxL > 0)
-  first_BxL = rows.gap_BxL != jnp.roll(rows.gap_BxL, 1, axis=1)  # the first position of each gap, to count it once
+  first_BxL = rows.gap_BxL != jnp.roll(rows.gap_BxL, 1, axis=1)  # first position of each gap: count its minimum once
   lack_B = jnp.where(lacking_BxL & first_BxL, rows.min_left_BxL, 0).sum(axis=1)
   only_lacking_B = (lack_B > 0) & (wants_stop_B | (left_B <= lack_B))
   open_BxL &= lacking_BxL | ~only_lacking_B[:, None]
@@ -235,13 +236,13 @@ def _stop_decision(outputs: Outputs, rng_B, cfg: SampleConfig):
 
 
 def _within_limits(rows: Rows, gap_BxG, ok_BxG, limit_BxL, lack_B, cfg: SampleConfig):
-  """Return which of a step's insertions, best first, fit the limits of their gaps and of the row: a BxG mask."""
+  """Return a BxG mask of the insertions, given best first, that respect the limits of their gaps and of the row."""
   number_BxG = jnp.take_along_axis(rows.gap_BxL, gap_BxG, axis=1)
   same_gap_BxGxG = (number_BxG[:, :, None] == number_BxG[:, None, :]) & ok_BxG[:, None, :]
   before_BxG = (same_gap_BxGxG & jnp.tri(gap_BxG.shape[1], k=-1, dtype=bool)[None]).sum(axis=2)
   ok_BxG &= before_BxG < jnp.take_along_axis(limit_BxL, gap_BxG, axis=1)
 
-  # Insertions beyond the minimum of their gap may not use the room that other gaps need to reach their minimum.
+  # Insertions beyond the minimum of their gap may not use the space that other gaps need to reach their minimum.
   required_BxG = before_BxG < jnp.take_along_axis(rows.min_left_BxL, gap_BxG, axis=1)
   spare_B = cfg.max_length - rows.length_B - lack_B
   ok_BxG &= required_BxG | (jnp.cumsum(ok_BxG & ~required_BxG, axis=1) <= spare_B[:, None])
@@ -259,7 +260,7 @@ def _insert(rows: Rows, gap_BxG, token_BxG, go_BxG) -> dict:
     go_BxL = jnp.zeros(array_BxL.shape, bool).at[row_Bx1, gap_BxG].set(go_BxG)
     return drawing.insert_all(array_BxL, value_BxL, go_BxL)
 
-  def inherit(array_BxL):  # a new token takes the value of the token it was inserted after
+  def inherit(array_BxL):  # an inserted token takes the value of the token to its left
     return insert(array_BxL, jnp.take_along_axis(array_BxL, gap_BxG, axis=1))
 
   number_BxG = jnp.take_along_axis(rows.gap_BxL, gap_BxG, axis=1)
@@ -274,7 +275,7 @@ def _insert(rows: Rows, gap_BxG, token_BxG, go_BxG) -> dict:
 
 
 def _gap_logits(outputs: Outputs, open_BxL, bias_V, cfg: SampleConfig):
-  """Return the log of each gap's total unnormalized probability, NEG_INF where the gap is closed: BxL."""
+  """Return the log-sum-exp of the token logits of each gap (BxL), NEG_INF for gaps that accept no insertion."""
   lse_BxL = vocabulary.vocab_logsumexp(
     outputs.hidden_BxLxD, outputs.unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute
   )
@@ -282,10 +283,10 @@ def _gap_logits(outputs: Outputs, open_BxL, bias_V, cfg: SampleConfig):
 
 
 def choose_pair(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_rng_B):
-  """Draw one (gap, token) pair of each row among the open gaps and the tokens that are not closed.
+  """Draw one (gap, token) pair per row, among the open gaps and the tokens that are not suppressed.
 
   Returns:
-    (gap_B, token_B, log_prob_B): the last is the pair's log-probability under the model, whatever the rules.
+    (gap_B, token_B, log_prob_B): log_prob is the pair's log-probability at temperature 1, without top-k and top-p.
   """
   vocab = outputs.unembed_VxD.shape[0]
   bias_V = vocabulary.suppressed_bias(vocab, cfg.suppressed_tokens)
@@ -305,11 +306,11 @@ def choose_pair(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_
 
 
 def choose_pairs(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_rng_B):
-  """Draw up to `cfg.gaps` different gaps of each row, by the rule without replacement, and a token for each.
+  """Draw up to `cfg.gaps` different gaps per row under the rule `cfg.gap`, without replacement, and a token for each.
 
   Returns:
-    (gap_BxG, token_BxG, log_prob_BxG, ok_BxG): best gap first; ok is false where a row has fewer open gaps, or where
-    the gap is below the threshold; log-probabilities are the pairs' under the model, whatever the rules.
+    (gap_BxG, token_BxG, log_prob_BxG, ok_BxG): best gap first. log_prob is a pair's log-probability at temperature 1,
+    without top-k and top-p. ok is false for entries to ignore: their gap is not open or below `cfg.gap_threshold`.
   """
   bias_V = vocabulary.suppressed_bias(outputs.unembed_VxD.shape[0], cfg.suppressed_tokens)
   lse_BxL = _gap_logits(outputs, open_BxL, bias_V, cfg)

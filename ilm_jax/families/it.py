@@ -1,14 +1,14 @@
 """Insertion Transformer (Stern et al. 2019), the baseline of arXiv 2505.05755: a separate softmax for every gap.
 
-The softmax of a gap covers the whole vocabulary, including [EOS], which means that no token is missing there. For gap
-k with dropped tokens D_k, c = |D_k|, and p_k = softmax(Z[k]):
+The softmax of a gap covers the whole vocabulary, where [EOS] means that the gap needs no further token. For gap k with
+the set D_k of c = |D_k| dropped tokens, and p_k the softmax of its logits:
 
     loss_k = -1 / (c + 1) sum_{j in D_k} log p_k(x_j)     c > 0
     loss_k = -eos_weight log p_k([EOS])                   c = 0
 
-The loss is the mean over all gaps. (The last gap of a full row also has an [EOS] target here; the reference code omits
-it.) A decoding step inserts a token into one gap, or into every unfinished gap, until all gaps are finished. The model
-defines no distribution over gaps, so a string has no likelihood.
+The loss is the mean over all gaps. (The last gap of a full row also has an [EOS] target here; the reference
+implementation omits this target.) A decoding step inserts a token into one gap or into every gap, except gaps that are
+finished because [EOS] is probable. The model defines no distribution over gaps, so a string has no likelihood.
 """
 
 import functools
@@ -29,13 +29,13 @@ corrupt = _corrupt.it
 
 
 def model_settings(cfg) -> dict:
-  """Return the fields of ModelConfig that this family fixes."""
+  """Return the ModelConfig fields that this family sets: a bidirectional model without a stop head."""
   del cfg
   return {'causal': False, 'stop_head': False}
 
 
 def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
-  """Return the largest (tokens, targets) of a corrupted example: a token is either dropped or has an [EOS] target."""
+  """Return the largest (tokens, targets) of an example; per token, at most one target: the token itself or [EOS]."""
   del cfg, answer
   return longest, longest
 
@@ -44,12 +44,13 @@ def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
 
 
 def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
-  """Return the mean loss of a gap, and the parts of it due to tokens and to [EOS], as (total, weight) pairs.
+  """Return the mean loss per gap, and its parts from token targets and from [EOS] targets, as (total, weight) pairs.
 
   Args:
     outputs: the model's outputs for the batch.
-    batch: a packed batch, see `types`; `target_weight_BxT` holds 1 / (c + 1) for tokens and eos_weight for [EOS].
-    cfg: the config's `loss` part, plus `compute` and `vocab_chunk`.
+    batch: a packed batch, with the fields listed in `types`; `target_weight_BxT` is eos_weight for an [EOS] target, and
+      1 / (c + 1) for each of the c tokens dropped from a gap.
+    cfg: the `loss` section, plus `compute` and `vocab_chunk`.
   """
   ce_BxT = arm.target_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
   ce_BxT = ce_BxT * batch['target_weight_BxT']
@@ -64,30 +65,30 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
 
 
 class SampleConfig(NamedTuple):
-  """Settings of the sampler. Hashable: jit compiles one program for each value."""
+  """Sampling settings. Hashable, because they are a static argument of jit."""
 
-  max_length: int  # largest number of tokens of a row, prompt included
-  max_steps: int | None = None  # largest number of decoding steps that insert into a row; None: no limit
-  gap: Rule = GREEDY  # with parallel=False: how to draw the gap, by its unnormalized total, as the reference does
-  token: Rule = GREEDY  # how to draw a token, given its gap
-  parallel: bool = False  # insert into every unfinished gap at once, instead of into one
+  max_length: int  # maximum number of tokens per row, counting the prompt
+  max_steps: int | None = None  # maximum number of decoding steps that insert into a row; None: no limit
+  gap: Rule = GREEDY  # with parallel=False: rule for drawing a gap by the log-sum-exp of its token logits
+  token: Rule = GREEDY  # rule for drawing the token to insert into a gap
+  parallel: bool = False  # whether a step inserts a token into every unfinished gap, instead of into one gap
   end_threshold: float | None = (
     None  # a gap is finished if p([EOS]) > this; None (0 in a config): if [EOS] is the argmax
   )
-  force_first: bool = False  # insert at least one token
+  force_first: bool = False  # insert at least one token before stopping
   suppressed_tokens: tuple[int, ...] = ()  # token ids that are never inserted (special tokens)
-  min_buffer: int = 64  # positions of the smallest buffer; buffers double up to max_length as rows grow
-  compute: str = 'float32'  # number format of the vocabulary head
-  vocab_chunk: int = 2048  # vocabulary entries processed at a time
+  min_buffer: int = 64  # initial buffer length in tokens; it doubles up to max_length as rows grow
+  compute: str = 'float32'  # precision of the matrix products in the vocabulary head
+  vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
 
   @property
   def capacity(self) -> int:
-    """Number of positions of the largest buffer."""
+    """Maximum buffer length in tokens."""
     return self.max_length
 
   @classmethod
   def create(cls, sampling, **others) -> 'SampleConfig':
-    """Build from a config's `sampling` part; raise UserError for values out of range."""
+    """Build a SampleConfig from the `sampling` section of a config; raise UserError for values out of range."""
     if sampling.get('end_threshold') == 0:
       sampling = {**sampling, 'end_threshold': None}
     others['suppressed_tokens'] = tuple({*others.get('suppressed_tokens', ()), EOS})
@@ -95,7 +96,7 @@ class SampleConfig(NamedTuple):
     if made.end_threshold is not None and not 0 < made.end_threshold < 1:
       raise UserError(
         f'sampling.end_threshold={made.end_threshold}: expected a probability between 0 and 1, or 0 to finish a gap '
-        'when [EOS] is its most probable entry'
+        'when [EOS] is its most probable token'
       )
     return made
 
@@ -105,13 +106,13 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
 
   Args:
     forward: (tokens_BxL, length_B, open_BxL=) -> Outputs.
-    rng: the run's key; a row's noise depends only on fold_in(fold_in(rng, request), step).
-    prompt: the given tokens of each row.
-    cfg: see SampleConfig.
+    rng: the key shared by all requests; step t of request r draws with fold_in(fold_in(rng, r), t).
+    prompt: the given tokens of each row, and the gaps where tokens may be inserted.
+    cfg: sampling settings.
 
   Returns:
-    Sampled; `log_prob_BxM` is the sum of log p(token | gap, not [EOS]) over the tokens of a step, `stop_prob_BxM` the
-    smallest p([EOS]) among the open gaps.
+    Sampled; `log_prob_BxM` is the sum of log p(token | gap, not [EOS]) over the tokens of a step, `stop_prob_BxM` is
+    the smallest p([EOS]) among the open gaps.
   """
   return growing.sample(GROWTH, forward, rng, prompt, cfg)
 
@@ -136,7 +137,7 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   go_B = rows.active_B & ~done_B & room_B
 
   if cfg.parallel:
-    # If there is not enough room for a token in every unfinished gap, the leftmost gaps get theirs.
+    # If the row has no space for a token in every unfinished gap, only the leftmost unfinished gaps receive one.
     fits_BxL = jnp.cumsum(unfinished_BxL, axis=1) <= (cfg.max_length - rows.length_B)[:, None]
     go_BxL = unfinished_BxL & fits_BxL & go_B[:, None]
     token_BxL, logit_BxL = _draw_everywhere(token_rng_B, outputs, closed_V, cfg)
@@ -195,16 +196,16 @@ def _draw_everywhere(rng_B, outputs: Outputs, closed_V, cfg: SampleConfig):
 
 
 def check_prompt(given: dict, cfg: SampleConfig) -> None:
-  """Raise UserError if a prompt limits the length of a gap: only its own [EOS] closes a gap."""
+  """Raise UserError if a prompt limits the number of tokens in a gap; this family ends a gap only through [EOS]."""
   del cfg
   if given.get('least') is not None or given.get('most') is not None:
-    raise UserError('family=it has no minimum or maximum length of a gap: leave them out, or use family=ilm')
+    raise UserError('family=it supports no minimum or maximum length of a gap: remove the limits, or use family=ilm')
 
 
 def check_score(kind: str | None, longest: int) -> None:
   """Raise UserError: this family defines no likelihood."""
   raise UserError(
-    'family=it has no likelihood: it gives a distribution over the tokens of each gap, but none over the gaps'
+    'family=it has no likelihood: it defines a distribution over tokens for each gap, but no distribution over gaps'
   )
 
 

@@ -1,18 +1,18 @@
-"""Likelihoods of an insertion language model that samples its stops: a bound, a tighter estimate, the exact value.
+"""Negative log-likelihood of texts under an insertion language model: upper bound, tighter estimate, exact value.
 
-At a string s the model stops with probability pi(s); otherwise it inserts a pair (gap, token) drawn from p(. | s). A
-text x with L free tokens can be written in L! orders of insertion, and each order is a different sequence of pairs even
-if tokens repeat:
+At a string s the model stops with probability pi(s); otherwise it draws a pair (gap, token) from p(. | s) and inserts
+the token. A text x with L free tokens can be generated in L! insertion orders, and each order is a different sequence
+of pairs, even if tokens repeat:
 
     p(x) = pi(x) sum_{orders} prod_t (1 - pi(s_t)) p(pair_t | s_t)
 
-Let D be a uniformly drawn set of n missing tokens, and s_D the text without them. Jensen's inequality over uniformly
-drawn orders gives the bound (arXiv 2505.05755's loss times L + 1, minus log L!):
+Let D be a uniformly random set of n free tokens, and s_D the text without these. Jensen's inequality over uniformly
+random orders gives an upper bound, which equals the loss of arXiv 2505.05755 times L + 1, minus log L!:
 
     -log p(x) <= -log pi(x) + sum_{n=1}^{L} E_D[-log(1 - pi(s_D)) - 1/n sum_{j in D} log p(pair_j | s_D) - log n]
 
-These are the sampler's probabilities at temperature 1 without a stop threshold: closed tokens and closed gaps have
-probability 0.
+All probabilities are those of the sampler at temperature 1 without a stop threshold: suppressed tokens, and gaps where
+the prompt allows no insertion, have probability 0.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from ilm_jax.models import numerics, vocabulary
 from ilm_jax.types import Score, UserError
 
-MOST_EXACT = 12  # largest number of free tokens for kind='exact', which runs 2^n forward passes
+MOST_EXACT = 12  # maximum number n of free tokens for kind='exact', which runs 2^n forward passes
 
 
 class _Partial(NamedTuple):
@@ -35,7 +35,7 @@ class _Partial(NamedTuple):
 
 
 def _evaluate(forward, tokens_BxL, fixed_BxL, length_B, keep_BxL, cfg) -> _Partial:
-  """Run the model on the tokens in keep_BxL, moved to the left of their rows, and score the missing ones."""
+  """Remove the tokens that are not in keep_BxL, run the model on the shortened rows, and score the removed tokens."""
   index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
   valid_BxL = index_BxL < length_B[:, None]
   keep_BxL = keep_BxL & valid_BxL
@@ -54,14 +54,14 @@ def _evaluate(forward, tokens_BxL, fixed_BxL, length_B, keep_BxL, cfg) -> _Parti
   log_z_B = jax.nn.logsumexp(jnp.where(open_BxL, lse_BxL, numerics.NEG_INF), axis=1)
   gap_BxL = jnp.cumsum(keep_BxL, axis=1) - 1
   z_BxL = vocabulary.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, gap_BxL, tokens_BxL, compute=cfg.compute)
-  z_BxL += bias_V[tokens_BxL]  # a closed token has probability 0
+  z_BxL += bias_V[tokens_BxL]  # suppressed tokens have probability 0
   log_stop_Bx2 = jax.nn.log_softmax(outputs.stop_BxSx2[:, 0], axis=-1)
   missing_BxL = valid_BxL & ~keep_BxL
   return _Partial(log_stop_Bx2[:, 0], log_stop_Bx2[:, 1], jnp.where(missing_BxL, z_BxL - log_z_B[:, None], 0.0))
 
 
 def _random_ranks(rng, free_BxL):
-  """Draw a uniform order of each row's free tokens: their ranks 0, 1, ..., and L at the other positions.
+  """Draw a uniformly random order of each row's free tokens; return their ranks 0, 1, ..., and L at other positions.
 
   Row b uses the key fold_in(rng, b).
   """
@@ -79,20 +79,20 @@ def _free(tokens_BxL, fixed_BxL, length_B):
 
 
 def _standard_error(value_KxB, samples: int):
-  """Return the standard error of the mean over `samples` independent values; NaN for a single one."""
+  """Return the standard error of the mean over `samples` independent values; NaN for a single value."""
   if samples == 1:
     return jnp.full(value_KxB.shape[1:], jnp.nan)
   return value_KxB.std(axis=0, ddof=1) / samples**0.5
 
 
 def bound(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int = 2) -> Score:
-  """Estimate the bound on -log p(x), without bias.
+  """Return an unbiased estimate of the upper bound on -log p(x).
 
-  Each sample draws one random set D of every size n = 0 .. L, which takes L + 1 forward passes.
+  Each sample draws one random set of missing tokens of every size n = 0 .. L, which takes L + 1 forward passes.
 
   Args:
     forward: (tokens_BxL, length_B, open_BxL=) -> Outputs.
-    rng: key for drawing the sets.
+    rng: RNG key for drawing the sets of missing tokens.
     tokens_BxL: complete rows, starting with [CLS].
     fixed_BxL: true for given tokens, false for the free tokens to be scored.
     length_B: number of tokens of each row.
@@ -118,15 +118,15 @@ def bound(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int = 2) 
 def importance(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int = 16) -> Score:
   """Estimate -log p(x) as minus the log of the mean of L! p(x, order) over `samples` random orders.
 
-  In expectation, the estimate lies between the exact value and the bound. Its standard error is computed to first
-  order (delta method). For the arguments see `bound`.
+  In expectation, the estimate lies between the exact value and the upper bound. Its standard error is computed to first
+  order (delta method). The arguments are those of `bound`.
   """
   free_BxL, free_B = _free(tokens_BxL, fixed_BxL, length_B)
 
   def once(k):
     rank_BxL = _random_ranks(jax.random.fold_in(rng, k), free_BxL)
 
-    def add(t, total_B):  # t free tokens have been inserted
+    def add(t, total_B):  # add the term of the decoding step at which t free tokens have been inserted
       partial = _evaluate(forward, tokens_BxL, fixed_BxL, length_B, ~(free_BxL & (rank_BxL >= t)), cfg)
       pair_B = jnp.where(rank_BxL == t, partial.log_pair_BxL, 0.0).sum(axis=1)
       term_B = jnp.where(t == free_B, partial.log_stop_B, partial.log_go_B + pair_B)
@@ -141,9 +141,9 @@ def importance(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int 
 
 
 def exact(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, most: int = MOST_EXACT) -> Score:
-  """Compute -log p(x) exactly, by dynamic programming over the subsets of inserted free tokens.
+  """Compute -log p(x) exactly, by dynamic programming over subsets of the free tokens: those already inserted.
 
-  This takes 2^most forward passes. A subset is encoded as an integer with one bit for each free token.
+  This takes 2^most forward passes. A subset is encoded as an integer with one bit per free token.
 
   Args:
     forward: (tokens_BxL, length_B, open_BxL=) -> Outputs.
@@ -152,7 +152,7 @@ def exact(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, most: int = MOST_E
     fixed_BxL: true for given tokens, false for the free tokens to be scored.
     length_B: number of tokens of each row.
     cfg: a SampleConfig, of which `suppressed_tokens`, `compute` and `vocab_chunk` are used.
-    most: largest number of free tokens of a row (static); a row with more gets NaN.
+    most: maximum number of free tokens per row (static); rows with more free tokens score NaN.
   """
   del rng
   free_BxL, free_B = _free(tokens_BxL, fixed_BxL, length_B)
@@ -166,7 +166,7 @@ def exact(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, most: int = MOST_E
     return partial.log_stop_B, partial.log_go_B[:, None] + pair_BxF
 
   subsets = 2**most
-  log_stop_AxB, log_pair_AxBxF = jax.lax.map(evaluate, jnp.arange(subsets))  # A: subsets, F: free tokens
+  log_stop_AxB, log_pair_AxBxF = jax.lax.map(evaluate, jnp.arange(subsets))  # axis A: subsets, axis F: free tokens
 
   def reach(subset, log_AxB):
     """Set the log-probability of reaching a subset: a sum over the token that was inserted last."""
@@ -188,7 +188,7 @@ KINDS = {'bound': bound, 'importance-weighted': importance, 'exact': exact}
 
 
 def check_score(kind: str | None, longest: int) -> None:
-  """Raise UserError if the kind is unknown, or exact with too many free tokens.
+  """Raise UserError if `kind` is unknown, or if it is 'exact' and `longest` exceeds MOST_EXACT.
 
   Args:
     kind: one of KINDS, or None for the default.
@@ -198,24 +198,24 @@ def check_score(kind: str | None, longest: int) -> None:
     raise UserError(f'score: kind={kind!r}: expected one of {", ".join(KINDS)} for family=ilm')
   if kind == 'exact' and longest > MOST_EXACT:
     raise UserError(
-      f'score: kind=exact takes 2^n forward passes for n tokens, and a text has {longest}: expected at most '
-      f'{MOST_EXACT}; use importance-weighted or bound'
+      f'score: kind=exact takes 2^n forward passes for n tokens, and a text has {longest} tokens: expected at most '
+      f'{MOST_EXACT}; use kind=importance-weighted or kind=bound'
     )
 
 
 def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, *, kind: str | None = None, longest: int = MOST_EXACT,
           **options) -> Score:  # fmt: skip
-  """Score rows: minus the log-likelihood of their free tokens in nats, or an estimate of it.
+  """Return the negative log-likelihood in nats of each row's free tokens, or an estimate or upper bound of it.
 
-  For the arrays see `bound`.
+  The array arguments are those of `bound`.
 
   Args:
     kind: one of KINDS; None is 'bound'.
     longest: largest number of free tokens of a row; kind='exact' runs 2^longest forward passes.
-    **options: further arguments of the function that KINDS names.
+    **options: further arguments of the function KINDS[kind], such as `samples`.
 
   Raises:
-    UserError: see `check_score`.
+    UserError: `check_score` rejects `kind` and `longest`.
   """
   check_score(kind, longest)
   kind = kind or 'bound'

@@ -1,21 +1,21 @@
-"""Masked diffusion language model (MDLM, arXiv 2406.07524): free tokens are replaced by [MASK] and predicted back.
+"""Masked diffusion language model (MDLM, arXiv 2406.07524): free tokens are replaced by [MASK], then predicted.
 
 At a time t in (0, 1] each free token of a string x is masked with probability (1 - eps) t, which gives z_t. The model
 receives the noise level sigma(t) = -log(1 - (1 - eps) t) and predicts a token distribution p(. | z_t) at each [MASK] j.
-With the weight sigma'(t) / (exp(sigma(t)) - 1) = 1 / t,
+The loss at time t has weight sigma'(t) / (exp(sigma(t)) - 1) = 1 / t:
 
     -log p(x) <= NELBO = integral over t of  1/t  E_{z_t} sum_{j masked} -log p(x_j | z_t)
 
 The config key `loss.mdm` selects the training loss: 'nelbo' is the NELBO per string, restricted to t > SHORTEST_TIME;
-'mean_masked' divides the same weighted sum by the number of [MASK]s in the batch. The reference code trains with
-'mean_masked', which is not a bound.
+'mean_masked' divides the same weighted sum by the number of [MASK]s in the batch. The reference implementation trains
+with 'mean_masked', which is not a bound on -log p(x).
 
-The config key `sampling.length` says whether the length of a string is given or predicted. A model that predicts it is
-trained on strings padded to a fixed length, with [PAD]s that are masked and predicted like other tokens.
+The config key `sampling.length` says whether the length of a string is given or predicted. A model that predicts the
+length is trained on strings padded to a fixed length, with [PAD]s that are masked and predicted like other tokens.
 
 Sampling starts from a fully masked answer. The order 'ancestral' divides the time from 1 to 0 into equal steps. A step
-from t to s reveals each [MASK] with probability (t - s) / t, and the last step reveals all the others. The other orders
-reveal first the tokens that the model is most certain of.
+from t to s reveals each [MASK] with probability (t - s) / t, and the last step reveals all remaining [MASK]s. The other
+orders first reveal the tokens of which the model is most certain.
 """
 
 import functools
@@ -38,7 +38,7 @@ corrupt = _corrupt.mdm
 LOSSES = ('mean_masked', 'nelbo')
 ORDERS = ('ancestral', 'top_probability', 'margin', 'entropy')
 LENGTHS = ('predicted', 'given')
-MAX_LOGITS = 2**24  # number of logits that the sampler keeps in memory at a time
+MAX_LOGITS = 2**24  # maximum number of logits that the sampler holds in memory at a time
 
 
 def model_settings(cfg) -> dict:
@@ -49,7 +49,7 @@ def model_settings(cfg) -> dict:
 
 
 def sample_settings(cfg) -> dict:
-  """Return the SampleConfig fields that follow from `cfg.corrupt`."""
+  """Return the SampleConfig field `noise_eps`, the eps of the training noise schedule in `cfg.corrupt`."""
   return {'noise_eps': cfg.corrupt.noise_eps}
 
 
@@ -68,7 +68,7 @@ def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
   if not length:
     return longest, answer
   if length < longest:
-    raise UserError(f'corrupt.length={length}: the longest example has {longest} tokens: increase it')
+    raise UserError(f'corrupt.length={length}: the longest example has {longest} tokens: increase corrupt.length')
   per_row = min(data.row_length // length, data.segments)
   if 0 < per_row * data.rows < data.batch_size:
     rows = -(-data.batch_size // (per_row * data.groups)) * data.groups
@@ -88,7 +88,7 @@ def noise_level(time, eps: float):
 
 
 def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', chunk: int = 2048):
-  """Return sums over the [MASK]s of each segment.
+  """Return the cross-entropy of each segment, summed over its [MASK]s, and the number of its [MASK]s.
 
   Returns:
     (weighted_BxS, plain_BxS, masks_BxS): the cross-entropy in nats weighted by `target_weight_BxT`, the unweighted
@@ -107,13 +107,13 @@ def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', 
 def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
   """Return the training loss, the NELBO per string and the cross-entropy per [MASK], in nats.
 
-  `string_bound` is an unbiased estimate of the NELBO's integral from SHORTEST_TIME to 1, the times used in training.
-  The rest of the integral, about SHORTEST_TIME times the loss of a single [MASK], is included only by `score`.
+  `string_bound` is an unbiased estimate of the NELBO integral over the training times, from SHORTEST_TIME to 1. Only
+  `score` includes the rest of the integral, which is about SHORTEST_TIME times the loss of a single [MASK].
 
   Args:
     outputs: model outputs for the batch.
-    batch: a packed batch, see `types`.
-    cfg: the loss `mdm` (one of LOSSES), and `compute` and `vocab_chunk` of the vocabulary head.
+    batch: a packed batch, with the fields listed in `types`.
+    cfg: `mdm`, the name of the training loss (one of LOSSES), and `compute` and `vocab_chunk` of the vocabulary head.
 
   Returns:
     (total, weight) pairs `loss`, `string_bound` and `token_loss`.
@@ -121,7 +121,7 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
   weighted_BxS, plain_BxS, masks_BxS = example_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
   weight_BxS = batch['segment_weight_BxS']
   weighted, masks = (weight_BxS * weighted_BxS).sum(), (weight_BxS * masks_BxS).sum()
-  bound = (1.0 - _corrupt.SHORTEST_TIME) * weighted, weight_BxS.sum()  # t has density 1 / (1 - SHORTEST_TIME)
+  bound = (1.0 - _corrupt.SHORTEST_TIME) * weighted, weight_BxS.sum()  # drawn t have density 1 / (1 - SHORTEST_TIME)
   return {
     'loss': bound if cfg.mdm == 'nelbo' else (weighted, masks),
     'string_bound': bound,
@@ -138,18 +138,18 @@ class SampleConfig(NamedTuple):
   max_length: int  # maximum tokens per row, counting the prompt; with length='predicted', the padded training length
   max_steps: int | None = None  # number of denoising steps; None: max_length
   order: str = 'ancestral'  # which [MASK]s each step reveals, one of ORDERS
-  length: str = 'predicted'  # 'given': Prompt.free_B is the number of tokens to generate
-  token: Rule = Rule()  # how to draw each token
+  length: str = 'predicted'  # 'predicted', or 'given': Prompt.free_B is the number of tokens to generate
+  token: Rule = Rule()  # rule for drawing each token: temperature, top-k, top-p
   suppressed_tokens: tuple[int, ...] = (MASK,)  # ids of tokens that are never generated
   noise_eps: float = 1e-3  # eps of the noise schedule in training
-  score_draws: int = 32  # number of random maskings from which `score` estimates the bound of a string
+  score_draws: int = 32  # number of random maskings that `score` averages for the upper bound on a string's -log p
   min_buffer: int = 64  # minimum length of the prompt buffer
   compute: str = 'float32'  # precision of the matrix products in the vocabulary head
   vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
 
   @classmethod
   def create(cls, sampling, *, suppressed_tokens=(), **others) -> 'SampleConfig':
-    """Build the settings from the `sampling` part of a config.
+    """Build a SampleConfig from the `sampling` section of a config.
 
     [MASK] is never generated; [PAD] can be generated with length='predicted', where it marks the end of the text.
     """
@@ -193,14 +193,14 @@ class _State(NamedTuple):
 def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   """Replace all [MASK]s of every row by tokens, in at most max_steps forward passes.
 
-  The [MASK]s are those in the prompt and, if the gap after its last token is open, those appended to it: up to
-  max_length, or Prompt.free_B of them (none if it is -1). Generated [PAD]s are removed at the end. All steps run in
-  one `lax.while_loop` on the device.
+  A prompt can contain [MASK]s. If the gap after its last token is open, [MASK]s are appended: up to max_length or, with
+  length='given', Prompt.free_B of them (none for free_B = -1). Generated [PAD]s are removed at the end. All steps run
+  in one `lax.while_loop` on the device.
 
   Args:
     forward: (tokens_BxL, length_B, noise_BxS) -> Outputs, with S = 1.
     rng: the key shared by all requests; step t of request r draws with fold_in(fold_in(rng, r), t).
-    prompt: given tokens; the buffer may be shorter than max_length.
+    prompt: given tokens, in a buffer that may be shorter than max_length.
     cfg: sampling settings.
 
   Returns:
@@ -218,7 +218,7 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   if cfg.length == 'given':
     new_B = jnp.clip(prompt.free_B, 0, new_B)
   length_B = given_B + jnp.where(tail_open_B, new_B, 0)
-  # A model that predicts the length always reads padded rows, also if the end of the text is given.
+  # A model that predicts the length always reads padded rows, even if the prompt contains the end of the text.
   input_length_B = jnp.where(given_B > 0, size, 0) if cfg.length == 'predicted' else length_B
   given_BxL, inside_BxL = index_1xL < given_B[:, None], index_1xL < length_B[:, None]
   tokens_BxL = jnp.where(given_BxL, pad_or_cut(prompt.tokens_BxL.astype(jnp.int32), size, PAD), MASK)
@@ -252,7 +252,7 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
 
 
 def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, length_B, masks_B, given_BxL, state) -> _State:
-  """Run one forward pass and reveal some of the remaining [MASK]s; `masks_B` is their initial number per row."""
+  """Run one forward pass and reveal some of the remaining [MASK]s; `masks_B` counts the initial [MASK]s per row."""
   masked_BxL = state.tokens_BxL == MASK
   remaining_B = masked_BxL.sum(axis=1)
   if cfg.order == 'ancestral':
@@ -283,7 +283,7 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, length_B, masks
 
 
 def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B, given_BxL):
-  """Draw a token for every position, a few positions at a time to limit the memory for logits.
+  """Draw a token for every position; logits are computed for a few positions at a time to limit memory.
 
   A [MASK] in the prompt (where `given_BxL`) stands for exactly one token, so it is never filled with [PAD].
 
@@ -332,7 +332,7 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
 
   The NELBO bounds -log p of the strings that ancestral sampling generates at temperature 1 in the limit of many steps.
   This sampler reveals each of the F free tokens at its own uniform time in (0, 1], going down from t = 1. At the n-th
-  smallest of these times, t_n, n tokens are still masked, and each is equally likely to be the one revealed. Hence
+  smallest of these times, t_n, n tokens are still masked, and each of these n is equally likely to be revealed. Hence
 
       NELBO = sum_{n=1}^F  E_times  1/n sum_{j masked at t_n} -log p(x_j | z, sigma(t_n))
 
@@ -346,17 +346,17 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
 
   Args:
     forward: (tokens_BxL, length_B, noise_BxS) -> Outputs, with S = 1.
-    rng: a key; each row draws with its own key, derived from this one and the row index.
+    rng: RNG key; each row draws with its own key, derived from `rng` and the row index.
     tokens_BxL: complete rows, starting with [CLS].
-    fixed_BxL: True for given tokens.
+    fixed_BxL: True for given tokens, False for the free tokens to be scored.
     length_B: number of tokens per row; 0 for an empty row, whose score is 0.
     cfg: sampling settings.
     kind: None or 'bound'.
     longest: not used.
 
   Returns:
-    Score of kind 'bound', infinite for strings that cannot be sampled. Its `kind` is a string, which a jitted function
-    cannot return: return only the arrays from it.
+    Score of kind 'bound', infinite for strings that cannot be sampled. The field `kind` is a string, which a jitted
+    function cannot return; such a function can return only the other fields.
   """
   check_score(kind, longest)
   rows, size = tokens_BxL.shape

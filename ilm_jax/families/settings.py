@@ -1,4 +1,4 @@
-"""Build a family's SampleConfig from a config's `sampling` part, and describe a SampleConfig in words."""
+"""Build a family's SampleConfig from the `sampling` section of a config, and describe a SampleConfig in words."""
 
 from ilm_jax.types import Rule, UserError
 
@@ -12,13 +12,13 @@ KNOWN = frozenset([
 
 
 def sample_config(cls, sampling, **others):
-  """Build a SampleConfig.
+  """Build the SampleConfig of a family from sampling settings.
 
   Args:
     cls: the family's SampleConfig, a NamedTuple; its fields are the settings that the family knows.
-    sampling: settings by name; a rule is a Rule or a dict of temperature, top_k and top_p. Settings of other families
-      are ignored.
-    **others: fields that the model and the task determine.
+    sampling: settings by name; those in RULES are a Rule or a dict of temperature, top_k and top_p. Settings of other
+      families are ignored.
+    **others: fields that users cannot set because the model or the task determines them.
 
   Raises:
     UserError: an unknown setting, or a value out of range.
@@ -28,7 +28,7 @@ def sample_config(cls, sampling, **others):
     expected = ', '.join(sorted(KNOWN & set(cls._fields)))
     raise UserError(f'unknown sampling setting {name!r}: expected one of {expected}')
   if reserved := sorted(set(settings) & set(others)):
-    raise UserError(f'sampling.{reserved[0]} cannot be set: the model and the task decide it')
+    raise UserError(f'sampling.{reserved[0]} cannot be set: the model or the task determines its value')
   if settings.pop('two_stage', settings.get('joint') is None):
     settings['joint'] = None
   for name in RULES:
@@ -43,7 +43,7 @@ def sample_config(cls, sampling, **others):
 
 
 def make_rule(value, name: str) -> Rule:
-  """Build a Rule from a dict of its fields, or check a Rule.
+  """Build a sampling Rule from a dict of its fields, or check an existing Rule.
 
   Args:
     value: a Rule or a dict.
@@ -65,7 +65,7 @@ def make_rule(value, name: str) -> Rule:
 
 
 def describe(cfg) -> str:
-  """Return a one-line description of a SampleConfig: every setting that affects what is drawn."""
+  """Return a one-line description of a SampleConfig: every setting that affects the samples."""
 
   def words(value):
     if not isinstance(value, Rule):
@@ -78,7 +78,7 @@ def describe(cfg) -> str:
   hidden = {'suppressed_tokens', 'score_draws', 'min_buffer', 'compute', 'vocab_chunk'}
   if getattr(cfg, 'joint', None) is not None:
     hidden |= {'gap', 'token'}
-  shown_if_none = ('stop_threshold',)  # None means that the stop is sampled; in other settings it means "not used"
+  shown_if_none = ('stop_threshold',)  # None means that stops are sampled; in other settings, None means "not used"
   return '; '.join(
     f'{name} {words(value)}'
     for name, value in cfg._asdict().items()

@@ -1,4 +1,4 @@
-"""Tables and examples that the tests of the autoregressive family share."""
+"""Stand-in model and examples shared by the tests of the autoregressive family."""
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,11 @@ from ilm_jax.special_tokens import BOS, CLS
 from ilm_jax.types import Outputs
 
 V = 12
-CLOSED = (0, 1, 2, 4, 5, 6)  # all special tokens but [EOS]
+CLOSED = (0, 1, 2, 4, 5, 6)  # tokens that are never generated: all special tokens but [EOS]
 
 
 def example(prompt, answer):
-  """Return an example `[CLS] prompt [BOS] answer`, in which the answer is free."""
+  """Return an example `[CLS] prompt [BOS] answer`, in which only the answer is free (not given)."""
   tokens = np.array([CLS, *prompt, BOS, *answer], np.int32)
   return {'tokens': tokens, 'fixed': np.arange(len(tokens)) < len(prompt) + 2}
 
@@ -27,7 +27,7 @@ def rows_of(rows, size):
 
 
 class CausalTable:
-  """A causal model: the output at a position is the table's for the row cut off after that position."""
+  """A causal stand-in model: its output at a position is the table's output for the row truncated after it."""
 
   def __init__(self, vocab):
     self.table, self.vocab = tables.Forward(vocab=vocab, scale=512), vocab

@@ -1,4 +1,4 @@
-"""The autoregressive family: targets and loss, decoding with a cache against decoding without, exact likelihood."""
+"""The autoregressive family: targets and loss, decoding with and without a key-value cache, exact likelihood."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ MODEL = transformer.ModelConfig(V, 2, 2, 16, 32, causal=True, stop_head=False, d
 
 
 class ModelForward:
-  """A transformer whose parameters are constants; jit compares it by identity."""
+  """A transformer with constant parameters, which jit accepts as a static argument and compares by identity."""
 
   def __init__(self):
     init = jax.jit(lambda: transformer.unbox(transformer.init(MODEL, jax.random.key(1))))
@@ -51,7 +51,7 @@ def prompt_of(rows, size=8):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_targets_are_the_next_tokens_and_the_end():
+def test_targets_are_the_next_tokens_and_eos():
   corrupted = corruption.arm(None, example([7, 8], [9, 10, 11]), PLAIN)
   assert corrupted['tokens'].tolist() == [CLS, 7, 8, BOS, 9, 10, 11]
   assert corrupted['target_gap'].tolist() == [3, 4, 5, 6]
@@ -61,7 +61,7 @@ def test_targets_are_the_next_tokens_and_the_end():
   assert empty['target_gap'].tolist() == [2] and empty['target_token'].tolist() == [EOS]
 
 
-def test_given_text_after_free_tokens_is_rejected():
+def test_given_tokens_after_free_tokens_are_rejected():
   with pytest.raises(UserError, match=r'family=arm writes from left to right'):
     corruption.arm(None, {'tokens': np.arange(5), 'fixed': np.array([True, True, False, True, False])}, PLAIN)
 
@@ -93,7 +93,7 @@ def test_packed_loss_equals_a_loop_over_examples_and_positions(forward):
 
 
 @pytest.mark.parametrize('compute, tolerance', [('float32', 1e-5), ('mixed', 2e-2), ('bfloat16', 6e-2)])
-def test_passes_with_a_cache_give_the_features_of_one_whole_pass(forward, compute, tolerance):
+def test_forward_passes_with_a_cache_give_the_hidden_states_of_a_single_full_pass(forward, compute, tolerance):
   cfg = dataclasses.replace(MODEL, compute=compute)
   tokens_BxL = np.random.default_rng(0).integers(7, V, (3, 12)).astype(np.int32)
   model = transformer.Forward(cfg, forward.params)
@@ -121,7 +121,7 @@ def next_token(forward, tokens_1xL, length, rng, cfg):
 
 
 def decode_without_cache(forward, rng, row, request, cfg):
-  """Decode one row with the documented keys; return (row, log-probabilities, p([EOS]) of each pass, stopped)."""
+  """Decode one row with the RNG keys of `arm.sample`; return (row, log-probabilities, p([EOS])s, stopped)."""
   row, log_probs, end_probs, max_steps = list(row), [], [], cfg.max_length if cfg.max_steps is None else cfg.max_steps
   request_rng = jax.random.fold_in(rng, request)
   while True:
@@ -149,11 +149,11 @@ BASE = arm.SampleConfig(max_length=21, suppressed_tokens=CLOSED, min_buffer=4, t
   ],
   ids=['transformer', 'nucleus', 'greedy', 'top-k', 'max-steps'],
 )
-def test_decoding_with_a_cache_equals_decoding_without(forward, model, settings):
+def test_decoding_with_a_cache_equals_decoding_without_a_cache(forward, model, settings):
   forward = forward if model == 'transformer' else tables.Forward(vocab=V)
   cfg, rng = BASE._replace(**settings), jax.random.key(3)
   out = jax.device_get(sample(forward, rng, prompt_of(ROWS), cfg))
-  assert out.steps_B.max() > 3, 'the rows are too short to test anything'
+  assert out.steps_B.max() > 3, 'the samples are too short to test decoding'
   for i, row in enumerate(ROWS):
     if not row:
       assert out.length_B[i] == 0 and not out.stopped_B[i]
@@ -167,7 +167,7 @@ def test_decoding_with_a_cache_equals_decoding_without(forward, model, settings)
     np.testing.assert_allclose(out.stop_prob_BxM[i, : n + 1], end_probs, rtol=1e-4, atol=1e-6)
 
 
-def test_force_first_rules_out_empty_completions():
+def test_force_first_prevents_empty_completions():
   table, prompt = tables.Forward(vocab=V, scale=512), prompt_of([[CLS, BOS]] * 30)
   cfg = BASE._replace(max_length=8, min_buffer=8)
 
@@ -177,7 +177,7 @@ def test_force_first_rules_out_empty_completions():
   assert some_are_empty(cfg) and not some_are_empty(cfg._replace(force_first=True))
 
 
-def test_the_end_token_can_always_be_generated():
+def test_eos_is_never_suppressed():
   cfg = arm.SampleConfig.create({'max_length': 9, 'gap': {'temperature': 0.0}, 'token': {}}, suppressed_tokens=range(7))
   assert cfg.suppressed_tokens == CLOSED
 
@@ -193,7 +193,7 @@ def score(forward, tokens_BxL, fixed_BxL, length_B, cfg):
 
 
 def test_probabilities_of_all_strings_sum_to_one():
-  """Sum over all strings of up to 3 tokens over 3 words, plus the probability of the longer ones."""
+  """Sum over all strings of up to 3 tokens from a vocabulary of 3, plus the total probability of longer strings."""
   words, closed = (7, 8, 9), tuple(i for i in range(10) if i not in (EOS, 7, 8, 9))
   model, cfg = CausalTable(10), arm.SampleConfig(max_length=9, suppressed_tokens=closed)
   strings = [s for n in range(4) for s in itertools.product(words, repeat=n)]
@@ -212,11 +212,11 @@ def test_probabilities_of_all_strings_sum_to_one():
   assert 0.01 < longer < 0.99
 
 
-def test_the_score_of_a_sample_is_the_sum_of_its_log_probabilities(forward):
+def test_the_score_of_a_sample_equals_the_log_probabilities_recorded_by_the_sampler(forward):
   out = jax.device_get(sample(forward, jax.random.key(3), prompt_of(ROWS), BASE))
   nll_B, _, tokens_B = score(forward, out.tokens_BxL, out.order_BxL < 0, out.length_B, BASE)
   rows = [i for i in range(len(ROWS)) if out.stopped_B[i]]
-  assert rows, 'no row ended with [EOS]'
+  assert rows, 'no sample ended with [EOS]'
   for i in rows:
     n = out.steps_B[i]
     np.testing.assert_allclose(nll_B[i], -out.log_prob_BxM[i, :n].sum() - np.log(out.stop_prob_BxM[i, n]), rtol=1e-4)

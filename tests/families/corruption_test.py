@@ -1,4 +1,4 @@
-"""Corruption of examples by the insertion family, against a worked example, plain loops and frequencies."""
+"""Corruption of examples for the insertion family, compared to a worked example, plain loops and frequencies."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ CLS, BOS = 1, 4
 
 
 def example(fixed: str, tokens=None):
-  """Build an example from a picture: `CpB....` has [CLS], a prompt token, [BOS] and four free tokens."""
+  """Build an example from a pattern: `CpB....` is [CLS], a prompt token, [BOS] and four free tokens."""
   if tokens is None:
     tokens = [{'C': CLS, 'B': BOS}.get(c, 10 + i) for i, c in enumerate(fixed)]
   return {'tokens': np.array(tokens, np.int32), 'fixed': np.array([c != '.' for c in fixed])}
@@ -22,7 +22,7 @@ def many(ex, number=200, cfg=OPEN):
 
 
 class ChosenPositions:
-  """A stand-in for the random generator: its permutation starts with the given positions, which are then dropped."""
+  """A stand-in for the random generator that makes `corruption.ilm` drop the tokens at the given positions."""
 
   def __init__(self, *positions):
     self.positions = positions
@@ -31,11 +31,11 @@ class ChosenPositions:
     return np.array([*self.positions, *(i for i in free if i not in self.positions)], int)
 
 
-def test_the_worked_example_of_the_docstring():
+def test_corruption_reproduces_the_worked_example_of_its_docstring():
   a, b, c, d = 10, 11, 12, 13
   ex = example('CppB....', [CLS, 7, 8, BOS, a, b, c, d])
   for cfg, open_ in ((OPEN, [1, 2, 3, 4, 5]), (CLOSED, [3, 4, 5])):
-    got = corruption.ilm(ChosenPositions(5, 6), ex, cfg, u=2.5 / 5)  # u selects two dropped tokens of four
+    got = corruption.ilm(ChosenPositions(5, 6), ex, cfg, u=2.5 / 5)  # this u drops two of the four free tokens
     assert got['tokens'].tolist() == [CLS, 7, 8, BOS, a, d]
     assert got['target_gap'].tolist() == [4, 4] and got['target_token'].tolist() == [b, c]
     assert np.flatnonzero(got['open']).tolist() == open_
@@ -44,24 +44,24 @@ def test_the_worked_example_of_the_docstring():
     assert dtypes == {'tokens': np.int32, 'target_gap': np.int32, 'target_token': np.int32, 'open': bool}
 
 
-def test_the_number_of_dropped_tokens_and_their_choice_are_uniform():
+def test_the_number_and_the_choice_of_dropped_tokens_are_uniformly_random():
   ex, number = example('CB....'), 8_000
   dropped = [tuple(c['target_token']) for c in many(ex, number)]
   counts = np.bincount([len(tokens) for tokens in dropped])
   expected = number / 5
   assert len(counts) == 5
-  assert np.square(counts - expected).sum() / expected < 20  # 4 degrees of freedom: exceeded once in 2,000 tries
+  assert np.square(counts - expected).sum() / expected < 20  # chi-square with 4 degrees of freedom: p-value 1/2,000
   counts = np.array([dropped.count((12 + i, 12 + j)) for i in range(4) for j in range(i + 1, 4)])
   expected = counts.sum() / 6
   assert counts.sum() == sum(len(tokens) == 2 for tokens in dropped)
-  assert np.square(counts - expected).sum() / expected < 22  # 5 degrees of freedom: exceeded once in 2,000 tries
+  assert np.square(counts - expected).sum() / expected < 22  # chi-square with 5 degrees of freedom: p-value 1/2,000
 
 
 @pytest.mark.parametrize('fixed', ['CppB..x..yy.', 'CB.', 'CB'])
-def test_fixed_tokens_are_kept_and_inserting_the_targets_restores_the_example(fixed):
+def test_fixed_tokens_are_never_dropped_and_inserting_the_targets_restores_the_example(fixed):
   for ex in (example(fixed), example(fixed, np.random.default_rng(0).integers(0, 3, len(fixed)))):
     for got in many(ex, 50):
-      if ex['tokens'].max() >= 10:  # the tokens of this example are all different
+      if ex['tokens'].max() >= 10:  # all tokens of this example differ
         assert set(got['tokens'].tolist()) >= set(ex['tokens'][ex['fixed']].tolist())
       pieces = [[token] for token in got['tokens'].tolist()]
       for gap, token in zip(got['target_gap'], got['target_token'].tolist(), strict=True):
@@ -71,7 +71,7 @@ def test_fixed_tokens_are_kept_and_inserting_the_targets_restores_the_example(fi
       assert got['open'].tolist() == [False] + [True] * (len(got['tokens']) - 1)
 
 
-def test_u_determines_the_number_of_dropped_tokens_but_not_which():
+def test_u_determines_how_many_tokens_are_dropped_but_not_which_tokens():
   ex = example('CB....')
   numbers = [
     len(corruption.ilm(np.random.default_rng(0), ex, OPEN, u=(i + 0.5) / 50)['target_token']) for i in range(50)
@@ -92,7 +92,7 @@ def test_u_determines_the_number_of_dropped_tokens_but_not_which():
     ('C..', ' oo'),  # the gap right of [CLS] is closed even beside a free token
   ],
 )
-def test_close_prompt_opens_exactly_the_gaps_beside_free_tokens(fixed, expected):
+def test_with_close_prompt_exactly_the_gaps_beside_free_tokens_are_open(fixed, expected):
   ex, expected = example(fixed), [c == 'o' for c in expected]
   assert corruption.open_gaps(ex['fixed']).tolist() == expected
   for got in many(ex, 50, CLOSED):
@@ -124,7 +124,7 @@ def test_infilling_examples_drop_tokens_only_inside_the_chosen_spans():
   for seed in range(200):
     made = corruption.ilm(np.random.default_rng(seed), INFILL, cfg)
     rng = np.random.default_rng(seed)
-    rng.random()  # the draw that decides whether this is an infilling example
+    rng.random()  # skip the draw that decides whether this is an infilling example
     free = corruption.choose_spans(rng, ~INFILL['fixed'])
     missing = np.setdiff1d(INFILL['tokens'], made['tokens'])
     assert set(made['target_token'].tolist()) == set(missing.tolist()) <= set(INFILL['tokens'][free].tolist())

@@ -1,4 +1,4 @@
-"""Drawing with temperature, top-k and nucleus rules, and inserting into rows, against sorted lists and Python lists."""
+"""Drawing with temperature, top-k and nucleus sampling, and inserting into rows, compared to plain Python lists."""
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ def random_logits(*shape):
 
 
 def allowed_by(logits, rule):
-  """Return {index: probability} of the entries that a rule keeps, from a sorted list; ties keep the first entries."""
-  ranked = sorted(range(len(logits)), key=lambda i: -logits[i])  # the sort is stable
+  """Return {index: probability} of the entries that a sampling rule allows, computed with a sorted list."""
+  ranked = sorted(range(len(logits)), key=lambda i: -logits[i])  # a stable sort: equal entries stay in order
   if rule.top_k:
     ranked = ranked[: rule.top_k]
   weight = {i: np.exp(float(logits[i]) / rule.temperature) for i in ranked}
@@ -46,7 +46,7 @@ def allowed_by(logits, rule):
 
 
 def chi_square(counts, probabilities):
-  """Return Pearson's statistic minus its mean, in units of its standard deviation."""
+  """Return Pearson's chi-square statistic, minus its mean and divided by its standard deviation."""
   expected = np.asarray(probabilities) * np.sum(counts)
   statistic, freedom = (np.square(counts - expected) / expected).sum(), len(expected) - 1
   return (statistic - freedom) / np.sqrt(2 * freedom)
@@ -63,31 +63,31 @@ def test_choose_draws_with_the_probabilities_of_the_rule(rule):
 
 
 @pytest.mark.parametrize('rule', RULES)
-def test_restrict_keeps_the_entries_that_a_sorted_list_keeps(rule):
+def test_restrict_allows_the_same_entries_as_a_sorted_list(rule):
   logits = 2 * random_logits(50, 9)
   got = restrict(logits / rule.temperature, rule)
   for row, row_logits in zip(np.asarray(got), np.asarray(logits), strict=True):
     assert set(np.flatnonzero(row > NEG_INF / 2)) == set(allowed_by(row_logits, rule))
 
 
-def test_greedy_rules_choose_the_first_of_the_largest_entries():
+def test_greedy_rules_choose_the_first_of_several_equal_maxima():
   logits = jnp.array([[1.0, 3.0, 3.0, 2.0], [5.0, 1.0, 5.0, 5.0]])
   for rule in (GREEDY, Rule(top_k=1), Rule(temperature=0.0, top_p=0.3)):
     np.testing.assert_array_equal(choose(keys(0, 2), logits, rule), [1, 0])
 
 
-def test_top_k_keeps_the_first_of_equal_entries():
+def test_top_k_allows_the_first_of_several_equal_entries():
   kept = restrict(jnp.array([[1.0, 2.0, 1.0, 2.0, 1.0]]), Rule(top_k=3)) > NEG_INF / 2
   np.testing.assert_array_equal(kept, [[True, True, False, True, False]])
 
 
-def test_closed_entries_are_never_drawn():
+def test_entries_with_logit_neg_inf_are_never_drawn():
   logits = jnp.tile(jnp.array([NEG_INF, 0.0, NEG_INF, 1.0]), (500, 1))
   for rule in (Rule(top_k=3), Rule(temperature=5.0, top_k=3), Rule(top_p=0.999)):
     assert set(choose(keys(0, 500), logits, rule).tolist()) == {1, 3}
 
 
-def test_top_p_keeps_the_entry_that_crosses_the_threshold():
+def test_top_p_includes_the_entry_that_crosses_the_threshold():
   logits = jnp.log(jnp.array([[0.15, 0.5, 0.3, 0.05]]))
   for top_p, expected in [(0.6, {1, 2}), (0.45, {1}), (0.0, {1}), (0.99, {0, 1, 2, 3})]:
     kept = np.flatnonzero(restrict(logits, Rule(top_p=top_p))[0] > NEG_INF / 2)
@@ -95,7 +95,7 @@ def test_top_p_keeps_the_entry_that_crosses_the_threshold():
 
 
 @pytest.mark.parametrize('rule', [RULES[0], RULES[-1]])
-def test_a_row_draws_the_same_alone_and_in_a_batch(rule):
+def test_a_row_draws_the_same_index_alone_and_in_a_batch(rule):
   logits, rngs = random_logits(30, 7), keys(0, 30)
   together = choose(rngs, logits, rule).tolist()
   assert together == [int(choose(rngs[i : i + 1], logits[i : i + 1], rule)[0]) for i in range(30)]
@@ -103,7 +103,7 @@ def test_a_row_draws_the_same_alone_and_in_a_batch(rule):
 
 
 @pytest.mark.parametrize('rule', [RULES[0], RULES[-1]])
-def test_appending_closed_entries_does_not_change_the_draw(rule):
+def test_appending_entries_with_logit_neg_inf_does_not_change_the_draw(rule):
   logits, rngs = random_logits(200, 7), keys(0, 200)
   longer = jnp.pad(logits, ((0, 0), (0, 93)), constant_values=NEG_INF)
   np.testing.assert_array_equal(choose(rngs, logits, rule), choose(rngs, longer, rule))

@@ -1,4 +1,4 @@
-"""The contract that every family in FAMILIES must fulfil; a new family is tested here without further code."""
+"""Requirements that every family in FAMILIES must meet; a new family is tested here without further code."""
 
 import functools
 import pickle
@@ -31,7 +31,7 @@ def make_config(name):
 
 @pytest.fixture(scope='module', params=[*families.FAMILIES, 'ilm with open_gap_embedding'])
 def made(request):
-  """Return (family, its config, a Forward with random weights)."""
+  """Return (family, a config of this family, a transformer.Forward with random weights)."""
   cfg = make_config(request.param)
   family = families.get(cfg.family)
   settings = {
@@ -72,7 +72,7 @@ def losses(made, batch, params=None):
   return family.loss(outputs, batch, loss_cfg(cfg))
 
 
-def test_corruption_depends_only_on_the_generator_and_can_be_packed(made):
+def test_corruption_depends_only_on_the_random_generator_and_can_be_packed(made):
   family, cfg, _ = made
   examples = examples_of()
   for first, second in zip(corrupted(family, cfg, examples), corrupted(family, cfg, examples), strict=True):
@@ -84,11 +84,11 @@ def test_corruption_depends_only_on_the_generator_and_can_be_packed(made):
     assert all(0 <= gap < len(first['tokens']) for gap in first['target_gap'])
   for used, fresh in zip(examples, examples_of(), strict=True):
     for name in used:
-      np.testing.assert_array_equal(used[name], fresh[name], err_msg='corruption changed its input')
-  assert pickle.loads(pickle.dumps(functools.partial(family.corrupt, cfg=cfg.corrupt)))  # data workers receive it
+      np.testing.assert_array_equal(used[name], fresh[name], err_msg='the corruption modified its input example')
+  assert pickle.loads(pickle.dumps(functools.partial(family.corrupt, cfg=cfg.corrupt)))  # as data workers do
 
 
-def test_packed_losses_equal_unpacked_losses(made):
+def test_packing_examples_into_rows_does_not_change_the_losses(made):
   examples = corrupted(*made[:2], examples_of())
   packed = pipeline.pack(examples, list(range(6)), pipeline.Shape(3, 2 * LENGTH, 4 * LENGTH, 3))
   assert packed['segment_BxL'].max() > 1
@@ -110,7 +110,7 @@ def test_every_parameter_has_a_nonzero_gradient(made):
     assert np.abs(grad).max() > 0, jax.tree_util.keystr(path)
 
 
-make_sampler = functools.cache(static_batching.StaticSampler)  # the tests of a family share compiled samplers
+make_sampler = functools.cache(static_batching.StaticSampler)  # all tests of a family share its compiled samplers
 
 
 def sample(made, prompts, requests=None, batch_size=8, **settings):
@@ -153,7 +153,7 @@ def test_a_completion_depends_only_on_its_request(made):
     np.testing.assert_array_equal(row['tokens'], together[5]['tokens'])
 
 
-def test_a_score_is_finite_and_says_its_kind(made):
+def test_a_score_is_finite_and_names_its_kind(made):
   family, cfg, forward = made
   sampling_cfg = {**cfg.sampling.to_dict(), 'max_length': LENGTH}
   special = tuple(range(len(SPECIAL)))
@@ -178,19 +178,19 @@ def test_a_score_is_finite_and_says_its_kind(made):
   nll_B, tokens_B = jax.device_get(jax.jit(score)(jax.random.key(0)))
   assert kinds[0] in ('exact', 'bound', 'importance-weighted')
   assert np.isfinite(nll_B).all() and (nll_B > 0).all()
-  if cfg.family != 'mdm':  # the score of an MDM includes the padding, and the shorter text has more of it
+  if cfg.family != 'mdm':  # MDM scores include the padding, and the shorter text has more padding
     assert nll_B[1] > nll_B[0]
   assert tokens_B.tolist() == [0, 3]
   with pytest.raises(UserError, match="kind='guess'"):
     score(jax.random.key(0), kind='guess')
 
 
-def test_unknown_families_are_refused():
+def test_unknown_families_are_rejected():
   with pytest.raises(UserError, match=r"config.family='gpt': expected one of ilm, arm"):
     families.get('gpt')
 
 
-def test_unknown_sampling_settings_and_values_out_of_range_are_refused(made):
+def test_unknown_sampling_settings_and_values_out_of_range_are_rejected(made):
   for settings, message in (
     ({'temprature': 1}, "unknown sampling setting 'temprature'"),
     ({'token': {'topk': 1}}, r'unknown setting sampling\.token\.topk'),

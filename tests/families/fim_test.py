@@ -1,4 +1,4 @@
-"""Fill-in-the-middle with the autoregressive family: rearranged examples, completions in reading order, scores."""
+"""Fill-in-the-middle with the autoregressive family: rearranged training examples, sampled middles, likelihoods."""
 
 import functools
 import itertools
@@ -25,7 +25,7 @@ CAUSAL = CausalTable(V)
 
 
 def gap_example(prefix, middle, suffix):
-  """Return an example in which only the middle is free."""
+  """Return an example in which the middle is free and all other tokens are given."""
   tokens = np.array([CLS, BOS, *prefix, *middle, *suffix], np.int32)
   index = np.arange(len(tokens)) - 2 - len(prefix)
   return {'tokens': tokens, 'fixed': (index < 0) | (index >= len(middle))}
@@ -51,7 +51,7 @@ def test_rearranging_moves_the_middle_to_the_end():
   assert tokens[place].tolist() == [CLS, 7, 8, 9, 10]
 
 
-def test_every_free_token_and_the_end_are_predicted_from_their_left_neighbour():
+def test_every_free_token_and_eos_are_predicted_from_the_token_to_their_left():
   seen_masks, e = set(), example([7, 8], [9, 10, 11, 9])
   for seed in range(300):
     corrupted = corruption.arm(np.random.default_rng(seed), e, HALF)
@@ -73,7 +73,7 @@ def test_every_free_token_and_the_end_are_predicted_from_their_left_neighbour():
   assert seen_masks == {None, *all_masks}
 
 
-def test_an_example_with_a_gap_is_always_rearranged_around_it():
+def test_an_example_with_given_text_after_its_gap_is_always_rearranged():
   for seed in range(20):
     corrupted = corruption.arm(np.random.default_rng(seed), gap_example([7], [8, 9], [10, 11]), HALF)
     assert corrupted['tokens'].tolist() == [CLS, BOS, 7, MASK, 10, 11, MASK, 8, 9]
@@ -83,7 +83,7 @@ def test_an_example_with_a_gap_is_always_rearranged_around_it():
     corruption.arm(np.random.default_rng(0), two_gaps, HALF)
 
 
-def test_rows_must_have_room_for_the_two_masks():
+def test_row_length_must_leave_room_for_the_two_masks():
   assert experiment.build(small.config({'family': 'arm', 'data.row_length': 22})).cfg.data.row_length == 22
   short = {'family': 'arm', 'corrupt.fim_rate': 0.5, 'data.row_length': 21}
   with pytest.raises(UserError, match=r'data\.row_length=21.* 24 '):
@@ -100,7 +100,7 @@ def test_rows_must_have_room_for_the_two_masks():
   [(GAPS, {}), (GAPS, {'token': GREEDY, 'max_steps': 3}), (GAPS, {'max_length': 7}), (GAPS[1:2], {})],
   ids=['plain', 'greedy-max-steps', 'max-length', 'no-suffix'],
 )
-def test_the_middle_is_the_continuation_of_the_rearranged_prompt(gaps, settings):
+def test_the_sampled_middle_equals_the_continuation_of_the_rearranged_prompt(gaps, settings):
   cfg, rng = BASE._replace(**settings), jax.random.key(1)
   out = jax.device_get(sample(TABLE, rng, prompt_of(gaps, min(10, cfg.max_length)), cfg))
   assert out.tokens_BxL.shape == (len(gaps), cfg.max_length)
@@ -142,7 +142,7 @@ def score(tokens_BxL, fixed_BxL, length_B, cfg=BASE):
   return arrays
 
 
-def test_the_score_of_a_middle_is_that_of_the_rearranged_text():
+def test_the_score_of_a_middle_equals_a_plain_loop_over_the_rearranged_text():
   parts = [([7], [8, 9, 10], [11, 7]), ([], [8], [9]), ([7, 8], [], []), ([9], [10, 10], []), ([7], [], [8])]
   examples = [gap_example(*part) for part in parts]
   tokens_BxL, length_B = rows_of([e['tokens'] for e in examples], 9)
@@ -161,7 +161,7 @@ def test_the_score_of_a_middle_is_that_of_the_rearranged_text():
     assert tokens_B[i] == len(middle)
 
 
-def test_the_score_of_a_sample_is_the_sum_of_its_log_probabilities():
+def test_the_score_of_a_sample_equals_the_log_probabilities_recorded_by_the_sampler():
   out = jax.device_get(sample(CAUSAL.table, jax.random.key(2), prompt_of(GAPS), BASE))
   nll_B, _, _ = score(out.tokens_BxL, out.order_BxL < 0, out.length_B)
   rows = [i for i in range(len(GAPS)) if out.stopped_B[i] and out.steps_B[i]]

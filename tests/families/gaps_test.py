@@ -1,4 +1,4 @@
-"""Greedy decoding of the insertion family against growing Python lists: gap limits, several insertions in a step."""
+"""Greedy decoding of the insertion family, compared to Python lists: limits per gap, several insertions per step."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ sample = jax.jit(functools.partial(ilm.sample, TABLE), static_argnames='cfg')
 
 
 def requests(number=40, limits=True):
-  """Make (tokens, open, least, most) of rows with open gaps anywhere, with or without limits on their tokens."""
+  """Make rows (tokens, open, least, most) with random open gaps, with or without limits on the tokens per gap."""
   rng, rows = np.random.default_rng(0), []
   for _ in range(number):
     n = int(rng.integers(2, 9))
@@ -38,7 +38,7 @@ def grow(row, cfg):
   """Decode one row greedily with Python lists.
 
   Returns:
-    (items, steps, stopped): an item is (token, number of its gap, step that inserted it).
+    (items, steps, stopped): an item is (token, index of its gap in the prompt, step that inserted the token).
   """
   tokens, opens, least, most = row
   items = [(token, i if open_ else None, -1) for i, (token, open_) in enumerate(zip(tokens, opens, strict=True))]
@@ -97,7 +97,7 @@ def grow(row, cfg):
   ],
   ids=str,
 )
-def test_decoding_equals_growing_a_list(settings, limits):
+def test_greedy_decoding_equals_insertion_into_a_python_list(settings, limits):
   cfg, rows = CFG._replace(**settings), requests(limits=limits)
   out = jax.device_get(sample(jax.random.key(0), tables.make_prompt(rows, size=10), cfg=cfg))
   several, limited, full = 0, 0, 0
@@ -138,7 +138,7 @@ def test_the_first_of_several_draws_equals_a_single_draw(rule):
   assert (np.asarray(index)[:100][np.asarray(ok)[:100]] < 3).all()
 
 
-def test_several_draws_are_without_replacement():
+def test_choose_several_draws_without_replacement():
   weight = np.array([0.5, 0.3, 0.2])
   rng_B = jax.random.split(jax.random.key(0), 40_000)
   index, _ = drawing.choose_several(rng_B, jnp.tile(jnp.log(weight), (40_000, 1)), Rule(), count=2)
@@ -152,7 +152,7 @@ def test_several_draws_are_without_replacement():
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def test_settings_come_from_a_config():
+def test_sample_settings_are_read_from_a_config():
   sampling = ConfigDict({'max_length': 9, 'gap': {'temperature': 0.0}, 'token': {'top_p': 0.9}, 'stop_threshold': 0.0})
   cfg = ilm.SampleConfig.create(sampling, suppressed_tokens=(0, 1))
   assert cfg == ilm.SampleConfig(
@@ -170,7 +170,7 @@ def test_settings_come_from_a_config():
     ({'gaps': 2, 'two_stage': False, 'joint': {}}, 'gaps=2 cannot be combined with sampling.joint'),
   ],
 )
-def test_settings_out_of_range_are_refused_in_one_line(settings, message):
+def test_settings_out_of_range_are_rejected_with_a_one_line_message(settings, message):
   with pytest.raises(UserError, match=message) as error:
     ilm.SampleConfig.create({'max_length': 9, **settings})
   assert '\n' not in str(error.value)

@@ -1,4 +1,4 @@
-"""The insertion loss on a tiny transformer, against the dense form of the specification."""
+"""The insertion loss of a tiny transformer, compared to a dense softmax over all (gap, token) pairs."""
 
 import math
 
@@ -40,7 +40,7 @@ def make_examples(close_prompt=False):
 
 
 def one_per_row(corrupted):
-  """Pack each example into a row of its own."""
+  """Pack each corrupted example into a separate row."""
   shape = pipeline.Shape(rows=1, length=16, targets=9, segments=1)
   return pipeline.concatenate([pipeline.pack([c], [i], shape) for i, c in enumerate(corrupted)])
 
@@ -53,7 +53,7 @@ def run(params, batch):
 
 @jax.jit
 def losses(outputs, batch):
-  """Return the losses without and with length weights, and the parts of each example's loss."""
+  """Return the losses without length weights, the losses with them, and the parts of each example's loss."""
   return ilm.loss(outputs, batch, LOSS), ilm.loss(outputs, batch, ELBO), ilm.example_losses(outputs, batch, chunk=5)
 
 
@@ -96,7 +96,7 @@ def dense_losses(outputs, examples):
 
 
 @pytest.mark.parametrize('close_prompt', [False, True])
-def test_the_loss_from_target_lists_equals_the_dense_form(params, close_prompt):
+def test_the_loss_equals_a_dense_softmax_over_all_gaps_and_tokens(params, close_prompt):
   examples = make_examples(close_prompt)
   batch = one_per_row([corrupted for _, corrupted in examples])
   outputs = run(params, batch)
@@ -121,10 +121,10 @@ def test_the_loss_from_target_lists_equals_the_dense_form(params, close_prompt):
 
 
 def mask_in_place(examples, batch):
-  """Put the dropped tokens back in place, but in segment 0; return the batch and the positions of the kept tokens."""
+  """Reinsert the dropped tokens, hidden by segment 0; return the batch and the positions of the other tokens."""
   masked, kept = {name: value.copy() for name, value in batch.items()}, []
   for row, (example, corrupted) in enumerate(examples):
-    # A dropped token follows the kept token of its gap and the tokens dropped before it in the same gap.
+    # A dropped token follows the input token left of its gap and the earlier dropped tokens of the same gap.
     in_gap = np.bincount(corrupted['target_gap'], minlength=len(corrupted['tokens']))
     place = np.arange(len(corrupted['tokens'])) + np.cumsum(in_gap) - in_gap
     n, keep = len(example['tokens']), np.isin(np.arange(len(example['tokens'])), place)
@@ -140,7 +140,7 @@ def mask_in_place(examples, batch):
   return masked, kept
 
 
-def test_removing_dropped_tokens_equals_masking_them_in_place(params):
+def test_removing_dropped_tokens_equals_hiding_them_from_attention(params):
   examples = make_examples()
   removed = one_per_row([corrupted for _, corrupted in examples])
   masked, kept = mask_in_place(examples, removed)
@@ -158,7 +158,9 @@ def test_packing_does_not_change_the_loss_or_its_gradient(params):
   corrupted = [c for _, c in make_examples()]
   packed = pipeline.pack(corrupted, list(range(8)), PACKED)
   ids = packed['example_id_BxS']
-  assert sorted(ids[ids >= 0].tolist()) == list(range(8)) and (ids[:, 2] >= 0).all(), 'rows hold several segments'
+  assert sorted(ids[ids >= 0].tolist()) == list(range(8)) and (ids[:, 2] >= 0).all(), (
+    'each row must hold at least three examples'
+  )
   assert_same_loss_and_gradient(params, packed, one_per_row(corrupted))
 
 
@@ -175,7 +177,7 @@ def test_padding_and_unused_targets_do_not_change_the_loss(params):
   assert all(float(weight) == 8 for _, weight in losses(run(params, noisy), noisy)[0].values())
 
 
-def test_an_example_of_weight_zero_has_no_gradient(params):
+def test_examples_of_weight_zero_do_not_change_the_loss_or_its_gradient(params):
   corrupted = [c for _, c in make_examples()]
   batch = one_per_row(corrupted)
   batch['segment_weight_BxS'][3:] = 0

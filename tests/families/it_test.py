@@ -1,4 +1,4 @@
-"""The Insertion Transformer: targets, loss, and serial and parallel decoding, against plain Python loops."""
+"""The Insertion Transformer: targets, loss, and serial and parallel decoding, compared to plain Python loops."""
 
 import functools
 import math
@@ -29,7 +29,7 @@ def example(prompt, answer):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_open_gap_has_its_dropped_tokens_or_eos_as_targets():
+def test_the_targets_of_an_open_gap_are_its_dropped_tokens_or_eos():
   for seed in range(40):
     made = corruption.it(np.random.default_rng(seed), example([7, 8], [9, 10, 7, 8]), CFG)
     plain = corruption.ilm(np.random.default_rng(seed), example([7, 8], [9, 10, 7, 8]), CFG)
@@ -47,7 +47,7 @@ def test_every_open_gap_has_its_dropped_tokens_or_eos_as_targets():
   assert made['target_gap'].tolist() == [3, 4, 5] and made['target_token'].tolist() == [EOS] * 3
 
 
-def test_the_packed_loss_is_the_mean_over_gaps_of_a_plain_loop():
+def test_the_packed_loss_equals_a_plain_loop_over_gaps():
   rng = np.random.default_rng(0)
   examples = [corruption.it(rng, example([7], rng.integers(7, V, n).tolist()), CFG) for n in (0, 2, 5, 7)]
   batch = pipeline.pack(examples, list(range(4)), pipeline.Shape(2, 20, 40, 3))
@@ -77,7 +77,7 @@ TABLE = tables.Forward(vocab=V, scale=256)
 
 
 def forward(tokens_BxL, length_B, open_BxL=None):
-  """Look up the table, with [EOS] more probable in longer rows."""
+  """Return the table's logits as model Outputs, with [EOS] more probable in longer rows."""
   outputs = TABLE(tokens_BxL, length_B)
   bonus_BxV = jnp.where(jnp.arange(V)[None] == EOS, 0.25 * length_B[:, None].astype(jnp.float32), 0.0)
   return outputs._replace(hidden_BxLxD=outputs.hidden_BxLxD + bonus_BxV[:, None])
@@ -95,7 +95,7 @@ sample = jax.jit(functools.partial(it.sample, forward), static_argnames='cfg')
 
 
 def grow(tokens, open_, cfg):
-  """Decode one row greedily with Python lists: return its (token, open, step) triples, steps, stopped and traces."""
+  """Decode one row greedily in Python: return [(token, open, step)], steps, stopped, log-probabilities, p([EOS])s."""
   row, log_probs, ends = [(token, o, -1) for token, o in zip(tokens, open_, strict=True)], [], []
   steps = 0
   while True:
@@ -138,7 +138,7 @@ def grow(tokens, open_, cfg):
   ],
   ids=str,
 )
-def test_decoding_equals_growing_a_list(settings):
+def test_greedy_decoding_equals_insertion_into_a_python_list(settings):
   settings = {'max_length': 23, 'min_buffer': 4, **settings}
   cfg = it.SampleConfig.create(settings, suppressed_tokens=CLOSED, vocab_chunk=4)
   rows, ended = prompts(), set()
@@ -155,7 +155,7 @@ def test_decoding_equals_growing_a_list(settings):
   assert (out.steps_B > 1).any() and True in ended and ('max_steps' not in settings or False in ended)
 
 
-def test_parallel_draws_depend_on_the_request_alone_and_record_their_log_probability():
+def test_parallel_draws_depend_only_on_the_request_and_record_their_log_probability():
   settings = {'max_length': 20, 'parallel': True, 'token': {'temperature': 0.7}, 'min_buffer': 4}
   cfg = it.SampleConfig.create(settings, suppressed_tokens=CLOSED)
   rows = prompts(10) + [([CLS, BOS], [False, True])] * 20
@@ -174,6 +174,6 @@ def test_parallel_draws_depend_on_the_request_alone_and_record_their_log_probabi
   assert len(first) > 1
 
 
-def test_end_thresholds_out_of_range_are_refused():
+def test_end_thresholds_out_of_range_are_rejected():
   with pytest.raises(UserError, match=r'end_threshold=1.5: expected a probability'):
     it.SampleConfig.create({'max_length': 9, 'end_threshold': 1.5})

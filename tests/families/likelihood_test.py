@@ -1,4 +1,4 @@
-"""Likelihoods of the insertion model, against sums over all orders of insertion and over all strings."""
+"""Likelihoods of the insertion model, compared to sums over all insertion orders and over all strings."""
 
 import itertools
 import math
@@ -37,7 +37,7 @@ def plain_rows(tokens_BxL, fixed_BxL, length_B):
 
 
 def evaluate(tokens, fixed, *, keep):
-  """Look up a text of which only `keep` is present: return (log pi, log(1 - pi), {missing position: log p})."""
+  """Evaluate the table on the tokens in `keep`: return (log p(stop), log p(go on), {missing position: log p(pair)})."""
   row = [t for t, k in zip(tokens, keep, strict=True) if k]
   complete = [not f or (i + 1 < len(fixed) and not fixed[i + 1]) for i, f in enumerate(fixed)]
   complete[0] = False
@@ -51,7 +51,7 @@ def evaluate(tokens, fixed, *, keep):
 
 
 def by_orders(tokens, fixed):
-  """Return log p(x) as a sum over all orders of insertion, and the list of the orders' log-probabilities."""
+  """Return log p(x), computed as a sum over all insertion orders, and the log-probability of each order."""
   free = [i for i, f in enumerate(fixed) if not f]
   logs = []
   for order in itertools.permutations(free):
@@ -65,7 +65,7 @@ def by_orders(tokens, fixed):
 
 
 def by_sets(tokens, fixed):
-  """Return the bound on -log p(x) as a sum over all sets of missing tokens."""
+  """Return the upper bound on -log p(x), computed as a sum over all sets of missing tokens."""
   free = [i for i, f in enumerate(fixed) if not f]
   total = -evaluate(tokens, fixed, keep=[True] * len(tokens))[0]
   for n in range(1, len(free) + 1):
@@ -96,7 +96,7 @@ CASES = {'prompt': {}, 'gap': {'suffix': (9, 7)}, 'nothing given': {'prompt': ()
 
 
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES)
-def test_the_exact_value_is_the_sum_over_all_orders(case):
+def test_the_exact_likelihood_is_the_sum_over_all_insertion_orders(case):
   rows = rows_of(STRINGS, **case)
   nll_B, error_B, tokens_B = score(None, rows, kind='exact', longest=4)
   assert tokens_B.tolist() == [len(s) for s in STRINGS] and not np.any(error_B)
@@ -128,10 +128,12 @@ def test_the_bound_and_the_importance_weighted_estimate_have_the_right_expectati
   for i, row in enumerate(plain_rows(*rows)):
     expected, logs = by_orders(*row)
     mean = by_sets(*row)
-    assert mean == pytest.approx(-np.mean(logs) - math.lgamma(len(strings[i]) + 1), rel=1e-9), 'Jensen over orders'
+    assert mean == pytest.approx(-np.mean(logs) - math.lgamma(len(strings[i]) + 1), rel=1e-9), (
+      'the bound computed from sets must equal the bound computed from orders'
+    )
     assert 0 < error_B[i] < 0.2
     assert abs(nll_B[i] - mean) < 4 * error_B[i]
-    # Expectation of the estimate: draw from the enumerated orders with replacement, as the estimate does.
+    # Expectation of the importance-weighted estimate: it draws orders with replacement, so draw them likewise.
     drawn = np.random.default_rng(0).choice(logs, (20_000, few))
     draws = np.log(math.factorial(len(strings[i]))) + np.logaddexp.reduce(drawn, axis=1) - math.log(few)
     error = tight[:, i].std(ddof=1) / runs**0.5
@@ -150,7 +152,7 @@ def test_standard_errors_match_the_spread_of_repeated_estimates():
   assert np.isnan(error_B[0])
 
 
-def test_rows_with_too_many_free_tokens_get_nan_and_bad_kinds_are_refused():
+def test_rows_with_too_many_free_tokens_score_nan_and_invalid_kinds_are_rejected():
   nll_B, _, _ = score(None, rows_of([(7, 8, 9), (7,)]), kind='exact', most=2)
   assert np.isnan(nll_B[0]) and np.isfinite(nll_B[1])
   with pytest.raises(UserError, match="kind='tight': expected one of bound, importance-weighted, exact"):
@@ -159,8 +161,8 @@ def test_rows_with_too_many_free_tokens_get_nan_and_bad_kinds_are_refused():
     ilm.check_score('exact', 13)
 
 
-def test_the_training_loss_averaged_over_all_sets_is_the_bound():
-  """(L + 1) E_n[token + stop loss] - log L! over n = 0 .. L, with the prompt's gaps closed."""
+def test_the_training_loss_averaged_over_all_sets_of_dropped_tokens_is_the_bound():
+  """The bound is (L + 1) E_n[token loss + stop loss] - log L!, with n = 0 .. L dropped tokens and close_prompt=True."""
   shape, losses = pipeline.Shape(rows=1, length=SIZE, targets=3, segments=1), jax.jit(ilm.example_losses)
   for row, fixed in plain_rows(*rows_of([(), (7, 7), (7, 8, 9)])):
     free, tokens, packed = np.flatnonzero(~np.array(fixed)), np.array(row, np.int32), []

@@ -1,4 +1,4 @@
-"""The masked diffusion sampler on a table: against a plain loop, against enumeration, and independence of requests."""
+"""The masked diffusion sampler with a table as the model, compared to a plain loop and to enumerated probabilities."""
 
 import collections
 import functools
@@ -38,7 +38,7 @@ def make_prompt(rows, *, size=8, requests=None):
 
 
 def random_rows(number=24, seed=0):
-  """Return rows for `make_prompt`; some have a closed end, some contain [MASK]s."""
+  """Return rows for `make_prompt`; some accept no tokens at their end, some contain [MASK]s."""
   rng, rows = np.random.default_rng(seed), [([CLS, BOS], True, 6), ([], False, -1), ([CLS, BOS, 5], True, 0)]
   while len(rows) < number:
     tokens = [CLS, *rng.choice([MASK, 5, 6, 7], rng.integers(0, 5), p=[0.2, 0.3, 0.3, 0.2]).tolist(), BOS]
@@ -46,7 +46,7 @@ def random_rows(number=24, seed=0):
   return rows
 
 
-# --- orders by certainty, against a plain loop ------------------------------------------------------------------------
+# --- revealing by certainty, compared to a plain loop -----------------------------------------------------------------
 
 
 def denoise(tokens, tail_open, free, cfg):
@@ -118,21 +118,23 @@ def test_no_mask_remains_after_the_last_step(order, steps):
   for i, (tokens, tail_open, free) in enumerate(rows):
     assert out.length_B[i] == len(tokens) + (free if tail_open else 0)
     row, order_of_tokens = out.tokens_BxL[i, : out.length_B[i]], out.order_BxL[i, : out.length_B[i]]
-    assert row[order_of_tokens < 0].tolist() == [token for token in tokens if token != MASK], 'a given token changed'
+    assert row[order_of_tokens < 0].tolist() == [token for token in tokens if token != MASK], (
+      'a given token was replaced'
+    )
     assert set(row[order_of_tokens >= 0].tolist()) <= {5, 6, 7}
 
 
-def test_an_unknown_number_of_tokens_counts_as_none_and_a_large_one_is_cut():
+def test_an_unknown_number_of_tokens_to_generate_means_zero_and_a_large_number_is_limited():
   cfg = mdm.SampleConfig(max_length=6, length='given', suppressed_tokens=(*CLOSED, PAD))
   out = sample(make_prompt([([CLS, BOS], True, -1), ([CLS, BOS], True, 50)]), jax.random.key(0), cfg)
   assert out.length_B.tolist() == [2, 6]
 
 
-# --- ancestral sampling, against enumeration --------------------------------------------------------------------------
+# --- ancestral sampling, compared to enumeration ----------------------------------------------------------------------
 
 
 def chi_square(counts: dict, probabilities: dict) -> float:
-  """Return Pearson's statistic minus its mean, in units of its standard deviation."""
+  """Return Pearson's chi-square statistic, minus its mean and divided by its standard deviation."""
   number = sum(counts.values())
   assert set(counts) <= set(probabilities), 'an outcome of probability 0 occurred'
   assert min(probabilities.values()) * number > 5, 'too few samples for the test'
@@ -145,7 +147,7 @@ even_forward = functools.partial(forward, **EVEN)
 
 
 def test_ancestral_samples_follow_the_enumerated_distribution():
-  """Each token is revealed at an independent uniform step, and drawn given the row and the noise before that step."""
+  """Each token is revealed at an independent, uniformly random step, given the row and the noise level before it."""
   number, steps, exact = 30_000, 3, {}
   closed = (*CLOSED, PAD)
   for times in itertools.product(range(steps), repeat=2):
@@ -169,7 +171,7 @@ def test_ancestral_samples_follow_the_enumerated_distribution():
 
 
 def test_a_row_depends_only_on_its_own_request():
-  """Neighbours, position in the batch, batch size and prompt buffer change neither tokens nor their order."""
+  """Other rows, position in the batch, batch size and prompt buffer size change neither tokens nor their order."""
   rows, requests = random_rows(8, seed=3), [11, 3, 7, 2**31 - 1, 0, 5, 8, 2]
   cfg = mdm.SampleConfig(max_length=12, max_steps=5, order='margin', token=Rule(top_p=0.9), suppressed_tokens=CLOSED)
 
@@ -197,21 +199,21 @@ def test_different_requests_and_seeds_give_different_samples():
   assert same == [first[4]] * 12
 
 
-# --- the program ------------------------------------------------------------------------------------------------------
+# --- compilation ------------------------------------------------------------------------------------------------------
 
 CFG = mdm.SampleConfig(max_length=10, suppressed_tokens=CLOSED)
 
 
-def test_the_number_of_positions_drawn_together_does_not_matter(monkeypatch):
+def test_samples_do_not_depend_on_how_many_positions_are_drawn_at_a_time(monkeypatch):
   prompt, rng = make_prompt(random_rows(6)), jax.random.key(0)
   expected = sample(prompt, rng, CFG)
-  monkeypatch.setattr(mdm, 'MAX_LOGITS', 6 * V * 3)  # draws at 3, 3, 3 and 1 positions together
+  monkeypatch.setattr(mdm, 'MAX_LOGITS', 6 * V * 3)  # draws 3, 3, 3 and 1 positions at a time
   got = jax.jit(lambda prompt: mdm.sample(forward, rng, prompt, CFG))(prompt)
   np.testing.assert_array_equal(got.tokens_BxL, expected.tokens_BxL)
   np.testing.assert_array_equal(got.order_BxL, expected.order_BxL)
 
 
-def test_sampling_is_one_program_without_host_synchronisation():
+def test_sampling_is_one_compiled_program_without_host_synchronization():
   program = jax.jit(lambda prompt, rng: mdm.sample(forward, rng, prompt, CFG))
   text = str(jax.make_jaxpr(program)(make_prompt(random_rows(6)), jax.random.key(0)))
   assert 'while' in text and 'callback' not in text

@@ -1,4 +1,4 @@
-"""The NELBO of masked diffusion on a table, against numerical integration and enumeration of all orders."""
+"""The NELBO of masked diffusion with a table as the model, compared to numerical integration and enumeration."""
 
 import functools
 import itertools
@@ -23,14 +23,14 @@ def programs(tmp_path_factory):
 
 
 def masked_losses(text, masked, noise, closed, **settings):
-  """Return {j: -log p} for the masked tokens of a text after [CLS] [BOS]."""
+  """Return {j: -log p(text[j])} for each masked index j of a text that follows [CLS] [BOS]."""
   row = (CLS, BOS, *(MASK if j in masked else token for j, token in enumerate(text)))
   log_p = log_probs(row, noise, closed, **settings)
   return {j: -log_p[2 + j, text[j]] for j in masked}
 
 
 def exact_bound(text, closed, mask_probability=lambda t: t, lowest=0.0):
-  """Integrate 1/t E[sum of losses] over t in (lowest, 1], with each token masked with mask_probability(t)."""
+  """Integrate 1/t E[sum of losses] over t in (lowest, 1], where each token has mask probability mask_probability(t)."""
   nodes, weights = np.polynomial.legendre.leggauss(120)
   subsets = [d for n in range(1, len(text) + 1) for d in itertools.combinations(range(len(text)), n)]
   total = 0.0
@@ -72,7 +72,7 @@ GIVEN = mdm.SampleConfig(max_length=8, length='given', suppressed_tokens=(*CLOSE
 noiseless_forward = functools.partial(forward, tilt=0.0)
 
 
-def test_the_score_is_unbiased_and_its_standard_error_is_right():
+def test_the_score_is_unbiased_and_its_standard_error_is_correct():
   text, rows = (6, 5, 7), 2_000
   exact = exact_bound(text, GIVEN.suppressed_tokens)
   nll_B, error_B, tokens_B = score([[CLS, BOS, *text]] * rows, [[1, 1, 0, 0, 0]] * rows, [5] * rows, GIVEN)
@@ -83,7 +83,7 @@ def test_the_score_is_unbiased_and_its_standard_error_is_right():
   assert tokens_B == [3] * rows
 
 
-def test_the_bound_is_the_mean_over_orders_and_above_the_true_value():
+def test_the_bound_is_the_mean_over_reveal_orders_and_above_the_exact_value():
   closed = GIVEN.suppressed_tokens
   texts = list(itertools.product((5, 6, 7), repeat=3))
   orders = {text: order_log_probs(text, closed) for text in texts}
@@ -97,14 +97,14 @@ def test_the_bound_is_the_mean_over_orders_and_above_the_true_value():
     assert nll_B.mean() > exact - 4 * error
 
 
-def test_a_single_free_token_is_scored_exactly_without_noise_dependence():
+def test_a_single_free_token_is_scored_exactly_if_the_model_ignores_the_noise_level():
   cfg = GIVEN._replace(score_draws=2)
   nll_B, error_B, _ = score([[CLS, BOS, 6]], [[1, 1, 0]], [3], cfg, noiseless_forward)
   assert nll_B[0] == pytest.approx(masked_losses((6,), (0,), 0.0, cfg.suppressed_tokens, tilt=0.0)[0], abs=1e-5)
   assert error_B[0] < 1e-6
 
 
-def test_a_predicted_length_adds_the_cost_of_the_padding():
+def test_with_predicted_length_the_score_includes_the_padding():
   cfg = GIVEN._replace(length='predicted', max_length=6, suppressed_tokens=CLOSED)
   row, fixed = [CLS, 7, BOS, 6], [1, 1, 1, 0]
   predicted = score([row], [fixed], [4], cfg)
@@ -124,10 +124,10 @@ def test_impossible_strings_score_infinity_and_empty_rows_zero():
   assert (nll_B[0] > 0, nll_B[3], nll_B[4]) == (True, 0, 0) and error_B[1:].tolist() == [0] * 4
   assert tokens_B == [2, 2, 2, 0, 0]
   short = GIVEN._replace(length='predicted', max_length=3, suppressed_tokens=CLOSED)
-  assert np.isinf(score(rows[:1], fixed[:1], [4], short)[0][0]), 'this row is longer than any sample'
+  assert np.isinf(score(rows[:1], fixed[:1], [4], short)[0][0]), 'a row longer than max_length cannot be sampled'
 
 
-def test_the_training_bound_is_the_same_integral_without_its_ends():
+def test_the_training_bound_is_the_nelbo_integral_over_the_training_times():
   text, number = (6, 5, 7), 6_000
   ex = {'tokens': np.array([CLS, BOS, *text], np.int32), 'fixed': np.array([True, True, False, False, False])}
   plain = ConfigDict({'length': 0, 'noise_eps': 1e-3})

@@ -1,4 +1,4 @@
-"""Masked diffusion: corruption, loss and settings. mdm_sampling_test and mdm_score_test test the rest."""
+"""Masked diffusion: corruption, loss and settings. mdm_sampling_test and mdm_score_test test sampling and scoring."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_free_tokens_are_masked_in_place_and_become_the_targets():
   np.testing.assert_array_equal(ex['tokens'], before)
 
 
-def test_corrupted_arrays_have_fixed_types_even_without_targets():
+def test_corrupted_arrays_have_fixed_dtypes_even_without_targets():
   corrupted = corruption.mdm(np.random.default_rng(0), example('CB'), PLAIN)
   types = {'tokens': np.int32, 'target_gap': np.int32, 'target_token': np.int32, 'target_weight': np.float32}
   assert {name: corrupted[name].dtype for name in types} == types and len(corrupted['target_gap']) == 0
@@ -82,7 +82,7 @@ def test_free_tokens_are_masked_independently_with_the_probability_of_the_schedu
     assert variance == pytest.approx(10 * p * (1 - p), rel=0.2, abs=5e-3), 'tokens are not masked independently'
 
 
-def test_times_are_uniform_and_u_replaces_the_draw():
+def test_diffusion_times_are_uniformly_random_unless_u_is_given():
   ex = example('CB......')
   times = np.sort([(1 - math.exp(-corrupted['noise'])) / 0.999 for corrupted in corrupt_often(ex, 4_000)])
   assert times[0] > 1e-3 and times[-1] <= 1 + 1e-9
@@ -93,7 +93,7 @@ def test_times_are_uniform_and_u_replaces_the_draw():
 
 
 @pytest.mark.parametrize('eps', [1e-3, math.exp(-10)])
-def test_target_weights_are_the_noise_rate_over_the_odds_of_masking(eps):
+def test_target_weights_are_the_noise_rate_divided_by_the_odds_of_masking(eps):
   cfg = ConfigDict({'length': 0, 'noise_eps': eps})
   for t in (0.01, 0.4, 0.9):
     corrupted = corruption.mdm(np.random.default_rng(0), example('CB' + '.' * 300), cfg, u=(1 - t) / 0.999)
@@ -103,7 +103,7 @@ def test_target_weights_are_the_noise_rate_over_the_odds_of_masking(eps):
     assert len(corrupted['target_weight']) > 0
 
 
-def test_noise_and_weights_equal_the_reference_code(golden):
+def test_noise_levels_and_target_weights_equal_the_reference_implementation(golden):
   numbers = golden('mdm')
   for t, noise, rate in zip(numbers['t'], numbers['total_noise'], numbers['noise_rate'], strict=True):
     corrupted = corruption.mdm(np.random.default_rng(0), example('CB' + '.' * 50), PLAIN, u=(1 - t) / 0.999)
@@ -170,7 +170,7 @@ def packed(corrupted):
 
 @jax.jit
 def losses_and_gradients(params, batch):
-  """Return ((loss, metrics), gradient) of both training losses."""
+  """Return {loss name: ((loss, metrics), gradient)} for the two training losses."""
 
   def total(params, name):
     pairs = mdm.loss(transformer.apply_batch(MODEL, params, batch), batch, LOSSES[name])
@@ -188,7 +188,7 @@ def assert_same(first, second):
       np.testing.assert_allclose(grad, other_grad, rtol=1e-5, atol=atol)
 
 
-def test_the_loss_equals_its_dense_form_and_does_not_depend_on_packing(params):
+def test_the_loss_equals_a_plain_loop_and_does_not_depend_on_packing(params):
   corrupted = make_corrupted()
   batch = one_per_row(corrupted)
   outputs = jax.jit(transformer.apply_batch, static_argnums=0)(MODEL, params, batch)
@@ -263,7 +263,7 @@ def test_sample_settings_are_read_from_a_config():
     ({'score_draws': 3}, 'sampling.score_draws=3: expected an even number of at least 2'),
   ],
 )
-def test_invalid_sample_settings_are_rejected_in_one_line(settings, line):
+def test_invalid_sample_settings_are_rejected_with_a_one_line_message(settings, line):
   assert error_line(mdm.SampleConfig.create, {'max_length': 9, **settings}, noise_eps=1e-3) == line
 
 
@@ -289,11 +289,11 @@ MDM = {'family': 'mdm', **small.NO_DROPOUT}
     ({'family': 'ilm', 'model.conditioning': 'adaln'}, "model.conditioning='adaln'"),
   ],
 )  # fmt: skip
-def test_invalid_configs_are_rejected_in_one_line(changes, line):
+def test_invalid_configs_are_rejected_with_a_one_line_message(changes, line):
   assert error_line(experiment.build, small.config({**MDM, **changes})).startswith(line)
 
 
-def test_the_config_decides_the_model_and_the_sampler():
+def test_the_config_determines_the_settings_of_the_model_and_the_sampler():
   default = experiment.build(small.config(MDM))
   assert (default.model_cfg.conditioning, default.model_cfg.residual) == ('adaln', 'input')
   assert not default.model_cfg.causal and not default.model_cfg.stop_head
@@ -311,7 +311,7 @@ def test_the_config_decides_the_model_and_the_sampler():
 # --- with a transformer -----------------------------------------------------------------------------------------------
 
 
-def test_a_training_step_uses_the_noise_level_and_equals_accumulated_parts():
+def test_a_training_step_uses_the_noise_level_and_equals_gradient_accumulation():
   linear = {'optimizer.eps': 1.0, 'optimizer.warmup_steps': 0, 'optimizer.learning_rate': 0.1, 'optimizer.clip': 0.0}
   made = {}
   for parts in (1, 2):
@@ -324,7 +324,7 @@ def test_a_training_step_uses_the_noise_level_and_equals_accumulated_parts():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), made[1][0].params, made[2][0].params)
   assert pairs['update_norm'][0] > 1e-2
 
-  # The modulations of a fresh model are 0; this step has changed them, so the noise level now matters.
+  # The adaLN modulations are initially 0; the training step has changed them, so the noise level now has an effect.
   run = jax.jit(
     lambda noise_BxS: transformer.apply_batch(exp.model_cfg, made[1][0].params, batch | {'noise_BxS': noise_BxS})
   )
@@ -332,7 +332,7 @@ def test_a_training_step_uses_the_noise_level_and_equals_accumulated_parts():
   assert np.abs(first - other).max() > 1e-4
 
 
-def test_prompts_must_give_the_number_of_tokens_if_the_length_is_given(params):
+def test_with_length_given_prompts_must_specify_the_number_of_tokens_to_generate(params):
   cfg = mdm.SampleConfig(max_length=8, length='given', suppressed_tokens=tuple(range(7)))
   sampler = static_batching.StaticSampler(MODEL, families.get('mdm'), cfg, batch_size=3)
   prompt = {'tokens': np.array([CLS, BOS]), 'open': np.array([False, True])}

@@ -1,4 +1,4 @@
-"""Random sampling from the insertion family with a table as the model, against replays and enumeration."""
+"""Random sampling from the insertion family with a table as the model, compared to replays and enumeration."""
 
 import collections
 import functools
@@ -42,7 +42,7 @@ RANDOM = ilm.SampleConfig(
 
 
 def draw(rows, *, seed=0, requests=None):
-  """Sample rows with random gaps, tokens and stops, in one batch of 240."""
+  """Sample completions of `rows` with random gaps, tokens and stops, in one batch of 240."""
   return jax.device_get(sample(make_prompt(rows, requests=requests, fill=240), jax.random.key(seed), RANDOM))
 
 
@@ -56,13 +56,13 @@ def strings(out):
 
 @pytest.fixture(scope='module')
 def drawn():
-  """Return (prompts, samples), with every prompt eight times."""
+  """Return (prompts, samples); every prompt is sampled eight times."""
   rows = prompts() * 8
   return rows, draw(rows)
 
 
 def replay(row, order):
-  """Yield (tokens, their steps, gap, token) before each insertion, as recorded in `order`."""
+  """Yield (tokens before an insertion, their steps, gap, inserted token) for each insertion recorded in `order`."""
   for step in range(max(order) + 1):
     before = [token for token, age in zip(row, order, strict=True) if age < step]
     ages = [age for age in order if age < step]
@@ -85,15 +85,15 @@ def test_replaying_the_recorded_order_turns_the_prompt_into_the_sample(drawn):
       if age < 0:
         gap_is_open = next(given)
       else:
-        assert gap_is_open, 'the tokens between two given ones were inserted into the gap between them'
+        assert gap_is_open, 'a token was inserted into a gap that the prompt does not open'
   assert set(out.tokens_BxL[out.order_BxL >= 0].tolist()) == set(range(V)) - set(CLOSED)
 
 
-def test_the_gap_of_cls_is_closed_even_if_the_prompt_opens_it():
+def test_nothing_is_inserted_right_of_cls_even_if_the_prompt_opens_this_gap():
   assert strings(draw([([CLS, BOS], [1, 0])] * 20))[:20] == [[CLS, BOS]] * 20
 
 
-def test_log_probabilities_are_those_of_the_admissible_pairs(drawn):
+def test_recorded_log_probabilities_are_normalized_over_open_gaps_and_allowed_tokens(drawn):
   (rows, out), texts = drawn, strings(drawn[1])
   for i, (tokens, open_) in enumerate(rows[:60]):
     row, order = texts[i], out.order_BxL[i, : out.length_B[i]].tolist()
@@ -106,7 +106,7 @@ def test_log_probabilities_are_those_of_the_admissible_pairs(drawn):
       assert out.log_prob_BxM[i, step] == pytest.approx(logits[gap, token] - math.log(sum(weights)), abs=1e-5)
       assert out.stop_prob_BxM[i, step] == pytest.approx(p_stop, rel=1e-5)
     assert out.stop_prob_BxM[i, steps] == pytest.approx(TABLE.look_up(row)[1], rel=1e-5), (
-      'p(stop) of the last forward pass is recorded'
+      'p(stop) of the last forward pass must be recorded'
     )
     assert (out.log_prob_BxM[i, steps:] == 0).all() and (out.stop_prob_BxM[i, steps + 1 :] == 0).all()
     assert len(row) == len(tokens) + steps
@@ -124,7 +124,7 @@ def test_empty_rows_stay_empty():
 # --- independence -----------------------------------------------------------------------------------------------------
 
 
-def test_a_sample_does_not_depend_on_its_neighbours_place_or_buffers():
+def test_a_sample_does_not_depend_on_other_rows_batch_position_or_buffer_sizes():
   rows, requests, rng = prompts(8, seed=3), [11, 3, 7, 2**31 - 1, 0, 5, 8, 2], jax.random.key(5)
   rarely_stops = tables.Forward(vocab=V, stop_shift=8.0)
 
@@ -144,7 +144,7 @@ def test_a_sample_does_not_depend_on_its_neighbours_place_or_buffers():
       np.testing.assert_allclose(out.stop_prob_BxM, expected[number].stop_prob_BxM, atol=1e-5)
 
 
-def test_other_requests_and_other_keys_give_other_samples():
+def test_different_requests_and_different_keys_give_different_samples():
   rows = [([CLS, BOS], [0, 1])] * 16
   first, other = strings(draw(rows)), strings(draw(rows, seed=1))
   assert len({tuple(row) for row in first[:16]}) > 8 and first != other
@@ -152,7 +152,7 @@ def test_other_requests_and_other_keys_give_other_samples():
   assert strings(draw(rows, requests=[longest] * 16))[:16] == [first[longest]] * 16
 
 
-def test_buffers_double_from_the_smallest_to_the_limit():
+def test_buffer_sizes_double_from_min_buffer_to_max_length():
   def sizes(start, smallest, limit):
     return buffers(start, ilm.SampleConfig(max_length=limit, min_buffer=smallest))
 
@@ -167,9 +167,9 @@ MANY = 20_000
 
 
 def chi_square(counts: dict, probabilities: dict) -> float:
-  """Return Pearson's statistic minus its mean, in standard deviations; cells of small expectation are merged."""
+  """Return Pearson's chi-square statistic, minus its mean, in standard deviations; rare outcomes share a cell."""
   number = sum(counts.values())
-  assert set(counts) <= set(probabilities), 'an event of probability 0 was drawn'
+  assert set(counts) <= set(probabilities), 'an outcome of probability 0 was drawn'
   rare = [key for key, p in probabilities.items() if p * number < 5]
   cells = [(counts.get(key, 0), p * number) for key, p in probabilities.items() if key not in rare]
   if rare:
@@ -178,7 +178,7 @@ def chi_square(counts: dict, probabilities: dict) -> float:
   return (statistic - (len(cells) - 1)) / math.sqrt(2 * (len(cells) - 1))
 
 
-def test_drawing_a_gap_then_a_token_equals_drawing_a_pair():
+def test_drawing_a_gap_then_a_token_gives_the_distribution_of_drawing_a_pair():
   tokens, open_ = [CLS, BOS, 5, 3, 8], [False, True, True, False, True]
   flat = tables.Forward(vocab=V, scale=512)  # logits in [0, 2), so that every pair is drawn often
   logits, _ = flat.look_up(tokens)
@@ -196,7 +196,7 @@ def test_drawing_a_gap_then_a_token_equals_drawing_a_pair():
     np.testing.assert_allclose(out.log_prob_BxM[:, 0], [math.log(exact[pair]) for pair in pairs], atol=1e-5)
 
 
-def test_sampled_stops_are_as_frequent_as_their_probability_at_the_stop_temperature():
+def test_the_frequency_of_stops_equals_p_stop_at_the_stop_temperature():
   row, temperature = [CLS, BOS, 5], 3.0
   _, p = TABLE.look_up(row)
   p = 1 / (1 + ((1 - p) / p) ** (1 / temperature))
@@ -207,7 +207,7 @@ def test_sampled_stops_are_as_frequent_as_their_probability_at_the_stop_temperat
   np.testing.assert_allclose(out.stop_prob_BxM[:, 0], p, rtol=1e-5)
 
 
-TINY = tables.Forward(vocab=3, scale=512, stop_shift=4.5)  # every id may be inserted
+TINY = tables.Forward(vocab=3, scale=512, stop_shift=4.5)  # no token is suppressed
 
 
 def enumerate_strings(longest):
@@ -239,14 +239,14 @@ def test_strings_are_sampled_with_their_enumerated_probabilities():
   counts = collections.Counter(zip(texts, out.stopped_B.tolist(), strict=True))
   assert abs(chi_square(counts, exact)) < 4
   lengths = collections.Counter(map(len, texts))
-  assert min(lengths[n] for n in range(4)) > 500, 'all lengths occur'
+  assert min(lengths[n] for n in range(4)) > 500, 'every length must occur often'
 
 
-# --- one program ------------------------------------------------------------------------------------------------------
+# --- compilation ------------------------------------------------------------------------------------------------------
 
 
-def test_sampling_is_one_program_without_host_communication(drawn):
-  del drawn  # it has compiled the program
+def test_sampling_is_one_compiled_program_without_host_communication(drawn):
+  del drawn  # this fixture has already compiled the program
   args = [(make_prompt(prompts(6, seed=seed), fill=240), jax.random.key(seed)) for seed in (0, 1)]
   jaxpr = str(jax.make_jaxpr(lambda prompt, rng: sample(prompt, rng, RANDOM))(*args[0]))
   assert 'while[' in jaxpr and 'callback' not in jaxpr and 'infeed' not in jaxpr
