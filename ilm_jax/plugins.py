@@ -13,9 +13,21 @@ def find(name: str, *, table: dict[str, str], attribute: str, kind: type, settin
     found = importlib.util.find_spec(path) if path.replace('.', '').isidentifier() else None
   except ModuleNotFoundError:
     found = None
-  value = getattr(importlib.import_module(path), attribute, None) if found else None
+  if not found:
+    raise UserError(
+      f'{setting}={name!r}: expected one of {", ".join(table)}, or the import path of a module that '
+      f'defines {attribute} (the current folder is searched, too)'
+    )
+  try:
+    value = getattr(importlib.import_module(path), attribute, None)
+  except UserError:
+    raise
+  except Exception as error:  # a module of the user's own may raise anything
+    raise UserError(
+      f'{setting}={name!r}: {found.origin} cannot be imported: {type(error).__name__}: {error}'
+    ) from error
   if not isinstance(value, kind):
     raise UserError(
-      f'{setting}={name!r}: expected one of {", ".join(table)}, or the import path of a module that defines {attribute}'
+      f'{setting}={name!r}: {found.origin} defines no {attribute} of type {kind.__module__}.{kind.__name__}'
     )
   return value

@@ -6,7 +6,11 @@ import re
 import subprocess
 import sys
 
+import pytest
 import small
+
+from ilm_jax import families
+from ilm_jax.types import UserError
 
 PAGE = (small.ROOT / 'docs' / 'extending.md').read_text()
 FILES = dict(re.findall(r'```python title="(\w+\.py)"\n(.*?)```', PAGE, re.S))
@@ -36,3 +40,28 @@ def test_the_toy_family_sorts_digits_from_right_to_left(tmp_path):
   answer = json.loads(ilm_jax(tmp_path, 'generate', '--workdir=runs/toy', '--prompt=5 3 9 1 1'))
   assert answer['text'] == '5 3 9 1 1 = 1 1 3 5 9'
   assert [step for step in answer['order'] if step >= 0] == [4, 3, 2, 1, 0]
+  table = ilm_jax(tmp_path, 'report', 'runs/toy', '--noplots', '--mixed_commits')
+  assert re.search(r'^\| sorting \| toy_family \| .* \| – \| – \| – \|$', table, re.M)
+
+
+@pytest.mark.parametrize(
+  ('code', 'message'),
+  [
+    (None, 'expected one of ilm, arm, it, mdm, or the import path of a module that defines FAMILY'),
+    ('x = 1', 'broken_family.py defines no FAMILY of type ilm_jax.families.contract.Family'),
+    ('import no_such_library', "broken_family.py cannot be imported: ModuleNotFoundError: No module named 'no_such_"),
+    (
+      "from ilm_jax.families.contract import Family\nFAMILY = Family(name='broken')",
+      r"cannot be imported: TypeError: Family.__init__\(\) missing 6 required keyword-only arguments: 'corrupt'",
+    ),
+  ],
+  ids=['no module', 'no FAMILY', 'broken import', 'missing fields'],
+)
+def test_a_family_that_cannot_be_used_is_reported_in_one_line(code, message, tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  if code is not None:
+    (tmp_path / 'broken_family.py').write_text(code)
+  monkeypatch.delitem(sys.modules, 'broken_family', raising=False)
+  with pytest.raises(UserError, match=message) as error:
+    families.get('broken_family')
+  assert '\n' not in str(error.value)

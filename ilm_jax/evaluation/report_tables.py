@@ -75,11 +75,13 @@ def accuracy_table(rows: list[Row]) -> list[str]:
   cells = []
   for row in rows:
     by_seed = [100 * run.correct[0] / run.correct[1] for run in row]
-    correct_tokens, all_tokens = (sum(column) for column in zip(*(run.tokens for run in row), strict=True))
+    pairs = [run.tokens for run in row if run.tokens]
+    token_accuracy = f'{100 * sum(c for c, _ in pairs) / sum(n for _, n in pairs):.1f}' if pairs else '–'
+    chance = '–' if row[0].chance is None else f'{100 * row[0].chance:.1f}'
     paper = PAPER.get((row[0].label, row[0].family))
     cells.append([
       row[0].label, row[0].family, pooled([run.correct for run in row]), ', '.join(f'{value:.1f}' for value in by_seed),
-      mean_of_seeds(by_seed), f'{100 * correct_tokens / all_tokens:.1f}', f'{100 * row[0].chance:.1f}',
+      mean_of_seeds(by_seed), token_accuracy, chance,
       '–' if paper is None else f'{paper:.1f}',
     ])  # fmt: skip
   return [*ACCURACY_TEXT.rstrip().split('\n'), *table([*columns, 'paper'], cells)]
