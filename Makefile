@@ -11,7 +11,7 @@ WORKERS ?= 2
 ARGS ?=
 
 PY := "$(VENV)/bin/python"
-PYTEST := $(PY) -m pytest --numprocesses=$(WORKERS) --dist=loadfile
+PYTEST := $(PY) -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
 BENCHMARKS := $(filter-out _% parallel,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
 

@@ -17,6 +17,8 @@ jax.config.update('jax_disable_most_optimizations', True)
 # Processes that the tests start inherit the environment variable.
 os.environ['XLA_FLAGS'] = '--xla_cpu_use_fusion_emitters=false' if jax.__version_info__ < (0, 11) else ''
 
+# The slowest files start first, so that the test processes finish at about the same time.
+SLOW_FILES = ('resume_test', 'readme_test', 'processes_test', 'commands_test', 'text_training_test', 'extending_test')
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
 
@@ -29,3 +31,9 @@ def golden():
       return dict(file)
 
   return load
+
+
+def pytest_collection_modifyitems(items):
+  """Move the tests of SLOW_FILES to the front."""
+  order = {name: index for index, name in enumerate(SLOW_FILES)}
+  items.sort(key=lambda item: order.get(item.path.stem, len(order)))
