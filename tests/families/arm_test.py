@@ -29,7 +29,7 @@ class ModelForward:
     init = jax.jit(lambda: transformer.unbox(transformer.init(MODEL, jax.random.key(1))))
     self.params = jax.tree.map(lambda x: 1.5 * x, init())
     self.forward = transformer.Forward(MODEL, self.params)
-    self.cache, self.cached = self.forward.cache, self.forward.cached
+    self.empty_cache, self.apply_cached = self.forward.empty_cache, self.forward.apply_cached
 
   def __call__(self, tokens_BxL, length_B):
     return self.forward(tokens_BxL, length_B)
