@@ -49,10 +49,10 @@ class Forward:
     logits_BxLxV, stop_BxSx2 = table(tokens_BxL, length_B, jnp, **self.settings)
     return Outputs(logits_BxLxV, jnp.eye(logits_BxLxV.shape[2]), stop_BxSx2)
 
-  def cache(self, rows, size):
+  def empty_cache(self, rows, size):
     return jnp.zeros((rows, size), jnp.int32)
 
-  def cached(self, tokens_BxN, start_B, cache):
+  def apply_cached(self, tokens_BxN, start_B, cache):
     row_Bx1 = jnp.arange(tokens_BxN.shape[0])[:, None]
     at_BxN = start_B[:, None] + jnp.arange(tokens_BxN.shape[1])[None]
     cache = cache.at[row_Bx1, at_BxN].set(tokens_BxN, mode='drop')
