@@ -62,6 +62,7 @@ bench: $(VENV)/.installed ## run the benchmarks
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(PY) -m benchmarks.$$name $(ARGS); done
 
 build: $(VENV)/.installed-dev ## build the source distribution and the wheel in dist/
+	rm -rf build/lib build/bdist.*
 	$(PY) -m build
 
 # One test plays a trace page in Chromium; without a browser it is skipped.

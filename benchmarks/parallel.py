@@ -1,7 +1,7 @@
 """Several insertions per decoding step on a trained model: the speed gained, and the loss in text quality.
 
 The run in --workdir generates texts from empty prompts, inserting into the 1, 2, 4, ... most probable gaps per decoding
-step (0: all gaps; 1: the sampler of the ILM paper). The scoring model --judge (the workdir of an ARM run, or hf:NAME)
+step (0: all gaps; 1: the sampler of the ILM paper). The scoring model --model (the workdir of an ARM run, or hf:NAME)
 gives the negative log-likelihood per token of the texts. All rows of the table use the same requests and the same seed.
 """
 
@@ -14,7 +14,7 @@ from ilm_jax.inference import api
 from ilm_jax.types import UserError
 
 
-def measure(args, judge, gaps: int) -> dict:
+def measure(args, model, gaps: int) -> dict:
   """Generate texts with `gaps` insertions per step, timed after a call that compiles, and score them."""
   lm = api.load(args.workdir, gaps=gaps, gap_threshold=args.gap_threshold, batch_size=args.slots)
   prompts = [''] * args.count
@@ -23,7 +23,7 @@ def measure(args, judge, gaps: int) -> dict:
   completions = [completion for _, completion in sorted(lm.stream(prompts, seed=0), key=lambda pair: pair[0])]
   seconds = time.perf_counter() - start
   texts = [completion.text for completion in completions]
-  statistics = text_statistics.describe(texts, judge.nll(texts))
+  statistics = text_statistics.describe(texts, model.nll(texts))
   lengths = [sum(order >= 0 for order in completion.order) for completion in completions]
   return {
     'gaps': gaps,
@@ -60,7 +60,7 @@ def parse(argv):
   """Parse the command line."""
   parser = _report.Parser(__doc__)
   parser.add_argument('--workdir', required=True, help='workdir of a text run with family=ilm')
-  parser.add_argument('--judge', required=True, help='scoring model: the workdir of an ARM run, or hf:NAME')
+  parser.add_argument('--model', '--judge', required=True, help='scoring model: the workdir of an ARM run, or hf:NAME')
   parser.add_argument('--count', type=_report.positive, default=200, help='number of texts (default: 200)')
   parser.add_argument('--slots', type=_report.positive, default=64, help='texts decoded at the same time (default: 64)')
   parser.add_argument('--gaps', type=_report.counts, default=[1, 2, 4, 8, 0], help='insertions per step; 0: all gaps')
@@ -78,15 +78,15 @@ def main(argv=None) -> int:
   """Run the benchmark; return 1 if the run or the scoring model cannot be used."""
   args = parse(argv)
   try:
-    judge, rows = scoring_models.get(args.judge), []
+    model, rows = scoring_models.get(args.model), []
     for gaps in args.gaps:
       _report.progress(f'{gaps or "all"} insertions per step')
-      rows.append({**measure(args, judge, gaps), 'count': args.count})
+      rows.append({**measure(args, model, gaps), 'count': args.count})
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
   print(_report.machine())
-  print(f'{args.workdir}: {args.count} texts, scored by {args.judge}\n')
+  print(f'{args.workdir}: {args.count} texts, scored by {args.model}\n')
   print(_report.table([cells(row, rows[0]) for row in rows]))
   if args.json:
     _report.write_json(args.json, arguments=vars(args), machine=_report.machine(), rows=rows)

@@ -63,7 +63,7 @@ def main(argv=None) -> int:
   if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())  # find the user's own families and tasks; last, so that they shadow nothing
   sys.argv = [f'ilm-jax {name}', *arguments[1:]]  # the command that run.json records
-  return importlib.import_module(command.module).main([sys.argv[0], *command.arguments, *arguments[1:]])
+  return importlib.import_module(command.module).main([sys.argv[0], *arguments[1:], *command.arguments])
 
 
 if __name__ == '__main__':

@@ -1,8 +1,10 @@
 """Complete prompts and fill gaps with a trained model; the results are JSON, one object per line.
 
-    python -m ilm_jax.generate --workdir=runs/star-tiny --prompt='5,9|9,2/5,2'
-    python -m ilm_jax.generate --workdir=runs/stories --infill='Tom had a ___ . He was ___ .' --n=3 --trace=trace.html
-    python -m ilm_jax.generate --workdir=runs/stories --prompts=requests.jsonl > completions.jsonl
+    ilm-jax generate --workdir=runs/star-tiny --prompt='5,9|9,2/5,2'
+    ilm-jax generate --workdir=runs/stories --infill='Tom had a ___ . He was ___ .' --n=3 --trace=trace.html
+    ilm-jax generate --workdir=runs/stories --prompts=requests.jsonl > completions.jsonl
+
+`python -m ilm_jax.generate` is the same command.
 
 Without --prompt, --infill or --prompts, requests are read from standard input. A file of requests has one request per
 line, either a prompt as plain text or a JSON object (in a *.jsonl file, every line is JSON) with these keys:

@@ -1,5 +1,7 @@
 """Train a model or evaluate a run.
 
+    ilm-jax train --config=star:tiny [--workdir=FOLDER]
+    ilm-jax eval --config=star:tiny [--workdir=FOLDER]
     python -m ilm_jax.main --config=configs/star.py:tiny [--workdir=FOLDER] [--mode=train|eval]
 
 `ilm-jax train` and `ilm-jax eval` are the same command. --config takes the path of a config file, or the name of a
@@ -36,7 +38,7 @@ def parse(argv) -> list[str]:
   except UserError:
     raise
   except (AttributeError, KeyError) as error:
-    raise UserError(unknown_setting(plain(error))) from error
+    raise UserError(unknown_setting(plain(error), argv)) from error
   except Exception as error:  # a config file is code, and may raise anything
     raise UserError(f'flags: {plain(error)}') from error
   if _CONFIG.value is None:
@@ -72,15 +74,17 @@ def locate_config(argv) -> list[str]:
 
 def is_config(file: Path) -> bool:
   """Return whether a file in ilm_jax/configs is a config that --config accepts by name."""
-  return file.stem not in ('__init__', 'default', 'list')
+  from ilm_jax.configs.list import NAMES
+
+  return file.stem in NAMES
 
 
-def unknown_setting(text: str) -> str:
+def unknown_setting(text: str, argv) -> str:
   """Return the error message for a setting that the config lacks; for a renamed setting, it gives the new name."""
   from ilm_jax.runs.run_file import RENAMED
 
-  for argument in sys.argv[1:]:
-    name = argument.lstrip('-').partition('=')[0].removeprefix('config.')
+  for argument in argv[1:]:
+    name = argument.lstrip('-').partition('=')[0].removeprefix('no').removeprefix('config.')
     if name in RENAMED:
       return f'flags: config.{name} was renamed: use --config.{RENAMED[name]}'
   return f'flags: the config has no such setting: {text}'

@@ -1,4 +1,4 @@
-"""Metrics as (total, weight) pairs, which stay exact under accumulation, padded batches and several hosts."""
+"""Metrics as (total, weight) pairs, which stay exact under accumulation, padded batches and several processes."""
 
 import math
 

@@ -3,13 +3,17 @@
 import pathlib
 import re
 
+import numpy as np
 import pytest
 import small
 
 from ilm_jax import cli, main
 from ilm_jax.configs import list as packaged
+from ilm_jax.configs import star
 from ilm_jax.evaluation import convert
 from ilm_jax.runs import run_file
+from ilm_jax.training import experiment
+from ilm_jax.types import UserError
 
 GOLDEN = small.ROOT / 'tests' / 'golden'
 
@@ -75,6 +79,22 @@ def test_the_error_for_an_old_setting_name_gives_the_new_name(capsys):
   assert code == 1 and 'config.data.workers was renamed: use --config.data.num_workers' in err
 
 
+def test_a_config_that_sets_a_renamed_setting_is_refused():
+  config = star.get_config('tiny')
+  config.optimizer.accumulate = 2  # possible inside a config file
+  with pytest.raises(
+    UserError, match=r'config\.optimizer\.accumulate was renamed: set config.optimizer.accumulation_steps'
+  ):
+    experiment.build(config)
+
+
+def test_eval_evaluates_whatever_mode_is_given(monkeypatch):
+  given = []
+  monkeypatch.setattr(main, 'main', given.extend)
+  cli.main(['ilm-jax', 'eval', '--mode=train'])
+  assert given[-1] == '--mode=eval'
+
+
 def test_settings_in_old_configs_get_their_new_names():
   old = {'data': {'workers': 3, 'rows': 4}, 'hosts': {'start_seconds': 9}, 'eval': {'judge': 'hf:x'}, 'steps': 1}
   new = {'data': {'num_workers': 3, 'rows': 4}, 'distributed': {'initialization_timeout': 9}, 'steps': 1}
@@ -88,14 +108,29 @@ def test_convert_check_passes_on_the_numbers_of_the_reference_implementation(cap
 
 
 def test_convert_check_fails_if_one_reference_number_is_wrong(tmp_path, capsys):
-  import numpy as np
-
   with np.load(GOLDEN / 'arm.npz') as file:
     numbers = dict(file)
   numbers['grad/embed_tokens.weight'] = numbers['grad/embed_tokens.weight'] * (1 + 1e-4)
   np.savez(tmp_path / 'arm.npz', **numbers)
   code, out, _ = call(capsys, 'convert', f'--check={tmp_path}')
   assert code == 1 and re.search(r'^arm .*worst embed_tokens.weight +1\.0e-04  above the limit', out, re.M)
+
+
+@pytest.mark.parametrize(
+  ('dropped', 'message'),
+  [
+    ('grad/', 'arm.npz holds no gradients'),
+    ('target_ids', 'arm.npz is no file of reference numbers'),
+    ('', 'cannot be'),
+  ],
+)
+def test_a_damaged_file_of_reference_numbers_gives_a_one_line_error(dropped, message, tmp_path, capsys):
+  with np.load(GOLDEN / 'arm.npz') as file:
+    np.savez(tmp_path / 'arm.npz', **{name: array for name, array in file.items() if not name.startswith(dropped)})
+  if not dropped:
+    (tmp_path / 'arm.npz').write_bytes(b'PK\x03\x04 no archive')
+  code, _, err = call(capsys, 'convert', f'--check={tmp_path}')
+  assert code == 1 and err.count('\n') == 1 and message in err
 
 
 @pytest.mark.parametrize(

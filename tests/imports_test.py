@@ -23,14 +23,15 @@ ROOMS = [
 NARROW = {
   'types': [],
   'special_tokens': [],
-  'configs': ['configs', 'console'],
+  'configs': ['configs'],
+  'configs.list': ['configs', 'console'],
   'metrics': ['types'],
   'plugins': ['types'],
   'console': ['types'],
   'distributed': ['types', 'console', 'distributed'],
   'models': ['types', 'distributed', 'models'],
   'families': ['types', 'special_tokens', 'plugins', 'models', 'families'],
-  'data': ['types', 'special_tokens', 'families.corruption', 'families', 'data'],
+  'data': ['types', 'special_tokens', 'data'],
   'tasks': ['types', 'special_tokens', 'plugins', 'metrics', 'data', 'tasks'],
   'runs': ['types', 'metrics', 'distributed', 'runs'],
   'inference.traces': [],
@@ -158,8 +159,8 @@ def test_a_module_imports_only_its_own_layer_and_lower_ones():
 def test_every_package_documents_its_purpose_its_imports_and_where_to_start_reading():
   for name, path in FILES.items():
     if name.endswith('.__init__') and name.count('.') == 2:
-      text = ast.get_docstring(ast.parse(path.read_text()))
-      assert re.search(r'Start with|Read [\s\S]* first', text) and 'mport' in text, (
+      text = ' '.join(ast.get_docstring(ast.parse(path.read_text())).lower().split())
+      assert re.search('start with|read .* first', text) and 'import' in text, (
         f'{name}: say what it may import, and where to start reading'
       )
 

@@ -118,23 +118,23 @@ def _unpickle(*fields) -> Packed:
   return Packed(*fields)
 
 
-def groups_of_process(groups: int, host: int, hosts: int) -> tuple[int, int]:
+def groups_of_process(groups: int, process: int, processes: int) -> tuple[int, int]:
   """Return the half-open range of groups that one process reads.
 
   Args:
     groups: number of groups per step.
-    host: index of the process.
-    hosts: number of processes.
+    process: index of the process.
+    processes: number of processes.
 
   Raises:
     UserError: the number of groups is not a multiple of the number of processes.
   """
-  if groups % hosts:
-    multiples = [g for g in range(1, 4 * hosts * groups) if g % hosts == 0]
+  if groups % processes:
+    multiples = [g for g in range(1, 4 * processes * groups) if g % processes == 0]
     best = sorted(multiples, key=lambda g: abs(g - groups))[0]
-    raise UserError(f'data.groups={groups} cannot be divided evenly over {hosts} hosts: use data.groups={best}')
-  share = groups // hosts
-  return host * share, (host + 1) * share
+    raise UserError(f'data.groups={groups} cannot be divided evenly over {processes} processes: use data.groups={best}')
+  share = groups // processes
+  return process * share, (process + 1) * share
 
 
 def train_batches(source, corrupt, cfg, *, start: int, stop: int, part: tuple[int, int] = (0, 1)):

@@ -11,6 +11,7 @@ value, and exits with code 1 if an error is above 1e-5.
 
 import json
 import sys
+import zipfile
 
 from absl import flags
 
@@ -38,7 +39,7 @@ def relative_error(actual, expected) -> float:
   import numpy as np
 
   actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-  if actual.shape != expected.shape or not np.isfinite(actual).all():
+  if actual.shape != expected.shape or not (np.isfinite(actual).all() and np.isfinite(expected).all()):
     return float('inf')
   return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30))
 
@@ -148,6 +149,17 @@ def compare(name: str, numbers, num_heads: int | None = None) -> dict[str, float
   return errors | {key: relative_error(ours[key.removeprefix('grad/')], value) for key, value in wanted.items()}
 
 
+def read_json(path) -> dict:
+  """Return the JSON object in a file."""
+  try:
+    value = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise UserError(f'{path} cannot be read as JSON: {" ".join(str(error).split())}') from None
+  if not isinstance(value, dict):
+    raise UserError(f'{path}: expected a JSON object, such as {{"num_heads": 3}}')
+  return value
+
+
 def check(folder) -> int:
   """Compare all families in a folder with the reference code, print the errors; return 1 if one is above LIMIT."""
   import numpy as np
@@ -157,16 +169,23 @@ def check(folder) -> int:
   found = [name for name in FAMILIES if (path / f'{name}.npz').exists()]
   if not found:
     raise UserError(f'--check={folder}: expected a folder with ilm.npz, arm.npz or mdm.npz')
-  config = json.loads((path / 'config.json').read_text()) if (path / 'config.json').exists() else {}
+  config = read_json(path / 'config.json') if (path / 'config.json').exists() else {}
   worst = 0.0
   print(f'{"":8}{"quantity":<58}largest relative error')
   for name in found:
     try:
       with (path / f'{name}.npz').open('rb') as file, np.load(file) as arrays:
         numbers = dict(arrays)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+      raise UserError(
+        f'{path / name}.npz cannot be read ({type(error).__name__}): expected arrays, as np.savez writes them'
+      ) from None
+    if not any(key.startswith('grad/') for key in numbers):
+      raise UserError(f'{path / name}.npz holds no gradients: expected arrays named grad/NAME')
+    try:
       errors = compare(name, numbers, config.get('num_heads'))
     except (KeyError, ValueError) as error:
-      raise UserError(f'{path / name}.npz is not a file of reference outputs: {" ".join(str(error).split())}') from None
+      raise UserError(f'{path / name}.npz is no file of reference numbers: {" ".join(str(error).split())}') from None
     grads = {key: value for key, value in errors.items() if key.startswith('grad/')}
     rows = {key: value for key, value in errors.items() if key not in grads}
     if grads:

@@ -49,6 +49,7 @@ def define_corpus_flags(values: flags.FlagValues, split: str) -> None:
   flags.DEFINE_string('documents', 'endoftext', separators, flag_values=values)
   spaces = 'Remove the spaces around punctuation of the One Billion Word corpus.'
   flags.DEFINE_bool('detokenize', False, spaces, flag_values=values)
+  flags.DEFINE_alias('detokenise', 'detokenize', flag_values=values)
 
 
 def define(values: flags.FlagValues) -> None:

@@ -180,7 +180,7 @@ def plot(rules: list[Lengths], real, path: str) -> None:
   try:
     import matplotlib
   except ImportError:
-    raise UserError('--plot needs matplotlib: install it with `make setup EXTRAS=report`, or omit --plot') from None
+    raise UserError('--plot needs matplotlib: pip install "ilm_jax[report]", or omit --plot') from None
   matplotlib.use('agg')
   from matplotlib import pyplot
 
@@ -218,7 +218,7 @@ def run(values) -> int:
   from ilm_jax.inference import api, static_batching
 
   lm = api.load(values.workdir, values.checkpoint, batch_size=values.batch_size)
-  if not hasattr(lm.sample_cfg, 'stop_threshold'):
+  if not lm.model_cfg.stop_head:
     raise UserError(f'family={lm.cfg.family} has no stop head: expected a run with family=ilm')
   source = lm.task.source(lm.cfg.task, 'validation')
   real = [int((~source[i]['fixed']).sum()) for i in range(len(source))]

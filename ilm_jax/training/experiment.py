@@ -12,7 +12,7 @@ from ilm_jax.data import pipeline
 from ilm_jax.distributed import sharding
 from ilm_jax.evaluation import scoring_models
 from ilm_jax.models import transformer
-from ilm_jax.runs.run_file import as_json, flatten
+from ilm_jax.runs.run_file import RENAMED, as_json, flatten
 from ilm_jax.special_tokens import SPECIAL
 from ilm_jax.training import optimizer
 from ilm_jax.types import UserError
@@ -87,6 +87,8 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
 def check_ranges(cfg) -> None:
   """Raise UserError if a number in the config is below its minimum, or if `eval.checkpoint` is malformed."""
   values = flatten(as_json(cfg))
+  for name in values.keys() & RENAMED.keys():
+    raise UserError(f'config.{name} was renamed: set config.{RENAMED[name]} instead')
   for name, minimum in MINIMUM.items():
     if values.get(name) is not None and values[name] < minimum:
       raise UserError(f'{name}={values[name]}: expected at least {minimum}')
@@ -144,7 +146,7 @@ def check_model_settings(cfg, family, family_settings: dict, task) -> None:
 
 
 def check_batch_divides(cfg, mesh) -> None:
-  """Raise UserError if the batch size is not divisible by the numbers of groups, hosts, devices or microbatches."""
+  """Raise UserError if the batch size is not divisible by the numbers of groups, processes, devices or microbatches."""
   rows, parts = cfg.data.rows, cfg.optimizer.accumulation_steps
   pipeline.shape_of(cfg.data)  # raises UserError if the batch does not divide into groups
   pipeline.groups_of_process(cfg.data.groups, *sharding.process_shard(mesh))

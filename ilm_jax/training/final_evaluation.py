@@ -44,9 +44,9 @@ def report(exp: Experiment, workdir, saved, step: int, abstract: TrainState, eva
     if likelihood is None:
       return signals.code
     values |= metrics_lib.means(likelihood.pairs())
-  judged = judge(exp.cfg, scores.samples, evaluator.source('test'))
-  if judged:
-    values |= {f'judge_{name}': value for name, value in text_statistics.values(judged['samples']).items()}
+  scored_texts = score_samples(exp.cfg, scores.samples, evaluator.source('test'))
+  if scored_texts:
+    values |= {f'judge_{name}': value for name, value in text_statistics.values(scored_texts['samples']).items()}
   strings = None
   if likelihood:
     strings = {name: getattr(likelihood, f'{name}_N').round(4).tolist() for name in ('nll', 'error', 'tokens')}
@@ -62,7 +62,7 @@ def report(exp: Experiment, workdir, saved, step: int, abstract: TrainState, eva
     'chance': exp.task.chance(exp.cfg.task) if exp.task.chance else None,
     'parameters': sum(x.size for x in jax.tree.leaves(abstract.params)),
     'metrics': values,
-    'judge': text_statistics.plain(judged),
+    'judge': text_statistics.plain(scored_texts),
     'pairs': {name: [float(x) for x in pair] for name, pair in scores.pairs.items()},
     'order_places': scores.order_counts_NxN.tolist(),
     'seconds': time.monotonic() - began,
@@ -72,11 +72,11 @@ def report(exp: Experiment, workdir, saved, step: int, abstract: TrainState, eva
     if processes.is_first():
       run_file.write_json(epath.Path(workdir) / 'eval.json', result)
   if processes.is_first():
-    print_result(exp, workdir, result, scores, judged)
+    print_result(exp, workdir, result, scores, scored_texts)
   return FINISHED
 
 
-def print_result(exp: Experiment, workdir, result: dict, scores, judged: dict | None) -> None:
+def print_result(exp: Experiment, workdir, result: dict, scores, scored_texts: dict | None) -> None:
   """Print the result of `report` and a few sampled completions."""
   step, values = result['step'], result['metrics']
   has_answers = 'exact_match' in scores.pairs
@@ -93,13 +93,13 @@ def print_result(exp: Experiment, workdir, result: dict, scores, judged: dict | 
     error = (values['nll_variance'] / len(result['strings']['nll'])) ** 0.5
     print(f'test -log p, {result["likelihood"]}: {values["nll"]:.4f} nats per string (standard error of the estimate '
           f'{error:.4f}), {values["nll_per_token"]:.4f} per token')  # fmt: skip
-  if judged:
-    columns = {name: judged[name] for name in ('samples', 'test')}
-    print('\n'.join([f'\nscored by {judged["name"]}:', text_statistics.table(columns), *judged['notes']]))
+  if scored_texts:
+    columns = {name: scored_texts[name] for name in ('samples', 'test')}
+    print('\n'.join([f'\nscored by {scored_texts["name"]}:', text_statistics.table(columns), *scored_texts['notes']]))
   print(f'run: {workdir} (metrics: tensorboard --logdir={workdir}; result: {workdir}/eval.json)', flush=True)
 
 
-def judge(cfg, samples, source) -> dict | None:
+def score_samples(cfg, samples, source) -> dict | None:
   """Score sampled texts and equally many test texts with the scoring model that `eval.perplexity_model` names.
 
   Args:

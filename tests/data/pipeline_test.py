@@ -108,10 +108,10 @@ def test_the_batch_of_a_step_does_not_depend_on_where_the_iterator_starts_or_sto
   assert make_batches(4, 4) == []
 
 
-@pytest.mark.parametrize('hosts', [2, 4])
-def test_several_processes_together_read_the_same_rows_as_a_single_process(hosts, first_eight):
-  parts = [make_batches(2, 5, part=(host, hosts)) for host in range(hosts)]
-  assert all(len(part[0]['tokens_BxL']) == 8 // hosts for part in parts)
+@pytest.mark.parametrize('processes', [2, 4])
+def test_several_processes_together_read_the_same_rows_as_a_single_process(processes, first_eight):
+  parts = [make_batches(2, 5, part=(process, processes)) for process in range(processes)]
+  assert all(len(part[0]['tokens_BxL']) == 8 // processes for part in parts)
   assert_equal_batches([packing.concatenate(list(step)) for step in zip(*parts, strict=True)], first_eight[2:5])
 
 
@@ -193,19 +193,19 @@ def test_worker_processes_make_the_same_batches_without_a_jax_backend(first_eigh
 
 
 @pytest.mark.parametrize(
-  ('data', 'hosts', 'words'),
+  ('data', 'processes', 'words'),
   [
     ({'batch_size': 18}, 1, ['data.batch_size=18', 'data.groups=4', '16 or 20']),
     ({'batch_size': 3}, 1, ['data.batch_size=3', 'use data.batch_size=4']),
     ({'rows': 10}, 1, ['data.rows=10', 'data.groups=4', '8 or 12']),
-    ({}, 3, ['data.groups=4', '3 hosts', 'use data.groups=3']),
-    ({'groups': 1}, 2, ['data.groups=1', '2 hosts', 'use data.groups=2']),
-    ({'groups': 8, 'rows': 16}, 5, ['data.groups=8', '5 hosts', 'use data.groups=10']),
+    ({}, 3, ['data.groups=4', '3 processes', 'use data.groups=3']),
+    ({'groups': 1}, 2, ['data.groups=1', '2 processes', 'use data.groups=2']),
+    ({'groups': 8, 'rows': 16}, 5, ['data.groups=8', '5 processes', 'use data.groups=10']),
   ],
 )
-def test_errors_for_indivisible_settings_name_the_nearest_valid_value(data, hosts, words):
+def test_errors_for_indivisible_settings_name_the_nearest_valid_value(data, processes, words):
   with refused(*words):
-    make_batches(0, 1, cfg=config(**data), part=(0, hosts))
+    make_batches(0, 1, cfg=config(**data), part=(0, processes))
 
 
 # --- validation batches -----------------------------------------------------------------------------------------------

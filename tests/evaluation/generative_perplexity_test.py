@@ -186,10 +186,10 @@ def test_a_training_run_scores_its_samples_and_the_same_number_of_test_texts(mon
   monkeypatch.setattr(scoring_models, 'get', lambda name: TableModel())
   cfg = ConfigDict({'seed': 1, 'eval': {'perplexity_model': 'runs/arm'}})
   source = types.SimpleNamespace(text=['a bb', 'ccc', 'not scored'].__getitem__)
-  result = final_evaluation.judge(cfg, ('dd', ''), source)
+  result = final_evaluation.score_samples(cfg, ('dd', ''), source)
   assert result['samples']['nll'].value == 2 and result['test']['nll'].value == (1.5 + 3) / 2
   assert result['notes'] == ['samples: 1 of 2 texts have no tokens, and so no NLL and no entropy']
-  assert final_evaluation.judge(ConfigDict({'eval': {}}), (), source) is None
+  assert final_evaluation.score_samples(ConfigDict({'eval': {}}), (), source) is None
 
 
 def test_a_training_run_with_an_unusable_scoring_model_is_refused_at_its_start(tmp_path):

@@ -1,5 +1,7 @@
 """Stopping rules: lengths predicted from samples that never stop equal the lengths of sampling with each rule."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -115,7 +117,7 @@ def test_the_command_prints_all_stopping_rules_and_needs_a_stop_head(lm, monkeyp
   out = capsys.readouterr().out
   assert code == 0 and (tmp_path / 'plot.png').stat().st_size > 1_000
   assert 'real texts' in out and out.count('(fitted)') == 2 and 'fitted: --config.sampling.stop_threshold=' in out
-  monkeypatch.setattr(lm, 'sample_cfg', object())
+  monkeypatch.setattr(lm, 'model_cfg', dataclasses.replace(lm.model_cfg, stop_head=False))
   assert stopping.main(['stopping', '--workdir=run']) == 1
   assert 'has no stop head' in capsys.readouterr().err
   assert stopping.main(['stopping']) == 1 and '--workdir is missing' in capsys.readouterr().err
