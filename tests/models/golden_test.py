@@ -12,6 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 from tiny_transformer import apply, assert_close, logits_of
 
+from ilm_jax.evaluation.convert import ilm_batch, mdm_batch
 from ilm_jax.families import ilm, mdm
 from ilm_jax.models import reference, transformer
 
@@ -38,26 +39,6 @@ def assert_gradients_close(cfg, grads, numbers):
 @pytest.fixture(scope='module')
 def insertion(golden):
   return load_golden(golden('ilm'), 'ilm')
-
-
-def batch_of(numbers):
-  """Convert the inputs of the reference implementation to a batch with one example per row."""
-  used = numbers['gap_index'] >= 0
-  mask = numbers['attention_mask']
-  rows, length = mask.shape
-  return {
-    'tokens_BxL': numbers['input_ids'],
-    'position_BxL': numbers['positions'],
-    'segment_BxL': mask.astype(int),
-    'open_BxL': mask & (np.arange(length) > 0),
-    'target_gap_BxT': np.where(used, numbers['gap_index'], 0),
-    'target_token_BxT': np.where(used, numbers['gap_token'], 0),
-    'target_segment_BxT': used.astype(int),
-    'cls_BxS': np.zeros((rows, 1), int),
-    'segment_weight_BxS': np.ones((rows, 1), np.float32),
-    'free_BxS': np.ones((rows, 1), int),
-    'example_id_BxS': np.arange(rows)[:, None],
-  }
 
 
 def packed_batch_of(numbers):
@@ -114,7 +95,7 @@ loss_and_grads = jax.jit(jax.value_and_grad(mean_loss, argnums=1, has_aux=True),
 @pytest.mark.parametrize('permuted', [False, True])
 def test_ilm_logits_and_losses_depend_on_positions_and_not_on_storage_order(insertion, permuted):
   numbers, cfg, params = insertion
-  batch, prefix = (permuted_batch_of(numbers, batch_of(numbers)), 'storage_') if permuted else (batch_of(numbers), '')
+  batch, prefix = (permuted_batch_of(numbers, ilm_batch(numbers)), 'storage_') if permuted else (ilm_batch(numbers), '')
   outputs = outputs_of(cfg, params, batch)
   assert_close(logits_of(outputs), numbers[prefix + 'vocab_logits'])  # also at padding
   assert_close(outputs.stop_BxSx2[:, 0], numbers[prefix + 'stop_logits'])
@@ -133,7 +114,7 @@ def test_packing_does_not_change_the_loss_of_any_example(insertion):
   np.testing.assert_array_equal(dropped_BxS[0], [*numbers['num_dropped'], 0, 0])
 
 
-@pytest.mark.parametrize('make_batch', [batch_of, packed_batch_of])
+@pytest.mark.parametrize('make_batch', [ilm_batch, packed_batch_of])
 def test_ilm_loss_and_gradients_equal_those_of_the_reference_implementation(insertion, make_batch):
   numbers, cfg, params = insertion
   (loss, _), grads = loss_and_grads(cfg, params, make_batch(numbers))
@@ -143,7 +124,7 @@ def test_ilm_loss_and_gradients_equal_those_of_the_reference_implementation(inse
 
 def test_ilm_loss_metrics_are_weighted_sums_of_the_example_losses_of_the_reference_code(insertion):
   numbers, cfg, params = insertion
-  batch = batch_of(numbers)
+  batch = ilm_batch(numbers)
   batch['segment_weight_BxS'] = np.asarray([[1.0], [0.0], [2.0], [1.0], [0.0], [0.5]], np.float32)
   settings = ConfigDict({'stop_weight': 0.25, 'length_weight': 'none', 'compute': 'float32', 'vocab_chunk': CHUNK})
   metrics = jax.jit(lambda *args: ilm.loss(*args, settings))(outputs_of(cfg, params, batch), batch)
@@ -167,7 +148,7 @@ def test_ilm_loss_metrics_are_weighted_sums_of_the_example_losses_of_the_referen
 
 def test_padding_tokens_and_longer_rows_do_not_change_the_ilm_losses(insertion):
   numbers, cfg, params = insertion
-  batch = batch_of(numbers)
+  batch = ilm_batch(numbers)
   pad_BxL = batch['segment_BxL'] == 0
   other = batch | {'tokens_BxL': np.where(pad_BxL, 17, batch['tokens_BxL'])}
   longer = dict(batch)
@@ -185,7 +166,7 @@ def test_padding_tokens_and_longer_rows_do_not_change_the_ilm_losses(insertion):
 def test_lower_precision_stays_close_to_float32_results_of_the_reference_code(insertion, compute, tolerance):
   numbers, cfg, params = insertion
   cfg = dataclasses.replace(cfg, compute=compute)
-  (loss, outputs), grads = loss_and_grads(cfg, params, batch_of(numbers))
+  (loss, outputs), grads = loss_and_grads(cfg, params, ilm_batch(numbers))
   assert outputs.hidden_BxLxD.dtype == (jnp.float32 if compute == 'mixed' else jnp.bfloat16)
   assert outputs.stop_BxSx2.dtype == jnp.float32
   assert_close(logits_of(outputs), numbers['vocab_logits'], tolerance)
@@ -205,7 +186,7 @@ def test_dropout_is_disabled_without_a_key_or_with_rate_zero(insertion):
   numbers, cfg, params = insertion
   assert cfg.dropout == cfg.attention_dropout == 0.1  # unused in tests that pass no RNG key
   cfg = dataclasses.replace(cfg, dropout=0.0, attention_dropout=0.0)
-  assert_close(logits_of(outputs_of(cfg, params, batch_of(numbers), jax.random.key(0))), numbers['vocab_logits'])
+  assert_close(logits_of(outputs_of(cfg, params, ilm_batch(numbers), jax.random.key(0))), numbers['vocab_logits'])
 
 
 @pytest.mark.parametrize('rates', [(0.1, 0.0), (0.0, 0.1)], ids=['residual', 'attention'])
@@ -213,7 +194,7 @@ def test_dropout_depends_only_on_its_rng_key(insertion, rates):
   numbers, cfg, params = insertion
   cfg = dataclasses.replace(cfg, dropout=rates[0], attention_dropout=rates[1])
   first, again, second = (
-    logits_of(outputs_of(cfg, params, batch_of(numbers), jax.random.key(seed))) for seed in (0, 0, 1)
+    logits_of(outputs_of(cfg, params, ilm_batch(numbers), jax.random.key(seed))) for seed in (0, 0, 1)
   )
   np.testing.assert_array_equal(first, again)
   for other in (second, numbers['vocab_logits']):
@@ -267,32 +248,23 @@ def diffusion(golden):
   return load_golden(golden('mdm'), 'mdm')
 
 
-def masked_batch_of(numbers, packed: bool):
-  """Build a batch from the golden inputs: one example per row, or all packed in one row with an empty segment."""
+def packed_mdm_batch(numbers):
+  """Return all examples packed into one row, with one unused segment."""
   rows, length = numbers['input_ids'].shape
-  masked = numbers['input_ids'] != numbers['clean_ids']
-  row, place = np.nonzero(masked)
+  row, place = np.nonzero(numbers['input_ids'] != numbers['clean_ids'])
   weight = numbers['noise_rate'] / np.expm1(numbers['total_noise'])
-  targets = {'gap': place, 'token': numbers['clean_ids'][row, place], 'segment': row + 1, 'weight': weight[row]}
-  batch = {
+  return {
     'tokens_BxL': numbers['input_ids'].reshape(1, -1),
     'position_BxL': np.tile(np.arange(length), rows)[None],
     'segment_BxL': np.repeat(np.arange(rows) + 1, length)[None],
     'cls_BxS': np.arange(rows + 1)[None] % rows * length,
     'noise_BxS': np.append(numbers['total_noise'], 0)[None],
     'segment_weight_BxS': np.append(np.ones(rows), 0)[None],
+    'target_gap_BxT': (row * length + place)[None],
+    'target_token_BxT': numbers['clean_ids'][row, place][None],
+    'target_segment_BxT': row[None] + 1,
+    'target_weight_BxT': weight[row][None],
   }
-  if packed:
-    targets['gap'] = row * length + place
-    return batch | {f'target_{name}_BxT': value[None] for name, value in targets.items()}
-  batch = {name: value[:, : rows * length].reshape(rows, length) for name, value in batch.items() if 'L' in name}
-  one = np.ones((rows, 1))
-  batch |= {'segment_BxL': batch['segment_BxL'] * 0 + 1, 'cls_BxS': one.astype(int) * 0}
-  batch |= {'noise_BxS': numbers['total_noise'][:, None], 'segment_weight_BxS': one}
-  targets['segment'] = np.ones_like(row)
-  for name, value in targets.items():  # one list of targets per row, padded with zeros
-    batch[f'target_{name}_BxT'] = np.stack([np.pad(value[row == i], (0, (row != i).sum())) for i in range(rows)])
-  return batch
 
 
 def mdm_loss(cfg, params, batch):
@@ -302,10 +274,10 @@ def mdm_loss(cfg, params, batch):
   return total / weight, outputs.hidden_BxLxD @ outputs.unembed_VxD.T
 
 
-@pytest.mark.parametrize('packed', [False, True])
-def test_mdm_logits_loss_and_gradients_equal_those_of_the_reference_implementation(diffusion, packed):
+@pytest.mark.parametrize('make_batch', [mdm_batch, packed_mdm_batch])
+def test_mdm_logits_loss_and_gradients_equal_those_of_the_reference_implementation(diffusion, make_batch):
   numbers, cfg, params = diffusion
-  batch = masked_batch_of(numbers, packed)
+  batch = make_batch(numbers)
   value_and_grad = jax.jit(jax.value_and_grad(mdm_loss, argnums=1, has_aux=True), static_argnums=0)
   (loss, logits), grads = value_and_grad(cfg, params, batch)
   assert_close(logits.reshape(numbers['logits'].shape), numbers['logits'])
@@ -315,7 +287,7 @@ def test_mdm_logits_loss_and_gradients_equal_those_of_the_reference_implementati
 
 def test_with_residual_input_and_zero_modulation_the_mdm_features_equal_the_embeddings(diffusion):
   numbers, cfg, params = diffusion
-  batch = masked_batch_of(numbers, packed=False)
+  batch = mdm_batch(numbers)
   run = jax.jit(transformer.apply_batch, static_argnums=0)
   cfg = dataclasses.replace(cfg, residual='input')
   assert np.abs(logits_of(run(cfg, params, batch)) - numbers['logits']).max() > 0.1, 'cfg.residual has no effect'
