@@ -252,7 +252,7 @@ EXPECTED_JSON = r'line 1: expected JSON with either "prompt" \(a text\) or "infi
     ([], '{"prompt": "1,2/1,2", "infill": "1___"}', EXPECTED_JSON),
     ([], '{"prompt": 12}', EXPECTED_JSON),
     ([], '{"infill": ' + '[' * 100_000, EXPECTED_JSON),
-    ([], '{"prompt": "1,2/1,2", "id": 1.5}', r'line 1: .*"id" \(a whole number from 0\), got'),
+    ([], '{"prompt": "1,2/1,2", "id": 1.5}', r'line 1: .*"id" \(an integer, 0 or greater\), got'),
     ([], '{"prompt": "1,2/1,2", "id": -1}', EXPECTED_JSON),
     ([], '{"prompt": "1,2/1,2", "id": 4294967296}', EXPECTED_JSON),
     ([], '{"prompt": "1,2/1,2", "most": 3}', 'line 1: "least" and "most" apply only to gaps'),

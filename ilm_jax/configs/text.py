@@ -61,7 +61,7 @@ def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigD
   words.lowercase = True  # whether the WordPiece vocabulary at `path` is lower case
   words.size = 10_000 if full else 4_000  # vocabulary size of a trained tokenizer
   words.documents = 500_000 if full else 20_000  # maximum documents to train the tokenizer on
-  words.seed = 0  # seed for choosing these documents
+  words.seed = 0  # seed of the choice of documents that the tokenizer is trained on
   words.normalization = 'identity'  # Unicode normalization: identity, nfkc, nmt_nfkc, nfkc_cf or nmt_nfkc_cf
   words.fingerprint = ''  # hash of the tokenizer; set by the run
 
@@ -72,8 +72,8 @@ def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigD
   config.eval.batch_size = 16
   config.eval.perplexity_model = ''  # model that scores test samples: workdir of an ARM run, or hf:NAME
   config.optimizer.warmup_steps = 1_000
-  # The rows held all examples of 10,000 sampled batches in which every document has the full length.
-  # Autoregressive models (family=arm), which drop no tokens, need almost twice as many rows.
+  # `data.rows` is large enough even if every document has the full length: in 10,000 sampled batches, no example was left
+  # out for lack of space. Autoregressive models (family=arm), which drop no tokens, need almost twice as many rows.
   if full:
     config.steps = 100_000
     config.model.update({'final_norm': False, 'init': 'reference'})  # as in the reference implementation

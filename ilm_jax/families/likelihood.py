@@ -166,7 +166,9 @@ def exact(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, most: int = MOST_E
     return partial.log_stop_B, partial.log_go_B[:, None] + pair_BxF
 
   subsets = 2**most
-  log_stop_AxB, log_pair_AxBxF = jax.lax.map(evaluate, jnp.arange(subsets))  # axis A: subsets, axis F: free tokens
+  log_stop_AxB, log_pair_AxBxF = jax.lax.map(
+    evaluate, jnp.arange(subsets)
+  )  # axis A: subsets of the tokens to generate, axis F: these tokens
 
   def reach(subset, log_AxB):
     """Set the log-probability of reaching a subset: a sum over the token that was inserted last."""

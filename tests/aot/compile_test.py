@@ -154,6 +154,8 @@ def test_the_tpu_compiler_gathers_weights_but_neither_features_nor_logits(mesh, 
   assert code == 0 and 'ematerialization' not in err, err
   assert re.findall(r'involuntary full rematerializations: (.*)', out) == ['0', '0']
   weight = 2 * max(width * hidden, vocab * width) / 1e6  # largest weight in MB, in bfloat16
-  features = 2 * (rows / mesh.get('data', 1)) * 1024 * width / 1e6  # MB per group of devices that share weights
+  features = (
+    2 * (rows / mesh.get('data', 1)) * 1024 * width / 1e6
+  )  # MB of features in the rows of one data-parallel group
   found = [float(size) for size in re.findall(r'all-gather: .*; the largest: ([\d.]+) MB', out)]
   assert found and max(found) <= weight + 0.05 < features

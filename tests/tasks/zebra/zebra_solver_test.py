@@ -87,7 +87,7 @@ def slow_solve(clues, houses, attributes):
 @pytest.mark.parametrize('size', [(3, 3), (3, 4), (4, 4), (5, 3)])
 def test_the_solver_agrees_with_the_slow_reimplementation(size):
   for _, clues, kept in drawn(6, *size):
-    # The last two sets of clues often do not determine the whole table.
+    # `kept[:-1]` and the first half of `clues` often do not determine the whole table.
     for given in (clues, kept[::-1], kept[:-1], clues[: len(clues) // 2]):
       solver = Solver(*size, given)
       used = solver.solve()
@@ -125,7 +125,7 @@ def test_clues_can_be_added_between_calls_of_solve():
     assert solver.solved and solver.table() == table
 
 
-def test_the_solver_fills_the_cells_of_a_released_puzzle_in_the_published_order():
+def test_the_solver_fills_a_puzzle_of_shah_et_al_in_the_order_of_their_solver():
   words = TEXT.split()
   answer_start = words.index('ANSWER') + 1
   assert from_words(words[: answer_start - 1]) == CLUES
