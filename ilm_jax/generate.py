@@ -150,8 +150,8 @@ def read_line(text: str, number: int, where: str, limits: dict, *, json_only: bo
       raise ValueError
   except (ValueError, KeyError, TypeError, RecursionError):
     raise UserError(
-      f'{where}: expected JSON with either "prompt" (a text) or "infill" (a text with markers, or the list of texts around the gaps), and '
-      f'optionally "id" (an integer, 0 or greater), got {text[:80]}'
+      f'{where}: expected JSON with either "prompt" (a text) or "infill" (a text with markers, or the '
+      f'list of texts around the gaps), and optionally "id" (an integer, 0 or greater), got {text[:80]}'
     ) from None
   if unknown := sorted(record.keys() - set(KEYS)):
     raise UserError(f'{where}: unknown key "{unknown[0]}": expected one of {", ".join(KEYS)}')

@@ -72,8 +72,9 @@ def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigD
   config.eval.batch_size = 16
   config.eval.perplexity_model = ''  # model that scores test samples: workdir of an ARM run, or hf:NAME
   config.optimizer.warmup_steps = 1_000
-  # `data.rows` is large enough even if every document has the full length: in 10,000 sampled batches, no example was left
-  # out for lack of space. Autoregressive models (family=arm), which drop no tokens, need almost twice as many rows.
+  # `data.rows` is large enough even if every document has the full length: in 10,000 sampled batches, no example was
+  # left out for lack of space. Autoregressive models (family=arm), which drop no tokens, need almost twice as many
+  # rows.
   if full:
     config.steps = 100_000
     config.model.update({'final_norm': False, 'init': 'reference'})  # as in the reference implementation
