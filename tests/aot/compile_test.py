@@ -116,7 +116,8 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from ilm_jax.aot import compile, roofline
 
-log = compile.compiler_log().__enter__()
+context = compile.compiler_log()
+log = context.__enter__()
 devices = compile.devices_of('v5e:2x4')
 mesh = Mesh(np.array(devices).reshape(4, 2), ('a', 'b'), axis_types=(AxisType.Auto,) * 2)
 
@@ -126,6 +127,7 @@ def step(x):
   return jax.lax.with_sharding_constraint(jnp.cos(x), NamedSharding(mesh, P(None, 'b', 'a')))
 
 compile.compile_and_print(step.lower(jax.ShapeDtypeStruct((8, 8, 8), jnp.float32)), devices, roofline.CHIPS['v5e'], log)
+context.__exit__(None, None, None)
 """
 
 
