@@ -145,3 +145,8 @@ def test_a_damaged_file_of_reference_numbers_gives_a_one_line_error(dropped, mes
 def test_wrong_convert_flags_give_a_one_line_error(arguments, message, capsys):
   code, _, err = call(capsys, 'convert', *arguments)
   assert code == 1 and err.count('\n') == 1 and message in err
+
+
+@pytest.mark.parametrize(('actual', 'expected'), [([np.nan], [1.0]), ([1.0], [np.nan]), ([1.0, 1.0], [1.0])])
+def test_values_that_are_not_finite_or_have_another_shape_count_as_infinite_errors(actual, expected):
+  assert convert.relative_error(actual, expected) == np.inf
