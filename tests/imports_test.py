@@ -14,7 +14,7 @@ STARTS_JAX = {'jax', 'flax', 'optax', 'orbax'}
 # The layers of ilm_jax ("rooms": top-level modules and subpackages), lowest first. A module may import only from its
 # own room and from rooms earlier in this list.
 ROOMS = [
-  *['types', 'special_tokens', 'console', 'metrics', 'plugins', 'configs'],
+  *['types', 'special_tokens', 'paths', 'console', 'metrics', 'plugins', 'configs'],
   *['distributed', 'models', 'families', 'data', 'tasks', 'runs', 'inference', 'evaluation', 'training'],
   *['main', 'aot', 'generate', 'cli', '__init__'],
 ]
@@ -22,18 +22,19 @@ ROOMS = [
 # Stricter rules: room or module -> the only parts of ilm_jax that it may import.
 NARROW = {
   'types': [],
+  'paths': ['types'],
   'special_tokens': [],
   'configs': ['configs'],
   'configs.list': ['configs', 'console'],
   'metrics': ['types'],
   'plugins': ['types'],
-  'console': ['types'],
-  'distributed': ['types', 'console', 'distributed'],
-  'models': ['types', 'distributed', 'models'],
+  'console': ['types', 'paths'],
+  'distributed': ['types', 'paths', 'console', 'distributed'],
+  'models': ['types', 'paths', 'distributed', 'models'],
   'families': ['types', 'special_tokens', 'plugins', 'models', 'families'],
-  'data': ['types', 'special_tokens', 'data'],
-  'tasks': ['types', 'special_tokens', 'plugins', 'metrics', 'data', 'tasks'],
-  'runs': ['types', 'metrics', 'distributed', 'runs'],
+  'data': ['types', 'special_tokens', 'paths', 'data'],
+  'tasks': ['types', 'special_tokens', 'paths', 'plugins', 'metrics', 'data', 'tasks'],
+  'runs': ['types', 'paths', 'metrics', 'distributed', 'runs'],
   'inference.traces': [],
   'cli': ['types', 'console', '__init__'],
 }
