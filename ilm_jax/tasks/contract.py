@@ -30,21 +30,12 @@ class Source(Protocol):
     ...
 
 
-def no_landmark(tokens: np.ndarray, cfg: ConfigDict) -> int | None:
-  """Return None: the default of `Task.landmark`."""
-  return None
-
-
-def nothing_to_keep(cfg: ConfigDict, folder: Any) -> None:
-  """Do nothing: the default of `Task.resolve_assets` and `Task.save_assets`."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
   """A task, defined by its functions.
 
   Attributes:
-    name: the value of `config.task.name`, and the task's name in error messages.
+    name: the value of `config.task.name`, also used in error messages.
     tokenizer: cfg -> the tokenizer, see `data.tokenizers`.
     source: (cfg, split) -> the examples of 'train', 'validation' or 'test'.
     longest: cfg -> maximum number of tokens of an example.
@@ -52,13 +43,12 @@ class Task:
     encode_prompt: (text, cfg) -> the token ids of a prompt, [CLS] first; raises UserError for a malformed prompt.
     decode: (token ids of prompt and answer, cfg) -> their text.
     score: (predicted, reference, cfg) -> {metric name: (total, weight)}, from the answer tokens of the model and those
-      of the example; must contain 'exact_match'. None if there are no correct answers, as for text: such runs are
-      evaluated by their validation loss.
+      of the example; must contain 'exact_match'. None, as for text, means that runs report only their validation loss.
     chance: cfg -> expected exact match accuracy of random well-formed answers; None if unknown.
     landmark: (tokens, cfg) -> answer index of a token whose position in the decoding order is reported, or None.
-    resolve_assets: (cfg, workdir or None) -> None; finds the files that a run needs (its tokenizer) in the workdir or
-      through the config, and writes their fingerprint into the config.
-    save_assets: (cfg, workdir) -> None; saves these files in the workdir.
+    resolve_assets: (cfg, workdir or None); finds the files that a run needs (its tokenizer) in the workdir or through
+      the config, and writes their fingerprint into the config.
+    save_assets: (cfg, workdir); saves these files in the workdir.
   """
 
   name: str
@@ -70,6 +60,6 @@ class Task:
   decode: Callable[[Any, ConfigDict], str]
   score: Callable[[np.ndarray, np.ndarray, ConfigDict], dict[str, tuple[float, float]]] | None = None
   chance: Callable[[ConfigDict], float] | None = None
-  landmark: Callable[[Any, ConfigDict], int | None] = no_landmark
-  resolve_assets: Callable[[ConfigDict, Any], None] = nothing_to_keep
-  save_assets: Callable[[ConfigDict, Any], None] = nothing_to_keep
+  landmark: Callable[[Any, ConfigDict], int | None] = lambda tokens, cfg: None
+  resolve_assets: Callable[[ConfigDict, Any], None] = lambda cfg, folder: None
+  save_assets: Callable[[ConfigDict, Any], None] = lambda cfg, folder: None

@@ -32,16 +32,11 @@ class Graph(NamedTuple):
 
 
 def make_graph(rng: np.random.Generator, cfg) -> Graph:
-  """Draw a random star graph.
+  """Draw a random star graph; its path is the first arm drawn.
 
-  Args:
-    rng: NumPy random generator.
-    cfg: task config. The graph has `degree` arms of `min_length` to `max_length` nodes; node names are distinct numbers
-      below `num_nodes`. All arms contain the junction. With `min_plan=0`, it is the first node of every arm (a
-      symmetric graph). Otherwise, its index in each arm is uniform, but at least `min_plan` nodes of the arm follow it.
-
-  Returns:
-    The graph. Its path is the first arm drawn.
+  The graph has `degree` arms of `min_length` to `max_length` nodes, which are distinct numbers below `num_nodes`. All
+  arms contain the junction. With `min_plan=0`, it is the first node of every arm (a symmetric graph). Otherwise, its
+  index in each arm is uniform, but at least `min_plan` nodes of the arm follow it.
   """
   lengths = rng.integers(cfg.min_length, cfg.max_length, size=cfg.degree, endpoint=True)
   junction_indices = rng.integers(0, lengths - cfg.min_plan) if cfg.min_plan else np.zeros(cfg.degree, int)
@@ -87,35 +82,28 @@ def check_config(cfg) -> None:
 
 
 class Source:
-  """Random access to the star graph examples of one split.
-
-  Example i depends only on the config, the split and i. Examples of a finite split are cached in memory.
-  """
+  """Random access to the star graph examples of one split; examples of a finite split are cached in memory."""
 
   def __init__(self, cfg, split: str):
     check_config(cfg)
     self.cfg, self.split = cfg, split
-    self.size = cfg[f'num_{split}']
     self.endless = split == 'train' and not cfg.num_train
     self._examples = {}
 
   def __len__(self) -> int:
-    return 2**62 if self.endless else self.size
+    return 2**62 if self.endless else self.cfg[f'num_{self.split}']
 
   def graph(self, index: int) -> Graph:
     """Return the graph of example `index`: the first random graph that belongs to the split."""
     rng = np.random.default_rng((self.cfg.seed, SPLITS.index(self.split), index))
     for _ in range(MAX_DRAWS):
-      graph = make_graph(rng, self.cfg)
-      if split_of(graph) == self.split:
+      if split_of(graph := make_graph(rng, self.cfg)) == self.split:
         return graph
     raise UserError(f'task: none of {MAX_DRAWS} random graphs belongs to the {self.split} split, too few different '
                     'graphs exist: raise task.num_nodes, task.degree or task.max_length')  # fmt: skip
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    if index in self._examples:
-      return self._examples[index]
-    example = encode(self.graph(index), backwards=is_reversed(self.cfg))
+    example = self._examples.get(index) or encode(self.graph(index), backwards=is_reversed(self.cfg))
     if not self.endless:
       self._examples[index] = example
     return example
@@ -141,12 +129,7 @@ def tokenizer(cfg) -> WordTokenizer:
 
 
 def score(predicted: np.ndarray, reference: np.ndarray, cfg) -> dict[str, tuple[float, float]]:
-  """Compare the tokens of a predicted answer with the reference answer.
-
-  Returns:
-    {metric: (total, weight)}: `exact_match` of the sequences, and `token_accuracy` over the reference's positions.
-  """
-  del cfg
+  """Return {metric: (total, weight)}: `exact_match`, and `token_accuracy` over the positions of the reference."""
   common = min(len(predicted), len(reference))
   num_correct = int((predicted[:common] == reference[:common]).sum())
   return {
@@ -161,20 +144,10 @@ def chance(cfg) -> float:
 
 
 def landmark(tokens, cfg) -> int | None:
-  """Return the index in the answer of the node after the junction, the token that chooses an arm.
-
-  Args:
-    tokens: token ids of prompt and answer.
-    cfg: task config.
-
-  Returns:
-    The index, or None if no edge of the answer starts at the junction.
-  """
+  """Return the answer index of the node after the junction, which chooses an arm; None if the answer lacks it."""
   ids = [int(token) for token in tokens]
   bos = ids.index(BOS)
-  answer = ids[bos + 1 :]
-  if is_reversed(cfg):
-    answer = answer[::-1]
+  answer = ids[:bos:-1] if is_reversed(cfg) else ids[bos + 1 :]
   edge_starts = ids[1 : bos - 2 : 2]
   junction = max(set(edge_starts), key=edge_starts.count, default=None)
   for i in range(0, len(answer) - 1, 2):
@@ -206,16 +179,15 @@ def decode(tokens, cfg) -> str:
   """Return the text of a prompt and its answer; if the answer is not a path, its edges are written `p1,p2|p3,p4`."""
   words = tokenizer(cfg).pieces(tokens)
   bos = words.index('[BOS]')
-  prompt, answer = words[1:bos], words[bos + 1 :]
-  if is_reversed(cfg):
-    answer = answer[::-1]
-  pairs = [','.join(prompt[i : i + 2]) for i in range(0, len(prompt), 2)]
+  answer = words[:bos:-1] if is_reversed(cfg) else words[bos + 1 :]
+
+  def pairs(nodes):
+    return [','.join(nodes[i : i + 2]) for i in range(0, len(nodes), 2)]
+
+  *edges, ends = pairs(words[1:bos])
   is_path = len(answer) % 2 == 0 and answer[1:-1:2] == answer[2::2]
-  if is_path:
-    path = ','.join(answer[:1] + answer[1::2])
-  else:
-    path = '|'.join(','.join(answer[i : i + 2]) for i in range(0, len(answer), 2))
-  return '|'.join(pairs[:-1]) + '/' + pairs[-1] + '=' + path
+  path = ','.join(answer[:1] + answer[1::2]) if is_path else '|'.join(pairs(answer))
+  return '|'.join(edges) + '/' + ends + '=' + path
 
 
 TASK = Task(

@@ -209,15 +209,15 @@ def test_the_tokenizer_is_trained_on_a_uniform_sample_of_documents_that_depends_
   settings = text_config.get_config('small').task.tokenizer
   settings.documents = 20
   texts = [str(i) for i in range(100)]
-  drawn = text.draw(iter(texts), settings)
-  assert len(set(drawn)) == 20 and drawn == sorted(drawn, key=int) == text.draw(iter(texts), settings)
+  drawn = corpora.sample_uniformly(iter(texts), settings.documents, settings.seed)
+  assert len(set(drawn)) == 20 and drawn == sorted(drawn, key=int) == corpora.sample_uniformly(iter(texts), settings.documents, settings.seed)
   counts = np.zeros(100)
   for seed in range(300):
     settings.seed = seed
-    counts[[int(one) for one in text.draw(iter(texts), settings)]] += 1
+    counts[[int(one) for one in corpora.sample_uniformly(iter(texts), settings.documents, settings.seed)]] += 1
   assert counts.sum() == 6_000 and counts.min() > 30 and counts.max() < 95
   settings.documents = 1_000
-  assert text.draw(iter(texts), settings) == texts
+  assert corpora.sample_uniformly(iter(texts), settings.documents, settings.seed) == texts
 
 
 # --- preparation on disk ----------------------------------------------------------------------------------------------

@@ -52,13 +52,7 @@ class File(NamedTuple):
 
 
 class Corpus(NamedTuple):
-  """The files of each split of a corpus.
-
-  Attributes:
-    files: split -> its files.
-    shared: split -> all splits that read the same files; a hash of each document selects one of these splits. A split
-      that shares its files with no other split has no entry.
-  """
+  """The files of each split. `shared` maps a split to all splits that read the same files, if there are others."""
 
   files: dict[str, list[File]]
   shared: dict[str, tuple[str, ...]]
@@ -68,20 +62,13 @@ class Corpus(NamedTuple):
     return [[(file.name, file.size, file.changed) for file in self.files[split]], self.shared.get(split)]
 
 
-# --- files and their splits -------------------------------------------------------------------------------------------
-
-
 def find(path: str) -> Corpus:
-  """Find the files of a corpus and assign them to splits.
-
-  Raises:
-    UserError: the path does not exist, cannot be read, or holds no text files.
-  """
+  """Find the files of a corpus and assign them to splits."""
   root = epath.Path(path).expanduser()
   try:
     if not root.exists():
       raise UserError(f'data.path={path} does not exist: expected a file, or a folder of *.txt, *.tokens or *.jsonl')
-    files = list(_walk(root)) if root.is_dir() else [_file(root, root.name)]
+    files = list(_walk(root)) if root.is_dir() else [File(root, root.name, *storage.size_and_time(root))]
   except UserError:
     raise
   except Exception as error:  # each storage service has its own types of errors
@@ -90,19 +77,17 @@ def find(path: str) -> Corpus:
     raise UserError(f'data.path={path} cannot be read: {_reason(error)}') from None
   files = sorted((file for file in files if file.size), key=lambda file: file.name)
   if not files:
-    raise UserError(
-      f'data.path={path} holds no text: expected a file that is not empty, or a folder of *.txt, *.tokens, *.jsonl or '
-      'shards NAME-00001-of-00100'
-    )
+    raise UserError(f'data.path={path} holds no text: expected a file that is not empty, or a folder of *.txt, '
+                    '*.tokens, *.jsonl or shards NAME-00001-of-00100')  # fmt: skip
   named = {split: [file for file in files if split_named(file.name) == split] for split in SPLITS}
   if not named['train'] or not (named['validation'] or named['test']):
     if len(files) > 1 and any(named.values()):
       examples = ', '.join(file.name for file in files[:5]) + ', ...' * (len(files) > 5)
-      _warn_once(f'data.path={path}: the file names ({examples}) do not mark both training and held-out files, so the '
-                 'documents of all files are divided among the splits by a hash')  # fmt: skip
-    return Corpus({split: files for split in SPLITS}, dict.fromkeys(SPLITS, SPLITS))
+      log_once(f'data.path={path}: the file names ({examples}) do not mark both training and held-out files, so the '
+               'documents of all files are divided among the splits by a hash', logging.WARNING)  # fmt: skip
+    return Corpus(dict.fromkeys(SPLITS, files), dict.fromkeys(SPLITS, SPLITS))
   if unnamed := [file.name for file in files if split_named(file.name) is None]:
-    _warn_once(f'data.path={path}: ignored {", ".join(unnamed[:5])}: their names indicate no split')
+    log_once(f'data.path={path}: ignored {", ".join(unnamed[:5])}: their names indicate no split', logging.WARNING)
   held_out = ('validation', 'test')
   if named['validation'] and named['test']:
     return Corpus(named, {})
@@ -111,9 +96,9 @@ def find(path: str) -> Corpus:
 
 
 @functools.cache
-def _warn_once(line: str) -> None:
-  """Log a warning, once per process."""
-  logging.warning('%s', line)
+def log_once(line: str, level: int = logging.INFO) -> None:
+  """Log a line, once per process."""
+  logging.log(level, '%s', line)
 
 
 def split_named(name: str) -> str | None:
@@ -130,16 +115,11 @@ def _walk(folder, prefix: str = ''):
   for path in folder.iterdir():
     if path.name.startswith('.'):
       continue
-    if path.is_dir() and any((path / name).exists() for name in CACHE_FILES):
-      continue
     if path.is_dir():
-      yield from _walk(path, f'{prefix}{path.name}/')
+      if not any((path / name).exists() for name in CACHE_FILES):
+        yield from _walk(path, f'{prefix}{path.name}/')
     elif CORPUS_FILE.search(path.name):
-      yield _file(path, prefix + path.name)
-
-
-def _file(path, name: str) -> File:
-  return File(path, name, *storage.size_and_time(path))
+      yield File(path, prefix + path.name, *storage.size_and_time(path))
 
 
 def _reason(error: Exception) -> str:
@@ -148,16 +128,10 @@ def _reason(error: Exception) -> str:
   return getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__
 
 
-# --- documents --------------------------------------------------------------------------------------------------------
-
-
 def split_of(text: str, splits: tuple[str, ...]) -> str:
-  """Return the split of a document by a hash of its text.
+  """Return which of the given splits a document belongs to, by a hash of its text.
 
-  Args:
-    text: the document.
-    splits: the candidate splits. If they include 'train', validation and test get 1 / SHARES of the documents each;
-      otherwise, they get half of them each.
+  Of all three splits, validation and test get 1 / SHARES of the documents each; without 'train', half of them each.
   """
   value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'big')
   if 'train' not in splits:
@@ -168,14 +142,8 @@ def split_of(text: str, splits: tuple[str, ...]) -> str:
 def documents(corpus: Corpus, split: str, mode: str, *, what: str = ''):
   """Yield ((file path, document number), text) for the documents of a split.
 
-  Args:
-    corpus: the corpus, as returned by `find`.
-    split: one of SPLITS.
-    mode: one of DOCUMENTS; does not apply to JSONL files.
-    what: name of the operation in progress log lines; '' disables them.
-
-  Raises:
-    UserError: text that is not UTF-8, an invalid JSONL line, or a file that cannot be read.
+  `mode`, one of DOCUMENTS, does not apply to JSONL files. `what` is the name of the operation in progress log lines; ''
+  disables them.
   """
   files, splits = corpus.files[split], corpus.shared.get(split)
   total = sum(file.size for file in files)
@@ -194,15 +162,7 @@ def documents(corpus: Corpus, split: str, mode: str, *, what: str = ''):
 def read_split(path: str, split: str, mode: str, *, detokenised: bool = False, flag: str = '--path'):
   """Yield the non-empty documents of one split of a corpus; used by commands: error messages name command-line flags.
 
-  Args:
-    path: path of the corpus.
-    split: one of SPLITS.
-    mode: one of DOCUMENTS.
-    detokenised: whether to pass the documents through `detokenize`.
-    flag: the command-line flag that sets the path.
-
-  Raises:
-    UserError: an unknown split or mode, or a corpus that cannot be read.
+  `flag` is the command-line flag that sets the path.
   """
   if split not in SPLITS:
     raise UserError(f'--split={split}: expected one of {", ".join(SPLITS)}')
@@ -286,13 +246,7 @@ def _json_lines(path, stream):
 
 
 def decode(content: bytes, path, start: int) -> str:
-  """Decode UTF-8 bytes; raise a UserError with the file and the offset of the first byte that is not valid UTF-8.
-
-  Args:
-    content: the bytes.
-    path: the file that contains the bytes.
-    start: offset of the bytes in the file.
-  """
+  """Decode bytes at offset `start` of a UTF-8 file; UserError names the file and the offset of an invalid byte."""
   try:
     return content.decode()
   except UnicodeDecodeError as error:
@@ -303,29 +257,26 @@ def decode(content: bytes, path, start: int) -> str:
 # --- the One Billion Word corpus --------------------------------------------------------------------------------------
 
 ARCHIVE = '1-billion-word-language-modeling-benchmark-r13output'
-DETOKENIZATION = [  # (pattern, replacement) pairs that remove the spaces inserted when LM1B was tokenized
-  (re.compile(pattern), replacement)
-  for pattern, replacement in [
-    (r'(https?) : / / ', r'\1://'),
-    (r" '(s|m|d|t|re|ve|ll|S|M|D|T|RE|VE|LL)\b", r"'\1"),
-    (r" (n't|N'T)\b", r'\1'),
-    (r' (\.+|[,:;?!%])(?= |$)', r'\1'),
-    (r'([$£€#]) (?=\d)', r'\1'),
-    (r'([(\[]) ', r'\1'),
-    (r' ([)\]])', r'\1'),
-    (r' / ', '/'),
-    (r' @-@ ', '-'),
-    (r'" ([^"]*[^" ]) "', r'"\1"'),
-    (r'^" ', '"'),
-    (r"(?<!\S)' ([^']*[^' ]) '(?!\S)", r"'\1'"),
-  ]
-]
+DETOKENIZATION = (  # (pattern, replacement) pairs that remove the spaces inserted when LM1B was tokenized
+  (r'(https?) : / / ', r'\1://'),
+  (r" '(s|m|d|t|re|ve|ll|S|M|D|T|RE|VE|LL)\b", r"'\1"),
+  (r" (n't|N'T)\b", r'\1'),
+  (r' (\.+|[,:;?!%])(?= |$)', r'\1'),
+  (r'([$£€#]) (?=\d)', r'\1'),
+  (r'([(\[]) ', r'\1'),
+  (r' ([)\]])', r'\1'),
+  (r' / ', '/'),
+  (r' @-@ ', '-'),
+  (r'" ([^"]*[^" ]) "', r'"\1"'),
+  (r'^" ', '"'),
+  (r"(?<!\S)' ([^']*[^' ]) '(?!\S)", r"'\1'"),
+)
 
 
 def detokenize(text: str) -> str:
   """Remove the spaces around punctuation and clitics from a sentence of the One Billion Word corpus."""
   for pattern, replacement in DETOKENIZATION:
-    text = pattern.sub(replacement, text)
+    text = re.sub(pattern, replacement, text)
   return text
 
 
@@ -339,15 +290,7 @@ SOURCES = {  # name of a corpus -> URLs of its files
 
 
 def fetch(name: str, cache: str) -> str:
-  """Return the folder of a corpus listed in SOURCES, downloading the corpus first if it is missing.
-
-  Args:
-    name: a key of SOURCES.
-    cache: the cache folder.
-
-  Raises:
-    UserError: the download failed; the message says which files the user can put into which folder instead.
-  """
+  """Return the folder of a corpus listed in SOURCES, downloading it into the folder `cache` first if it is missing."""
   if not cache:
     raise UserError(f'data.path and task.cache are empty: set data.path to a copy of {name}, or task.cache to a folder '
                     'to download it to')  # fmt: skip

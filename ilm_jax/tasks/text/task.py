@@ -53,9 +53,6 @@ def longest_answer(cfg) -> int:
   return cfg.length - PREFIX
 
 
-# --- documents --------------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def _scratch() -> tempfile.TemporaryDirectory:
   """Create this process's temporary cache folder, which is used if `task.cache` is empty."""
@@ -90,17 +87,15 @@ def texts(cfg, split: str, *, what: str = ''):
 
 
 def pieces_of(text: str, tokenizer, limit: int):
-  """Cut a text into pieces of at most `limit` tokens, each ending after a sentence, or else after a word, if possible.
+  """Yield (piece, token ids) for pieces of a text with at most `limit` tokens; whitespace between pieces is dropped.
 
-  Yields:
-    (piece, its token ids). Whitespace between pieces is dropped.
+  Each piece ends after a sentence, or else after a word, if possible.
   """
   start, size = 0, WINDOW * limit
   while True:
     window = text[start : start + size]
-    at_end = start + len(window) == len(text)
     ids = tokenizer.encode(window)
-    if len(ids) <= limit and not at_end:
+    if len(ids) <= limit and start + len(window) < len(text):
       size *= 2
       continue
     if len(ids) <= limit:
@@ -135,20 +130,10 @@ def cut_at(text: str, end: int) -> int:
 
 
 def prepare(cfg, split: str, tokenizer, counts: dict):
-  """Tokenize the documents of a split, cutting long ones.
+  """Yield (text, token ids) of the examples of a split, without [CLS] and [BOS]; long documents are cut.
 
-  Args:
-    cfg: the task section of a config.
-    split: one of corpora.SPLITS.
-    tokenizer: encodes the documents.
-    counts: dict that receives the numbers of `documents`, of `tokens`, of documents that were `cut`, and of documents
-      that were skipped because they have no tokens (`without_tokens`).
-
-  Yields:
-    (text, token ids) of each example, without [CLS] and [BOS].
-
-  Raises:
-    UserError: the split is empty.
+  Writes into `counts` the numbers of `documents`, of `tokens`, of documents that were `cut`, and of documents that were
+  skipped because they have no tokens (`without_tokens`).
   """
   counts.update({'documents': 0, 'tokens': 0, 'cut': 0, 'without_tokens': 0})
   limit, first_skipped = cfg.length - PREFIX, None
@@ -170,10 +155,8 @@ def prepare(cfg, split: str, tokenizer, counts: dict):
     logging.warning('%s: skipped %d documents that have no tokens, such as document %d of %s', cfg.label,
                     counts['without_tokens'], number, file)  # fmt: skip
   if not counts['tokens']:
-    raise UserError(
-      f'data.path={cfg.corpus}: the {split} split is empty, it has no document with a token: add text, or use file '
-      'names that contain train or valid'
-    )
+    raise UserError(f'data.path={cfg.corpus}: the {split} split is empty, it has no document with a token: add text, '
+                    'or use file names that contain train or valid')  # fmt: skip
 
 
 def _hash(cfg, *what) -> str:
@@ -182,14 +165,10 @@ def _hash(cfg, *what) -> str:
   return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
 
 
-# --- source -----------------------------------------------------------------------------------------------------------
-
-
 class Source:
   """Random access to the text examples of one split, which are tokenized and written to disk on first use.
 
-  Attributes:
-    counts: numbers of documents and tokens of the split, see `prepare`.
+  `counts` holds the numbers of documents and tokens of the split, see `prepare`.
   """
 
   endless = False  # the split is finite: an epoch has len(source) examples
@@ -202,13 +181,12 @@ class Source:
     self._stored = builders.open_or_prepare_documents(
       _cache(cfg), name, lambda counts: prepare(cfg, split, words, counts)
     )
-    limit = {'train': cfg.num_train, 'validation': cfg.num_validation, 'test': cfg.num_test}[split]
-    self._size = min(limit or len(self._stored), len(self._stored))
+    self._size = min(cfg[f'num_{split}'] or len(self._stored), len(self._stored))
     self.counts = self._stored.counts
     rest = 'becomes further examples' if cfg.split_long_documents else 'is dropped'
     cut = f', {self.counts["cut"]:,} of them cut after {cfg.length - PREFIX} tokens (the rest {rest})'
-    _log_once(f'{cfg.label}, {split}: {self.counts["documents"]:,} documents, {self.counts["tokens"]:,} tokens'
-         + (cut if self.counts['cut'] else ''))  # fmt: skip
+    corpora.log_once(f'{cfg.label}, {split}: {self.counts["documents"]:,} documents, {self.counts["tokens"]:,} tokens'
+                     + (cut if self.counts['cut'] else ''))  # fmt: skip
 
   def __len__(self) -> int:
     return self._size
@@ -222,34 +200,20 @@ class Source:
     return self._stored.text(index)
 
 
-source = Source
-
-
-@functools.cache
-def _log_once(line: str) -> None:
-  """Log a line, once per process."""
-  logging.info('%s', line)
-
-
-# --- tokenizer --------------------------------------------------------------------------------------------------------
-
 _TOKENIZERS = {}  # fingerprint -> tokenizer, of all tokenizers that this process has loaded
 
 
 def tokenizer(cfg) -> tokenizer_lib.Tokenizer:
   """Return the tokenizer of a config: the one at `tokenizer.path`, or SentencePiece trained on the corpus.
 
-  Raises:
-    UserError: the tokenizer does not have the fingerprint in the config (see `resolve_assets`).
+  If the config has a fingerprint (see `resolve_assets`), UserError is raised for a tokenizer with another one.
   """
   fingerprint = cfg.tokenizer.fingerprint
   if fingerprint not in _TOKENIZERS:
     found = given(cfg) or trained(cfg)
     if fingerprint and found.fingerprint != fingerprint:
-      raise UserError(
-        f'the tokenizer of the config has fingerprint {found.fingerprint}, but the model was trained with '
-        f'{fingerprint}: set task.tokenizer.path to that tokenizer'
-      )
+      raise UserError(f'the tokenizer of the config has fingerprint {found.fingerprint}, but the model was trained '
+                      f'with {fingerprint}: set task.tokenizer.path to that tokenizer')  # fmt: skip
     fingerprint = found.fingerprint
     _TOKENIZERS[fingerprint] = found
   return _TOKENIZERS[fingerprint]
@@ -269,7 +233,8 @@ def trained(cfg) -> tokenizer_lib.Tokenizer:
   what = identity, settings.size, settings.seed, settings.normalization, settings.documents
 
   def make(folder):
-    sample = draw((text for _, text in texts(cfg, 'train', what='reading documents to train the tokenizer')), settings)
+    found = (text for _, text in texts(cfg, 'train', what='reading documents to train the tokenizer'))
+    sample = corpora.sample_uniformly(found, settings.documents, settings.seed)
     if not sample:
       raise UserError(f'data.path={cfg.corpus}: the train split is empty, so no tokenizer can be trained')
     logging.info('training SentencePiece on %s documents', f'{len(sample):,}')
@@ -281,20 +246,11 @@ def trained(cfg) -> tokenizer_lib.Tokenizer:
   return tokenizer_lib.load(storage.once(_cache(cfg), f'sentencepiece-{_hash(cfg, *what)}', make))
 
 
-def draw(found, settings) -> list[str]:
-  """Sample up to `settings.documents` texts uniformly with seed `settings.seed`, in their original order."""
-  return corpora.sample_uniformly(found, settings.documents, settings.seed)
-
-
 def resolve_assets(cfg, folder) -> None:
-  """Find the tokenizer of a run and write its fingerprint into the config.
+  """Write the fingerprint of a run's tokenizer into the config.
 
-  Args:
-    cfg: the task section of a config; its `tokenizer.fingerprint` is overwritten.
-    folder: the run's folder; a tokenizer saved there takes precedence over the config's. None: use the config's.
-
-  Raises:
-    UserError: the config, the run's folder and the checkpoints do not agree on the tokenizer.
+  A tokenizer saved in the run's folder takes precedence over the config's. UserError is raised if the config, the
+  folder and the checkpoints do not agree on the tokenizer.
   """
   own = epath.Path(folder) / FOLDER if folder else None
   if own is None or not (own / tokenizer_lib.INFO_FILE).exists():
@@ -323,9 +279,6 @@ def resolve_assets(cfg, folder) -> None:
 def save_assets(cfg, folder) -> None:
   """Save the config's tokenizer in a run's folder."""
   tokenizer(cfg).save(epath.Path(folder) / FOLDER)
-
-
-# --- tokens and text --------------------------------------------------------------------------------------------------
 
 
 def encode_prompt(text: str, cfg) -> list[int]:

@@ -19,6 +19,7 @@ Text form: `KIND LHS A RHS B C CLUE_END`, where a reference is `c a v` (attribut
 
 import hashlib
 import itertools
+import re
 from typing import NamedTuple
 
 from ilm_jax.types import UserError
@@ -26,7 +27,9 @@ from ilm_jax.types import UserError
 # Number of references (to houses) in each kind of clue.
 NUM_REFERENCES = {'=': 2, '!=': 2, 'nbr': 2, 'ends': 1, 'immediate-left': 2, 'left-of': 2, 'inbetween': 3}
 SYMMETRIC = ('=', '!=', 'nbr')  # kinds whose two references can be swapped
-MAX_SIZE = 6  # maximum number of houses and of attributes, because the vocabulary has only the digits 0 to 5
+DIGITS = ('0', '1', '2', '3', '4', '5')  # the only numbers in the vocabulary
+MAX_SIZE = len(DIGITS)  # maximum number of houses and of attributes
+REFERENCE = '( c [0-5]| n 0) [0-5]'  # regular expression of a reference in the text form, with a space before it
 
 
 class Clue(NamedTuple):
@@ -49,26 +52,19 @@ class Puzzle(NamedTuple):
     return len(self.table[0]), len(self.table) - 1
 
 
-# --- meaning ----------------------------------------------------------------------------------------------------------
+MEANING = {  # kind of clue, except `ends` -> whether it is true of these house numbers
+  '=': lambda a, b: a == b,
+  '!=': lambda a, b: a != b,
+  'nbr': lambda a, b: abs(a - b) == 1,
+  'immediate-left': lambda a, b: a + 1 == b,
+  'left-of': lambda a, b: a < b,
+  'inbetween': lambda a, b, c: a < b < c,
+}
 
 
 def is_true_of_houses(kind: str, at: tuple[int, ...], houses: int) -> bool:
   """Return whether a clue of this kind is true if its references stand for the house numbers `at`."""
-  match kind:
-    case '=':
-      return at[0] == at[1]
-    case '!=':
-      return at[0] != at[1]
-    case 'nbr':
-      return abs(at[0] - at[1]) == 1
-    case 'immediate-left':
-      return at[0] + 1 == at[1]
-    case 'left-of':
-      return at[0] < at[1]
-    case 'inbetween':
-      return at[0] < at[1] < at[2]
-    case _:
-      return at[0] in (0, houses - 1)
+  return at[0] in (0, houses - 1) if kind == 'ends' else MEANING[kind](*at)
 
 
 def is_true(clue: Clue, table: list[list[int]]) -> bool:
@@ -80,9 +76,6 @@ def is_solution(table: list[list[int]], clues: list[Clue]) -> bool:
   """Return whether every row of a table is a permutation of the values and every clue is true for the table."""
   values = list(range(len(table[0])))
   return all(sorted(row) == values for row in table) and all(is_true(clue, table) for clue in clues)
-
-
-# --- identity ---------------------------------------------------------------------------------------------------------
 
 
 def canonical(clue: Clue) -> Clue:
@@ -101,9 +94,6 @@ def split_of(clues: list[Clue], houses: int, attributes: int) -> str:
   return {0: 'validation', 1: 'test'}.get(identity(clues, houses, attributes) % 20, 'train')
 
 
-# --- text form --------------------------------------------------------------------------------------------------------
-
-
 def to_words(clues: list[Clue]) -> list[str]:
   """Convert clues to their text form, as a list of words."""
   words = []
@@ -114,43 +104,19 @@ def to_words(clues: list[Clue]) -> list[str]:
 
 
 def from_words(words: list[str]) -> list[Clue]:
-  """Parse the text form of clues.
-
-  Raises:
-    UserError: a clue is malformed; the message quotes the clue and shows the expected form.
-  """
+  """Parse the text form of clues; UserError quotes a malformed clue and shows the expected form."""
   clues, start = [], 0
   while start < len(words):
-    end = next((i for i in range(start, len(words)) if words[i] == 'CLUE_END'), len(words))
-    clue = words[start:end]
-    num_refs = NUM_REFERENCES.get(clue[0] if clue else '')
-    if (
-      num_refs is None
-      or end == len(words)
-      or clue[1:2] != ['LHS']
-      or clue[5:6] != ['RHS']
-      or len(clue) != 3 + 3 * num_refs
-    ):
-      raise _malformed(len(clues), words[start : end + 1], num_refs)
-    refs = []
-    for at in (2, *range(6, len(clue), 3)):
-      letter, row, value = clue[at : at + 3]
-      if not (letter == 'c' or (letter == 'n' and row == '0')) or not (is_digit(row) and is_digit(value)):
-        raise _malformed(len(clues), words[start : end + 1], num_refs)
-      refs.append((int(row) + 1 if letter == 'c' else 0, int(value)))
-    clues.append(Clue(clue[0], tuple(refs)))
+    end = words.index('CLUE_END', start) if 'CLUE_END' in words[start:] else len(words)
+    clue = ' '.join(words[start : end + 1])
+    where = f'clue {len(clues) + 1}, {" ".join(words[start : end + 1][:16])!r}'
+    if (kind := words[start]) not in NUM_REFERENCES:
+      raise UserError(f'{where}: expected a clue that begins with one of {" ".join(NUM_REFERENCES)}')
+    others = NUM_REFERENCES[kind] - 1
+    if not re.fullmatch(f'{re.escape(kind)} LHS{REFERENCE} RHS({REFERENCE}){{{others}}} CLUE_END', clue):
+      expected = f'{kind} LHS REF RHS {"REF " * others}CLUE_END with REF = c ATTRIBUTE VALUE or n 0 HOUSE'
+      raise UserError(f'{where}: expected {expected}')
+    refs = re.findall(r'([cn]) (\d) (\d)', clue)
+    clues.append(Clue(kind, tuple((int(row) + 1 if letter == 'c' else 0, int(value)) for letter, row, value in refs)))
     start = end + 1
   return clues
-
-
-def is_digit(word: str) -> bool:
-  """Return whether a word is one of the digits 0 to 5."""
-  return len(word) == 1 and word in '012345'
-
-
-def _malformed(index: int, words: list[str], num_refs: int | None) -> UserError:
-  if num_refs is None:
-    expected = f'a clue that begins with one of {" ".join(NUM_REFERENCES)}'
-  else:
-    expected = f'{words[0]} LHS REF RHS {"REF " * (num_refs - 1)}CLUE_END with REF = c ATTRIBUTE VALUE or n 0 HOUSE'
-  return UserError(f'clue {index + 1}, {" ".join(words[:16])!r}: expected {expected}')

@@ -17,7 +17,7 @@ class ClueGenerator:
 
   Attributes:
     table: the table; row 0 has the house numbers.
-    clues: all clues drawn so far, including those the solver did not need.
+    clues: all clues drawn so far, including those that the solver did not need.
     solver: a solver with all clues drawn so far.
     row_counts: for each row of the table, the number of references to it in the clues.
     guided: whether the solver has been called; from then on, clues favour rows with few filled cells.
@@ -40,13 +40,11 @@ class ClueGenerator:
     }
 
   def run(self) -> list[Clue]:
-    """Draw clues until the solver fills the table.
+    """Draw clues until the solver fills the table; return those that a new solver uses when it gets all at once.
 
-    Returns:
-      The clues that a new solver uses when it gets all clues at once. Symmetric clues have randomly swapped references.
+    The references of symmetric clues are swapped at random.
     """
-    seen = set()
-    kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
+    seen, kinds, weights = set(), list(WEIGHTS), list(WEIGHTS.values())
     while not self.solver.solved:
       kind = kinds[self._weighted_index(weights)]
       cells = self._draw[kind]()  # (row, house) of each reference
@@ -135,10 +133,9 @@ class ClueGenerator:
     return (row, house), (other, house + 1 + self._below(self.houses - 1 - house))
 
   def _draw_in_between(self):
-    while True:
+    row, house = self._row(), self._below(self.houses)
+    while house > self.houses - 3:
       row, house = self._row(), self._below(self.houses)
-      if house <= self.houses - 3:
-        break
     right = self._row_unless(lambda other: other == 0), house + 2 + self._below(self.houses - 2 - house)
     middle = self._row_unless(lambda other: other == 0), house + 1 + self._below(right[1] - house - 1)
     return (row, house), middle, right
@@ -156,8 +153,7 @@ def relabel(rng: np.random.Generator, clues: list[Clue], houses: int, attributes
 def make_puzzle(rng: np.random.Generator, houses: int, attributes: int, split: str | None = None) -> Puzzle | None:
   """Draw a random puzzle that belongs to the given split (None: any split).
 
-  Returns:
-    The puzzle; rarely None, if the solver fails on the selected clues or no relabelling belongs to the split.
+  Returns None, which is rare, if the solver fails on the selected clues or no relabelling belongs to the split.
   """
   clues = ClueGenerator(rng, houses, attributes).run()
   for _ in range(MAX_RELABELLINGS):

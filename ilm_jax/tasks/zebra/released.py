@@ -9,7 +9,7 @@ import gc
 import pathlib
 import pickle
 
-from ilm_jax.tasks.zebra.clues import Puzzle, from_words, is_digit
+from ilm_jax.tasks.zebra.clues import DIGITS, Puzzle, from_words
 from ilm_jax.types import UserError
 
 LAYOUT = 'expected a pickled list of [words, table, order], as Shah et al. 2024 released it'
@@ -27,12 +27,11 @@ class _Placeholder:
     pass
 
 
-# (module, name) of all functions and classes that pickled NumPy arrays refer to, in old and new NumPy versions.
+# All functions and classes that pickled NumPy arrays refer to, in old and new NumPy versions.
 _NUMPY_GLOBALS = {
-  *((f'numpy.{core}.multiarray', '_reconstruct') for core in ('core', '_core')),
-  *((f'numpy.{core}.numeric', '_frombuffer') for core in ('core', '_core')),
-  *(('numpy', name) for name in ('ndarray', 'dtype')),
-  ('_codecs', 'encode'),  # encodes the bytes of an array in pickle protocols 0 to 2
+  *('numpy.core.multiarray._reconstruct', 'numpy._core.multiarray._reconstruct', 'numpy.ndarray', 'numpy.dtype'),
+  *('numpy.core.numeric._frombuffer', 'numpy._core.numeric._frombuffer'),
+  '_codecs.encode',  # encodes the bytes of an array in pickle protocols 0 to 2
 }
 
 
@@ -44,7 +43,7 @@ class _Unpickler(pickle.Unpickler):
   """Loads lists, numbers and strings, replaces arrays by placeholders, raises _ForbiddenGlobal for other objects."""
 
   def find_class(self, module, name):
-    if (module, name) not in _NUMPY_GLOBALS:
+    if f'{module}.{name}' not in _NUMPY_GLOBALS:
       raise _ForbiddenGlobal(f'{module}.{name}')
     return _Placeholder
 
@@ -58,7 +57,7 @@ def find_files(path: str) -> dict[str, pathlib.Path]:
     raise UserError(f'task.path={path}: no such file or folder; name the released pickle files, or set task.path=""')
   found = {}
   for split in ('train', 'test'):
-    files = [file for file in sorted(place.iterdir()) if split in file.name and file.suffix in ('.pkl', '.pickle')]
+    files = [file for file in place.iterdir() if split in file.name and file.suffix in ('.pkl', '.pickle')]
     if len(files) != 1:
       raise UserError(
         f'task.path={path}: expected one .pkl file with {split!r} in its name, found {len(files)}; '
@@ -69,12 +68,7 @@ def find_files(path: str) -> dict[str, pathlib.Path]:
 
 
 def read(file: pathlib.Path):
-  """Yield the puzzles of a released file. The whole file is loaded first; each record is freed after it was yielded.
-
-  Raises:
-    UserError: the file is truncated, has a different layout, or contains other types than lists, strings, numbers and
-      arrays.
-  """
+  """Yield the puzzles of a released file. The whole file is loaded first; each record is freed after it was yielded."""
   records = _load(file)
   if type(records) is not list or not records:
     raise UserError(f'{file}: {LAYOUT}, got {type(records).__name__}')
@@ -91,9 +85,8 @@ def _load(file: pathlib.Path):
     with file.open('rb') as stream:
       return _Unpickler(stream).load()
   except _ForbiddenGlobal as error:
-    raise UserError(
-      f'{file}: refused because the pickle refers to {error}; expected only lists, strings, numbers and arrays'
-    ) from None
+    raise UserError(f'{file}: refused because the pickle refers to {error}; expected only lists, strings, numbers and '
+                    'arrays') from None  # fmt: skip
   except OSError as error:
     raise UserError(f'{file} cannot be read ({error.strerror or error})') from None
   except MemoryError:
@@ -114,7 +107,8 @@ def _to_puzzle(record, where: str) -> Puzzle:
   words, table, _ = record
   if type(words) is not list or not all(type(word) is str for word in words) or words.count('ANSWER') != 1:
     raise UserError(f'{where}: expected a list of words with one ANSWER in it')
-  if type(table) is not list or len(table) < 2 or not all(_is_row(row, len(table[0])) for row in table):
+  is_table = type(table) is list and len(table) > 1 and all(type(row) is list for row in table)
+  if not is_table or any(set(map(type, row)) != {int} or sorted(row) != list(range(len(table[0]))) for row in table):
     raise UserError(f'{where}: expected a table: a list of rows, each with the numbers 0 ... n-1 in some order')
   houses, attributes = len(table[0]), len(table) - 1
   answer_start = words.index('ANSWER') + 1
@@ -123,20 +117,12 @@ def _to_puzzle(record, where: str) -> Puzzle:
   except UserError as error:
     raise UserError(f'{where}: {error}') from None
   digits = words[answer_start:]
-  cells = [tuple(int(d) for d in digits[i : i + 3] if is_digit(d)) for i in range(0, len(digits), 3)]
+  cells = [tuple(int(d) for d in digits[i : i + 3] if d in DIGITS) for i in range(0, len(digits), 3)]
   table_cells = [(a, h, table[a + 1][h]) for a in range(attributes) for h in range(houses)]
   if sorted(cells) != table_cells or table[0] != list(range(houses)):
-    raise UserError(
-      f'{where}: expected `attribute house value` for each of the {len(table_cells)} cells of the table, and the house '
-      'numbers in row 0'
-    )
+    raise UserError(f'{where}: expected `attribute house value` for each of the {len(table_cells)} cells of the table, '
+                    'and the house numbers in row 0')  # fmt: skip
   if any(value >= houses or row > attributes for clue in clues for row, value in clue.refs):
-    raise UserError(
-      f'{where}: a clue names a house, value or attribute that is not in the table: expected houses and values below '
-      f'{houses}, attributes below {attributes}'
-    )
+    raise UserError(f'{where}: a clue names a house, value or attribute that is not in the table: expected houses and '
+                    f'values below {houses}, attributes below {attributes}')  # fmt: skip
   return Puzzle(clues, table, cells)
-
-
-def _is_row(row, houses: int) -> bool:
-  return type(row) is list and all(type(value) is int for value in row) and sorted(row) == list(range(houses))

@@ -2,6 +2,8 @@
 
 import itertools
 
+import numpy as np
+
 from ilm_jax.tasks.zebra.clues import Clue, is_true_of_houses
 
 MAX_COMBINED_CLUES = 3  # maximum number of clues that the solver combines to fill one cell
@@ -15,23 +17,19 @@ class Solver:
   """Fills a table cell by cell, by combining up to three clues and eliminating candidates.
 
   The solver runs in polynomial time and fills a cell only if the clues imply its value, but it does not solve every
-  puzzle that has a unique solution. New clues can be added after a call of `solve`.
+  puzzle that has a unique solution. New clues can be added after a call of `solve`. `filled_cells` lists the cells
+  (attribute, house, value) in the order in which they were filled.
 
   The candidates of a reference (row, value) are the houses in which the value may still be. A *state* holds the
   candidates of all references in one integer: n bits for each reference, with reference r = row * n + value at bit r*n.
   A reference is *known* if its value has been placed in a house, otherwise it is *open*; an *open* house of a row is
   one whose cell is empty.
 
-  To fill a cell, the solver takes a sequence of clues, starts from the state in which every open reference may be in
-  every open house of its row, and applies the clues one after the other. If this determines a cell, the cell is filled,
-  the narrowed candidates are discarded, and the search starts again from the new table. Sequences of one clue are tried
-  first, then those of two, then of three, each in lexicographic order. `_tried` records which clues were applied to
-  which state, so no sequence is tried twice on the same table. After a clue is added, only sequences that contain this
-  clue are tried.
-
-  Attributes:
-    houses, attributes: size of the puzzle.
-    filled_cells: the cells (attribute, house, value) in the order in which they were filled.
+  To fill a cell, the solver starts from the state in which every open reference may be in every open house of its row,
+  and applies a sequence of clues. If this determines a cell, the cell is filled, the narrowed candidates are discarded,
+  and the search starts again from the new table. Sequences of one clue are tried first, then those of two, then of
+  three, each in lexicographic order. `_tried` records which clues were applied to which state, so no sequence is tried
+  twice on the same table. After a clue is added, only sequences that contain this clue are tried.
   """
 
   def __init__(self, houses: int, attributes: int, clues=()):
@@ -92,27 +90,22 @@ class Solver:
   def solve(self) -> set[int]:
     """Fill cells until the rules determine no further cell; return the indices of the clues that were used.
 
-    Raises:
-      Contradiction: no table satisfies the clues.
+    Raises Contradiction if it notices that no table satisfies the clues.
     """
     used = set()
     while not self.solved:
-      for length in range(1, MAX_COMBINED_CLUES + 1):
-        if success := self._search(self._start_state, (), length):
-          break
-      else:
+      attempts = (self._search(self._start_state, (), length) for length in range(1, MAX_COMBINED_CLUES + 1))
+      if not (success := next(filter(None, attempts), None)):
         break
       used.update(success[0])
       self._commit(*success[1])
     return used
 
   def _search(self, state: int, applied: tuple[int, ...], length: int):
-    """Search for a sequence of `length` more clues that determines a cell when it is applied to a state.
+    """Return (clue indices, (reference, house)) of the first sequence of `length` more clues that determines a cell.
 
     All shorter sequences have failed before, so sequences that start with a clue without effect need not be tried.
-
-    Returns:
-      (clue indices, (reference, house)) of the first sequence that determines a cell, or None.
+    Returns None if no sequence determines a cell.
     """
     tried, children = self._tried.setdefault(state, [0, {}])
     applied_mask = sum(1 << i for i in applied)
@@ -212,6 +205,11 @@ class Solver:
     """Return the bit mask of the houses next to at least one of the given houses (a bit mask)."""
     return (houses << 1 | houses >> 1) & self._all_houses
 
+  def _single_candidate(self, state: int, ref: int):
+    """Return (reference, house) if a reference has only one candidate house, else None."""
+    candidates = self._candidates(state, ref)
+    return None if candidates & (candidates - 1) else (ref, candidates.bit_length() - 1)
+
   # Rules, one for each kind of clue. A rule takes a state and the references of a clue, of which at least one has no
   # known house. It returns the new state and the (reference, house) that the clue determines, or None. With two unknown
   # houses, one pass (restrict a by b, then b by a) removes all it can; `inbetween` needs two passes.
@@ -233,9 +231,7 @@ class Solver:
     if self._known[a] or self._known[b]:
       known, other = (a, b) if self._known[a] else (b, a)
       new = self._restrict(state, other, self._beside(1 << self._house[known]))
-      candidates = self._candidates(new, other)
-      is_single = new != state and not candidates & (candidates - 1)
-      return new, (other, candidates.bit_length() - 1) if is_single else None
+      return new, self._single_candidate(new, other) if new != state else None
     state = self._restrict(state, a, self._beside(self._candidates(state, b)))
     return self._restrict(state, b, self._beside(self._candidates(state, a))), None
 
@@ -253,10 +249,7 @@ class Solver:
   def _left_of(self, state, a, b):
     new = self._restrict_order(state, a, b)
     if new != state and (self._known[a] or self._known[b]):
-      other = b if self._known[a] else a
-      candidates = self._candidates(new, other)
-      if not candidates & (candidates - 1):
-        return new, (other, candidates.bit_length() - 1)
+      return new, self._single_candidate(new, b if self._known[a] else a)
     return new, None
 
   def _in_between(self, state, a, b, c):
@@ -284,20 +277,17 @@ def solve(clues: list[Clue], houses: int, attributes: int) -> Solver:
 
 
 def find_table(clues: list[Clue], houses: int, attributes: int, max_nodes: int = 300) -> list[list[int]] | None:
-  """Search for a table that satisfies the clues, by backtracking with constraint propagation.
+  """Return a table that satisfies the clues, found by backtracking with constraint propagation; None if there is none.
 
-  Returns:
-    A table, or None if no table satisfies the clues.
-
-  Raises:
-    TimeoutError: the search visited `max_nodes` nodes without finding an answer.
+  Raises TimeoutError if the search visited `max_nodes` nodes without finding an answer.
   """
   node_numbers = itertools.count(1)
   refs = [(row, value) for row in range(1, attributes + 1) for value in range(houses)]
 
   def propagate(candidates):
-    """Remove candidate houses that a clue or another value of the row excludes; return None on a contradiction."""
-    while True:
+    """Remove candidate houses that a clue or another value of the row excludes, until nothing changes."""
+    before = None
+    while candidates != before and all(candidates.values()):
       before = dict(candidates)
       for kind, names in clues:
         fits = [at for at in itertools.product(*map(candidates.get, names)) if consistent(names, at, kind)]
@@ -305,13 +295,8 @@ def find_table(clues: list[Clue], houses: int, attributes: int, max_nodes: int =
           candidates[ref] = {at[i] for at in fits}
       for row, value in refs:
         if len(candidates[row, value]) == 1:
-          for other in range(houses):
-            if other != value:
-              candidates[row, other] = candidates[row, other] - candidates[row, value]
-      if not all(candidates.values()):
-        return None
-      if candidates == before:
-        return candidates
+          for other in {*range(houses)} - {value}:
+            candidates[row, other] = candidates[row, other] - candidates[row, value]
 
   def consistent(names, at, kind):
     pairs = itertools.combinations(zip(names, at, strict=True), 2)
@@ -321,21 +306,14 @@ def find_table(clues: list[Clue], houses: int, attributes: int, max_nodes: int =
   def search(candidates):
     if next(node_numbers) > max_nodes:
       raise TimeoutError
-    candidates = propagate(candidates)
-    if candidates is None:
+    propagate(candidates)
+    if not all(candidates.values()):
       return None
     undecided = [ref for ref in refs if len(candidates[ref]) > 1]
     if not undecided:
-      return candidates
+      rows = ([min(candidates[row, value]) for value in range(houses)] for row in range(attributes + 1))
+      return [np.argsort(houses_of_values).tolist() for houses_of_values in rows]
     ref = min(undecided, key=lambda r: len(candidates[r]))
-    results = (search({**candidates, ref: {house}}) for house in sorted(candidates[ref]))
-    return next((result for result in results if result is not None), None)
+    return next(filter(None, (search({**candidates, ref: {house}}) for house in sorted(candidates[ref]))), None)
 
-  start = {(0, house): {house} for house in range(houses)} | {ref: set(range(houses)) for ref in refs}
-  solution = search(start)
-  if solution is None:
-    return None
-  table = [[-1] * houses for _ in range(attributes + 1)]
-  for (row, value), at in solution.items():
-    table[row][min(at)] = value
-  return table
+  return search({(0, house): {house} for house in range(houses)} | {ref: set(range(houses)) for ref in refs})

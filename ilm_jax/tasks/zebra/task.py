@@ -22,7 +22,6 @@ from ilm_jax.types import UserError
 
 def tokenizer(cfg) -> WordTokenizer:
   """Return the tokenizer of the 18 words of clues and answers."""
-  del cfg
   return TOKENIZER
 
 
@@ -43,13 +42,10 @@ def chance(cfg) -> float:
 
 
 def score(predicted: np.ndarray, reference: np.ndarray, cfg) -> dict[str, tuple[float, float]]:
-  """Compare the tokens of a predicted answer with the reference answer; every three tokens are one cell.
+  """Return {metric: (total, weight)} of an answer; every three tokens are one cell.
 
-  Returns:
-    {metric: (total, weight)}. `exact_match`: whether the sets of cells are equal, in any order. `iou`: intersection
-    over union of the sets of cells. `token_accuracy`: fraction of the reference's positions with the correct token.
+  `exact_match` and `iou` (intersection over union) compare the sets of cells, `token_accuracy` the tokens in order.
   """
-  del cfg
   predicted_cells, reference_cells = _cells(predicted), _cells(reference)
   common = min(len(predicted), len(reference))
   num_correct = int((predicted[:common] == reference[:common]).sum())
@@ -65,12 +61,7 @@ def _cells(tokens) -> set[tuple[int, ...]]:
 
 
 def encode_prompt(text: str, cfg) -> list[int]:
-  """Return the token ids of a prompt, after checking that its clues are solvable; text after `ANSWER` is ignored.
-
-  Raises:
-    UserError: the prompt is empty or malformed or has an unknown word, the puzzle's size is outside the config's range,
-      or the clues contradict each other or are too few for the solver.
-  """
+  """Return the token ids of a prompt, after checking that its clues are solvable; text after `ANSWER` is ignored."""
   words = text.split()
   words = words[: words.index('ANSWER')] if 'ANSWER' in words else words
   ids = TOKENIZER.ids(words)
@@ -92,20 +83,15 @@ def check_solvable(clues, cfg) -> None:
       f'the clues need at least {houses} houses and {attributes} attributes: expected {cfg.min_houses} to '
       f'{cfg.max_houses} houses and {cfg.min_attributes} to {cfg.max_attributes} attributes'
     )
-  problems = []
-  for size in range(houses, min(houses + 1, cfg.max_houses) + 1):
-    problem = _problem(clues, size, attributes)
-    if problem is None:
-      return
-    problems.append(problem)
-  raise UserError(problems[0])
+  problems = [_problem(clues, size, attributes) for size in range(houses, min(houses + 1, cfg.max_houses) + 1)]
+  if all(problems):
+    raise UserError(problems[0])
 
 
 def _problem(clues, houses: int, attributes: int) -> str | None:
   """Return an error message if the clues contradict each other or the solver cannot fill the table, else None."""
-  contradiction = (
-    f'the clues contradict each other: no table of {houses} houses and {attributes} attributes satisfies them all'
-  )
+  size = f'{houses} houses and {attributes} attributes'
+  contradiction = f'the clues contradict each other: no table of {size} satisfies them all'
   try:
     solver = solve(clues, houses, attributes)
     if not solver.solved and find_table(clues, houses, attributes) is None:
@@ -116,15 +102,12 @@ def _problem(clues, houses: int, attributes: int) -> str | None:
     pass  # the backtracking search gave up before it found a table or proved a contradiction
   if solver.solved:
     return None if is_solution(solver.table(), clues) else contradiction
-  return (
-    f'the clues cannot be solved: the solver fills {len(solver.filled_cells)} of {houses * attributes} cells '
-    f'({houses} houses, {attributes} attributes) and then stops; add clues'
-  )
+  return (f'the clues cannot be solved: the solver fills {len(solver.filled_cells)} of {houses * attributes} cells (of '
+          f'{size}) and then stops; add clues')  # fmt: skip
 
 
 def decode(tokens, cfg) -> str:
   """Return the text of the token ids of a prompt and its answer."""
-  del cfg
   return ' '.join('ANSWER' if word == '[BOS]' else word for word in TOKENIZER.pieces(tokens[1:]))
 
 
