@@ -210,7 +210,9 @@ def test_the_tokenizer_is_trained_on_a_uniform_sample_of_documents_that_depends_
   settings.documents = 20
   texts = [str(i) for i in range(100)]
   drawn = corpora.sample_uniformly(iter(texts), settings.documents, settings.seed)
-  assert len(set(drawn)) == 20 and drawn == sorted(drawn, key=int) == corpora.sample_uniformly(iter(texts), settings.documents, settings.seed)
+  assert len(set(drawn)) == 20 and drawn == sorted(drawn, key=int) == corpora.sample_uniformly(
+    iter(texts), settings.documents, settings.seed
+  )
   counts = np.zeros(100)
   for seed in range(300):
     settings.seed = seed

@@ -139,7 +139,7 @@ def split_of(text: str, splits: tuple[str, ...]) -> str:
   return {0: 'validation', 1: 'test'}.get(value % SHARES, 'train')
 
 
-def documents(corpus: Corpus, split: str, mode: str, *, what: str = ''):
+def documents(corpus: Corpus, split: str, mode: str, *, detokenized: bool = False, what: str = ''):
   """Yield ((file path, document number), text) for the documents of a split.
 
   `mode`, one of DOCUMENTS, does not apply to JSONL files. `what` is the name of the operation in progress log lines; ''
@@ -153,7 +153,7 @@ def documents(corpus: Corpus, split: str, mode: str, *, what: str = ''):
       if splits and split_of(text, splits) != split:
         continue
       count += 1
-      yield (file.path, number), text
+      yield (file.path, number), detokenize(text) if detokenized else text
       if what:
         progress(before + end, count)
     before += file.size
@@ -169,9 +169,9 @@ def read_split(path: str, split: str, mode: str, *, detokenised: bool = False, f
   if mode not in DOCUMENTS:
     raise UserError(f'--documents={mode}: expected one of {", ".join(DOCUMENTS)}')
   try:
-    for _, text in documents(find(path), split, mode, what=f'reading {path}'):
+    for _, text in documents(find(path), split, mode, detokenized=detokenised, what=f'reading {path}'):
       if text:
-        yield detokenize(text) if detokenised else text
+        yield text
   except UserError as error:
     raise UserError(str(error).replace('data.path=', f'{flag}=')) from None
 
@@ -257,7 +257,7 @@ def decode(content: bytes, path, start: int) -> str:
 # --- the One Billion Word corpus --------------------------------------------------------------------------------------
 
 ARCHIVE = '1-billion-word-language-modeling-benchmark-r13output'
-DETOKENIZATION = (  # (pattern, replacement) pairs that remove the spaces inserted when LM1B was tokenized
+DETOKENIZATION = (  # (pattern, replacement): pairs that remove the spaces inserted when LM1B was tokenized
   (r'(https?) : / / ', r'\1://'),
   (r" '(s|m|d|t|re|ve|ll|S|M|D|T|RE|VE|LL)\b", r"'\1"),
   (r" (n't|N'T)\b", r'\1'),
@@ -271,12 +271,13 @@ DETOKENIZATION = (  # (pattern, replacement) pairs that remove the spaces insert
   (r'^" ', '"'),
   (r"(?<!\S)' ([^']*[^' ]) '(?!\S)", r"'\1'"),
 )
+_COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in DETOKENIZATION]
 
 
 def detokenize(text: str) -> str:
   """Remove the spaces around punctuation and clitics from a sentence of the One Billion Word corpus."""
-  for pattern, replacement in DETOKENIZATION:
-    text = re.sub(pattern, replacement, text)
+  for pattern, replacement in _COMPILED:
+    text = pattern.sub(replacement, text)
   return text
 
 
@@ -301,10 +302,9 @@ def fetch(name: str, cache: str) -> str:
       try:
         storage.download(url, file)
       except OSError as error:
-        raise UserError(
-          f'the corpus {name} could not be downloaded from {url} ({_reason(error)}): put '
-          f'{" and ".join(f.name for f in files)} into {folder}, or give --config.data.path=PATH'
-        ) from None
+        names = ' and '.join(f.name for f in files)
+        raise UserError(f'the corpus {name} could not be downloaded from {url} ({_reason(error)}): put {names} into '
+                        f'{folder}, or give --config.data.path=PATH') from None  # fmt: skip
   return unpack(str(files[0]), cache) if files[0].name.endswith('.tar.gz') else str(folder)
 
 

@@ -27,8 +27,7 @@ from ilm_jax.types import UserError
 
 PREFIX = 2  # fixed tokens before the text: [CLS] and [BOS]
 FOLDER = 'tokenizer'  # subfolder of a run's folder that holds its tokenizer
-# Characters scanned per expected token when truncating a document; the window grows if it yields too few.
-WINDOW = 8
+WINDOW = 8  # characters scanned per expected token when truncating a document; grows if they have too few tokens
 SENTENCE = re.compile(r'[.!?…]["\'”’)\]]*(?=\s)|[。！？][」』”’]*|(?<=\S)(?=\n)')  # matches the end of a sentence
 WORD = re.compile(r'(?<=\S)(?=\s)')  # matches the end of a word
 
@@ -77,13 +76,9 @@ def corpus_of(cfg) -> corpora.Corpus:
   return corpora.find(path)
 
 
-def texts(cfg, split: str, *, what: str = ''):
-  """Yield ((file path, document number), text) for the documents of a split, detokenized if the config says so.
-
-  `what` is the name of the operation in progress log lines; '' disables them.
-  """
-  for place, text in corpora.documents(corpus_of(cfg), split, cfg.documents, what=what):
-    yield place, corpora.detokenize(text) if cfg.detokenize else text
+def texts(cfg, split: str, what: str):
+  """Yield ((file path, document number), text) for the documents of a split; `what` is explained in `documents`."""
+  return corpora.documents(corpus_of(cfg), split, cfg.documents, detokenized=cfg.detokenize, what=what)
 
 
 def pieces_of(text: str, tokenizer, limit: int):
@@ -137,7 +132,7 @@ def prepare(cfg, split: str, tokenizer, counts: dict):
   """
   counts.update({'documents': 0, 'tokens': 0, 'cut': 0, 'without_tokens': 0})
   limit, first_skipped = cfg.length - PREFIX, None
-  for place, text in texts(cfg, split, what=f'preparing {cfg.label}, {split}'):
+  for place, text in texts(cfg, split, f'preparing {cfg.label}, {split}'):
     pieces = pieces_of(text, tokenizer, limit)
     first, _ = head = next(pieces)
     kept = itertools.chain([head], pieces) if cfg.split_long_documents else [head]
@@ -233,7 +228,7 @@ def trained(cfg) -> tokenizer_lib.Tokenizer:
   what = identity, settings.size, settings.seed, settings.normalization, settings.documents
 
   def make(folder):
-    found = (text for _, text in texts(cfg, 'train', what='reading documents to train the tokenizer'))
+    found = (text for _, text in texts(cfg, 'train', 'reading documents to train the tokenizer'))
     sample = corpora.sample_uniformly(found, settings.documents, settings.seed)
     if not sample:
       raise UserError(f'data.path={cfg.corpus}: the train split is empty, so no tokenizer can be trained')
@@ -263,15 +258,12 @@ def resolve_assets(cfg, folder) -> None:
   words = tokenizer_lib.load(own)
   path = cfg.tokenizer.path
   if cfg.tokenizer.fingerprint not in ('', words.fingerprint):
-    raise UserError(
-      f'the tokenizer in {own} has fingerprint {words.fingerprint}, but the checkpoints next to it were trained with '
-      f'{cfg.tokenizer.fingerprint}: restore that tokenizer'
-    )
+    raise UserError(f'the tokenizer in {own} has fingerprint {words.fingerprint}, but the checkpoints next to it were '
+                    f'trained with {cfg.tokenizer.fingerprint}: restore that tokenizer')  # fmt: skip
   if path and epath.Path(path).expanduser().exists() and (other := given(cfg).fingerprint) != words.fingerprint:
-    raise UserError(
-      f'task.tokenizer.path={path} has fingerprint {other}, but the checkpoints in {folder} were trained with a '
-      f'tokenizer with fingerprint {words.fingerprint}: omit task.tokenizer.path, or choose another --workdir'
-    )
+    raise UserError(f'task.tokenizer.path={path} has fingerprint {other}, but the checkpoints in {folder} were trained '
+                    f'with a tokenizer with fingerprint {words.fingerprint}: omit task.tokenizer.path, or choose '
+                    'another --workdir')  # fmt: skip
   cfg.tokenizer.fingerprint = words.fingerprint
   _TOKENIZERS[words.fingerprint] = words
 

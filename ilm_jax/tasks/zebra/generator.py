@@ -13,22 +13,15 @@ MAX_RELABELLINGS = 300  # maximum number of attempts to move a puzzle to the req
 
 
 class ClueGenerator:
-  """Draws a random table, and random clues that are true for the table.
-
-  Attributes:
-    table: the table; row 0 has the house numbers.
-    clues: all clues drawn so far, including those that the solver did not need.
-    solver: a solver with all clues drawn so far.
-    row_counts: for each row of the table, the number of references to it in the clues.
-    guided: whether the solver has been called; from then on, clues favour rows with few filled cells.
-  """
+  """Draws a random table, and random clues that are true for the table."""
 
   def __init__(self, rng: np.random.Generator, houses: int, attributes: int):
     self.rng, self.houses, self.attributes = rng, houses, attributes
     self.table = [list(range(houses)), *(rng.permutation(houses).tolist() for _ in range(attributes))]
-    self.solver = Solver(houses, attributes)
-    self.clues, self.guided = [], False
-    self.row_counts = [0] * (attributes + 1)
+    self.clues = []  # all clues drawn so far, including those that the solver did not need
+    self.solver = Solver(houses, attributes)  # a solver with these clues
+    self.guided = False  # whether the solver has been called; from then on, clues favour rows with few filled cells
+    self.row_counts = [0] * (attributes + 1)  # number of references to each row of the table in the clues
     self._draw = {
       '=': self._draw_equal,
       '!=': self._draw_unequal,

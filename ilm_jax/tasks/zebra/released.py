@@ -59,10 +59,8 @@ def find_files(path: str) -> dict[str, pathlib.Path]:
   for split in ('train', 'test'):
     files = [file for file in place.iterdir() if split in file.name and file.suffix in ('.pkl', '.pickle')]
     if len(files) != 1:
-      raise UserError(
-        f'task.path={path}: expected one .pkl file with {split!r} in its name, found {len(files)}; '
-        'name a folder with the two released files, or a single file'
-      )
+      raise UserError(f'task.path={path}: expected one .pkl file with {split!r} in its name, found {len(files)}; name '
+                      'a folder with the two released files, or a single file')  # fmt: skip
     found[split] = files[0]
   return found
 

@@ -88,10 +88,7 @@ class Solver:
     self._clues.append((self._rules[clue.kind], refs, tuple(sorted({row for row, _ in clue.refs}))))
 
   def solve(self) -> set[int]:
-    """Fill cells until the rules determine no further cell; return the indices of the clues that were used.
-
-    Raises Contradiction if it notices that no table satisfies the clues.
-    """
+    """Fill cells until the rules determine no further cell; return the indices of the clues that were used."""
     used = set()
     while not self.solved:
       attempts = (self._search(self._start_state, (), length) for length in range(1, MAX_COMBINED_CLUES + 1))
@@ -102,10 +99,9 @@ class Solver:
     return used
 
   def _search(self, state: int, applied: tuple[int, ...], length: int):
-    """Return (clue indices, (reference, house)) of the first sequence of `length` more clues that determines a cell.
+    """Return (clues, (reference, house)) of the first sequence of `length` more clues that determines a cell, or None.
 
     All shorter sequences have failed before, so sequences that start with a clue without effect need not be tried.
-    Returns None if no sequence determines a cell.
     """
     tried, children = self._tried.setdefault(state, [0, {}])
     applied_mask = sum(1 << i for i in applied)
@@ -205,20 +201,26 @@ class Solver:
     """Return the bit mask of the houses next to at least one of the given houses (a bit mask)."""
     return (houses << 1 | houses >> 1) & self._all_houses
 
-  def _single_candidate(self, state: int, ref: int):
-    """Return (reference, house) if a reference has only one candidate house, else None."""
-    candidates = self._candidates(state, ref)
-    return None if candidates & (candidates - 1) else (ref, candidates.bit_length() - 1)
+  def _placed(self, state: int, new: int, a: int, b: int):
+    """Return (reference, house) if one of two references is known and the new state leaves the other only one house."""
+    other = b if self._known[a] else a
+    candidates = self._candidates(new, other)
+    if new == state or not (self._known[a] or self._known[b]) or candidates & (candidates - 1):
+      return None
+    return other, candidates.bit_length() - 1
 
   # Rules, one for each kind of clue. A rule takes a state and the references of a clue, of which at least one has no
   # known house. It returns the new state and the (reference, house) that the clue determines, or None. With two unknown
   # houses, one pass (restrict a by b, then b by a) removes all it can; `inbetween` needs two passes.
 
-  def _equal(self, state, a, b):
+  def _equal(self, state, a, b, distance=0):
     if self._known[a] or self._known[b]:
-      return state, (b, self._house[a]) if self._known[a] else (a, self._house[b])
-    state = self._restrict(state, a, self._candidates(state, b))
-    return self._restrict(state, b, self._candidates(state, a)), None
+      return state, (b, self._house[a] + distance) if self._known[a] else (a, self._house[b] - distance)
+    state = self._restrict(state, a, self._candidates(state, b) >> distance)
+    return self._restrict(state, b, self._candidates(state, a) << distance), None
+
+  def _immediate_left(self, state, a, b):
+    return self._equal(state, a, b, distance=1)
 
   def _unequal(self, state, a, b):
     if self._known[a]:
@@ -228,18 +230,9 @@ class Solver:
     return state, None
 
   def _neighbours(self, state, a, b):
-    if self._known[a] or self._known[b]:
-      known, other = (a, b) if self._known[a] else (b, a)
-      new = self._restrict(state, other, self._beside(1 << self._house[known]))
-      return new, self._single_candidate(new, other) if new != state else None
-    state = self._restrict(state, a, self._beside(self._candidates(state, b)))
-    return self._restrict(state, b, self._beside(self._candidates(state, a))), None
-
-  def _immediate_left(self, state, a, b):
-    if self._known[a] or self._known[b]:
-      return state, (b, self._house[a] + 1) if self._known[a] else (a, self._house[b] - 1)
-    state = self._restrict(state, a, self._candidates(state, b) >> 1)
-    return self._restrict(state, b, self._candidates(state, a) << 1), None
+    new = self._restrict(state, a, self._beside(self._candidates(state, b)))
+    new = self._restrict(new, b, self._beside(self._candidates(new, a)))
+    return new, self._placed(state, new, a, b)
 
   def _restrict_order(self, state, a, b):
     """Apply a < b: a must be left of the rightmost candidate of b, and b right of the leftmost candidate of a."""
@@ -248,9 +241,7 @@ class Solver:
 
   def _left_of(self, state, a, b):
     new = self._restrict_order(state, a, b)
-    if new != state and (self._known[a] or self._known[b]):
-      return new, self._single_candidate(new, b if self._known[a] else a)
-    return new, None
+    return new, self._placed(state, new, a, b)
 
   def _in_between(self, state, a, b, c):
     for _ in range(2):

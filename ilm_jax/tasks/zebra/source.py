@@ -30,9 +30,8 @@ def check_config(cfg) -> None:
   for what in ('houses', 'attributes'):
     low, high = cfg[f'min_{what}'], cfg[f'max_{what}']
     if not MIN_SIZE <= low <= high <= MAX_SIZE:
-      raise UserError(
-        f'task.min_{what}={low}, task.max_{what}={high}: expected {MIN_SIZE} <= min_{what} <= max_{what} <= {MAX_SIZE}'
-      )
+      raise UserError(f'task.min_{what}={low}, task.max_{what}={high}: expected {MIN_SIZE} <= min_{what} <= max_{what} '
+                      f'<= {MAX_SIZE}')  # fmt: skip
   if cfg.order not in ORDERS:
     raise UserError(f'task.order={cfg.order!r}: expected one of {", ".join(ORDERS)}')
   if cfg.num_workers < 0:

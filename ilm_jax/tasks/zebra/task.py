@@ -79,10 +79,8 @@ def check_solvable(clues, cfg) -> None:
   attributes = max(row for clue in clues for row, _ in clue.refs)
   houses = max(cfg.min_houses, 1 + max(value for clue in clues for _, value in clue.refs))
   if houses > cfg.max_houses or not cfg.min_attributes <= attributes <= cfg.max_attributes:
-    raise UserError(
-      f'the clues need at least {houses} houses and {attributes} attributes: expected {cfg.min_houses} to '
-      f'{cfg.max_houses} houses and {cfg.min_attributes} to {cfg.max_attributes} attributes'
-    )
+    raise UserError(f'the clues need at least {houses} houses and {attributes} attributes: expected {cfg.min_houses} '
+                    f'to {cfg.max_houses} houses, {cfg.min_attributes} to {cfg.max_attributes} attributes')  # fmt: skip
   problems = [_problem(clues, size, attributes) for size in range(houses, min(houses + 1, cfg.max_houses) + 1)]
   if all(problems):
     raise UserError(problems[0])
