@@ -38,17 +38,11 @@ class Shape:
 
 
 def assign_rows(sizes: list[tuple[int, int]], shape: Shape) -> list[int]:
-  """Assign examples to rows by first-fit decreasing bin packing.
+  """Assign examples to rows by first-fit decreasing bin packing; return the row of each, or -1 if no row has room.
 
-  Examples are placed from the largest to the smallest, where the size of an example is the fraction of a row's
-  positions plus the fraction of a row's targets that it needs. Each goes into the first row that has room for it.
-
-  Args:
-    sizes: (number of tokens, number of targets) of each example.
-    shape: the number of rows and their capacities.
-
-  Returns:
-    The row of each example, in the order of `sizes`; -1 if no row has room.
+  `sizes` holds (number of tokens, number of targets) of each example. Examples are placed from the largest to the
+  smallest, where the size of an example is the fraction of a row's positions plus the fraction of a row's targets that
+  it needs. Each goes into the first row that has room for it.
   """
   room = [(shape.length, shape.targets, shape.segments)] * shape.rows
   rows = [-1] * len(sizes)
@@ -65,15 +59,10 @@ def assign_rows(sizes: list[tuple[int, int]], shape: Shape) -> list[int]:
 
 
 def pack(examples: list[dict], ids: list[int], shape: Shape) -> Batch:
-  """Pack corrupted examples into the rows of a batch.
+  """Pack corrupted examples (see `families.corruption`) into the rows of a batch.
 
-  Args:
-    examples: corrupted examples, as `families.corruption` makes them.
-    ids: one integer id per example, stored in `example_id_BxS`.
-    shape: the number of rows and their capacities.
-
-  Returns:
-    A batch. An example that fits into no row is left out, so its id does not appear in `example_id_BxS`.
+  The integer ids of the examples are stored in `example_id_BxS`. An example that fits into no row is left out, so its
+  id does not appear there.
   """
   batch = shape.empty()
   filled = [(0, 0, 0)] * shape.rows  # (positions, targets, segments) already used in each row
@@ -107,14 +96,10 @@ def concatenate(batches: list[Batch]) -> Batch:
 
 
 def shape_of(data, groups: int | None = None) -> Shape:
-  """Return the packing shape of one group of a batch.
+  """Return the packing shape of one group of a batch, from the `data` section of a config.
 
-  Args:
-    data: the `data` section of a config.
-    groups: number of groups per batch; defaults to `data.groups`. 1 gives the shape of a whole batch.
-
-  Raises:
-    UserError: `data.batch_size` or `data.rows` is not a multiple of the number of groups.
+  `groups` is the number of groups per batch, by default `data.groups`; 1 gives the shape of a whole batch. Raises
+  UserError if `data.batch_size` or `data.rows` is not a multiple of it.
   """
   groups = data.groups if groups is None else groups
   for name, total in (('batch_size', data.batch_size), ('rows', data.rows)):

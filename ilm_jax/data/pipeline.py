@@ -27,19 +27,11 @@ from ilm_jax.types import Batch, UserError
 STREAMS = {'train': 0, 'validation': 1}  # part of the seed, so that training and validation use different randomness
 
 
-# --- order and randomness of examples ---------------------------------------------------------------------------------
-
-
 def permute(index: np.ndarray, size: int, seed: tuple[int, ...]) -> np.ndarray:
-  """Apply a pseudo-random permutation of range(size) to an array of indices, in O(1) memory.
+  """Apply the pseudo-random permutation of range(size) that `seed` selects to an array of indices, in O(1) memory.
 
   The permutation is a Feistel network on enough bits for `size`, rounded up to an even number. Outputs that are not
   below `size` are fed through the network again until they are (cycle walking).
-
-  Args:
-    index: integers in [0, size).
-    size: number of elements to permute.
-    seed: integers that select the permutation.
   """
   half = max(1, math.ceil(math.log2(max(size, 2)) / 2))  # bits in each half of the Feistel network
   keys = np.random.default_rng(seed).integers(0, 2**63, size=6, dtype=np.uint64)
@@ -49,10 +41,8 @@ def permute(index: np.ndarray, size: int, seed: tuple[int, ...]) -> np.ndarray:
     left, right = x >> np.uint64(half), x & mask
     for key in keys:
       word = (right + key) * np.uint64(0x9E3779B97F4A7C15)
-      left, right = (
-        right,
-        left ^ ((word ^ (word >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(32) & mask),
-      )
+      word = (word ^ (word >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+      left, right = right, left ^ (word >> np.uint64(32) & mask)
     return (left << np.uint64(half)) | right
 
   with np.errstate(over='ignore'):
@@ -76,19 +66,13 @@ def example_rng(seed: int, stream: str, index: int) -> np.random.Generator:
   return np.random.default_rng((seed, STREAMS[stream], index))
 
 
-# --- training batches -------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Packed:
   """A picklable function from a step number to this process's packed rows of that step; grain maps it over steps."""
 
   source: Any  # random access to the training examples, a `tasks.contract.Source`
   corrupt: Any  # function (rng, example, cfg) -> corrupted example
-  corrupt_cfg: Any
-  seed: int
-  batch_size: int  # examples per step, over all processes
-  groups: int  # groups per step, over all processes
+  cfg: Any  # the whole config
   shape: Shape  # packing shape of one group
   groups_of_process: tuple[int, int]  # half-open range of the groups of each step that this process reads
 
@@ -101,11 +85,12 @@ class Packed:
 
   def group(self, step: int, group: int) -> Batch:
     """Return the packed rows of one group of a step."""
-    size = self.batch_size // self.groups
-    ids = (step * self.groups + group) * size + np.arange(size, dtype=np.int64)
-    where = ids if self.source.endless else epoch_order(ids, len(self.source), self.seed)
+    seed, groups, corrupt_cfg = self.cfg.seed, self.cfg.data.groups, self.cfg.corrupt
+    size = self.cfg.data.batch_size // groups
+    ids = (step * groups + group) * size + np.arange(size, dtype=np.int64)
+    where = ids if self.source.endless else epoch_order(ids, len(self.source), seed)
     examples = [
-      self.corrupt(example_rng(self.seed, 'train', int(i)), self.source[int(at)], self.corrupt_cfg)
+      self.corrupt(example_rng(seed, 'train', int(i)), self.source[int(at)], corrupt_cfg)
       for i, at in zip(ids, where, strict=True)
     ]
     return pack(examples, (ids % 2**31).tolist(), self.shape)
@@ -119,28 +104,22 @@ def _unpickle(*fields) -> Packed:
 
 
 def groups_of_process(groups: int, process: int, processes: int) -> tuple[int, int]:
-  """Return the half-open range of groups that one process reads.
+  """Return the half-open range of the groups of a step that process number `process` reads.
 
-  Args:
-    groups: number of groups per step.
-    process: index of the process.
-    processes: number of processes.
-
-  Raises:
-    UserError: the number of groups is not a multiple of the number of processes.
+  Raises UserError if the number of groups is not a multiple of the number of processes.
   """
   if groups % processes:
-    multiples = [g for g in range(1, 4 * processes * groups) if g % processes == 0]
-    best = sorted(multiples, key=lambda g: abs(g - groups))[0]
+    best = min(range(processes, 4 * processes * groups, processes), key=lambda g: abs(g - groups))
     raise UserError(f'data.groups={groups} cannot be divided evenly over {processes} processes: use data.groups={best}')
   share = groups // processes
   return process * share, (process + 1) * share
 
 
 def train_batches(source, corrupt, cfg, *, start: int, stop: int, part: tuple[int, int] = (0, 1)):
-  """Return an iterator over this process's batches of steps `start` to `stop - 1`.
+  """Return an iterator over this process's training batches of steps `start` to `stop - 1`.
 
-  A background thread prefetches the batches, or `data.num_workers` worker processes make them.
+  A background thread prefetches the batches, or `data.num_workers` worker processes make them. Raises UserError if the
+  batch does not divide into groups, or the groups into parts.
 
   Args:
     source: random access to the training split.
@@ -149,21 +128,9 @@ def train_batches(source, corrupt, cfg, *, start: int, stop: int, part: tuple[in
     start: first step.
     stop: one past the last step.
     part: (index, count): read the index-th of `count` equal parts of each batch; a part consists of whole groups.
-
-  Raises:
-    UserError: `batch_size` or `rows` is not a multiple of `groups`, or `groups` not of the number of parts.
   """
   data = cfg.data
-  make = Packed(
-    source=source,
-    corrupt=corrupt,
-    corrupt_cfg=cfg.corrupt,
-    seed=cfg.seed,
-    batch_size=data.batch_size,
-    groups=data.groups,
-    shape=shape_of(data),
-    groups_of_process=groups_of_process(data.groups, *part),
-  )
+  make = Packed(source, corrupt, cfg, shape_of(data), groups_of_process(data.groups, *part))
   dataset = grain.MapDataset.range(start, stop).map(make)
   dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch))
   if data.num_workers:
@@ -174,33 +141,27 @@ def train_batches(source, corrupt, cfg, *, start: int, stop: int, part: tuple[in
   return iter(dataset)
 
 
-# --- validation batches -----------------------------------------------------------------------------------------------
-
-
 def validation_batches(source, corrupt, cfg):
   """Yield packed batches that hold each validation example once, always with the same corruption.
 
   The numbers of dropped tokens are stratified over the examples, not drawn independently. The batches do not depend on
-  `cfg.seed`, so losses of different steps and runs can be compared. Unused segments of a row have weight 0.
-
-  Raises:
-    UserError: a validation example does not fit into an empty row.
+  `cfg.seed`, so losses of different steps and runs can be compared. Unused segments of a row have weight 0. Raises
+  UserError if an example does not fit into an empty row.
   """
-  count = len(source)
+  count, size = len(source), cfg.data.batch_size
   quantile = (permute(np.arange(count), count, (0, 0x53545241)) + 0.5) / count  # the constant spells "STRA"
   shape = dataclasses.replace(shape_of(cfg.data), rows=cfg.data.rows)
-  size = cfg.data.batch_size
   for first in range(0, count, size):
-    ids = list(range(first, min(first + size, count)))
-    examples = [corrupt(example_rng(0, 'validation', i), source[i], cfg.corrupt, u=quantile[i]) for i in ids]
-    while ids:
-      batch = pack(examples, ids, shape)
+    ids = range(first, min(first + size, count))
+    examples = {i: corrupt(example_rng(0, 'validation', i), source[i], cfg.corrupt, u=quantile[i]) for i in ids}
+    while examples:
+      batch = pack([*examples.values()], [*examples], shape)
       placed = set(batch['example_id_BxS'].ravel().tolist())
       if placed == {-1}:
+        length = next(iter(examples.values()))['length']
         raise UserError(
-          f'a validation example of {examples[0]["length"]} tokens does not fit into an empty row: raise '
+          f'a validation example of {length} tokens does not fit into an empty row: raise '
           f'data.row_length={shape.length} or data.targets={shape.targets}'
         )
       yield batch
-      unplaced = [(i, e) for i, e in zip(ids, examples, strict=True) if i not in placed]
-      ids, examples = [i for i, _ in unplaced], [e for _, e in unplaced]
+      examples = {i: example for i, example in examples.items() if i not in placed}

@@ -29,16 +29,11 @@ CHUNK = 2**20  # number of bytes to copy or download at a time
 TIMEOUT = 60  # seconds to wait for a download server's response before giving up
 
 
-# --- progress ---------------------------------------------------------------------------------------------------------
-
-
 class Progress:
-  """Logs the progress of a long operation every REPORT_SECONDS: percentage done, rate and estimated remaining time.
+  """Logs the progress of the operation `what` every REPORT_SECONDS: percentage done, rate, estimated remaining time.
 
-  Args:
-    what: name of the operation, for the log line.
-    total: total amount of work in any unit, such as bytes; None if unknown.
-    unit: name of the items whose number and rate are logged, such as 'documents'.
+  `total` is the amount of work in any unit, such as bytes, or None if unknown; `unit` names the items that are counted,
+  such as 'documents'.
   """
 
   def __init__(self, what: str, total: int | None, unit: str):
@@ -47,12 +42,7 @@ class Progress:
     self.initial = None  # work already done at the first call, excluded from the estimate of the remaining time
 
   def __call__(self, done: int, count: int) -> None:
-    """Log the progress, unless it was logged less than REPORT_SECONDS ago.
-
-    Args:
-      done: amount of work done so far, in the unit of `total`.
-      count: number of items processed so far, in `unit`.
-    """
+    """Log the progress, unless that was done a moment ago: work done, in the unit of `total`, and number of items."""
     now = time.monotonic()
     self.initial = done if self.initial is None else self.initial
     if now - self.reported < REPORT_SECONDS:
@@ -69,9 +59,6 @@ def duration(seconds: float) -> str:
   """Format seconds as `M:SS min`, or as `H h MM min` if they are at least an hour."""
   minutes, seconds = divmod(round(seconds), 60)
   return f'{minutes // 60} h {minutes % 60:02d} min' if minutes >= 60 else f'{minutes}:{seconds:02d} min'
-
-
-# --- folders ----------------------------------------------------------------------------------------------------------
 
 
 def is_remote(path) -> bool:
@@ -97,15 +84,10 @@ def local(folder) -> pathlib.Path:
 
 
 def once(folder, name: str, make) -> pathlib.Path:
-  """Return the local path of the entry `name` of a cache, building the entry first if it is missing.
+  """Return the local path of the entry `name` of a cache folder, which is local or in a bucket.
 
-  Args:
-    folder: the cache folder: a local path (shared between machines or not) or a bucket.
-    name: name of the entry; must be unique to its content, and a valid file name.
-    make: function that takes the path of an empty folder and writes the entry's files into it.
-
-  Raises:
-    UserError: the cache cannot be written.
+  If the entry is missing, `make` is called with the path of an empty folder, into which it writes the entry's files.
+  The name must be unique to the content and a valid file name. Raises UserError if the cache cannot be written.
   """
   place = local(folder) / name
   if place.is_dir():
@@ -176,17 +158,11 @@ def _copy(source, target) -> None:
         shutil.copyfileobj(reader, writer, CHUNK)
 
 
-# --- downloads --------------------------------------------------------------------------------------------------------
-
-
 def download(url: str, file: pathlib.Path) -> None:
-  """Download a URL to a file, resuming an interrupted download.
+  """Download a URL to a file, resuming an interrupted download; OSError gives the reason if it fails.
 
   The content is written to `NAME.part`, which is renamed to `file` when it is complete. The file gets the modification
   time that the server reports.
-
-  Raises:
-    OSError: the download failed; the message gives the reason.
   """
   file.parent.mkdir(parents=True, exist_ok=True)
   with locked(file) as alone:
@@ -212,10 +188,9 @@ def download(url: str, file: pathlib.Path) -> None:
       if answer.status != 206:  # the server ignored the requested range and sends the whole file
         have = 0
       length = answer.headers.get('Content-Length')
-      total = have + int(length) if length else None
+      done, total = have, (have + int(length) if length else None)
       progress = Progress(f'downloading {url}', total, 'MB')
       with part.open('ab' if have else 'wb') as out:
-        done = have
         progress(done, 0)
         try:
           while block := answer.read(CHUNK):

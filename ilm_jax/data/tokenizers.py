@@ -1,9 +1,7 @@
 """Tokenizers: text to token ids and back.
 
 In every tokenizer the ids 0 to 6 are the special tokens of `special_tokens.SPECIAL`. Encoding a text yields none of
-them except [UNK] (6).
-
-Every tokenizer has
+them except [UNK] (6). Every tokenizer has
 
     vocab_size, special_ids     all ids are below vocab_size; samplers never insert tokens whose id is in special_ids
     encode(text)                token ids; names of special tokens in the text are treated as ordinary characters
@@ -18,12 +16,10 @@ Every tokenizer has
 
 decode(encode(text)) == text, with these exceptions:
 
-- SentencePiece trained by this package: U+2581, which SentencePiece uses for a space, is decoded as a space, and a
-  normalization other than `identity` changes the text. Other SentencePiece models may also lack characters or drop
-  spaces.
-- WordPiece: words are separated by single spaces, punctuation is spaced as in English, unknown words become [UNK].
-  Uncased vocabularies give lower-case text without accents.
-- WordTokenizer (the star and zebra tasks): words are separated by single spaces.
+- SentencePiece decodes U+2581, its symbol for a space, as a space, and a normalization other than `identity` changes
+  the text. Models that were not trained by this package may also lack characters or drop spaces.
+- WordPiece separates words by single spaces, spaces punctuation as in English and turns unknown words into [UNK];
+  uncased vocabularies give lower-case text without accents. WordTokenizer separates words by single spaces.
 """
 
 import functools
@@ -48,8 +44,17 @@ class Tokenizer:
   """Base class of tokenizers. Two tokenizers of the same kind that save identical files have the same fingerprint."""
 
   kind: str
-  vocab_size: int
+  words: tuple[str, ...]  # the piece of each id
   special_ids = tuple(range(len(SPECIAL)))
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of ids, including those of the special tokens."""
+    return len(self.words)
+
+  def pieces(self, ids) -> list[str]:
+    """Return the piece of each id; special tokens are in brackets, and SentencePiece writes U+2581 for a space."""
+    return [self.words[int(i)] for i in ids]
 
   def files(self) -> dict[str, bytes]:
     """Return the files (name -> content) that `save` writes and from which the tokenizer can be rebuilt."""
@@ -64,8 +69,8 @@ class Tokenizer:
     """Write the tokenizer into a folder. Does nothing if the same tokenizer is already saved there."""
     from etils import epath
 
-    path, info = epath.Path(folder), {'kind': self.kind, 'fingerprint': self.fingerprint}
-    text = json.dumps(info) + '\n'
+    path = epath.Path(folder)
+    text = json.dumps({'kind': self.kind, 'fingerprint': self.fingerprint}) + '\n'
     if (path / INFO_FILE).exists() and (path / INFO_FILE).read_text() == text:
       return
     path.mkdir(parents=True, exist_ok=True)
@@ -84,18 +89,13 @@ class WordTokenizer(Tokenizer):
 
   def __init__(self, words):
     self.words = SPECIAL + tuple(words)
-    self.vocab_size = len(self.words)
     self._ids = {word: i for i, word in enumerate(self.words) if i >= len(SPECIAL)}
 
   def files(self) -> dict[str, bytes]:
     return {'words.json': json.dumps(self.words[len(SPECIAL) :]).encode()}
 
   def ids(self, words) -> list[int]:
-    """Return the ids of a sequence of words.
-
-    Raises:
-      UserError: a word is not in the vocabulary.
-    """
+    """Return the ids of a sequence of words; raise UserError if one is not in the vocabulary."""
     for word in words:
       if word not in self._ids:
         known = self.words[len(SPECIAL) :]
@@ -103,21 +103,14 @@ class WordTokenizer(Tokenizer):
     return [self._ids[word] for word in words]
 
   def encode(self, text: str) -> list[int]:
-    """Return the ids of whitespace-separated words."""
     return self.ids(text.split())
 
   def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Encode a text; return token ids and their (start, end) character offsets."""
     found = list(re.finditer(r'\S+', text))
     return self.ids([match[0] for match in found]), [match.span() for match in found]
 
   def decode(self, ids) -> str:
-    """Return the words of the ids, joined by spaces; special tokens are skipped."""
     return ' '.join(self.words[int(i)] for i in ids if int(i) >= len(SPECIAL))
-
-  def pieces(self, ids) -> list[str]:
-    """Return the word of each id; special tokens are in brackets."""
-    return [self.words[int(i)] for i in ids]
 
   def spell(self, pieces: list[str]) -> list[str]:
     """Return the words, each with a space before it."""
@@ -125,16 +118,9 @@ class WordTokenizer(Tokenizer):
 
 
 class SentencePiece(Tokenizer):
-  """A SentencePiece model as a tokenizer.
+  """A SentencePiece model as a tokenizer, from the content of the model file; `name` names it in error messages.
 
   The model's pieces, except control symbols, unused pieces and <unk>, get the ids 7, 8, ... in the model's order.
-
-  Args:
-    model: content of the model file.
-    name: the model's name in error messages.
-
-  Raises:
-    UserError: the content is not a SentencePiece model.
   """
 
   kind = 'sentencepiece'
@@ -155,18 +141,16 @@ class SentencePiece(Tokenizer):
     self._from_model = [UNK] * size  # id in the SentencePiece model -> our id
     for our_id, model_id in enumerate(ordinary, len(SPECIAL)):
       self._from_model[model_id] = our_id
-    self.vocab_size = len(self._to_model)
+    self.words = (*SPECIAL, *map(sp.id_to_piece, ordinary))
 
   def files(self) -> dict[str, bytes]:
     return {'sentencepiece.model': self._model}
 
   def encode(self, text: str) -> list[int]:
-    """Return the token ids of a text."""
     check_text(text)
     return [self._from_model[i] for i in self._processor.encode(text)]
 
   def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Encode a text; return token ids and their (start, end) character offsets."""
     from sentencepiece import sentencepiece_pb2
 
     check_text(text)
@@ -179,16 +163,11 @@ class SentencePiece(Tokenizer):
     """Return the text of token ids; byte tokens that do not form valid UTF-8 become U+FFFD."""
     return self._processor.decode([self._to_model[int(i)] for i in ids if int(i) >= UNK])
 
-  def pieces(self, ids) -> list[str]:
-    """Return the piece of each id, with U+2581 for a space; special tokens are in brackets."""
-    name = self._processor.id_to_piece
-    return [SPECIAL[int(i)] if int(i) < len(SPECIAL) else name(self._to_model[int(i)]) for i in ids]
-
   def spell(self, pieces: list[str]) -> list[str]:
     """Return the text of each piece; a run of byte tokens is decoded together, into the text of its first token."""
     out = []
-    for is_byte, run in itertools.groupby(pieces, lambda piece: bool(BYTE_PIECE.fullmatch(piece))):
-      run = list(run)
+    for is_byte, group in itertools.groupby(pieces, lambda piece: bool(BYTE_PIECE.fullmatch(piece))):
+      run = list(group)
       if is_byte:
         text = bytes.fromhex(''.join(piece[3:5] for piece in run)).decode('utf-8', 'replace')
         out += [text] + [''] * (len(run) - 1)
@@ -198,15 +177,10 @@ class SentencePiece(Tokenizer):
 
 
 class WordPiece(Tokenizer):
-  """WordPiece, as in BERT. The vocabulary's entries, except special tokens, get the ids 7, 8, ... in file order.
+  """WordPiece, as in BERT, from the content of a vocabulary file with one entry per line.
 
-  Args:
-    vocab: content of the vocabulary file, one entry per line.
-    lowercase: whether the vocabulary is uncased: texts are then lower-cased and stripped of accents.
-    name: the vocabulary's name in error messages.
-
-  Raises:
-    UserError: the content is not a vocabulary, or the package `tokenizers` is not installed.
+  The entries, except special tokens, get the ids 7, 8, ... in file order. With `lowercase` (for uncased vocabularies),
+  texts are lower-cased and stripped of accents. `name` names the vocabulary in error messages.
   """
 
   kind = 'wordpiece'
@@ -227,9 +201,8 @@ class WordPiece(Tokenizer):
     words = [word for word in lines if word not in SPECIAL]
     if not words or not all(words) or len(set(words)) < len(words) or any(' ' in word for word in words):
       raise UserError(f'{name} is not a WordPiece vocabulary: expected one word per line, without duplicates')
-    self._words = SPECIAL + tuple(words)
-    self.vocab_size = len(self._words)
-    ids = {word: i for i, word in enumerate(self._words) if i >= UNK}
+    self.words = SPECIAL + tuple(words)
+    ids = {word: i for i, word in enumerate(self.words) if i >= UNK}
     self._tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(ids, unk_token=SPECIAL[UNK]))
     self._tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=self._lowercase)
     self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
@@ -239,30 +212,20 @@ class WordPiece(Tokenizer):
     return {'vocab.txt': self._vocab, 'settings.json': json.dumps({'lowercase': self._lowercase}).encode()}
 
   def encode(self, text: str) -> list[int]:
-    """Return the token ids of a text."""
     check_text(text)
     return self._tokenizer.encode(text, add_special_tokens=False).ids
 
   def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Encode a text; return token ids and their (start, end) character offsets."""
     check_text(text)
     encoded = self._tokenizer.encode(text, add_special_tokens=False)
     return encoded.ids, encoded.offsets
 
   def decode(self, ids) -> str:
-    """Return the text of token ids, with spaces placed as by BERT's WordPiece decoder."""
     return self._tokenizer.decode([int(i) for i in ids if int(i) >= UNK])
-
-  def pieces(self, ids) -> list[str]:
-    """Return the vocabulary entry of each id; special tokens are in brackets."""
-    return [self._words[int(i)] for i in ids]
 
   def spell(self, pieces: list[str]) -> list[str]:
     """Return the text of each piece: continuation pieces without their ##, other pieces with a leading space."""
     return ['' if p in START else p[2:] if p.startswith('##') else ' ' + p for p in pieces]
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def check_text(text: str) -> None:
@@ -270,19 +233,15 @@ def check_text(text: str) -> None:
   try:
     text.encode()
   except UnicodeEncodeError as error:
-    raise UserError(
-      f'a text contains the unpaired surrogate {text[error.start]!r} at character {error.start}: remove it'
-    ) from None
+    found = f'{text[error.start]!r} at character {error.start}'
+    raise UserError(f'a text contains the unpaired surrogate {found}: remove it') from None
 
 
 def _character_at_byte(text: str):
   """Return a list that maps each byte offset of a text's UTF-8 encoding, including its end, to a character offset."""
   if text.isascii():
     return range(len(text) + 1)
-  table = []
-  for i, character in enumerate(text):
-    table += [i] * len(character.encode())
-  return [*table, len(text)]
+  return [i for i, character in enumerate(text) for _ in character.encode()] + [len(text)]
 
 
 def _one_line(error: Exception) -> str:
@@ -290,19 +249,12 @@ def _one_line(error: Exception) -> str:
   return ' '.join(str(error).split())[:200] or type(error).__name__
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
 def train_sentencepiece(lines, *, size: int, normalization: str = 'identity') -> SentencePiece:
   """Train a unigram SentencePiece model with byte fallback. The same lines give the same model, byte for byte.
 
-  Args:
-    lines: iterator over lines of text, without their line breaks (a line break is always encoded as a byte token).
-    size: maximum vocabulary size, including special tokens; the vocabulary is smaller if there is too little text.
-    normalization: one of NORMALIZATIONS.
-
-  Raises:
-    UserError: the normalization is unknown, or the size is too small for the characters of the lines.
+  The lines have no line breaks (a line break is always encoded as a byte token). `size` is the maximum vocabulary size,
+  including special tokens; too little text gives a smaller one. Raises UserError if the normalization is not one of
+  NORMALIZATIONS, or the size is too small for the characters of the lines.
   """
   import sentencepiece
 
@@ -346,80 +298,61 @@ def fingerprint_of(kind: str, files: dict[str, bytes]) -> str:
   return digest.hexdigest()
 
 
-def _make(kind: str, files: dict[str, bytes]) -> Tokenizer:
-  """Create a tokenizer from its kind and the files (name -> content) that it was saved as."""
-  if kind == WordTokenizer.kind:
-    return WordTokenizer(json.loads(files['words.json']))
-  if kind == SentencePiece.kind:
-    return SentencePiece(files['sentencepiece.model'])
-  return WordPiece(files['vocab.txt'], **json.loads(files['settings.json']))
-
-
-KINDS = {  # kind of tokenizer -> names of the files that it is saved as
-  WordTokenizer.kind: ('words.json',),
-  SentencePiece.kind: ('sentencepiece.model',),
-  WordPiece.kind: ('vocab.txt', 'settings.json'),
+KINDS = {  # kind of tokenizer -> names of the files that it is saved as, and a function of their contents that loads it
+  'words': (['words.json'], lambda words: WordTokenizer(json.loads(words))),
+  'sentencepiece': (['sentencepiece.model'], SentencePiece),
+  'wordpiece': (['vocab.txt', 'settings.json'], lambda vocab, settings: WordPiece(vocab, **json.loads(settings))),
 }
 
 
-def load(folder) -> Tokenizer:
-  """Load a tokenizer that `Tokenizer.save` wrote.
+def _make(kind: str, files: dict[str, bytes]) -> Tokenizer:
+  """Create a tokenizer from its kind and the files (name -> content) that it was saved as."""
+  names, make = KINDS[kind]
+  return make(*(files[name] for name in names))
 
-  Raises:
-    UserError: the folder holds no saved tokenizer, or its files have changed since they were saved.
-  """
+
+def load(folder) -> Tokenizer:
+  """Load a tokenizer that `Tokenizer.save` wrote; raise UserError if it is missing or its files have changed since."""
   from etils import epath
 
   path = epath.Path(folder)
   try:
     info = json.loads((path / INFO_FILE).read_text())
     kind, fingerprint = info['kind'], info['fingerprint']
-    files = {name: (path / name).read_bytes() for name in KINDS[kind]}
+    files = {name: (path / name).read_bytes() for name in KINDS[kind][0]}
   except FileNotFoundError as error:
-    raise UserError(
-      f'{folder} is not a saved tokenizer: {epath.Path(error.filename or INFO_FILE).name} is missing'
-    ) from None
+    missing = epath.Path(error.filename or INFO_FILE).name
+    raise UserError(f'{folder} is not a saved tokenizer: {missing} is missing') from None
   except (KeyError, TypeError, ValueError):
-    raise UserError(
-      f'{path / INFO_FILE} is damaged: expected JSON with the kind and fingerprint of a saved tokenizer'
-    ) from None
+    damaged = f'{path / INFO_FILE} is damaged'
+    raise UserError(f'{damaged}: expected JSON with the kind and fingerprint of a saved tokenizer') from None
   if fingerprint_of(kind, files) != fingerprint:
     raise UserError(f'the tokenizer in {folder} is damaged: its files do not match the saved fingerprint {fingerprint}')
   return _make(kind, files)
 
 
 def read(path, *, lowercase: bool = True) -> Tokenizer:
-  """Read a tokenizer from a path in the config: a model file, a vocabulary file or a folder.
+  """Read the tokenizer at a path of the config; raise UserError if there is none or it cannot be read.
 
-  Args:
-    path: a SentencePiece model (*.model), a WordPiece vocabulary (*.txt), a folder with one of MODEL_FILES, or a folder
-      that `Tokenizer.save` wrote.
-    lowercase: whether a WordPiece vocabulary is uncased (lower case, without accents).
-
-  Raises:
-    UserError: there is no tokenizer at the path, or it cannot be read.
+  The path is a SentencePiece model (*.model), a WordPiece vocabulary (*.txt; `lowercase` if it is uncased), a folder
+  with one of MODEL_FILES, or a folder that `Tokenizer.save` wrote.
   """
   from etils import epath
 
-  given = file = epath.Path(path).expanduser()
+  file = epath.Path(path).expanduser()
   try:
-    saved = (given / INFO_FILE).exists()
-  except (OSError, ImportError) as error:  # ImportError: the package that epath needs for this bucket is missing
-    raise UserError(f'the tokenizer {path} could not be read: {_one_line(error)}') from None
-  if saved:
-    return load(given)
-  if given.is_dir():
-    file = next((given / name for name in MODEL_FILES if (given / name).exists()), None)
-    if file is None:
-      raise UserError(f'the folder {path} holds no tokenizer: expected one of {", ".join(MODEL_FILES)}')
-  if not file.exists():
+    if (file / INFO_FILE).exists():
+      return load(file)
+    if file.is_dir():
+      found = [file / name for name in MODEL_FILES if (file / name).exists()]
+      if not found:
+        raise UserError(f'the folder {path} holds no tokenizer: expected one of {", ".join(MODEL_FILES)}')
+      file = found[0]
+    content = file.read_bytes()
+  except (FileNotFoundError, NotADirectoryError):
     raise UserError(
       f'the tokenizer {path} does not exist: expected a *.model, a vocabulary *.txt, or a folder with one'
-    )
-  try:
-    content = file.read_bytes()
-  except OSError as error:
-    raise UserError(f'the tokenizer {file} could not be read: {error.strerror or error}') from None
-  if file.suffix == '.txt':
-    return WordPiece(content, lowercase, name=str(file))
-  return SentencePiece(content, name=str(file))
+    ) from None
+  except (OSError, ImportError) as error:  # ImportError: the package that epath needs for this bucket is missing
+    raise UserError(f'the tokenizer {file} could not be read: {_one_line(error)}') from None
+  return WordPiece(content, lowercase, name=str(file)) if file.suffix == '.txt' else SentencePiece(content, str(file))

@@ -148,9 +148,9 @@ def test_an_interrupted_preparation_leaves_no_half_written_cache(tmp_path, error
   with pytest.raises(error):
     builders.open_or_prepare_sequences(tmp_path, 'some', interrupted)
   assert closed
-  assert [file.name for file in tmp_path.rglob('*') if file.is_file()] == ['.token_sequences.lock']
+  assert [file.name for file in tmp_path.rglob('*') if file.is_file()] == ['.some.lock']
   # A killed process leaves an unfinished folder, which the next preparation removes.
-  killed = tmp_path / 'some' / builders.NAME / f'incomplete.ABCDEF_{builders.VERSION}'
+  killed = tmp_path / '.some.part-1-2'
   killed.mkdir()
   (killed / 'dataset_info.json').write_text('{')
   made = builders.open_or_prepare_sequences(tmp_path, 'some', lambda: (row for row in rows))
