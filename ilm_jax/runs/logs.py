@@ -13,8 +13,6 @@ import types
 import numpy as np
 from etils import epath
 
-# --- CLU without TensorFlow -------------------------------------------------------------------------------------------
-
 
 def _import_clu():
   """Import CLU without TensorFlow, if necessary; return its modules (metric_writers, periodic_actions)."""
@@ -75,23 +73,13 @@ class SummaryWriter:
 
 
 def make_writer(workdir, *, silent: bool = False):
-  """Return a CLU metric writer that writes to the console and, asynchronously, to event files.
-
-  Args:
-    workdir: folder of the event files.
-    silent: if True, write no event files; only the first process of a run writes them.
-  """
-  metric_writers, _ = _import_clu()
-  return metric_writers.create_default_writer(None if silent else str(workdir), just_logging=silent)
+  """Return a CLU metric writer: it writes to the console and, unless `silent`, asynchronously to event files."""
+  return _import_clu()[0].create_default_writer(None if silent else str(workdir), just_logging=silent)
 
 
 def make_progress(writer, steps: int, every_seconds: float):
   """Return CLU's ReportProgress hook, which logs training steps per second and the remaining time."""
-  _, periodic_actions = _import_clu()
-  return periodic_actions.ReportProgress(num_train_steps=steps, writer=writer, every_secs=every_seconds)
-
-
-# --- event files ------------------------------------------------------------------------------------------------------
+  return _import_clu()[1].ReportProgress(num_train_steps=steps, writer=writer, every_secs=every_seconds)
 
 
 def read_records(path):
@@ -112,19 +100,18 @@ def read_records(path):
     start = end
 
 
+def event_files(workdir) -> list[epath.Path]:
+  """Return the event files of a run, in the order of its starts."""
+  return sorted(epath.Path(workdir).glob('events.out.tfevents.*'))
+
+
 def forget_after(workdir, step: int, *, validated: bool = True) -> None:
-  """Remove the events after `step` from the event files of a run that resumes at `step` and will write them again.
+  """Remove the events that a run will write again when it resumes at `step`: all of them if it starts at step 0.
 
-  For step 0, all event files are deleted, because the hyperparameters will be written again as well.
-
-  Args:
-    workdir: the folder of the run.
-    step: the step that training resumes from.
-    validated: whether the checkpoint of `step` contains validation metrics; if not, the validation at `step` will be
-      repeated, so its events are removed too.
+  Unless the checkpoint of `step` is `validated` (has validation metrics), the events of its validation are removed too.
   """
-  for path in sorted(epath.Path(workdir).glob('events.out.tfevents.*')):
-    keep = 0  # number of bytes of the event file to keep
+  for path in event_files(workdir):
+    keep = 0  # bytes of the event file to keep
     for event, end in read_records(path):
       unsaved = not validated and any(value.tag.startswith('validation/') for value in event.summary.value)
       if event.step > step or step == 0 or (event.step == step and unsaved):
@@ -142,7 +129,7 @@ def forget_after(workdir, step: int, *, validated: bool = True) -> None:
 def read_scalars(workdir) -> dict[str, list[tuple[int, float]]]:
   """Return the logged scalars of a run as {name: [(step, value), ...]}, in the order in which they were written."""
   out = {}
-  for path in sorted(epath.Path(workdir).glob('events.out.tfevents.*')):
+  for path in event_files(workdir):
     for event, _ in read_records(path):
       for value in event.summary.value:
         if value.WhichOneof('value') == 'simple_value':
@@ -154,8 +141,5 @@ def read_scalars(workdir) -> dict[str, list[tuple[int, float]]]:
 
 def wall_seconds(workdir) -> float:
   """Return the seconds a run took: time from first to last event, summed over its event files (one for each start)."""
-  total = 0.0
-  for path in sorted(epath.Path(workdir).glob('events.out.tfevents.*')):
-    times = [event.wall_time for event, _ in read_records(path)]
-    total += times[-1] - times[0] if times else 0.0
-  return total
+  times = [[event.wall_time for event, _ in read_records(path)] for path in event_files(workdir)]
+  return sum(found[-1] - found[0] for found in times if found)

@@ -11,18 +11,7 @@ from ilm_jax.types import UserError
 
 
 def load_weights(workdir, abstract_params):
-  """Read the weights of the best checkpoint of another run; their moving average if that run has one.
-
-  Args:
-    workdir: the folder of the other run.
-    abstract_params: shapes and shardings of the parameters.
-
-  Returns:
-    (step of the checkpoint, parameters)
-
-  Raises:
-    UserError: the other run has no checkpoint, or its parameters have different shapes.
-  """
+  """Return (step, weights) of the best checkpoint of another run; the weights' moving average if that run has one."""
   run = run_file.read_run(workdir)
   eval_cfg = {'metric': 'exact_match', 'mode': 'max', **(run['config'].get('eval', {}) if run else {})}
   source = checkpoint.Checkpoints(workdir, metric=eval_cfg['metric'], mode=eval_cfg['mode'], read_only=True)
@@ -48,13 +37,7 @@ def check_same_tokenizer(workdir, cfg) -> None:
 
 
 def warm_start(workdir, state: TrainState, abstract: TrainState) -> TrainState:
-  """Return a new training state with the weights of another run; step, optimizer and moving average start anew.
-
-  Args:
-    workdir: the folder of the other run.
-    state: a newly initialized training state.
-    abstract: shapes and shardings of the training state.
-  """
+  """Return a newly initialized state with the weights of another run, which also start the moving average."""
   step, params = load_weights(workdir, abstract.params)
   logging.info('starting from the weights of step %d of %s', step, workdir)
   ema = None if state.ema_params is None else jax.tree.map(jnp.copy, params)
