@@ -53,13 +53,12 @@ class Checkpoints:
     best = checkpoint_managers.BestN(
       get_metric_fn=score, reverse=mode == 'min', n=1, keep_checkpoints_without_metrics=False
     )
-    policies = [checkpoint_managers.LatestN(keep), best]
     verbosity = logging.get_verbosity()
     if read_only:
       logging.set_verbosity(logging.ERROR)  # hides Orbax's warning about read-only mode
     options = ocp.CheckpointManagerOptions(
       best_fn=score,  # without `best_fn`, Orbax would not write the metrics
-      preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+      preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep), best]),
       create=not read_only,
       read_only=read_only,
       lightweight_initialize=read_only,
@@ -181,18 +180,13 @@ class Checkpoints:
     metadata = (self._manager.item_metadata(step) or {}).get(item)
     if metadata is not None:  # else reading fails below, and reports the reason
       saved, wanted = _shapes(metadata), _shapes(abstract)
-      for name in sorted(saved.keys() | wanted.keys()):
-        if saved.get(name) != wanted.get(name):
-          raise ShapeError(
-            f'the checkpoint of step {step} in {self.folder} has another shape: {item} {name} is '
-            f'{saved.get(name, "absent")} there, {wanted.get(name, "absent")} in this model'
-          )
+      for name, _ in sorted(saved.items() ^ wanted.items()):
+        raise ShapeError(
+          f'the checkpoint of step {step} in {self.folder} has another shape: {item} {name} is '
+          f'{saved.get(name, "absent")} there, {wanted.get(name, "absent")} in this model'
+        )
     args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
     return self._manager.restore(step, args=args)[item]
-
-  def has(self, step: int, item: str) -> bool:
-    """Return whether the checkpoint of a step contains an item, such as 'ema_params'."""
-    return (self.folder / str(step) / item).exists()
 
   def restore_latest(self, abstract_state):
     """Return the training state of the latest readable checkpoint, or None; move damaged checkpoints aside.
@@ -200,21 +194,21 @@ class Checkpoints:
     UserError if the shapes differ, or if reading failed for a reason that may be temporary, such as a network error.
     """
     for step in reversed(self.steps()):
-      state, damage = None, None
+      state, damage = abstract_state._replace(step=np.int32(step)), ''
       try:
-        items = {name: getattr(abstract_state, name) for name in ITEMS}
-        items = {name: None if item is None else self.restore(step, name, item) for name, item in items.items()}
-        state = abstract_state._replace(step=np.int32(step), **items)
+        for name in ITEMS:
+          if (item := getattr(abstract_state, name)) is not None:
+            state = state._replace(**{name: self.restore(step, name, item)})
       except UserError:
         raise
       except Exception as error:
-        damage = error
+        damage = reason(error)
         if is_transient(error):
           raise UserError(
-            f'the checkpoint of step {step} in {self.folder} could not be read ({reason(error)}); it may be intact: '
+            f'the checkpoint of step {step} in {self.folder} could not be read ({damage}); it may be intact: '
             'fix the named cause and start the same command again (nothing was changed)'
           ) from error
-      reasons = [text for text in processes.gather('' if damage is None else reason(damage)) if text]
+      reasons = [text for text in processes.gather(damage) if text]
       if not reasons:
         return state
       if processes.is_first():
@@ -232,8 +226,9 @@ class Checkpoints:
 
   def restore_weights(self, step: int, abstract_params):
     """Return the weights to evaluate: their moving average if it was saved, else the parameters themselves."""
+    averaged = (self.folder / str(step) / 'ema_params').exists()
     try:
-      return self.restore(step, 'ema_params' if self.has(step, 'ema_params') else 'params', abstract_params)
+      return self.restore(step, 'ema_params' if averaged else 'params', abstract_params)
     except UserError:
       raise
     except Exception as error:

@@ -11,7 +11,11 @@ import time
 import types
 
 import numpy as np
+import tensorboardX.summary
 from etils import epath
+from google.protobuf.message import DecodeError
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
 
 
 def _import_clu():
@@ -30,34 +34,24 @@ class SummaryWriter:
   """Replacement for CLU's TensorFlow writer. Its methods write synchronously; CLU calls them in a background thread."""
 
   def __init__(self, logdir: str):
-    from tensorboardX.event_file_writer import EventsWriter
-
     epath.Path(logdir).mkdir(parents=True, exist_ok=True)
     # The suffix keeps file names unique if two event files are started within the same second.
     self._events = EventsWriter(os.path.join(logdir, 'events'), f'.{os.getpid()}.{time.time_ns() % 10**9}')
 
   def _write(self, step: int, summary):
-    from tensorboardX.proto.event_pb2 import Event
-
     self._events.write_event(Event(wall_time=time.time(), step=int(step), summary=summary))
 
   def write_scalars(self, step: int, scalars):
-    from tensorboardX.summary import scalar
-
     for key, value in scalars.items():
-      self._write(step, scalar(key, float(np.asarray(value))))
+      self._write(step, tensorboardX.summary.scalar(key, float(np.asarray(value))))
 
   def write_texts(self, step: int, texts):
-    from tensorboardX.summary import text
-
     for key, value in texts.items():
-      self._write(step, text(key, value))
+      self._write(step, tensorboardX.summary.text(key, value))
 
   def write_hparams(self, hparams):
-    from tensorboardX.summary import hparams as make
-
     plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hparams.items()}
-    for summary in make(plain, {'loss': 0.0}):
+    for summary in tensorboardX.summary.hparams(plain, {'loss': 0.0}):
       self._write(0, summary)
 
   def write_summaries(self, step: int, values, metadata=None):
@@ -84,9 +78,6 @@ def make_progress(writer, steps: int, every_seconds: float):
 
 def read_records(path):
   """Yield (event, byte offset of the end of its record) for each event in a file; skip an incomplete last record."""
-  from google.protobuf.message import DecodeError
-  from tensorboardX.proto.event_pb2 import Event
-
   data, start = epath.Path(path).read_bytes(), 0
   while start + 12 <= len(data):  # record: size (8 bytes), its checksum (4), the event, its checksum (4)
     (size,) = struct.unpack_from('<Q', data, start)

@@ -121,22 +121,17 @@ def version(name: str) -> str:
     return 'unknown'
 
 
-def command_line() -> list[str]:
-  """Return the command that started this process, as a user would type it."""
-  program = sys.argv[0].split() if sys.argv[0].startswith('ilm-jax') else ['python', '-m', 'ilm_jax.main']
-  return [*program, *sys.argv[1:]]
-
-
 def describe_start(step: int) -> dict:
-  """Return the record, for run.json, of a start that continues from `step`: time, commit, command, hardware, versions."""
+  """Return the record of a start at `step` for run.json: time, commit, command, hardware, versions."""
   import jax
 
   devices = jax.devices()
+  program = sys.argv[0].split() if sys.argv[0].startswith('ilm-jax') else ['python', '-m', 'ilm_jax.main']
   return {
     'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
     'from_step': step,
     'commit': commit(),
-    'command': shlex.join(command_line()),
+    'command': shlex.join([*program, *sys.argv[1:]]),
     'devices': f'{len(devices)} x {devices[0].device_kind} ({devices[0].platform})',
     'processes': jax.process_count(),
     'host': socket.gethostname(),

@@ -67,8 +67,7 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
   mesh = sharding.make_mesh(cfg.mesh, devices)
   if warning := sharding.check_model(model_cfg, mesh):
     logging.warning('%s', warning)
-  check_batch_divides(cfg, mesh)
-  check_examples_fit(cfg, family, task)
+  check_batch(cfg, mesh, family, task)
   sample_cfg = families.make_sample_config(
     family, cfg, cfg.sampling, suppressed_tokens=special_ids, compute=model_cfg.compute
   )
@@ -130,10 +129,10 @@ def check_model_settings(cfg, family, family_settings: dict, task) -> None:
                     'all gaps of a training example accept insertions')  # fmt: skip
 
 
-def check_batch_divides(cfg, mesh) -> None:
-  """Raise UserError if the batch size is not divisible by the numbers of groups, processes, devices or microbatches."""
+def check_batch(cfg, mesh, family, task) -> None:
+  """Raise UserError if a batch does not divide over groups, devices and microbatches, or an example exceeds a row."""
   rows, parts = cfg.data.rows, cfg.optimizer.accumulation_steps
-  pipeline.shape_of(cfg.data)  # raises UserError if the batch does not divide into groups
+  shape = pipeline.shape_of(cfg.data)  # raises UserError if the batch does not divide into groups
   pipeline.groups_of_process(cfg.data.groups, *sharding.process_shard(mesh))
   sharding.check_rows(rows, mesh, 'data.rows')
   if rows % parts:
@@ -141,10 +140,6 @@ def check_batch_divides(cfg, mesh) -> None:
                     f'parts: use data.rows={pipeline.nearest_multiples(rows, parts)}')  # fmt: skip
   sharding.check_rows(rows // parts, mesh, 'data.rows / optimizer.accumulation_steps')
 
-
-def check_examples_fit(cfg, family, task) -> None:
-  """Raise UserError if the longest example has more tokens or more loss targets than fit into one row of a batch."""
-  shape = pipeline.shape_of(cfg.data)
   length, targets = family.sizes(cfg, task.longest(cfg.task), task.longest_answer(cfg.task))
   if shape.length < length:
     raise UserError(f'data.row_length={shape.length} is shorter than the longest example, {length} tokens: raise it')

@@ -14,16 +14,15 @@ from ilm_jax.runs.run_file import as_json
 from ilm_jax.runs.workdir import explain_write_errors
 from ilm_jax.training.experiment import Experiment
 from ilm_jax.training.signals import FINISHED
-from ilm_jax.training.train_step import TrainState
 
 
-def report(exp: Experiment, workdir, saved, step: int, abstract: TrainState, evaluator, signals) -> int:
+def report(exp: Experiment, workdir, saved, step: int, abstract_params, evaluator, signals) -> int:
   """Evaluate the checkpoint of a step on the test split, write eval.json and print the result; return the exit code.
 
   Any signal ends the evaluation early, without a result.
   """
   began = time.monotonic()
-  params = saved.restore_weights(step, abstract.params)
+  params = saved.restore_weights(step, abstract_params)
   scores = evaluator.sample_answers(params, 'test', progress=True, interrupted=signals.received)
   if scores is None:
     return signals.code
@@ -40,17 +39,18 @@ def report(exp: Experiment, workdir, saved, step: int, abstract: TrainState, eva
   strings = {
     name: getattr(likelihood, f'{name}_N').round(4).tolist() for name in ('nll', 'error', 'tokens') if likelihood
   }
+  latest = saved.find('latest')
   result = {
     'split': 'test',
     'likelihood': likelihood and likelihood.kind,
     'strings': strings or None,
     'step': step,
-    'finished': is_finished(exp.cfg, saved),
+    'finished': latest >= exp.cfg.steps or reached_goal(exp.cfg, saved.metrics(latest)),
     'config': as_json(exp.cfg),
     'sampler': settings.describe(exp.sample_cfg),
     'seed': exp.cfg.seed,
     'chance': exp.task.chance(exp.cfg.task) if exp.task.chance else None,
-    'parameters': sum(x.size for x in jax.tree.leaves(abstract.params)),
+    'parameters': sum(x.size for x in jax.tree.leaves(abstract_params)),
     'metrics': values,
     'judge': text_statistics.plain(scored_texts),
     'pairs': {name: [float(x) for x in pair] for name, pair in scores.pairs.items()},
@@ -87,7 +87,7 @@ def print_result(exp: Experiment, workdir, result: dict, scores, scored_texts: d
 
 
 def score_samples(cfg, samples, source) -> dict | None:
-  """Return the statistics of sampled texts and of equally many test texts under `eval.perplexity_model`; None without."""
+  """Return the statistics of sampled texts and equally many test texts by `eval.perplexity_model`, or None."""
   if not cfg.eval.get('perplexity_model', ''):
     return None
   model = scoring_models.get(cfg.eval.perplexity_model)
@@ -97,12 +97,6 @@ def score_samples(cfg, samples, source) -> dict | None:
   }
   notes = [line for name, one in statistics.items() for line in text_statistics.warnings(one, name, model)]
   return {'name': model.name, 'intervals': text_statistics.METHOD, **statistics, 'notes': notes}
-
-
-def is_finished(cfg, saved) -> bool:
-  """Return whether the run has completed its last training step or reached its goal `cfg.stop_at`."""
-  latest = saved.find('latest')
-  return latest >= cfg.steps or reached_goal(cfg, saved.metrics(latest))
 
 
 def reached_goal(cfg, metrics: dict | None) -> bool:

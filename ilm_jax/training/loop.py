@@ -20,7 +20,7 @@ from ilm_jax.training import optimizer, warm_start
 from ilm_jax.training.experiment import Experiment, build
 from ilm_jax.training.final_evaluation import reached_goal, report
 from ilm_jax.training.signals import FINISHED, Signals
-from ilm_jax.training.train_step import TrainState, abstract_state, compile_step, init_state
+from ilm_jax.training.train_step import TrainState, compile_step, init_state
 from ilm_jax.types import UserError
 
 
@@ -33,10 +33,8 @@ def train(cfg, workdir) -> int:
   with Signals() as signals:
     exp = build_on_all(cfg, workdir, 'train')
     if cfg.init_from and not any(epath.Path(workdir).glob('checkpoints/*')):
-      with processes.raise_on_all():
-        warm_start.check_same_tokenizer(cfg.init_from, cfg)
       # Reading the weights already here makes a wrong `init_from` fail before the workdir is created.
-      warm_start.load_weights(cfg.init_from, transformer.abstract_params(exp.model_cfg, exp.mesh))
+      warm_start.load_weights(cfg, transformer.abstract_params(exp.model_cfg, exp.mesh))
     evaluator = make_evaluator(exp)
     with claim(workdir, cfg):
       with processes.raise_on_all():
@@ -54,11 +52,10 @@ def evaluate_run(cfg, workdir) -> int:
   with processes.raise_on_all():
     step = saved.find(cfg.eval.checkpoint)
   agree_on_checkpoints(step)
-  tx, _ = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
-  abstract = abstract_state(exp, tx)
   evaluator = make_evaluator(exp)
+  abstract_params = transformer.abstract_params(exp.model_cfg, exp.mesh)
   with Signals(saving=False) as signals:
-    return report(exp, workdir, saved, step, abstract, evaluator, signals)
+    return report(exp, workdir, saved, step, abstract_params, evaluator, signals)
 
 
 def build_on_all(cfg, workdir, mode: str) -> Experiment:
@@ -88,7 +85,6 @@ def _train(exp: Experiment, workdir, signals: Signals, evaluator: evaluate.Evalu
   tx, schedule = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
   state, abstract = init_state(exp, tx)
   log_sizes(exp, state)
-
   saved = checkpoint.Checkpoints(workdir, keep=cfg.keep, metric=cfg.eval.metric, mode=cfg.eval.mode)
   agree_on_checkpoints({str(step): saved.metrics(step) is not None for step in saved.steps()})
   restored = saved.restore_latest(abstract)
@@ -96,9 +92,8 @@ def _train(exp: Experiment, workdir, signals: Signals, evaluator: evaluate.Evalu
     state = restored._replace(step=jax.device_put(restored.step, abstract.step.sharding))
     logging.info('resuming at step %d of %s', restored.step, workdir)
   elif cfg.init_from:
-    state = warm_start.warm_start(cfg.init_from, state, abstract)
+    state = warm_start.warm_start(cfg, state, abstract)
   start = int(state.step)
-
   run = run_file.read_run(workdir) or {'starts': []}
   starts = [*run['starts'], run_file.describe_start(start)]
   with processes.raise_on_all(), explain_write_errors(f'{workdir} could not be written'):
@@ -122,7 +117,7 @@ def _train(exp: Experiment, workdir, signals: Signals, evaluator: evaluate.Evalu
       ) from error
     raise
   if code == FINISHED:
-    code = report(exp, workdir, saved, saved.find(cfg.eval.checkpoint), abstract, evaluator, signals)
+    code = report(exp, workdir, saved, saved.find(cfg.eval.checkpoint), abstract.params, evaluator, signals)
   saved.close()
   writer.close()
   return code
