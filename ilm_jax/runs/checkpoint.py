@@ -25,11 +25,7 @@ TRANSIENT = (  # substrings of read errors that do not mean that the checkpoint 
 
 
 class ShapeError(UserError):
-  """Error: the arrays of a checkpoint do not have the shapes that the model needs.
-
-  Attributes:
-    difference: the error message without its advice to the user, for callers that append other advice.
-  """
+  """The arrays of a checkpoint do not have the shapes that the model needs; `difference` has no advice in it."""
 
   def __init__(self, difference: str):
     super().__init__(f'{difference}; use the config it was trained with, or another --workdir')
@@ -40,14 +36,9 @@ class Checkpoints:
   """Save, list and restore the checkpoints of a run in its workdir."""
 
   def __init__(self, workdir, *, keep: int = 2, metric: str = 'exact_match', mode: str = 'max', read_only=False):
-    """Open the checkpoint folder of a run; unless read_only, create the folder and remove incomplete files.
+    """Open the checkpoint folder of a run; unless read_only, create it and remove incomplete files.
 
-    Args:
-      workdir: the folder of the run, local or in a bucket.
-      keep: number of most recent checkpoints to keep.
-      metric: validation metric that decides which checkpoint is best; the best checkpoint is also kept.
-      mode: whether the maximum ('max') or the minimum ('min') of the metric is best.
-      read_only: if True, nothing is written or deleted.
+    The `keep` latest checkpoints are kept, and the one with the best validation metric (`mode`: 'max' or 'min').
     """
     self.folder = epath.Path(workdir).resolve() / 'checkpoints'  # Orbax accepts absolute paths only
     self.metric, self.mode = metric, mode
@@ -62,13 +53,12 @@ class Checkpoints:
     best = checkpoint_managers.BestN(
       get_metric_fn=score, reverse=mode == 'min', n=1, keep_checkpoints_without_metrics=False
     )
-    policies = [checkpoint_managers.LatestN(keep), best]
     verbosity = logging.get_verbosity()
     if read_only:
       logging.set_verbosity(logging.ERROR)  # hides Orbax's warning about read-only mode
     options = ocp.CheckpointManagerOptions(
       best_fn=score,  # without `best_fn`, Orbax would not write the metrics
-      preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+      preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep), best]),
       create=not read_only,
       read_only=read_only,
       lightweight_initialize=read_only,
@@ -105,14 +95,7 @@ class Checkpoints:
       return None
 
   def find(self, which) -> int:
-    """Return the step of the best, the latest or a given checkpoint.
-
-    Args:
-      which: 'latest', a step, or 'best'; if no checkpoint has metrics, 'best' means the latest checkpoint.
-
-    Raises:
-      UserError: the checkpoint does not exist.
-    """
+    """Return the step of a checkpoint: 'latest', 'best' (the latest if none has metrics), or a step that must exist."""
     steps = self.steps()
     if not steps:
       raise UserError(f'no checkpoint in {self.folder}: expected the workdir of a run that has saved one')
@@ -133,10 +116,7 @@ class Checkpoints:
     return step
 
   def save(self, step: int, state, metrics: dict | None = None) -> None:
-    """Start saving a training state with its validation metrics, asynchronously.
-
-    If this step already has a checkpoint, only the metrics are added to it, unless it already has metrics.
-    """
+    """Start to save a training state and its validation metrics; to a saved step, add its metrics if it has none."""
     if step in self.steps():
       if metrics:
         self._guard(lambda: self._add_metrics(step, metrics))
@@ -146,6 +126,7 @@ class Checkpoints:
     self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**args), metrics=metrics or {}, force=True))
 
   def _add_metrics(self, step: int, metrics: dict) -> None:
+    """Add validation metrics to a complete checkpoint that has none."""
     self._manager.wait_until_finished()
     has_metrics = self.metrics(step) is not None
     processes.barrier('metrics read')  # no process may write metrics until all have checked whether metrics exist
@@ -161,11 +142,8 @@ class Checkpoints:
     self._manager.reload()
 
   def check(self) -> None:
-    """Raise UserError if an asynchronous save has failed.
-
-    This waits for saves that have ended, which raises their errors. Orbax's `check_for_errors` would clear an error
-    before Orbax's finalizing thread sees it, and that thread would then delete older checkpoints.
-    """
+    """Raise UserError if an asynchronous save has failed."""
+    # Orbax's `check_for_errors` would clear the error, and Orbax's finalizing thread would then delete old checkpoints.
     if not self._manager.is_saving_in_progress():
       self.wait()
 
@@ -197,55 +175,40 @@ class Checkpoints:
     steps = self.steps()
     return f'the last complete checkpoint is step {steps[-1]}' if steps else 'there is no complete checkpoint yet'
 
-  # --- reading ---
-
   def restore(self, step: int, item: str, abstract):
-    """Read one item of a checkpoint (parameters, averaged parameters or optimizer state).
-
-    Args:
-      step: step of the checkpoint.
-      item: one of ITEMS.
-      abstract: shapes, dtypes and shardings of the arrays to return.
-
-    Raises:
-      ShapeError: the saved arrays have different shapes than `abstract`.
-    """
-    self._check_shapes(step, item, abstract)
+    """Read one of ITEMS as arrays with the dtypes and shardings of `abstract`; ShapeError if their shapes differ."""
+    metadata = (self._manager.item_metadata(step) or {}).get(item)
+    if metadata is not None:  # else reading fails below, and reports the reason
+      saved, wanted = _shapes(metadata), _shapes(abstract)
+      for name, _ in sorted(saved.items() ^ wanted.items()):
+        raise ShapeError(
+          f'the checkpoint of step {step} in {self.folder} has another shape: {item} {name} is '
+          f'{saved.get(name, "absent")} there, {wanted.get(name, "absent")} in this model'
+        )
     args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
     return self._manager.restore(step, args=args)[item]
 
-  def has(self, step: int, item: str) -> bool:
-    """Return whether the checkpoint of a step contains an item, such as 'ema_params'."""
-    return (self.folder / str(step) / item).exists()
-
   def restore_latest(self, abstract_state):
-    """Return the training state of the latest readable checkpoint, or None if no checkpoint can be read.
+    """Return the training state of the latest readable checkpoint, or None; move damaged checkpoints aside.
 
-    A damaged checkpoint is moved to `damaged-checkpoint-STEP` in the workdir, with a warning; then the previous
-    checkpoint is read.
-
-    Args:
-      abstract_state: shapes, dtypes and shardings of the state.
-
-    Raises:
-      UserError: reading failed for a reason that may be temporary, such as a network error; or the shapes differ.
+    UserError if the shapes differ, or if reading failed for a reason that may be temporary, such as a network error.
     """
     for step in reversed(self.steps()):
-      state, damage = None, None
+      state, damage = abstract_state._replace(step=np.int32(step)), ''
       try:
-        items = {name: getattr(abstract_state, name) for name in ITEMS}
-        items = {name: None if item is None else self.restore(step, name, item) for name, item in items.items()}
-        state = abstract_state._replace(step=np.int32(step), **items)
+        for name in ITEMS:
+          if (item := getattr(abstract_state, name)) is not None:
+            state = state._replace(**{name: self.restore(step, name, item)})
       except UserError:
         raise
       except Exception as error:
-        damage = error
+        damage = reason(error)
         if is_transient(error):
           raise UserError(
-            f'the checkpoint of step {step} in {self.folder} could not be read ({reason(error)}); it may be intact: '
+            f'the checkpoint of step {step} in {self.folder} could not be read ({damage}); it may be intact: '
             'fix the named cause and start the same command again (nothing was changed)'
           ) from error
-      reasons = [text for text in processes.gather('' if damage is None else reason(damage)) if text]
+      reasons = [text for text in processes.gather(damage) if text]
       if not reasons:
         return state
       if processes.is_first():
@@ -255,24 +218,17 @@ class Checkpoints:
     return None
 
   def _set_aside(self, step: int, why: str) -> None:
-    """Move a damaged checkpoint out of the checkpoint folder, so that it is neither read again nor deleted."""
+    """Move a damaged checkpoint to `damaged-checkpoint-STEP` in the workdir: it is neither read again nor deleted."""
     earlier = len(list(self.folder.parent.glob(f'damaged-checkpoint-{step}*')))
     aside = self.folder.parent / (f'damaged-checkpoint-{step}' + (f'-{earlier + 1}' if earlier else ''))
     logging.warning('moved the damaged checkpoint of step %d to %s (%s)', step, aside, why)
     (self.folder / str(step)).rename(aside)
 
   def restore_weights(self, step: int, abstract_params):
-    """Return the weights of a checkpoint for evaluation: their moving average if it was saved, else the parameters.
-
-    Args:
-      step: step of the checkpoint.
-      abstract_params: shapes, dtypes and shardings of the parameters.
-
-    Raises:
-      UserError: the checkpoint is damaged, or its arrays have different shapes.
-    """
+    """Return the weights to evaluate: their moving average if it was saved, else the parameters themselves."""
+    averaged = (self.folder / str(step) / 'ema_params').exists()
     try:
-      return self.restore(step, 'ema_params' if self.has(step, 'ema_params') else 'params', abstract_params)
+      return self.restore(step, 'ema_params' if averaged else 'params', abstract_params)
     except UserError:
       raise
     except Exception as error:
@@ -280,20 +236,6 @@ class Checkpoints:
         f'the checkpoint of step {step} in {self.folder} cannot be read ({reason(error)}): choose another, there are '
         f'{", ".join(map(str, self.steps()))}'
       ) from error
-
-  def _check_shapes(self, step: int, item: str, abstract) -> None:
-    """Raise ShapeError if the saved shapes of an item differ from those of `abstract`."""
-    metadata = self._manager.item_metadata(step)
-    metadata = metadata.get(item) if metadata is not None else None
-    if metadata is None:
-      return  # the metadata cannot be read; `restore` will fail and report the reason
-    saved, wanted = _shapes(metadata), _shapes(abstract)
-    for name in sorted(saved.keys() | wanted.keys()):
-      if saved.get(name) != wanted.get(name):
-        raise ShapeError(
-          f'the checkpoint of step {step} in {self.folder} has another shape: {item} {name} is '
-          f'{saved.get(name, "absent")} there, {wanted.get(name, "absent")} in this model'
-        )
 
 
 def is_transient(error: Exception) -> bool:
@@ -312,9 +254,8 @@ def reason(error: Exception) -> str:
 
 def _shapes(tree) -> dict[str, tuple]:
   """Return {path: shape} for all arrays of a tree; lists, tuples, dicts and named tuples give the same paths."""
-  out = {}
-  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    shape = getattr(leaf, 'shape', None)
-    name = '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path)
-    out[name] = tuple(shape) if shape is not None else ()
-  return out
+  return {
+    '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path):
+      tuple(getattr(leaf, 'shape', None) or ())
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+  }  # fmt: skip

@@ -11,9 +11,11 @@ import time
 import types
 
 import numpy as np
+import tensorboardX.summary
 from etils import epath
-
-# --- CLU without TensorFlow -------------------------------------------------------------------------------------------
+from google.protobuf.message import DecodeError
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
 
 
 def _import_clu():
@@ -32,34 +34,24 @@ class SummaryWriter:
   """Replacement for CLU's TensorFlow writer. Its methods write synchronously; CLU calls them in a background thread."""
 
   def __init__(self, logdir: str):
-    from tensorboardX.event_file_writer import EventsWriter
-
     epath.Path(logdir).mkdir(parents=True, exist_ok=True)
     # The suffix keeps file names unique if two event files are started within the same second.
     self._events = EventsWriter(os.path.join(logdir, 'events'), f'.{os.getpid()}.{time.time_ns() % 10**9}')
 
   def _write(self, step: int, summary):
-    from tensorboardX.proto.event_pb2 import Event
-
     self._events.write_event(Event(wall_time=time.time(), step=int(step), summary=summary))
 
   def write_scalars(self, step: int, scalars):
-    from tensorboardX.summary import scalar
-
     for key, value in scalars.items():
-      self._write(step, scalar(key, float(np.asarray(value))))
+      self._write(step, tensorboardX.summary.scalar(key, float(np.asarray(value))))
 
   def write_texts(self, step: int, texts):
-    from tensorboardX.summary import text
-
     for key, value in texts.items():
-      self._write(step, text(key, value))
+      self._write(step, tensorboardX.summary.text(key, value))
 
   def write_hparams(self, hparams):
-    from tensorboardX.summary import hparams as make
-
     plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hparams.items()}
-    for summary in make(plain, {'loss': 0.0}):
+    for summary in tensorboardX.summary.hparams(plain, {'loss': 0.0}):
       self._write(0, summary)
 
   def write_summaries(self, step: int, values, metadata=None):
@@ -75,30 +67,17 @@ class SummaryWriter:
 
 
 def make_writer(workdir, *, silent: bool = False):
-  """Return a CLU metric writer that writes to the console and, asynchronously, to event files.
-
-  Args:
-    workdir: folder of the event files.
-    silent: if True, write no event files; only the first process of a run writes them.
-  """
-  metric_writers, _ = _import_clu()
-  return metric_writers.create_default_writer(None if silent else str(workdir), just_logging=silent)
+  """Return a CLU metric writer: it writes to the console and, unless `silent`, asynchronously to event files."""
+  return _import_clu()[0].create_default_writer(None if silent else str(workdir), just_logging=silent)
 
 
 def make_progress(writer, steps: int, every_seconds: float):
   """Return CLU's ReportProgress hook, which logs training steps per second and the remaining time."""
-  _, periodic_actions = _import_clu()
-  return periodic_actions.ReportProgress(num_train_steps=steps, writer=writer, every_secs=every_seconds)
-
-
-# --- event files ------------------------------------------------------------------------------------------------------
+  return _import_clu()[1].ReportProgress(num_train_steps=steps, writer=writer, every_secs=every_seconds)
 
 
 def read_records(path):
   """Yield (event, byte offset of the end of its record) for each event in a file; skip an incomplete last record."""
-  from google.protobuf.message import DecodeError
-  from tensorboardX.proto.event_pb2 import Event
-
   data, start = epath.Path(path).read_bytes(), 0
   while start + 12 <= len(data):  # record: size (8 bytes), its checksum (4), the event, its checksum (4)
     (size,) = struct.unpack_from('<Q', data, start)
@@ -112,19 +91,18 @@ def read_records(path):
     start = end
 
 
+def event_files(workdir) -> list[epath.Path]:
+  """Return the event files of a run, in the order of its starts."""
+  return sorted(epath.Path(workdir).glob('events.out.tfevents.*'))
+
+
 def forget_after(workdir, step: int, *, validated: bool = True) -> None:
-  """Remove the events after `step` from the event files of a run that resumes at `step` and will write them again.
+  """Remove the events that a run will write again when it resumes at `step`: all of them if it starts at step 0.
 
-  For step 0, all event files are deleted, because the hyperparameters will be written again as well.
-
-  Args:
-    workdir: the folder of the run.
-    step: the step that training resumes from.
-    validated: whether the checkpoint of `step` contains validation metrics; if not, the validation at `step` will be
-      repeated, so its events are removed too.
+  Unless the checkpoint of `step` is `validated` (has validation metrics), the events of its validation are removed too.
   """
-  for path in sorted(epath.Path(workdir).glob('events.out.tfevents.*')):
-    keep = 0  # number of bytes of the event file to keep
+  for path in event_files(workdir):
+    keep = 0  # bytes of the event file to keep
     for event, end in read_records(path):
       unsaved = not validated and any(value.tag.startswith('validation/') for value in event.summary.value)
       if event.step > step or step == 0 or (event.step == step and unsaved):
@@ -142,7 +120,7 @@ def forget_after(workdir, step: int, *, validated: bool = True) -> None:
 def read_scalars(workdir) -> dict[str, list[tuple[int, float]]]:
   """Return the logged scalars of a run as {name: [(step, value), ...]}, in the order in which they were written."""
   out = {}
-  for path in sorted(epath.Path(workdir).glob('events.out.tfevents.*')):
+  for path in event_files(workdir):
     for event, _ in read_records(path):
       for value in event.summary.value:
         if value.WhichOneof('value') == 'simple_value':
@@ -154,8 +132,5 @@ def read_scalars(workdir) -> dict[str, list[tuple[int, float]]]:
 
 def wall_seconds(workdir) -> float:
   """Return the seconds a run took: time from first to last event, summed over its event files (one for each start)."""
-  total = 0.0
-  for path in sorted(epath.Path(workdir).glob('events.out.tfevents.*')):
-    times = [event.wall_time for event, _ in read_records(path)]
-    total += times[-1] - times[0] if times else 0.0
-  return total
+  times = [[event.wall_time for event, _ in read_records(path)] for path in event_files(workdir)]
+  return sum(found[-1] - found[0] for found in times if found)

@@ -57,7 +57,7 @@ def as_json(cfg) -> dict:
 
 
 def flatten(tree: dict, prefix: str = '') -> dict:
-  """Flatten nested dictionaries into one with dotted keys ('model.depth'), each preceded by `prefix`."""
+  """Flatten nested dictionaries into one with dotted keys, such as 'model.d_model', each preceded by `prefix`."""
   out = {}
   for key, value in tree.items():
     out |= flatten(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
@@ -68,16 +68,16 @@ def unflatten(flat: dict) -> dict:
   """Convert a dictionary with dotted keys to nested dictionaries; the inverse of `flatten`."""
   out = {}
   for name, value in flat.items():
-    *path, last = name.split('.')
+    *sections, last = name.split('.')
     inner = out
-    for key in path:
+    for key in sections:
       inner = inner.setdefault(key, {})
     inner[last] = value
   return out
 
 
 def read_config(workdir):
-  """Return the config of the run in a workdir, as nested dictionaries; raise UserError without a valid run.json."""
+  """Return the config of the run in a workdir as nested dictionaries; UserError if it has no valid run.json."""
   path = epath.Path(workdir) / 'run.json'
   if not path.exists():
     raise UserError(f'{workdir}: expected the workdir of a run, but there is no run.json in it')
@@ -121,26 +121,17 @@ def version(name: str) -> str:
     return 'unknown'
 
 
-def command_line() -> list[str]:
-  """Return the command that started this process, as a user would type it."""
-  program = sys.argv[0].split() if sys.argv[0].startswith('ilm-jax') else ['python', '-m', 'ilm_jax.main']
-  return [*program, *sys.argv[1:]]
-
-
 def describe_start(step: int) -> dict:
-  """Return the record of a start of a run, for run.json: time, commit, command, hardware and package versions.
-
-  Args:
-    step: the training step from which the run continues; 0 for a new run.
-  """
+  """Return the record of a start at `step` for run.json: time, commit, command, hardware, versions."""
   import jax
 
   devices = jax.devices()
+  program = sys.argv[0].split() if sys.argv[0].startswith('ilm-jax') else ['python', '-m', 'ilm_jax.main']
   return {
     'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
     'from_step': step,
     'commit': commit(),
-    'command': shlex.join(command_line()),
+    'command': shlex.join([*program, *sys.argv[1:]]),
     'devices': f'{len(devices)} x {devices[0].device_kind} ({devices[0].platform})',
     'processes': jax.process_count(),
     'host': socket.gethostname(),
@@ -162,7 +153,7 @@ def parse_run(text: str) -> dict | None:
 
 
 def read_run(workdir) -> dict | None:
-  """Return the content of a workdir's run.json; None if the file is missing or, with a warning, if it is malformed."""
+  """Return the content of a workdir's run.json; None if it is missing or, with a warning, malformed."""
   path = epath.Path(workdir) / 'run.json'
   if not path.exists():
     return None
@@ -173,7 +164,7 @@ def read_run(workdir) -> dict | None:
 
 
 def write_json(path, value) -> None:
-  """Write a JSON file atomically, so that readers see either the complete old file or the complete new one."""
+  """Write a JSON file atomically: readers see either the complete old file or the complete new one."""
   path = epath.Path(path)
   part = path.parent / f'.{path.name}.{os.getpid()}.part'
   part.write_text(json.dumps(value, indent=2) + '\n')

@@ -23,18 +23,15 @@ FREE = (  # settings within the IDENTITY sections that may still change when a r
 def claim(workdir, cfg):
   """Context manager: create the workdir of a run and lock it against other processes.
 
-  Raises:
-    UserError: the workdir is not writable, another process uses it, or it contains a different run. No existing file is
-      overwritten in these cases.
+  UserError if it is not writable, in use, or holds a different run; no existing file is overwritten then.
   """
   path = epath.Path(workdir)
   with contextlib.ExitStack() as held:
     with processes.raise_on_all():
       if processes.is_first():
-        with _writable(workdir):
+        with explain_write_errors(f'the workdir {workdir} cannot be written', 'give another --workdir'):
           path.mkdir(parents=True, exist_ok=True)
-        held.enter_context(lock(workdir))
-        with _writable(workdir):
+          held.enter_context(lock(workdir))
           probe = path / f'.writable-{os.getpid()}'
           probe.write_text('')
           probe.unlink()
@@ -47,23 +44,12 @@ def claim(workdir, cfg):
 
 
 @contextlib.contextmanager
-def _writable(workdir):
-  """Context manager: convert an OSError to a UserError that asks for another workdir."""
-  try:
-    yield
-  except OSError as error:
-    reason = error.strerror or error
-    raise UserError(f'the workdir {workdir} cannot be written ({reason}): give another --workdir') from error
-
-
-@contextlib.contextmanager
 def lock(workdir):
   """Context manager: lock a local folder against other processes of this machine; raise UserError if one holds it."""
   if '://' in str(workdir):
     yield
     return
-  with _writable(workdir):
-    folder = os.open(workdir, os.O_RDONLY)
+  folder = os.open(workdir, os.O_RDONLY)
   try:
     fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
@@ -78,14 +64,12 @@ def lock(workdir):
 
 
 @contextlib.contextmanager
-def explain_write_errors(workdir):
-  """Context manager: convert an OSError to a UserError that asks the user to free disk space and start again."""
+def explain_write_errors(problem: str, advice: str = 'make room and start the same command again'):
+  """Context manager: convert an OSError to a UserError that states the problem, the system's reason and the advice."""
   try:
     yield
   except OSError as error:
-    raise UserError(
-      f'{workdir} could not be written ({error.strerror or error}): make room and start the same command again'
-    ) from error
+    raise UserError(f'{problem} ({error.strerror or error}): {advice}') from error
 
 
 def check_same_run(workdir, cfg) -> None:
@@ -96,18 +80,10 @@ def check_same_run(workdir, cfg) -> None:
   old, new = flatten(run['config']), flatten(as_json(cfg))
   common = (old.keys() & new.keys()) - set(FREE)  # the run.json of an older run lacks settings that were added since
   changed = [key for key in sorted(common) if old[key] != new[key]]
-  for section in IDENTITY:
-    for key in changed:
-      if key.split('.')[0] == section:
-        raise UserError(
-          f'{workdir} holds a run with {key}={old.get(key)}, this one has {key}={new.get(key)}: '
-          'give another --workdir (nothing was overwritten)'
-        )
-  average = 'optimizer.ema_decay'
-  if average in changed and not (old.get(average) and new.get(average)):
-    raise UserError(
-      f'{workdir} holds a run with {average}={old.get(average)}, this one has {new.get(average)}: a moving average '
-      'cannot be added or removed during a run; give another --workdir'
-    )
-  for key in changed:
-    logging.warning('this start of the run changes %s from %s to %s', key, old.get(key), new.get(key))
+  for key in sorted(changed, key=lambda key: key.split('.')[0] not in IDENTITY):
+    this = f'{workdir} holds a run with {key}={old[key]}, this one has {key}={new[key]}'
+    if key.split('.')[0] in IDENTITY:
+      raise UserError(f'{this}: give another --workdir (nothing was overwritten)')
+    if key == 'optimizer.ema_decay' and not (old[key] and new[key]):
+      raise UserError(f'{this}: a moving average cannot be added or removed during a run; give another --workdir')
+    logging.warning('this start of the run changes %s from %s to %s', key, old[key], new[key])

@@ -44,17 +44,10 @@ MINIMUM = {  # config setting -> its smallest allowed value
 
 
 def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> Experiment:
-  """Build the family, task, model and mesh that a config specifies, and check that they fit together.
+  """Build the family, task, model and mesh that a config specifies; UserError if its settings do not fit together.
 
-  Args:
-    cfg: the config; the task may write results into its section, such as the fingerprint of the tokenizer.
-    workdir: the folder of the run, where a task may read files that it saved, such as the tokenizer.
-    devices: the devices of the mesh; all devices by default.
-    vocab_size: size of the vocabulary. If given, no tokenizer and no data are loaded; the result can be compiled but
-      not trained.
-
-  Raises:
-    UserError: a setting is invalid, or two settings contradict each other. Nothing has been computed or written then.
+  The task may read files that it saved in the workdir, such as the tokenizer, and add its fingerprint to `cfg.task`.
+  If `vocab_size` is given, no tokenizer and no data are loaded; the result can be compiled but not trained.
   """
   check_ranges(cfg)
   optimizer.make_schedule(cfg.optimizer, cfg.steps)
@@ -74,8 +67,7 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
   mesh = sharding.make_mesh(cfg.mesh, devices)
   if warning := sharding.check_model(model_cfg, mesh):
     logging.warning('%s', warning)
-  check_batch_divides(cfg, mesh)
-  check_examples_fit(cfg, family, task)
+  check_batch(cfg, mesh, family, task)
   sample_cfg = families.make_sample_config(
     family, cfg, cfg.sampling, suppressed_tokens=special_ids, compute=model_cfg.compute
   )
@@ -118,37 +110,29 @@ def check_choices(cfg, family, task) -> None:
 
 
 def check_model_settings(cfg, family, family_settings: dict, task) -> None:
-  """Raise UserError if the config asks for a model input that the family does not provide.
-
-  Args:
-    cfg: the config.
-    family: the family.
-    family_settings: the model settings that the family determines.
-    task: the task.
-  """
+  """Raise UserError if the config asks for a model input that the family, with its settings, does not provide."""
   if cfg.model.get('conditioning') not in (None, 'none') and 'conditioning' not in family_settings:
     raise UserError(
       f'model.conditioning={cfg.model.conditioning!r}: family={cfg.family} is not conditioned on noise: leave it out'
     )
-  if cfg.model.get('open_gap_embedding'):
-    if not family.open_gap_embedding:
-      raise UserError(
-        f'model.open_gap_embedding=True: family={cfg.family} cannot close gaps to insertions: leave it out'
-      )
-    if not cfg.corrupt.close_prompt:
-      raise UserError(
-        'model.open_gap_embedding=True needs corrupt.close_prompt=True: sampling inserts nothing into a prompt, so '
-        'training must close the gaps of the prompt too'
-      )
-    if not cfg.corrupt.infill_rate and task.score is None:
-      logging.warning('model.open_gap_embedding=True has no effect with corrupt.infill_rate=0 in training on text: '
-                      'all gaps of a training example accept insertions')  # fmt: skip
+  if not cfg.model.get('open_gap_embedding'):
+    return
+  if not family.open_gap_embedding:
+    raise UserError(f'model.open_gap_embedding=True: family={cfg.family} cannot close gaps to insertions: leave it out')
+  if not cfg.corrupt.close_prompt:
+    raise UserError(
+      'model.open_gap_embedding=True needs corrupt.close_prompt=True: sampling inserts nothing into a prompt, so '
+      'training must close the gaps of the prompt too'
+    )
+  if not cfg.corrupt.infill_rate and task.score is None:
+    logging.warning('model.open_gap_embedding=True has no effect with corrupt.infill_rate=0 in training on text: '
+                    'all gaps of a training example accept insertions')  # fmt: skip
 
 
-def check_batch_divides(cfg, mesh) -> None:
-  """Raise UserError if the batch size is not divisible by the numbers of groups, processes, devices or microbatches."""
+def check_batch(cfg, mesh, family, task) -> None:
+  """Raise UserError if a batch does not divide over groups, devices and microbatches, or an example exceeds a row."""
   rows, parts = cfg.data.rows, cfg.optimizer.accumulation_steps
-  pipeline.shape_of(cfg.data)  # raises UserError if the batch does not divide into groups
+  shape = pipeline.shape_of(cfg.data)  # raises UserError if the batch does not divide into groups
   pipeline.groups_of_process(cfg.data.groups, *sharding.process_shard(mesh))
   sharding.check_rows(rows, mesh, 'data.rows')
   if rows % parts:
@@ -156,10 +140,6 @@ def check_batch_divides(cfg, mesh) -> None:
                     f'parts: use data.rows={pipeline.nearest_multiples(rows, parts)}')  # fmt: skip
   sharding.check_rows(rows // parts, mesh, 'data.rows / optimizer.accumulation_steps')
 
-
-def check_examples_fit(cfg, family, task) -> None:
-  """Raise UserError if the longest example has more tokens or more loss targets than fit into one row of a batch."""
-  shape = pipeline.shape_of(cfg.data)
   length, targets = family.sizes(cfg, task.longest(cfg.task), task.longest_answer(cfg.task))
   if shape.length < length:
     raise UserError(f'data.row_length={shape.length} is shorter than the longest example, {length} tokens: raise it')
@@ -169,7 +149,7 @@ def check_examples_fit(cfg, family, task) -> None:
     )
 
 
-def mean_length_weight(cfg, family, source, examples: int = 1_000) -> float:
-  """Return the mean of (1 + number of tokens to generate) over the first training examples, after corruption."""
-  made = (family.corrupt(np.random.default_rng(i), source[i], cfg.corrupt) for i in range(min(examples, len(source))))
+def mean_length_weight(cfg, family, source) -> float:
+  """Return the mean of (1 + number of tokens to generate) over the first 1,000 training examples, after corruption."""
+  made = (family.corrupt(np.random.default_rng(i), source[i], cfg.corrupt) for i in range(min(1_000, len(source))))
   return float(np.mean([1 + example['free'] for example in made]))

@@ -14,26 +14,15 @@ from ilm_jax.runs.run_file import as_json
 from ilm_jax.runs.workdir import explain_write_errors
 from ilm_jax.training.experiment import Experiment
 from ilm_jax.training.signals import FINISHED
-from ilm_jax.training.train_step import TrainState
 
 
-def report(exp: Experiment, workdir, saved, step: int, abstract: TrainState, evaluator, signals) -> int:
-  """Evaluate one checkpoint on the test split, write eval.json, and print the result.
+def report(exp: Experiment, workdir, saved, step: int, abstract_params, evaluator, signals) -> int:
+  """Evaluate the checkpoint of a step on the test split, write eval.json and print the result; return the exit code.
 
-  Args:
-    exp: the experiment.
-    workdir: the folder of the run.
-    saved: the checkpoints of the run.
-    step: training step of the checkpoint to evaluate.
-    abstract: shapes and shardings of the state.
-    evaluator: the evaluator of the run.
-    signals: received signals; any signal ends the evaluation early, without a result.
-
-  Returns:
-    The exit code.
+  Any signal ends the evaluation early, without a result.
   """
   began = time.monotonic()
-  params = saved.restore_weights(step, abstract.params)
+  params = saved.restore_weights(step, abstract_params)
   scores = evaluator.sample_answers(params, 'test', progress=True, interrupted=signals.received)
   if scores is None:
     return signals.code
@@ -47,20 +36,21 @@ def report(exp: Experiment, workdir, saved, step: int, abstract: TrainState, eva
   scored_texts = score_samples(exp.cfg, scores.samples, evaluator.source('test'))
   if scored_texts:
     values |= {f'judge_{name}': value for name, value in text_statistics.values(scored_texts['samples']).items()}
-  strings = None
-  if likelihood:
-    strings = {name: getattr(likelihood, f'{name}_N').round(4).tolist() for name in ('nll', 'error', 'tokens')}
+  strings = {
+    name: getattr(likelihood, f'{name}_N').round(4).tolist() for name in ('nll', 'error', 'tokens') if likelihood
+  }
+  latest = saved.find('latest')
   result = {
     'split': 'test',
     'likelihood': likelihood and likelihood.kind,
-    'strings': strings,
+    'strings': strings or None,
     'step': step,
-    'finished': is_finished(exp.cfg, saved),
+    'finished': latest >= exp.cfg.steps or reached_goal(exp.cfg, saved.metrics(latest)),
     'config': as_json(exp.cfg),
     'sampler': settings.describe(exp.sample_cfg),
     'seed': exp.cfg.seed,
     'chance': exp.task.chance(exp.cfg.task) if exp.task.chance else None,
-    'parameters': sum(x.size for x in jax.tree.leaves(abstract.params)),
+    'parameters': sum(x.size for x in jax.tree.leaves(abstract_params)),
     'metrics': values,
     'judge': text_statistics.plain(scored_texts),
     'pairs': {name: [float(x) for x in pair] for name, pair in scores.pairs.items()},
@@ -68,7 +58,7 @@ def report(exp: Experiment, workdir, saved, step: int, abstract: TrainState, eva
     'seconds': time.monotonic() - began,
     'start': run_file.describe_start(step),
   }
-  with processes.raise_on_all(), explain_write_errors(workdir):
+  with processes.raise_on_all(), explain_write_errors(f'{workdir} could not be written'):
     if processes.is_first():
       run_file.write_json(epath.Path(workdir) / 'eval.json', result)
   if processes.is_first():
@@ -79,16 +69,13 @@ def report(exp: Experiment, workdir, saved, step: int, abstract: TrainState, eva
 def print_result(exp: Experiment, workdir, result: dict, scores, scored_texts: dict | None) -> None:
   """Print the result of `report` and a few sampled completions."""
   step, values = result['step'], result['metrics']
-  has_answers = 'exact_match' in scores.pairs
-  if has_answers:
-    print('\nSample answers, one line per decoding step, with the token inserted at that step in brackets:\n')
+  if 'exact_match' in scores.pairs:
+    title = 'Sample answers, one line per decoding step, with the token inserted at that step in brackets'
+    main = f'exact match at step {step}: {metrics_lib.format_proportion(*scores.pairs["exact_match"])}'
   else:
-    print('\nSample texts, also as they were after 1/4, 1/2 and 3/4 of the decoding steps:\n')
-  print('\n\n'.join(scores.texts))
-  if has_answers:
-    print(f'\ntest exact match at step {step}: {metrics_lib.format_proportion(*scores.pairs["exact_match"])}')
-  else:
-    print(f'\ntest {exp.cfg.eval.metric} at step {step}: {values[exp.cfg.eval.metric]:.4f}')
+    title = 'Sample texts, also as they were after 1/4, 1/2 and 3/4 of the decoding steps'
+    main = f'{exp.cfg.eval.metric} at step {step}: {values[exp.cfg.eval.metric]:.4f}'
+  print('\n\n'.join([f'\n{title}:', *scores.texts]) + f'\n\ntest {main}')
   if result['likelihood']:
     error = (values['nll_variance'] / len(result['strings']['nll'])) ** 0.5
     print(f'test -log p, {result["likelihood"]}: {values["nll"]:.4f} nats per string (standard error of the estimate '
@@ -100,16 +87,7 @@ def print_result(exp: Experiment, workdir, result: dict, scores, scored_texts: d
 
 
 def score_samples(cfg, samples, source) -> dict | None:
-  """Score sampled texts and equally many test texts with the scoring model that `eval.perplexity_model` names.
-
-  Args:
-    cfg: the config.
-    samples: the sampled texts.
-    source: the test split.
-
-  Returns:
-    {'samples': statistics, 'test': statistics, ...}, or None if the config names no scoring model.
-  """
+  """Return the statistics of sampled texts and equally many test texts by `eval.perplexity_model`, or None."""
   if not cfg.eval.get('perplexity_model', ''):
     return None
   model = scoring_models.get(cfg.eval.perplexity_model)
@@ -121,14 +99,8 @@ def score_samples(cfg, samples, source) -> dict | None:
   return {'name': model.name, 'intervals': text_statistics.METHOD, **statistics, 'notes': notes}
 
 
-def is_finished(cfg, saved) -> bool:
-  """Return whether the run has completed its last training step or reached its goal `cfg.stop_at`."""
-  latest = saved.find('latest')
-  return latest >= cfg.steps or reached_goal(cfg, saved.metrics(latest))
-
-
 def reached_goal(cfg, metrics: dict | None) -> bool:
-  """Return whether the value of `cfg.eval.metric` in the validation metrics has reached the goal `cfg.stop_at`."""
+  """Return whether `cfg.eval.metric` in the validation metrics has reached the goal `cfg.stop_at`."""
   value = (metrics or {}).get(cfg.eval.metric)
   if not cfg.stop_at or value is None:
     return False

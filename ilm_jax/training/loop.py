@@ -20,30 +20,21 @@ from ilm_jax.training import optimizer, warm_start
 from ilm_jax.training.experiment import Experiment, build
 from ilm_jax.training.final_evaluation import reached_goal, report
 from ilm_jax.training.signals import FINISHED, Signals
-from ilm_jax.training.train_step import TrainState, abstract_state, compile_step, init_state
+from ilm_jax.training.train_step import TrainState, compile_step, init_state
 from ilm_jax.types import UserError
 
 
 def train(cfg, workdir) -> int:
   """Train until the last step, the goal `cfg.stop_at` or a signal; then evaluate a finished run on the test split.
 
-  Args:
-    cfg: the config.
-    workdir: the folder of the run; if it contains checkpoints, training resumes from the latest one.
-
-  Returns:
-    The exit code of the process; see `training.signals`.
-
-  Raises:
-    UserError: the config or the workdir is invalid, or the loss became infinite or NaN.
+  Training resumes from the latest checkpoint in the workdir, if any. Return the exit code of the process (see
+  `training.signals`); UserError if the config or the workdir is invalid, or the loss becomes infinite or NaN.
   """
   with Signals() as signals:
     exp = build_on_all(cfg, workdir, 'train')
     if cfg.init_from and not any(epath.Path(workdir).glob('checkpoints/*')):
-      with processes.raise_on_all():
-        warm_start.check_same_tokenizer(cfg.init_from, cfg)
-      # Read the initial weights once here, so that a wrong `init_from` fails before the workdir is created.
-      warm_start.load_weights(cfg.init_from, transformer.abstract_params(exp.model_cfg, exp.mesh))
+      # Reading the weights already here makes a wrong `init_from` fail before the workdir is created.
+      warm_start.load_weights(cfg, transformer.abstract_params(exp.model_cfg, exp.mesh))
     evaluator = make_evaluator(exp)
     with claim(workdir, cfg):
       with processes.raise_on_all():
@@ -61,11 +52,10 @@ def evaluate_run(cfg, workdir) -> int:
   with processes.raise_on_all():
     step = saved.find(cfg.eval.checkpoint)
   agree_on_checkpoints(step)
-  tx, _ = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
-  abstract = abstract_state(exp, tx)
   evaluator = make_evaluator(exp)
+  abstract_params = transformer.abstract_params(exp.model_cfg, exp.mesh)
   with Signals(saving=False) as signals:
-    return report(exp, workdir, saved, step, abstract, evaluator, signals)
+    return report(exp, workdir, saved, step, abstract_params, evaluator, signals)
 
 
 def build_on_all(cfg, workdir, mode: str) -> Experiment:
@@ -86,7 +76,7 @@ def agree_on_checkpoints(found) -> None:
 
 def make_evaluator(exp: Experiment) -> evaluate.Evaluator:
   """Return the evaluator of an experiment."""
-  return evaluate.Evaluator(exp.cfg, **{name: value for name, value in exp._asdict().items() if name != 'cfg'})
+  return evaluate.Evaluator(**exp._asdict())
 
 
 def _train(exp: Experiment, workdir, signals: Signals, evaluator: evaluate.Evaluator) -> int:
@@ -95,7 +85,6 @@ def _train(exp: Experiment, workdir, signals: Signals, evaluator: evaluate.Evalu
   tx, schedule = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
   state, abstract = init_state(exp, tx)
   log_sizes(exp, state)
-
   saved = checkpoint.Checkpoints(workdir, keep=cfg.keep, metric=cfg.eval.metric, mode=cfg.eval.mode)
   agree_on_checkpoints({str(step): saved.metrics(step) is not None for step in saved.steps()})
   restored = saved.restore_latest(abstract)
@@ -103,12 +92,11 @@ def _train(exp: Experiment, workdir, signals: Signals, evaluator: evaluate.Evalu
     state = restored._replace(step=jax.device_put(restored.step, abstract.step.sharding))
     logging.info('resuming at step %d of %s', restored.step, workdir)
   elif cfg.init_from:
-    state = warm_start.warm_start(cfg.init_from, state, abstract)
+    state = warm_start.warm_start(cfg, state, abstract)
   start = int(state.step)
-
   run = run_file.read_run(workdir) or {'starts': []}
   starts = [*run['starts'], run_file.describe_start(start)]
-  with processes.raise_on_all(), explain_write_errors(workdir):
+  with processes.raise_on_all(), explain_write_errors(f'{workdir} could not be written'):
     if processes.is_first():
       exp.task.save_assets(cfg.task, workdir)
       logs.forget_after(workdir, start, validated=start in saved.steps() and saved.metrics(start) is not None)
@@ -129,7 +117,7 @@ def _train(exp: Experiment, workdir, signals: Signals, evaluator: evaluate.Evalu
       ) from error
     raise
   if code == FINISHED:
-    code = report(exp, workdir, saved, saved.find(cfg.eval.checkpoint), abstract, evaluator, signals)
+    code = report(exp, workdir, saved, saved.find(cfg.eval.checkpoint), abstract.params, evaluator, signals)
   saved.close()
   writer.close()
   return code
@@ -156,16 +144,7 @@ class Loop:
   """
 
   def __init__(self, exp: Experiment, saved: checkpoint.Checkpoints, writer, evaluator, signals: Signals, step_fn):
-    """Prepare the training loop.
-
-    Args:
-      exp: the experiment.
-      saved: where checkpoints are saved.
-      writer: a CLU metric writer.
-      evaluator: computes the validation metrics.
-      signals: records signals that ask the run to stop.
-      step_fn: the compiled training step, (state, batch) -> (state, metrics).
-    """
+    """Prepare the loop; `step_fn` is the compiled training step, (state, batch) -> (state, metrics)."""
     self.exp, self.cfg, self.saved, self.writer = exp, exp.cfg, saved, writer
     self.evaluator, self.signals, self.step_fn = evaluator, signals, step_fn
     self.progress = logs.make_progress(writer, self.cfg.steps, self.cfg.report_seconds)
@@ -218,9 +197,8 @@ class Loop:
         if stop:
           return self.leave(step)
     finally:
-      close = getattr(batches, 'close', None)
-      if close:
-        close()
+      if hasattr(batches, 'close'):
+        batches.close()
     raise AssertionError('unreachable')
 
   def leave(self, step: int) -> int:

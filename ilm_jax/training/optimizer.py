@@ -1,5 +1,7 @@
 """AdamW with weight decay masked as in the reference code, gradient clipping, schedules, and an EMA of the weights."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,15 +12,7 @@ SCHEDULES = ('constant', 'cosine', 'linear')
 
 
 def make_schedule(cfg, steps: int) -> optax.Schedule:
-  """Return a learning rate schedule: linear warmup, then constant or a decay to `final_fraction` of the peak.
-
-  Args:
-    cfg: the `optimizer` section of the config.
-    steps: number of updates of the run; the decay ends at the last one.
-
-  Raises:
-    UserError: `cfg.schedule` is not one of SCHEDULES.
-  """
+  """Return the learning rate schedule: linear warmup, then constant or a decay over the remaining updates."""
   peak, warmup = cfg.learning_rate, cfg.warmup_steps
   decay_steps = max(1, steps - warmup)
   if cfg.schedule not in SCHEDULES:
@@ -28,28 +22,20 @@ def make_schedule(cfg, steps: int) -> optax.Schedule:
     'cosine': optax.cosine_decay_schedule(peak, decay_steps, cfg.final_fraction),
     'linear': optax.linear_schedule(peak, peak * cfg.final_fraction, decay_steps),
   }[cfg.schedule]
-  if not warmup:
-    return after_warmup
-  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after_warmup], [warmup])
-
-
-def is_decayed(path) -> bool:
-  """Return whether weight decay applies to a parameter: True for all but biases and norm parameters."""
-  names = jax.tree_util.keystr(path)
-  return 'bias' not in names and 'norm' not in names
+  warming = optax.linear_schedule(0.0, peak, warmup)
+  return optax.join_schedules([warming, after_warmup], [warmup]) if warmup else after_warmup
 
 
 def make_optimizer(cfg, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """Return (optimizer, learning rate schedule); the optimizer is AdamW after gradient clipping by global norm.
-
-  Args:
-    cfg: the `optimizer` section of the config.
-    steps: number of updates of the run.
-  """
+  """Return (AdamW after gradient clipping by global norm, learning rate schedule) for a run of `steps` updates."""
   schedule = make_schedule(cfg, steps)
 
-  def mask(params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: is_decayed(path), params)
+  def is_decayed(path, _) -> bool:
+    """Return whether weight decay applies to a parameter: to all but biases and norm parameters."""
+    names = jax.tree_util.keystr(path)
+    return 'bias' not in names and 'norm' not in names
+
+  mask = functools.partial(jax.tree_util.tree_map_with_path, is_decayed)
 
   adamw = optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=mask)
   clip = optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity()
@@ -57,13 +43,6 @@ def make_optimizer(cfg, steps: int) -> tuple[optax.GradientTransformation, optax
 
 
 def update_ema(ema, params, update, decay: float):
-  """Return the moving average of the weights after update t, with decay rate min(decay, (1 + t) / (10 + t)).
-
-  Args:
-    ema: the moving average before the update.
-    params: the parameters after the update.
-    update: the number t of the update, counted from 1.
-    decay: the upper limit of the decay rate.
-  """
+  """Return the moving average of the weights after update t = 1, 2, ..., with rate min(decay, (1 + t) / (10 + t))."""
   rate = 1.0 - jnp.minimum(decay, (1.0 + update) / (10.0 + update))
   return jax.tree.map(lambda old, new: old + rate * (new - old), ema, params)

@@ -14,23 +14,13 @@ FINISHED, PREEMPTED, INTERRUPTED = 0, 75, 130  # exit codes of a run: finished; 
 class Signals:
   """Context manager that records SIGTERM and Ctrl-C, so that the training loop can save before it stops.
 
-  A second Ctrl-C raises KeyboardInterrupt. Before training has begun there is nothing to save, so the first signal ends
-  the process.
-
-  With several processes, the JAX runtime handles SIGTERM: it chooses a step at which all processes stop. A Ctrl-C is
-  forwarded to the runtime as a SIGTERM. An evaluation in progress is completed before the processes stop.
-
-  Attributes:
-    begun: whether training has begun; set by the caller.
-    code: the exit code; None until all processes have agreed to stop.
+  The first signal ends the process until the caller sets `begun`, since there is nothing to save; a second Ctrl-C
+  always does. `code` is the exit code, None until all processes have agreed to stop. With several processes, the JAX
+  runtime handles SIGTERM and chooses a step at which all of them stop; a Ctrl-C is forwarded to it as a SIGTERM.
   """
 
   def __init__(self, saving: bool = True):
-    """Choose which signals are handled.
-
-    Args:
-      saving: whether the caller saves checkpoints. If not, and there are several processes, no signal is handled.
-    """
+    """Choose the signals to handle: none with several processes, unless the caller is `saving` checkpoints."""
     self._handled = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,) if saving else ()
     self.begun = not saving
     self.code = None
@@ -47,6 +37,7 @@ class Signals:
       signal.signal(number, handler)
 
   def _receive(self, number, _):
+    """Record a signal; raise KeyboardInterrupt or SystemExit if the process ends at once."""
     previous, self._own_code = self._own_code, PREEMPTED if number == signal.SIGTERM else INTERRUPTED
     if number == signal.SIGINT and (previous == INTERRUPTED or not self.begun):
       raise KeyboardInterrupt

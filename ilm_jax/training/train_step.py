@@ -51,12 +51,7 @@ def make_step(exp: Experiment, tx, schedule):
   """Return the pure update function (state, batch) -> (state, metrics); each metric is a pair (total, weight).
 
   The gradient of the *total* loss is divided once by the total weight. Gradient accumulation sums totals and weights
-  over the microbatches first, so the update equals that of the whole batch.
-
-  Args:
-    exp: the experiment.
-    tx: the optimizer.
-    schedule: the learning rate schedule; used only to report the learning rate.
+  over the microbatches first, so the update equals that of the whole batch. `schedule` only serves as a metric.
   """
   cfg, microbatches = exp.cfg, exp.cfg.optimizer.accumulation_steps
   root = jax.random.fold_in(jax.random.key(cfg.seed), 0x44524F50)
@@ -108,12 +103,7 @@ def global_norm(tree):
 
 
 def packing_metrics(batch, batch_size: int) -> dict:
-  """Return metrics of a packed batch: tokens before and after corruption, share of used positions, skipped examples.
-
-  Args:
-    batch: the packed batch.
-    batch_size: number of examples that the batch should contain.
-  """
+  """Return metrics of a packed batch of `batch_size` examples: tokens, share of used positions, skipped examples."""
   kept = (batch['segment_BxL'] > 0).sum().astype(jnp.float32)
   placed = (batch['example_id_BxS'] >= 0).sum()
   return {
@@ -125,14 +115,7 @@ def packing_metrics(batch, batch_size: int) -> dict:
 
 
 def compile_step(exp: Experiment, tx, schedule, abstract: TrainState):
-  """Return the jitted training step on the experiment's mesh; it donates its input state, which it overwrites.
-
-  Args:
-    exp: the experiment.
-    tx: the optimizer.
-    schedule: the learning rate schedule.
-    abstract: shapes, dtypes and shardings of the state.
-  """
+  """Return the jitted training step on the experiment's mesh; it donates its input state, which it overwrites."""
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return jax.jit(
     sharding.with_mesh(exp.mesh)(make_step(exp, tx, schedule)),

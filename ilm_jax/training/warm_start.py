@@ -5,26 +5,28 @@ import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
+from ilm_jax.distributed import processes
 from ilm_jax.runs import checkpoint, run_file
 from ilm_jax.training.train_step import TrainState
 from ilm_jax.types import UserError
 
 
-def load_weights(workdir, abstract_params):
-  """Read the weights of the best checkpoint of another run; their moving average if that run has one.
+def load_weights(cfg, abstract_params):
+  """Return (step, weights) of the best checkpoint of the run `cfg.init_from`; its averaged weights, if it has them.
 
-  Args:
-    workdir: the folder of the other run.
-    abstract_params: shapes and shardings of the parameters.
-
-  Returns:
-    (step of the checkpoint, parameters)
-
-  Raises:
-    UserError: the other run has no checkpoint, or its parameters have different shapes.
+  UserError if that run uses another tokenizer or has other shapes.
   """
-  run = run_file.read_run(workdir)
-  eval_cfg = {'metric': 'exact_match', 'mode': 'max', **(run['config'].get('eval', {}) if run else {})}
+  workdir = cfg.init_from
+  with processes.raise_on_all():
+    config = (run_file.read_run(workdir) or {'config': {}})['config']
+    theirs = config.get('task', {}).get('tokenizer', {}).get('fingerprint')
+    ours = cfg.task.get('tokenizer', {}).get('fingerprint')
+    if theirs and ours and theirs != ours:
+      raise UserError(
+        f'init_from={workdir}: that run has the tokenizer {theirs}, this one has {ours}: use the tokenizer of that '
+        f'run, --config.task.tokenizer.path={epath.Path(workdir) / "tokenizer"}'
+      )
+  eval_cfg = {'metric': 'exact_match', 'mode': 'max', **config.get('eval', {})}
   source = checkpoint.Checkpoints(workdir, metric=eval_cfg['metric'], mode=eval_cfg['mode'], read_only=True)
   step = source.find('best')
   try:
@@ -35,27 +37,9 @@ def load_weights(workdir, abstract_params):
     ) from None
 
 
-def check_same_tokenizer(workdir, cfg) -> None:
-  """Raise UserError if the other run in `workdir` used a different tokenizer than this config."""
-  run = run_file.read_run(workdir) or {'config': {}}
-  theirs = run['config'].get('task', {}).get('tokenizer', {}).get('fingerprint')
-  ours = cfg.task.get('tokenizer', {}).get('fingerprint')
-  if theirs and ours and theirs != ours:
-    raise UserError(
-      f'init_from={workdir}: that run has the tokenizer {theirs}, this one has {ours}: use the tokenizer of that run, '
-      f'--config.task.tokenizer.path={epath.Path(workdir) / "tokenizer"}'
-    )
-
-
-def warm_start(workdir, state: TrainState, abstract: TrainState) -> TrainState:
-  """Return a new training state with the weights of another run; step, optimizer and moving average start anew.
-
-  Args:
-    workdir: the folder of the other run.
-    state: a newly initialized training state.
-    abstract: shapes and shardings of the training state.
-  """
-  step, params = load_weights(workdir, abstract.params)
-  logging.info('starting from the weights of step %d of %s', step, workdir)
+def warm_start(cfg, state: TrainState, abstract: TrainState) -> TrainState:
+  """Return a new state with the weights of the run `cfg.init_from`, with which the moving average starts, too."""
+  step, params = load_weights(cfg, abstract.params)
+  logging.info('starting from the weights of step %d of %s', step, cfg.init_from)
   ema = None if state.ema_params is None else jax.tree.map(jnp.copy, params)
   return state._replace(params=params, ema_params=ema)

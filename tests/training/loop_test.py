@@ -179,7 +179,7 @@ def test_eval_json_contains_the_test_metrics(restarted):
 def test_init_from_initializes_a_run_with_the_averaged_weights_of_another_run(restarted, tmp_path, one_device):
   cfg = small.config({'init_from': str(restarted), 'seed': 3})
   *_, state, abstract = small.experiment({'seed': 3})
-  started = warm_start.warm_start(cfg.init_from, state, abstract)
+  started = warm_start.warm_start(cfg, state, abstract)
   source = checkpoint.Checkpoints(restarted, read_only=True)
   average = source.restore(20, 'ema_params', abstract.ema_params)
   small.assert_same_bits(started.params, average)
