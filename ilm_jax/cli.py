@@ -30,19 +30,14 @@ SUBCOMMANDS = {
   'convert': Subcommand('ilm_jax.evaluation.convert', "exchange weights with the authors' code, or compare with it"),
 }
 
+HELP = """Insertion language models in JAX.
 
-def table_of_contents() -> str:
-  """Return the text that `ilm-jax --help` prints."""
-  lines = [f'  {name:<12} {command.help}' for name, command in SUBCOMMANDS.items()]
-  return '\n'.join(
-    [
-      'Insertion language models in JAX.\n',
-      'usage: ilm-jax SUBCOMMAND [--flag=value ...]\n',
-      *lines,
-      '\n`ilm-jax SUBCOMMAND --help` lists the flags of a subcommand.',
-      'First steps: ilm-jax configs; ilm-jax train --config=star:tiny; ilm-jax generate --workdir=runs/star-tiny',
-    ]
-  )
+usage: ilm-jax SUBCOMMAND [--flag=value ...]
+
+{}
+
+`ilm-jax SUBCOMMAND --help` lists the flags of a subcommand.
+First steps: ilm-jax configs; ilm-jax train --config=star:tiny; ilm-jax generate --workdir=runs/star-tiny"""
 
 
 def main(argv=None) -> int:
@@ -55,7 +50,7 @@ def main(argv=None) -> int:
     print(f'ilm_jax {__version__}')
     return 0
   if name == 'help' or (name.startswith('-') and wants_help(['ilm-jax', name])):
-    print(table_of_contents())
+    print(HELP.format('\n'.join(f'  {name:<12} {command.help}' for name, command in SUBCOMMANDS.items())))
     return 0
   if name not in SUBCOMMANDS:
     return fail(UserError(f'ilm-jax {name}: expected one of {", ".join(SUBCOMMANDS)}; see ilm-jax --help'))

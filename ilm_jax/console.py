@@ -22,34 +22,28 @@ def wants_help(argv) -> bool:
   return not {'-h', '-help', '--help', '--helpfull'}.isdisjoint(argv[1:])
 
 
-def usage(doc: str, values: flags.FlagValues, names) -> int:
-  """Print the description of a command and its flags; returns exit code 0."""
-  print(doc.strip() + '\n')
-  for name in names:
-    print(f'  --{name}: {values[name].help}')
-  return 0
-
-
-def command(doc: str, define, run, argv=None, *, positional: bool = False) -> int:
-  """Run a command that has its own flags; a user's mistake gives one line on standard error and exit code 1.
-
-  Args:
-    doc: printed by --help, before the flags.
-    define: function that defines the command's flags in the FlagValues that it is given.
-    run: function from the parsed flags to the exit code; raises UserError for a user's mistake.
-    argv: the arguments; sys.argv by default.
-    positional: accept arguments that are not flags, and pass their list to `run` as its second argument.
-  """
-  values = flags.FlagValues()
-  define(values)
-  argv = sys.argv if argv is None else argv
-  if wants_help(argv):
-    return usage(doc, values, [name for name in values if name not in ('flagfile', 'undefok')])
+def parse_flags(values: flags.FlagValues, argv) -> list[str]:
+  """Parse the arguments of a command; return those that are not flags."""
   try:
-    try:
-      _, *rest = values(argv, known_only=False)
-    except flags.Error as error:
-      raise UserError(f'flags: {error}') from None
+    return values(argv)[1:]
+  except flags.Error as error:
+    raise UserError(f'flags: {error}') from None
+
+
+def command(doc: str, define, run, argv=None, *, positional: bool = False, parse=parse_flags) -> int:
+  """Run a command; a user's mistake (UserError) gives one line on standard error and exit code 1.
+
+  `--help` prints `doc` and the flags that `define` adds to the FlagValues given to it. `run` maps the parsed flags to
+  the exit code. With `positional`, it also gets the list of arguments that are not flags, which are otherwise refused.
+  """
+  values, argv = flags.FlagValues(), sys.argv if argv is None else argv
+  define(values)
+  if wants_help(argv):
+    own = [f'  --{name}: {values[name].help}' for name in values if name not in ('flagfile', 'undefok')]
+    print('\n'.join([doc.strip(), '', *own]))
+    return 0
+  try:
+    rest = parse(values, argv)
     if rest and not positional:
       raise UserError(f'flags: unexpected argument {rest[0]!r}: every argument must have the form --name=value')
     return run(values, rest) if positional else run(values)
@@ -114,7 +108,6 @@ class ShortFormatter(logging.PythonFormatter):
   """Formats a log record as time and message; warnings and errors also show their level."""
 
   def format(self, record):
-    """Return a log record as one line of text."""
     stamp = self.formatTime(record, '%H:%M:%S')
     level = '' if record.levelno <= 20 else record.levelname.lower() + ': '
     return f'{stamp} {level}{record.getMessage().removeprefix("Setting work unit notes: ")}'
