@@ -22,45 +22,30 @@ from ilm_jax.families import growing
 from ilm_jax.families import settings as settings_lib
 from ilm_jax.inference import continuous_batching, infilling, static_batching, traces
 from ilm_jax.models import transformer
-from ilm_jax.runs import checkpoint, run_file
+from ilm_jax.runs import checkpoint as checkpoint_lib
+from ilm_jax.runs import run_file
 from ilm_jax.special_tokens import PAD, UNK
 from ilm_jax.types import UserError
 
 
 class Generation(NamedTuple):
-  """A prompt with its completion, and a record of how the completion was decoded.
+  """A prompt with its completion, and a record of how the completion was decoded."""
 
-  Attributes:
-    text: the prompt and its completion.
-    tokens: the tokens of the whole sequence as strings, including the special tokens and the prompt.
-    order: for each token, the decoding step that inserted it, counted from 0; -1 for tokens of the prompt.
-    probabilities: the model's probability of each insertion (gap and token together), at temperature 1.
-    stop_probabilities: the model's p(stop) at each forward pass.
-    stopped: True if the model ended the text, False if a length limit ended it.
-  """
-
-  text: str
-  tokens: list[str]
-  order: list[int]
-  probabilities: list[float]
-  stop_probabilities: list[float]
-  stopped: bool
+  text: str  # the prompt and its completion
+  tokens: list[str]  # the tokens of the whole sequence as strings, including the special tokens and the prompt
+  order: list[int]  # the decoding step that inserted each token, counted from 0; -1 for given tokens
+  probabilities: list[float]  # the model's probability of each insertion (gap and token together), at temperature 1
+  stop_probabilities: list[float]  # the model's p(stop) at each forward pass
+  stopped: bool  # True if the model ended the text, False if a length limit ended it
 
 
 class Infilling(NamedTuple):
-  """A text with its gaps filled, and a record of how the fillings were decoded.
+  """A text with its gaps filled, and a record of how the fillings were decoded."""
 
-  Attributes:
-    text: the whole text, with its gaps filled.
-    fillings: the generated text in each gap.
-    spans: (start, end) offset of each filling in `text`, in characters.
-    tokens, order, probabilities, stop_probabilities, stopped: see `Generation`.
-  """
-
-  text: str
-  fillings: list[str]
-  spans: list[tuple[int, int]]
-  tokens: list[str]
+  text: str  # the whole text, with its gaps filled
+  fillings: list[str]  # the generated text in each gap
+  spans: list[tuple[int, int]]  # (start, end) offset of each filling in `text`, in characters
+  tokens: list[str]  # this field and the following ones: see `Generation`
   order: list[int]
   probabilities: list[float]
   stop_probabilities: list[float]
@@ -68,19 +53,12 @@ class Infilling(NamedTuple):
 
 
 class TextScore(NamedTuple):
-  """The negative log-likelihood (NLL) of a text, including its end, or an upper bound on the NLL.
+  """The negative log-likelihood (NLL) of a text, including its end, or an upper bound on the NLL."""
 
-  Attributes:
-    nll: the negative log-likelihood, or the upper bound, in nats.
-    error: standard error of `nll` in nats, if it is estimated by sampling; 0 if it is exact.
-    tokens: number of tokens of the text, not counting its end.
-    kind: 'exact', 'bound' or 'importance-weighted'.
-  """
-
-  nll: float
-  error: float
-  tokens: int
-  kind: str
+  nll: float  # the NLL or its upper bound, in nats
+  error: float  # standard error of `nll` in nats, if it is estimated by sampling; 0 if it is exact
+  tokens: int  # number of tokens of the text, not counting its end
+  kind: str  # 'exact', 'bound' or 'importance-weighted'
 
 
 def load(workdir, checkpoint='best', *, mesh=None, **sampling_settings) -> 'LanguageModel':
@@ -90,53 +68,46 @@ def load(workdir, checkpoint='best', *, mesh=None, **sampling_settings) -> 'Lang
     workdir: folder of the run, local or in a bucket.
     checkpoint: 'best' (by the run's validation metric), 'latest', or a training step.
     mesh: device mesh as text, such as 'data=2,tensor=4', or 'data=-1' for all devices; None uses the first device.
-    **sampling_settings: fields of the family's SampleConfig that override the run's sampling settings; a dict overrides
-      only some fields of a rule: token={'top_p': 0.2}. Also `batch_size`, the number of texts decoded at a time.
-
-  Returns:
-    The LanguageModel.
+    **sampling_settings: override settings in the run's `sampling` section; a dict overrides only some fields of a
+      rule: token={'top_p': 0.2}. Also `batch_size`, the number of texts decoded at a time.
 
   Raises:
     UserError: the run or the checkpoint does not exist, or a sampling setting is unknown.
   """
-  return LanguageModel.load(workdir, checkpoint, mesh=mesh, **sampling_settings)
+  if isinstance(mesh, str):
+    mesh = sharding.make_mesh(sharding.read_mesh(mesh))
+  cfg = ConfigDict(run_file.read_config(workdir))
+  family, task = families.get(cfg.family), tasks.get(cfg.task.name)
+  task.resolve_assets(cfg.task, workdir)
+  model_settings = {**cfg.model.to_dict(), **family.model_settings(cfg)}
+  model_cfg = transformer.ModelConfig.create(task.tokenizer(cfg.task).vocab_size, **model_settings)
+  if mesh is not None and (message := sharding.check_model(model_cfg, mesh)):
+    logging.warning('%s', message)
+  checkpoints = checkpoint_lib.Checkpoints(workdir, metric=cfg.eval.metric, mode=cfg.eval.mode, read_only=True)
+  step = checkpoints.find(checkpoint)
+  params = checkpoints.restore_weights(step, transformer.abstract_params(model_cfg, mesh))
+  return LanguageModel(cfg, model_cfg, params, step=step, mesh=mesh, **sampling_settings)
 
 
 class LanguageModel:
   """A trained model: weights, the family that defines the likelihood and the sampler, and the task with its tokenizer.
 
-  Args:
-    cfg: config of the run.
-    model_cfg: config of the transformer.
-    params: weights of the transformer.
-    step: training step of the checkpoint.
-    batch_size: number of texts decoded at a time.
-    mesh: device mesh; None uses the first device.
-    **sampling_settings: see `load`.
+  `load` makes one from a run. `cfg` is the run's config, `step` the training step of the checkpoint, `batch_size` the
+  number of texts decoded at a time, and `sampling_settings` are described in `load`.
   """
 
-  def __init__(
-    self,
-    cfg: ConfigDict,
-    model_cfg: transformer.ModelConfig,
-    params,
-    *,
-    step: int = 0,
-    batch_size: int = 64,
-    mesh=None,
-    **sampling_settings,
-  ):
+  def __init__(self, cfg: ConfigDict, model_cfg: transformer.ModelConfig, params, *, step: int = 0,
+               batch_size: int = 64, mesh=None, **sampling_settings):  # fmt: skip
     self.cfg, self.model_cfg, self.params, self.step = cfg, model_cfg, params, step
     self.family, self.task = families.get(cfg.family), tasks.get(cfg.task.name)
     self.tokenizer = self.task.tokenizer(cfg.task)
     known = {*self.family.SampleConfig._fields, 'two_stage'}
-    for name in sampling_settings:
-      if name in settings_lib.KNOWN and name not in known:
-        raise UserError(f'sampling setting {name!r} does not apply to family={cfg.family}: remove it')
     if 'joint' in sampling_settings:
       sampling_settings.setdefault('two_stage', False)
     settings = cfg.sampling.to_dict()
     for name, value in sampling_settings.items():
+      if name in settings_lib.KNOWN and name not in known:
+        raise UserError(f'sampling setting {name!r} does not apply to family={cfg.family}: remove it')
       is_partial_rule = name in settings_lib.RULES and isinstance(value, dict)
       settings[name] = {**(settings.get(name) or {}), **value} if is_partial_rule else value
     self.sample_cfg = families.make_sample_config(
@@ -145,41 +116,20 @@ class LanguageModel:
     self.batch_size = batch_size
     self.sampler = continuous_batching.ContinuousSampler(model_cfg, self.family, self.sample_cfg, batch_size, mesh=mesh)
     replicated = {} if mesh is None else {'out_shardings': sharding.replicated(mesh)}
-    self._scorer = jax.jit(
-      sharding.with_mesh(mesh)(self._score_rows), static_argnames=('kind', 'longest'), **replicated
-    )
+    score_rows = sharding.with_mesh(mesh)(self._score_rows)
+    self._scorer = jax.jit(score_rows, static_argnames=('kind', 'longest'), **replicated)
     self._score_kinds = {}  # (kind, longest) -> kind of the computed likelihood; filled when `_score_rows` is traced
-
-  @classmethod
-  def load(cls, workdir, which='best', *, mesh=None, **settings) -> 'LanguageModel':
-    """Load the trained model of a run; see the function `load`."""
-    if isinstance(mesh, str):
-      mesh = sharding.make_mesh(sharding.read_mesh(mesh))
-    cfg = ConfigDict(run_file.read_config(workdir))
-    family, task = families.get(cfg.family), tasks.get(cfg.task.name)
-    task.resolve_assets(cfg.task, workdir)
-    model_settings = {**cfg.model.to_dict(), **family.model_settings(cfg)}
-    model_cfg = transformer.ModelConfig.create(task.tokenizer(cfg.task).vocab_size, **model_settings)
-    if mesh is not None and (message := sharding.check_model(model_cfg, mesh)):
-      logging.warning('%s', message)
-    checkpoints = checkpoint.Checkpoints(workdir, metric=cfg.eval.metric, mode=cfg.eval.mode, read_only=True)
-    step = checkpoints.find(which)
-    params = checkpoints.restore_weights(step, transformer.abstract_params(model_cfg, mesh))
-    return cls(cfg, model_cfg, params, step=step, mesh=mesh, **settings)
 
   # --- sampling -------------------------------------------------------------------------------------------------------
 
   def generate(self, prompts: list[str], *, seed: int = 0, ids: list[int] | None = None) -> list[Generation]:
-    """Generate completions of prompts.
+    """Generate a completion of each prompt, in the same order.
 
     Args:
       prompts: prompts in the text format of the task; '' asks for an unconditional sample.
       seed: random seed of sampling.
       ids: a number for each prompt, by default its index. A completion depends on the seed, its number and its prompt,
         not on the other prompts.
-
-    Returns:
-      A Generation for each prompt, in the same order.
 
     Raises:
       UserError: a prompt has the wrong format, contains an unknown token, or is too long.
@@ -209,17 +159,15 @@ class LanguageModel:
     Raises:
       UserError: a text has no gap or is too long, the limits contradict each other, or the family cannot fill the gaps.
     """
-    single = isinstance(texts, str)
+    single, count = isinstance(texts, str), 1 if n is None else n
     requests = [
       self.gaps(text, marker=marker, least=least, most=most, number=number)
       for number, text in enumerate([texts] if single else texts)
     ]
-    count = 1 if n is None else n
     if count < 1:
       raise UserError(f'n={n}: expected at least 1')
-    pairs = [(i, j) for i in range(len(requests)) for j in range(count)]
-    ids = [request_number(i, j) for i, j in pairs]
-    results = dict(self.stream([requests[i] for i, _ in pairs], seed=seed, ids=ids))
+    ids = [request_number(i, j) for i in range(len(requests)) for j in range(count)]
+    results = dict(self.stream([request for request in requests for _ in range(count)], seed=seed, ids=ids))
     lists = [[results[i * count + j] for j in range(count)] for i in range(len(requests))]
     infillings = lists if n is not None else [samples[0] for samples in lists]
     return infillings[0] if single else infillings
@@ -228,15 +176,13 @@ class LanguageModel:
     """Decode prompts and infill requests together, by continuous batching.
 
     Args:
-      requests: prompts (strings) and infill requests (made by `gaps`), in any order.
+      requests: prompts (strings) and infill requests (made by `gaps`), in any order; all are checked before decoding
+        starts, and a UserError names an invalid one.
       seed: random seed of sampling.
       ids: a number for each request, by default its index; see `generate`.
 
     Yields:
       (index of the request, Generation or Infilling), in the order in which requests finish.
-
-    Raises:
-      UserError: a request is invalid or not supported by the family. All requests are checked before decoding starts.
     """
     requests = list(requests)
     if ids is not None and (len(ids) != len(requests) or not all(0 <= number < 2**31 for number in ids)):
@@ -250,48 +196,36 @@ class LanguageModel:
   def gaps(self, text, *, marker: str = infilling.MARKER, least=None, most=None, number: int = 0) -> infilling.Gaps:
     """Return a text with gaps as an infill request for `stream`.
 
-    Args:
-      text, marker, least, most: see `infill`.
-      number: index of the text, for error messages.
-
-    Raises:
-      UserError: the text has no gap, or the length limits contradict each other.
+    The arguments are those of `infill`; `number` is the index of the text, for the messages of UserErrors.
     """
     usual = 1 if self.family.fills == 'limits' else 0
     with errors_of(f'text {number + 1}'):
       return infilling.parse_request(text, marker=marker, least=least, most=most, default_least=usual)
 
   def encode(self, request, number: int = 0) -> dict:
-    """Convert a request to the sampler's input: a dict as described in `static_batching.StaticSampler`.
+    """Convert a prompt or infill request to the sampler's input, a dict described in `static_batching.StaticSampler`.
 
-    Args:
-      request: a prompt, or an infill request made by `gaps`.
-      number: index of the request, for error messages.
-
-    Raises:
-      UserError: the request is invalid or not supported by the family.
+    `number` is the index of the request, for the messages of UserErrors.
     """
-    limit = self.sample_cfg.max_length
-    if isinstance(request, infilling.Gaps):
-      with errors_of(f'text {number + 1}'):
-        masks = self.family.fills == 'masks'
-        given = infilling.encode(request, self.tokenizer, limit=limit, masks=masks)
-        least, max_steps = sum(request.least), self.sample_cfg.max_steps
+    limit, max_steps = self.sample_cfg.max_length, self.sample_cfg.max_steps
+    name = f'{"text" if isinstance(request, infilling.Gaps) else "prompt"} {number + 1}'
+    with errors_of(name):
+      if isinstance(request, infilling.Gaps):
+        given = infilling.encode(request, self.tokenizer, limit=limit, masks=self.family.fills == 'masks')
+        least = sum(request.least)
         if max_steps is not None and given['open'].any() and least > max_steps:
           raise UserError(f'the gaps need at least {least} tokens, more than sampling.max_steps={max_steps}')
-        static_batching.check(given, self.family, self.sample_cfg)
-      return given
-    with errors_of(f'prompt {number + 1}'):
-      if not isinstance(request, str):
+      elif isinstance(request, str):
+        tokens = np.array(self.task.encode_prompt(request, self.cfg.task), np.int32)
+        given = {'tokens': tokens, 'open': np.arange(len(tokens)) == len(tokens) - 1}
+      else:
         raise UserError(f'expected a text, got {repr(request)[:60]}')
-      tokens = np.array(self.task.encode_prompt(request, self.cfg.task), np.int32)
-    if len(tokens) >= limit:
+    if isinstance(request, str) and len(given['tokens']) >= limit:
       raise UserError(
-        f'prompt {number + 1} is too long: {len(tokens)} tokens leave no room for a completion within '
+        f'{name} is too long: {len(given["tokens"])} tokens leave no room for a completion within '
         f'sampling.max_length={limit}; shorten it'
       )
-    given = {'tokens': tokens, 'open': np.arange(len(tokens)) == len(tokens) - 1}
-    with errors_of(f'prompt {number + 1}'):
+    with errors_of(name):
       static_batching.check(given, self.family, self.sample_cfg)
     return given
 
@@ -314,12 +248,9 @@ class LanguageModel:
     Args:
       text: a prompt, or a text with markers at its gaps; or a list of these, in which a text with gaps may also be a
         list of the parts around its gaps.
-      path: file to which the page is also written, if given.
+      path: file to which the page is also written, if given. The page needs no network access.
       marker: string that marks a gap.
       seed: random seed of sampling.
-
-    Returns:
-      The HTML of the page, which needs no network access.
     """
     texts = [text] if isinstance(text, str) else list(text)
     requests = [
@@ -339,16 +270,13 @@ class LanguageModel:
   # --- likelihood -----------------------------------------------------------------------------------------------------
 
   def score(self, texts: list[str], *, kind: str | None = None, seed: int = 0) -> list[TextScore]:
-    """Return the negative log-likelihood of whole texts, or an upper bound on it.
+    """Return the negative log-likelihood of each text of a run on a text corpus, or an upper bound on it.
 
     Args:
-      texts: texts of a run on a text corpus.
+      texts: whole texts.
       kind: kind of likelihood: 'exact', 'bound' or 'importance-weighted'; None chooses the family's default. Not every
         family supports every kind.
       seed: random seed of 'bound' and 'importance-weighted', whose estimates also depend on a text's place in the list.
-
-    Returns:
-      A TextScore for each text, in the same order.
 
     Raises:
       UserError: the family does not support this kind, the task has prompts and answers, or a text is longer than
@@ -360,12 +288,12 @@ class LanguageModel:
       raise UserError(f'score: the task {self.cfg.task.name} has prompts and answers: use --mode=eval with eval.score')
     limit = self.sample_cfg.max_length
     rows = [np.array(self.task.encode_prompt(text, self.cfg.task), np.int32) for text in texts]
-    longest = max((len(row) for row in rows), default=2) - 2
     for number, row in enumerate(rows):
       if UNK in row:
         raise UserError(f'text {number + 1} contains characters unknown to the tokenizer, so it has no likelihood')
       if len(row) > limit:
         raise UserError(f'text {number + 1} has {len(row)} tokens, more than sampling.max_length={limit}; shorten it')
+    longest = max((len(row) for row in rows), default=2) - 2
     self.family.check_score(kind, longest)
     # Only the exact likelihood of insertion models uses `longest`, a static argument. Otherwise 0 avoids recompilation.
     options = {'kind': kind, 'longest': longest if kind == 'exact' else 0}
@@ -374,33 +302,30 @@ class LanguageModel:
       chunk = rows[first : first + batch_size]
       # Rows are padded to one of the sampler's few buffer lengths, so that few shapes are compiled.
       size = next(size for size in growing.buffers(1, self.sample_cfg) if size >= max(map(len, chunk)))
-      batch = {
-        'tokens_BxL': np.full((batch_size, size), PAD, np.int32),
-        'fixed_BxL': np.ones((batch_size, size), bool),
-        'length_B': np.full(batch_size, 2, np.int32),
-      }
-      batch['tokens_BxL'][:, :2] = rows[0][:2]  # [CLS] and [BOS], also in padding rows
+      tokens_BxL, fixed_BxL = np.full((batch_size, size), PAD, np.int32), np.ones((batch_size, size), bool)
+      length_B = np.full(batch_size, 2, np.int32)
+      tokens_BxL[:, :2] = rows[0][:2]  # [CLS] and [BOS], also in padding rows
       for i, row in enumerate(chunk):
-        batch['tokens_BxL'][i, : len(row)], batch['length_B'][i] = row, len(row)
-        batch['fixed_BxL'][i, 2 : len(row)] = False
+        tokens_BxL[i, : len(row)], length_B[i] = row, len(row)
+        fixed_BxL[i, 2 : len(row)] = False
       rng = jax.random.fold_in(jax.random.key(seed), first)
-      nll_B, error_B, tokens_B = jax.device_get(self._scorer(self.params, rng, batch, **options))
+      scored = self._scorer(self.params, rng, tokens_BxL, fixed_BxL, length_B, **options)
+      nll_B, error_B, tokens_B = jax.device_get(scored)
       score_kind = self._score_kinds[kind, options['longest']]
       out += [TextScore(float(nll_B[i]), float(error_B[i]), int(tokens_B[i]), score_kind) for i in range(len(chunk))]
     return out
 
-  def _score_rows(self, params, rng, batch, *, kind, longest):
+  def _score_rows(self, params, rng, *rows, kind, longest):
     """Return the family's scores of a batch as arrays; store the kind of likelihood, a string, in `_score_kinds`."""
     forward = transformer.Forward(self.model_cfg, params)
-    args = batch['tokens_BxL'], batch['fixed_BxL'], batch['length_B']
-    scored = self.family.score(forward, rng, *args, self.sample_cfg, kind=kind, longest=longest)
+    scored = self.family.score(forward, rng, *rows, self.sample_cfg, kind=kind, longest=longest)
     self._score_kinds[kind, longest] = scored.kind
     return scored[1:]
 
 
 @contextlib.contextmanager
 def errors_of(name: str):
-  """Context manager: prefix the message of a UserError with the name of the request, such as 'prompt 3'."""
+  """Prefix the message of a UserError with the name of the request, such as 'prompt 3'."""
   try:
     yield
   except UserError as error:

@@ -24,23 +24,14 @@ from ilm_jax.models import transformer
 
 
 class Pool:
-  """A pool of decoding slots with one buffer length: the rows in its slots and its queue of waiting requests.
-
-  Attributes:
-    size: number of positions of each buffer.
-    slots: number of rows.
-    rows: state of the rows on the device; None before the first request is admitted.
-    owner: for each slot, the index of the prompt that is decoded in it; None if the slot is free.
-    parked: for each slot, whether its row has outgrown the buffer and waits for a slot of the pool with longer buffers.
-    waiting: queue of requests, as (index of the prompt, request number, prompt).
-  """
+  """A pool of `slots` decoding slots with buffers of `size` positions, and its queue of waiting requests."""
 
   def __init__(self, size: int, slots: int):
     self.size, self.slots = size, slots
-    self.rows: growing.Rows | None = None
-    self.owner: list[int | None] = [None] * slots
-    self.parked = np.zeros(slots, bool)
-    self.waiting: collections.deque = collections.deque()
+    self.rows: growing.Rows | None = None  # rows on the device; None before the first request is admitted
+    self.owner: list[int | None] = [None] * slots  # index of the prompt decoded in each slot; None: the slot is free
+    self.parked = np.zeros(slots, bool)  # whether a slot's row has outgrown its buffer and waits for a longer one
+    self.waiting: collections.deque = collections.deque()  # (index of the prompt, request number, prompt)
 
   def free(self) -> list[int]:
     """Return the numbers of the slots that hold no row."""
@@ -54,13 +45,9 @@ class Pool:
 class ContinuousSampler:
   """Samples a stream of prompts by continuous batching, and yields each row when it finishes.
 
-  Args:
-    model_cfg: config of the transformer.
-    family: family of the model. If its rows do not grow while decoding, static batches of `slots` rows are used.
-    sample_cfg: the family's sampling settings (`families.*.SampleConfig`).
-    slots: number of slots of the pool with the shortest buffers.
-    refill: number of rows that must leave a pool before new rows are admitted; by default an eighth of its slots.
-    mesh: device mesh over which the rows are sharded, if given.
+  The arguments are those of `StaticSampler`, with the number of slots of the pool with the shortest buffers as batch
+  size. `refill` rows must leave a pool before new rows are admitted, by default an eighth of its slots. Families whose
+  rows do not grow while decoding use static batches of `slots` rows.
   """
 
   def __init__(self, model_cfg, family, sample_cfg, slots: int, *, refill: int | None = None, mesh=None):
@@ -69,20 +56,18 @@ class ContinuousSampler:
     if self.growth is None:
       self.batches = static_batching.StaticSampler(model_cfg, family, sample_cfg, slots, mesh)
       return
-    row_shards = 1
+    row_shards, replicated, rows_and_replicated, sharded = 1, {}, {}, {}
     if mesh is not None:
       sharding.check_rows(slots, mesh, 'batch_size')
       row_shards = sharding.num_row_shards(mesh)
+      # Arrays that the host reads are replicated, so that every process can read them.
+      replicated = {'out_shardings': sharding.replicated(mesh)}
+      rows_and_replicated = {'out_shardings': (None, sharding.replicated(mesh))}
+      sharded = {'out_shardings': sharding.rows_sharding(mesh)}
     self.sizes = growing.buffers(1, sample_cfg)
     self.slots = [max(row_shards, slots * self.sizes[0] // size // row_shards * row_shards) for size in self.sizes]
     self.refill, self.row_shards = refill, row_shards
     growth, cfg = self.growth, sample_cfg
-    # Arrays that the host reads are replicated, so that every process can read them.
-    replicated, rows_and_replicated, sharded = {}, {}, {}
-    if mesh is not None:
-      replicated = {'out_shardings': sharding.replicated(mesh)}
-      rows_and_replicated = {'out_shardings': (None, sharding.replicated(mesh))}
-      sharded = {'out_shardings': sharding.rows_sharding(mesh)}
 
     @functools.partial(jax.jit, static_argnames='size')
     @sharding.with_mesh(mesh)
@@ -133,33 +118,20 @@ class ContinuousSampler:
     self._finish = jax.jit(lambda rows: growth.finish(rows, cfg), **replicated)
 
   def __call__(self, params, rng, prompts, requests=None):
-    """Sample a completion of each prompt.
+    """Sample a completion of each prompt; yield (index of the prompt, its row) in the order in which rows finish.
 
-    Args:
-      params: parameters of the transformer.
-      rng: random key, shared by all prompts.
-      prompts: an iterable of dicts, see `static_batching.StaticSampler`; it is consumed as slots become free.
-      requests: a number for each prompt, by default 0, 1, ...; only this number and `rng` determine a row's randomness.
-
-    Yields:
-      (index of the prompt, dict of its sampled row without padding; see `static_batching.cut`), in the order in which
-      rows finish.
-
-    Raises:
-      UserError: a prompt is too long, or not supported by the family.
+    Arguments and rows are those of `StaticSampler`; the iterable of prompts is consumed as slots become free.
     """
     if self.growth is None:
       yield from enumerate(self.batches(params, rng, list(prompts), requests))
       return
     numbered = enumerate(prompts) if requests is None else zip(requests, prompts, strict=True)
-    source = iter((index, request, prompt) for index, (request, prompt) in enumerate(numbered))
+    source = ((index, request, prompt) for index, (request, prompt) in enumerate(numbered))
     pools = [Pool(size, slots) for size, slots in zip(self.sizes, self.slots, strict=True)]
     more_prompts = True
     while True:
       while more_prompts and sum(len(pool.waiting) for pool in pools) < self.slots[0]:
-        entry = next(source, None)
-        more_prompts = entry is not None
-        if more_prompts:
+        if more_prompts := (entry := next(source, None)) is not None:
           static_batching.check(entry[2], self.family, self.cfg)
           self._first_pool(entry[2], pools).waiting.append(entry)
       for shorter, longer in reversed(list(itertools.pairwise(pools))):
@@ -194,14 +166,7 @@ class ContinuousSampler:
     return next((pool for pool in pools if length < pool.size), pools[-1])
 
   def _move(self, source: growing.Rows, pool: Pool, moves: dict[int, int], owners: list) -> None:
-    """Copy rows into slots of a pool.
-
-    Args:
-      source: rows to copy from.
-      pool: pool to copy to.
-      moves: {slot of `pool`: row of `source`}.
-      owners: for each row of `source`, the index of its prompt.
-    """
+    """Copy rows of `source` into a pool; `moves` maps slots to rows, `owners` has the prompt index of each row."""
     if pool.rows is None:
       pool.rows = self._empty(source, pool.size, pool.slots)
     source_row_B = np.full(pool.slots, -1, np.int32)
@@ -211,12 +176,10 @@ class ContinuousSampler:
 
   def _promote(self, shorter: Pool, longer: Pool) -> None:
     """Move parked rows of a pool to free slots of the pool with the next longer buffers."""
-    moves = dict(zip(longer.free(), np.flatnonzero(shorter.parked).tolist(), strict=False))
-    if not moves:
-      return
-    self._move(shorter.rows, longer, moves, shorter.owner)
-    for row in moves.values():
-      shorter.owner[row], shorter.parked[row] = None, False
+    if moves := dict(zip(longer.free(), np.flatnonzero(shorter.parked).tolist(), strict=False)):
+      self._move(shorter.rows, longer, moves, shorter.owner)
+      for row in moves.values():
+        shorter.owner[row], shorter.parked[row] = None, False
 
   def _admit(self, params, rng, pool: Pool) -> None:
     """Put waiting requests into the free slots of a pool, in batches of a fixed size."""
@@ -228,8 +191,7 @@ class ContinuousSampler:
       batch = static_batching.pad(prompts, requests, batch_size, pool.size)
       if self.mesh is not None:
         batch = type(batch)(**sharding.put_global_batch(batch._asdict(), self.mesh))
-      slots, free = free[: len(entries)], free[len(entries) :]
-      moves = {slot: row for row, slot in enumerate(slots)}
+      moves, free = {slot: row for row, slot in enumerate(free[: len(entries)])}, free[len(entries) :]
       self._move(self._begin(params, rng, batch, pool.size), pool, moves, indices)
 
   def _run(self, params, pool: Pool, min_exits: int):
@@ -237,12 +199,9 @@ class ContinuousSampler:
     pool.rows, flags = self._advance(params, pool.rows, min_exits)
     active_B, parked_B = jax.device_get(flags)
     pool.parked |= parked_B
-    done = [
-      slot for slot, owner in enumerate(pool.owner) if owner is not None and not active_B[slot] | pool.parked[slot]
-    ]
-    if not done:
-      return
-    sampled = jax.device_get(self._finish(pool.rows))
-    for slot in done:
-      index, pool.owner[slot] = pool.owner[slot], None
-      yield index, static_batching.cut(sampled, slot)
+    occupied = np.array([owner is not None for owner in pool.owner])
+    if (done_B := occupied & ~active_B & ~pool.parked).any():
+      sampled = jax.device_get(self._finish(pool.rows))
+      for slot in np.flatnonzero(done_B):
+        index, pool.owner[slot] = pool.owner[slot], None
+        yield index, static_batching.cut(sampled, slot)

@@ -34,18 +34,10 @@ class Filled(NamedTuple):
 
 
 def parse_request(text, *, marker: str = MARKER, least=None, most=None, default_least: int = 1) -> Gaps:
-  """Check a text with gaps and its length limits; return them as an infill request.
+  """Check a text with gaps and its length limits, in the form that `LanguageModel.infill` takes; return the request.
 
-  Args:
-    text: a text with a marker at each gap, or a list of the parts around the gaps.
-    marker: string that marks a gap.
-    least: minimum number of tokens in a gap: one number, or a list with one for each gap; None means `default_least`,
-      or `most` if `most` is smaller.
-    most: maximum number of tokens in a gap, in the same form as `least`; None means no limit.
-    default_least: minimum number of tokens in a gap for which `least` is None.
-
-  Raises:
-    UserError: there is no gap, adjacent gaps have no text between them, or the limits contradict each other.
+  A `least` of None means `default_least`, or `most` if `most` is smaller. UserError: there is no gap, adjacent gaps
+  have no text between them, or the limits contradict each other.
   """
   if isinstance(text, str):
     if not marker:
@@ -64,8 +56,7 @@ def parse_request(text, *, marker: str = MARKER, least=None, most=None, default_
   for i, part in enumerate(parts[1:-1], 1):
     if not part.strip():
       raise UserError(f'gaps {i} and {i + 1} have only whitespace between them: merge them into one gap')
-  count = len(parts) - 1
-  least, most = _numbers(least, count, 'least'), _numbers(most, count, 'most')
+  least, most = _numbers(least, len(parts) - 1, 'least'), _numbers(most, len(parts) - 1, 'most')
   most = [UNLIMITED if n is None else min(n, UNLIMITED) for n in most]
   least = [min(default_least, max(high, 0)) if n is None else n for n, high in zip(least, most, strict=True)]
   for i, (low, high) in enumerate(zip(least, most, strict=True), 1):
@@ -88,15 +79,8 @@ def _numbers(value, count: int, name: str) -> list:
 def encode(gaps: Gaps, tokenizer, *, limit: int, masks: bool = False) -> dict:
   """Convert an infill request to the sampler's input: tokens, open gaps (which accept insertions), and length limits.
 
-  Args:
-    gaps: the infill request.
-    tokenizer: the model's tokenizer.
-    limit: maximum number of tokens of the filled text.
-    masks: if True, fill the gaps with [MASK] tokens instead of opening them, for a masked diffusion model. Every gap
-      then needs a fixed number of tokens (least == most).
-
-  Raises:
-    UserError: two gaps have no token between them, or the text with the minimum fillings exceeds the limit.
+  With `masks`, for a masked diffusion model, each gap is filled with [MASK] tokens instead and needs least == most.
+  UserError: two gaps have no token between them, or the text with the minimum fillings exceeds `limit` tokens.
   """
   if masks:
     for i, (low, high) in enumerate(zip(gaps.least, gaps.most, strict=True), 1):
@@ -105,17 +89,15 @@ def encode(gaps: Gaps, tokenizer, *, limit: int, masks: bool = False) -> dict:
           f'gap {i}: this model replaces a fixed number of [MASK] tokens: set least and most to the same number'
         )
   tokens, open_at = [CLS, BOS], []  # open_at: for each gap, the position of the last token before the gap
-  for i, part in enumerate(gaps.parts):
-    last = i == len(gaps.parts) - 1
-    ids = tokenizer.encode(part if last else part.rstrip(' '))
-    if i > 0 and not last and not ids:
+  for i, part in enumerate(gaps.parts[:-1]):
+    ids = tokenizer.encode(part.rstrip(' '))
+    if i > 0 and not ids:
       raise UserError(f'gaps {i} and {i + 1} have no token between them ({part!r}): merge them into one gap')
     tokens += ids
-    if last:
-      continue
     open_at.append(len(tokens) - 1)
     if masks and len(tokens) + gaps.least[i] <= limit:
       tokens += [MASK] * gaps.least[i]
+  tokens += tokenizer.encode(gaps.parts[-1])
   num_given = len(tokens) - tokens.count(MASK) * masks
   if num_given + sum(gaps.least) > limit or (num_given == limit and not masks):
     raise UserError(
@@ -136,37 +118,28 @@ def encode(gaps: Gaps, tokenizer, *, limit: int, masks: bool = False) -> dict:
 
 
 def decode(gaps: Gaps, row: dict, tokenizer) -> Filled:
-  """Convert the sampled tokens of an infill request to the filled text.
-
-  Args:
-    gaps: the infill request.
-    row: the sampled row: 'tokens', and 'order', which is negative for given tokens.
-    tokenizer: the model's tokenizer.
-  """
-  tokens, inserted = row['tokens'].tolist(), (row['order'] >= 0).tolist()
+  """Convert a row that was sampled for an infill request (its 'tokens' and their 'order') to the filled text."""
   fillings = []
-  for ids, context in _fillings(gaps, tokens, inserted, tokenizer):
-    before = tokenizer.decode(context)
-    whole = tokenizer.decode(context + ids)
+  for ids, context in _fillings(gaps, row, tokenizer):
+    before, whole = tokenizer.decode(context), tokenizer.decode(context + ids)
     fillings.append(whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids))
+  text, spans = gaps.parts[0], []
   for i, (left, right) in enumerate(zip(gaps.parts, gaps.parts[1:], strict=False)):
     if left[-1:].isspace() or (i == 0 and not left):
       fillings[i] = fillings[i].lstrip(' ')
     if right[:1].isspace():
       fillings[i] = fillings[i].rstrip(' ')
-  text, spans = gaps.parts[0], []
-  for filling, part in zip(fillings, gaps.parts[1:], strict=True):
-    spans.append((len(text), len(text) + len(filling)))
-    text += filling + part
+    spans.append((len(text), len(text) + len(fillings[i])))
+    text += fillings[i] + right
   return Filled(text, fillings, spans)
 
 
-def _fillings(gaps: Gaps, tokens: list[int], inserted: list[bool], tokenizer):
+def _fillings(gaps: Gaps, row: dict, tokenizer):
   """For each gap, yield (ids of the inserted tokens, ids of up to CONTEXT tokens to the left of the gap)."""
-  num_given, found = 0, {}  # found: {given tokens left of a gap: (start, ids of its filling)}
-  for position, (token, is_inserted) in enumerate(zip(tokens, inserted, strict=True)):
-    num_given += not is_inserted
-    if is_inserted:
+  tokens, num_given, found = row['tokens'].tolist(), 0, {}
+  for position, (token, order) in enumerate(zip(tokens, row['order'].tolist(), strict=True)):
+    num_given += order < 0
+    if order >= 0:  # found: {given tokens left of a gap: (start, ids of its filling)}
       found.setdefault(num_given, (position, []))[1].append(token)
   num_left = 2  # number of given tokens left of the gap, including [CLS] and [BOS]
   for part in gaps.parts[:-1]:

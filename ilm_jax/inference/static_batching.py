@@ -11,14 +11,10 @@ from ilm_jax.types import UNLIMITED, Prompt, Sampled, UserError
 
 
 class StaticSampler:
-  """Samples prompts in static batches. Calls take the parameters, so one sampler serves all steps of a training run.
+  """Samples prompts in static batches of `batch_size` rows, sharded over a device mesh if one is given.
 
-  Args:
-    model_cfg: config of the transformer.
-    family: family of the model.
-    sample_cfg: the family's sampling settings (`families.*.SampleConfig`).
-    batch_size: number of rows of a batch; the last batch is padded with empty rows.
-    mesh: device mesh over which the rows are sharded, if given.
+  Calls take the parameters, so one sampler serves all steps of a training run. `sample_cfg` holds the sampling settings
+  of the model's family (`families.*.SampleConfig`).
   """
 
   def __init__(self, model_cfg, family, sample_cfg, batch_size: int, mesh=None):
@@ -35,28 +31,22 @@ class StaticSampler:
     self._run = run
 
   def __call__(self, params, rng, prompts: list[dict], requests=None):
-    """Sample a completion of each prompt.
+    """Sample a completion of each prompt; yield, in order, a dict of its sampled row without padding (see `cut`).
 
     Args:
       params: parameters of the transformer.
       rng: random key, shared by all prompts.
       prompts: dicts with 'tokens' (int[n]) and 'open' (bool[n]: whether tokens may be inserted right of this one),
         and optionally 'free' (number of tokens to generate), 'least' and 'most' (int[n]: limits on the number of tokens
-        inserted there).
+        inserted there). UserError if one is too long or not supported by the family.
       requests: a number for each prompt, by default 0, 1, ...; only this number and `rng` determine a row's randomness.
-
-    Yields:
-      For each prompt, in order, a dict of its sampled row without padding; see `cut`.
-
-    Raises:
-      UserError: a prompt is too long, or not supported by the family.
     """
     for prompt in prompts:
       check(prompt, self.family, self.cfg)
-    requests = range(len(prompts)) if requests is None else requests
+    requests = list(range(len(prompts)) if requests is None else requests)
     for first in range(0, len(prompts), self.batch_size):
       chunk = prompts[first : first + self.batch_size]
-      batch = pad(chunk, list(requests)[first : first + len(chunk)], self.batch_size, buffer_for(chunk, self.cfg))
+      batch = pad(chunk, requests[first : first + len(chunk)], self.batch_size, buffer_for(chunk, self.cfg))
       if self.mesh is not None:
         batch = Prompt(**sharding.put_global_batch(batch._asdict(), self.mesh))
       sampled = jax.device_get(self._run(params, rng, batch))
@@ -76,8 +66,7 @@ def check(given: dict, family, cfg) -> None:
 
 def buffer_for(prompts: list[dict], cfg) -> int:
   """Return a buffer length that fits all prompts, one of a few lengths so that few shapes are compiled."""
-  longest = max(len(given['tokens']) for given in prompts)
-  size = cfg.min_buffer
+  longest, size = max(len(given['tokens']) for given in prompts), cfg.min_buffer
   while size < longest:
     size *= 2
   return min(size, cfg.max_length)
@@ -85,26 +74,21 @@ def buffer_for(prompts: list[dict], cfg) -> int:
 
 def pad(prompts: list[dict], requests: list[int], rows: int, size: int) -> Prompt:
   """Pad prompts to a batch of `rows` rows with `size` positions; rows without a prompt have length 0."""
-  shape = (rows, size)
   prompt = Prompt(
-    tokens_BxL=np.zeros(shape, np.int32),
-    length_B=np.zeros(shape[:1], np.int32),
-    open_BxL=np.zeros(shape, bool),
-    request_B=np.zeros(shape[:1], np.int32),
-    free_B=np.full(shape[:1], -1, np.int32),
-    least_BxL=np.zeros(shape, np.int32),
-    most_BxL=np.full(shape, UNLIMITED, np.int32),
+    tokens_BxL=np.zeros((rows, size), np.int32),
+    length_B=np.zeros(rows, np.int32),
+    open_BxL=np.zeros((rows, size), bool),
+    request_B=np.zeros(rows, np.int32),
+    free_B=np.full(rows, -1, np.int32),
+    least_BxL=np.zeros((rows, size), np.int32),
+    most_BxL=np.full((rows, size), UNLIMITED, np.int32),
   )
   for row, (given, request) in enumerate(zip(prompts, requests, strict=True)):
     length = len(given['tokens'])
-    prompt.tokens_BxL[row, :length] = given['tokens']
-    prompt.open_BxL[row, :length] = given['open']
-    prompt.length_B[row] = length
-    prompt.request_B[row] = request
-    prompt.free_B[row] = given.get('free', -1)
-    for name, array_BxL in (('least', prompt.least_BxL), ('most', prompt.most_BxL)):
+    prompt.length_B[row], prompt.request_B[row], prompt.free_B[row] = length, request, given.get('free', -1)
+    for name in ('tokens', 'open', 'least', 'most'):
       if given.get(name) is not None:
-        array_BxL[row, :length] = given[name]
+        getattr(prompt, f'{name}_BxL')[row, :length] = given[name]
   return prompt
 
 

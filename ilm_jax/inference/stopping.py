@@ -9,6 +9,7 @@ two distributions, in tokens. The fitted threshold and the fitted temperature ar
 command prints the flags that set them.
 """
 
+import functools
 import sys
 import time
 from typing import NamedTuple
@@ -25,19 +26,12 @@ TEMPERATURES = (0.5, 1.0, 2.0)  # temperatures of sampled stopping that are alwa
 
 
 class Lengths(NamedTuple):
-  """The distribution of text lengths under a stopping rule.
+  """The distribution of text lengths under a stopping rule."""
 
-  Attributes:
-    rule: name of the stopping rule.
-    flag: command-line flags that select the rule.
-    prob_BxL: for each text, the probability that its length is l inserted tokens.
-    limit: for each text, the probability that a length limit ends it, not the stopping rule.
-  """
-
-  rule: str
-  flag: str
-  prob_BxL: np.ndarray
-  limit: np.ndarray
+  rule: str  # name of the stopping rule
+  flag: str  # command-line flags that select the rule
+  prob_BxL: np.ndarray  # for each text, the probability that its length is l inserted tokens
+  limit: np.ndarray  # for each text, the probability that a length limit ends it, not the stopping rule
 
   def mean(self) -> float:
     """Return the mean text length under this stopping rule, in tokens."""
@@ -59,69 +53,45 @@ def apply_temperature(stop: np.ndarray, temperature: float) -> np.ndarray:
   return np.where(stop > 0, 1 / (1 + ((1 - clipped) / clipped) ** (1 / temperature)), 0.0)
 
 
-def at_threshold(stops: list[np.ndarray], threshold: float, *, longest: int) -> Lengths:
-  """Return the distribution of text lengths if texts stop as soon as p(stop) reaches a threshold.
+def lengths_under(stops: list[np.ndarray], longest: int) -> tuple[np.ndarray, np.ndarray]:
+  """Return `Lengths.prob_BxL` and `Lengths.limit` of texts that stop with the given probabilities.
 
-  Args:
-    stops: for each text, p(stop) before each insertion and after the last one.
-    threshold: threshold on p(stop), a probability.
-    longest: maximum number of insertions of a text.
+  `stops` has, for each text, the probability of stopping before each insertion and after the last one; `longest` is the
+  maximum number of insertions of a text.
   """
-  prob_BxL = np.zeros((len(stops), longest + 1))
-  limit = np.zeros(len(stops))
+  prob_BxL, limit = np.zeros((len(stops), longest + 1)), np.zeros(len(stops))
   for i, stop in enumerate(stops):
-    reached = np.flatnonzero(stop >= threshold)
-    limit[i] = not len(reached)
-    prob_BxL[i, reached[0] if len(reached) else len(stop) - 1] = 1.0
-  return Lengths(
-    f'threshold {threshold:.3g}',
-    f'--config.sampling.stop_threshold={np.floor(threshold * 1e6) / 1e6:.6g}',
-    prob_BxL,
-    limit,
-  )
-
-
-def sampled(stops: list[np.ndarray], temperature: float, *, longest: int) -> Lengths:
-  """Return the distribution of text lengths if stopping is sampled at a temperature; arguments as in `at_threshold`."""
-  prob_BxL = np.zeros((len(stops), longest + 1))
-  limit = np.zeros(len(stops))
-  for i, stop in enumerate(stops):
-    stop = apply_temperature(stop, temperature)
     survival = np.cumprod(np.concatenate([[1.0], 1 - stop]))  # probability that the text has not stopped yet
     prob_BxL[i, : len(stop)] = survival[:-1] * stop
     prob_BxL[i, len(stop) - 1] += survival[-1]
     limit[i] = survival[-1]
+  return prob_BxL, limit
+
+
+def at_threshold(stops: list[np.ndarray], threshold: float, *, longest: int) -> Lengths:
+  """Return the distribution of text lengths if texts stop as soon as p(stop) reaches a threshold."""
+  flag = f'--config.sampling.stop_threshold={np.floor(threshold * 1e6) / 1e6:.6g}'
+  reached = [(stop >= threshold).astype(np.float64) for stop in stops]
+  return Lengths(f'threshold {threshold:.3g}', flag, *lengths_under(reached, longest))
+
+
+def sampled(stops: list[np.ndarray], temperature: float, *, longest: int) -> Lengths:
+  """Return the distribution of text lengths if stopping is sampled at a temperature, given p(stop) at temperature 1."""
   flag = f'--config.sampling.stop_threshold=0 --config.sampling.stop_temperature={temperature:.3g}'
-  return Lengths(f'sampled, temperature {temperature:.3g}', flag, prob_BxL, limit)
+  tempered = [apply_temperature(stop, temperature) for stop in stops]
+  return Lengths(f'sampled, temperature {temperature:.3g}', flag, *lengths_under(tempered, longest))
 
 
 def fit(make, values, real) -> Lengths:
   """Return the make(value), over all values, whose text lengths have the smallest distance to those of real texts."""
-  return min(
-    (make(value) for value in values), key=lambda rule: (rule.distance(real), abs(rule.mean() - np.mean(real)))
-  )
-
-
-def candidates(stops: list[np.ndarray], number: int = 200) -> np.ndarray:
-  """Return the thresholds to try when fitting the threshold: quantiles of the observed p(stop)."""
-  return np.unique(np.quantile(np.concatenate(stops).astype(np.float64), np.linspace(0, 1, number)).clip(1e-6, 1.0))
+  return min(map(make, values), key=lambda rule: (rule.distance(real), abs(rule.mean() - np.mean(real))))
 
 
 def trajectories(lm, prompts: list[dict], *, seed: int = 0, report=lambda message: None) -> list[np.ndarray]:
-  """Sample texts that only stop at a length limit, and return p(stop) at each forward pass.
+  """Sample texts that only stop at a length limit; return, for each text, p(stop) before each insertion and at the end.
 
-  Args:
-    lm: a LanguageModel with a stop head.
-    prompts: a prompt dict for each text, see `static_batching.StaticSampler`.
-    seed: random seed of sampling.
-    report: function that is called with a progress message every 10 seconds.
-
-  Returns:
-    For each text, p(stop) at temperature 1 before each insertion and after the last one. The first value is 0 if the
-    first insertion is forced.
-
-  Raises:
-    UserError: the sampling settings allow several insertions in one decoding step.
+  `prompts` are those of `static_batching.StaticSampler`, and `report` is called with a progress message every 10
+  seconds. p(stop) is that at temperature 1; its first value is 0 if the first insertion is forced.
   """
   import jax
 
@@ -145,19 +115,19 @@ def trajectories(lm, prompts: list[dict], *, seed: int = 0, report=lambda messag
 def rules_of(stops: list[np.ndarray], real, *, temperature: float = 1.0) -> list[Lengths]:
   """Return the length distributions under the standard stopping rules, the fitted threshold and the fitted temperature.
 
-  Args:
-    stops: for each text, p(stop) at temperature 1; see `trajectories`.
-    real: lengths of real texts.
-    temperature: the run's sampling.stop_temperature, at which p(stop) is compared with thresholds.
+  `stops` comes from `trajectories`, `real` holds the lengths of real texts, and `temperature` is the run's
+  sampling.stop_temperature, at which p(stop) is compared with thresholds.
   """
   longest, tempered = max(map(len, stops)) - 1, [apply_temperature(stop, temperature) for stop in stops]
-  standard = [at_threshold(tempered, value, longest=longest) for value in THRESHOLDS]
-  standard += [sampled(stops, value, longest=longest) for value in TEMPERATURES]
+  threshold_rule = functools.partial(at_threshold, tempered, longest=longest)
+  temperature_rule = functools.partial(sampled, stops, longest=longest)
+  observed = np.quantile(np.concatenate(tempered).astype(np.float64), np.linspace(0, 1, 200))
   fitted = [
-    fit(lambda value: at_threshold(tempered, value, longest=longest), candidates(tempered), real),
-    fit(lambda value: sampled(stops, value, longest=longest), np.geomspace(0.2, 5, 60), real),
+    fit(threshold_rule, np.unique(observed.clip(1e-6, 1.0)), real),
+    fit(temperature_rule, np.geomspace(0.2, 5, 60), real),
   ]
-  return standard + [rule._replace(rule=f'{rule.rule} (fitted)') for rule in fitted]
+  fitted = [rule._replace(rule=f'{rule.rule} (fitted)') for rule in fitted]
+  return [*map(threshold_rule, THRESHOLDS), *map(temperature_rule, TEMPERATURES), *fitted]
 
 
 def table(rules: list[Lengths], real) -> str:
