@@ -11,6 +11,7 @@ chip's published limits. Needs libtpu (pip install 'ilm_jax[tpu]'), which runs o
 
 import contextlib
 import functools
+import math
 import os
 import re
 import sys
@@ -42,7 +43,7 @@ def devices_of(topology: str):
       f'--topology={topology}: expected one of {", ".join(CHIPS)} and the shape of a slice, such as v5e:2x4, or cpu:8'
     )
   if kind == 'cpu':
-    count = functools.reduce(lambda a, b: a * int(b), sizes, 1)
+    count = math.prod(map(int, sizes))
     if len(jax.devices()) < count:
       raise UserError(
         f'--topology={topology}: there are {len(jax.devices())} CPU devices; set JAX_NUM_CPU_DEVICES={count}'
@@ -121,14 +122,9 @@ def rematerialized(log: Path) -> list[str] | None:
 
 
 def compile_and_print(lowered, devices, chip, log: Path, more=None) -> None:
-  """Compile a lowered program and print its costs, or that it does not fit into memory.
+  """Compile a lowered program for devices of a kind (`chip`; None: CPUs); print its costs, or that it does not fit.
 
-  Args:
-    lowered: the program, from `jax.jit(...).lower(...)`.
-    devices: the devices to compile for.
-    chip: limits of one device, a `roofline.Chip`; None for CPUs.
-    log: folder of the compiler's log.
-    more: function from the compiled program to further lines to print; unused if `chip` is None.
+  `log` is the folder of the compiler's log. `more` maps the compiled program to further lines that are printed for TPUs.
   """
   import jax
 
@@ -154,10 +150,9 @@ def compile_and_print(lowered, devices, chip, log: Path, more=None) -> None:
 
 def run(cfg, topology: str | None, log: Path) -> int:
   """Compile the training step and a decoding step of a config, and print their costs; returns the exit code."""
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  os.environ.setdefault('TPU_ACCELERATOR_TYPE', '')
-  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # no TPU is used, so several processes may compile at once
+  # No TPU is used, so several processes may load libtpu at once.
+  defaults = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': '', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+  os.environ.update({'JAX_PLATFORMS': 'cpu', **defaults, **os.environ})
   if not topology:
     raise UserError('--topology is missing: expected a chip and the shape of a slice, such as --topology=v5e:2x4')
   quiet()

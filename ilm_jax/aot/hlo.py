@@ -1,5 +1,6 @@
 """Parse the text of a compiled program (HLO): its computations, their instructions, and how often each one runs."""
 
+import math
 import re
 from collections import defaultdict
 from typing import NamedTuple
@@ -67,6 +68,7 @@ def parse(text: str) -> Program:
 
 
 def _instruction(line: str) -> Instruction | None:
+  """Parse a line of a computation; return None if it is no instruction."""
   found = _INSTRUCTION.match(line)
   if not found:
     return None
@@ -83,14 +85,12 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _arrays(shape: str) -> list[Array]:
-  arrays = []
-  for dtype, dims, layout in _ARRAY.findall(shape):
-    if dtype in BYTES:
-      count = 1
-      for dim in filter(None, dims.split(',')):
-        count *= int(dim)
-      arrays.append(Array(int(count * BYTES[dtype]), 'S(' not in layout))
-  return arrays
+  """Return the arrays of a shape in HLO notation, such as `(f32[8,16]{1,0}, s32[])`."""
+  return [
+    Array(int(math.prod(map(int, filter(None, dims.split(',')))) * BYTES[dtype]), 'S(' not in layout)
+    for dtype, dims, layout in _ARRAY.findall(shape)
+    if dtype in BYTES
+  ]
 
 
 # --- loops ------------------------------------------------------------------------------------------------------------
@@ -130,14 +130,14 @@ def _trip_count(computations: dict, outer: dict, loop: Instruction) -> int | Non
   condition, body = (computations.get(loop.attribute(name)) for name in ('condition', 'body'))
   if not condition or not body:
     return None
-  less, following = _root(condition), _root(body)
+  less, following = root_of(condition), root_of(body)
   if less is None or less.opcode != 'compare' or 'direction=LT' not in less.attributes:
     return None
   counter, limit = condition.get(less.operands[0]), _constant(condition, less.operands[1])
   if counter is None or counter.opcode != 'get-tuple-element' or limit is None:
     return None
   index = int(counter.attribute('index'))
-  start, after = (_element(outer.get(loop.operands[0]), index), _element(following, index))
+  start, after = _element(outer.get(loop.operands[0]), index), _element(following, index)
   addition = body.get(after)
   if addition is None or addition.opcode != 'add' or _constant(outer, start) != 0:
     return None
@@ -146,7 +146,8 @@ def _trip_count(computations: dict, outer: dict, loop: Instruction) -> int | Non
   return -(-limit // step) if same and step else None
 
 
-def _root(body: dict) -> Instruction | None:
+def root_of(body: dict) -> Instruction | None:
+  """Return the instruction whose result is that of the computation."""
   return next((instruction for instruction in body.values() if instruction.root), None)
 
 
@@ -166,6 +167,5 @@ def _original(body: dict, name: str) -> Instruction | None:
 def _constant(body: dict, name: str) -> int | None:
   """Return the value of the constant of this name; None if the instruction is not an integer constant."""
   found = _original(body, name)
-  return (
-    int(found.operands[0]) if found is not None and found.opcode == 'constant' and found.operands[0].isdigit() else None
-  )
+  is_integer = found is not None and found.opcode == 'constant' and found.operands[0].isdigit()
+  return int(found.operands[0]) if is_integer else None

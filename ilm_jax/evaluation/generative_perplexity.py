@@ -14,7 +14,6 @@ tokens, or whose reference text does. ilm_jax/evaluation/text_statistics.py defi
 """
 
 import json
-import sys
 from pathlib import Path
 
 from absl import flags
@@ -43,10 +42,8 @@ def define(values: flags.FlagValues) -> None:
 def infill_statistics(model, samples: list[Sample], *, seed: int = 0) -> dict | None:
   """Compute the statistics of the infilled texts among the samples; return None if there are none.
 
-  Returns:
-    A dict with counts (`answers`, `requests`, `left_out_truth`, `left_out_input`) and Estimates (`change_truth`,
-    `change_input`, `exact_match`, `filling_match`), see `text_statistics`. Entries that need true texts or true
-    fillings are missing if the samples have no true texts or fillings.
+  The result has counts (`answers`, `requests`, `left_out_truth`, `left_out_input`) and Estimates (`change_truth`,
+  `change_input`, `exact_match`, `filling_match`), without those that need true texts or fillings that are missing.
   """
   from ilm_jax.evaluation import text_statistics
 
@@ -74,17 +71,10 @@ def infill_statistics(model, samples: list[Sample], *, seed: int = 0) -> dict | 
 
 
 def score_samples(model, samples: list[Sample], references: list[str], *, seed: int = 0) -> dict:
-  """Compute all statistics of generated texts (samples) and of reference texts.
+  """Compute all statistics of generated texts (samples) and, if there are any, of real texts (references).
 
-  Args:
-    model: the scoring model.
-    samples: the generated texts.
-    references: real texts to compare with; may be empty.
-    seed: seed of the bootstrap.
-
-  Returns:
-    {'samples': statistics, 'notes': lines to print}; also 'reference' and 'mauve' if there are reference texts, and
-    'infilling' if there are infilled texts.
+  The result has the keys 'samples' and 'notes' (lines to print); also 'reference' and 'mauve' if there are reference
+  texts, and 'infilling' if there are infilled texts. `seed` is the seed of the bootstrap.
   """
   from ilm_jax.evaluation import text_statistics
   from ilm_jax.evaluation.scoring_models import CachedScoringModel
@@ -95,7 +85,7 @@ def score_samples(model, samples: list[Sample], references: list[str], *, seed: 
     out['reference'] = text_statistics.describe(references, model.nll(references), seed=seed)
     out['mauve'], note = text_statistics.mauve(texts, references)
     notes += [note] if note else []
-  if (infilling := infill_statistics(model, samples, seed=seed)) is not None:
+  if infilling := infill_statistics(model, samples, seed=seed):
     out['infilling'] = infilling
     for name, reference in (('truth', 'true text'), ('input', 'text without fillings')):
       if left_out := infilling.get(f'left_out_{name}'):
@@ -153,7 +143,3 @@ def run(values) -> int:
 def main(argv=None) -> int:
   """Run the command `ilm-jax perplexity`; return the exit code."""
   return command(__doc__, define, run, argv)
-
-
-if __name__ == '__main__':
-  sys.exit(main())

@@ -71,7 +71,7 @@ def define(values: flags.FlagValues) -> None:
 
 def remove_spans(text: str, spans) -> GappedText:
   """Remove (start, end) spans of characters from a text; the spans must be sorted and separated by text."""
-  bounds = [0, *(bound for span in spans for bound in span), len(text)]
+  bounds = [0, *itertools.chain(*spans), len(text)]
   pieces = [text[start:end] for start, end in itertools.pairwise(bounds)]
   return GappedText(pieces[::2], pieces[1::2])
 
@@ -102,16 +102,10 @@ def remove_sentence(text: str, rng: np.random.Generator) -> GappedText | None:
 
 
 def remove_word_runs(text: str, rng: np.random.Generator, share: float, gaps: int) -> GappedText | None:
-  """Remove random runs of consecutive words from a text, with at least one word between two runs.
+  """Remove `gaps` random runs of words from a text, with at least one word between two runs.
 
-  Args:
-    text: the text.
-    rng: draws the lengths of the runs, then their positions; all placements of the runs are equally likely.
-    share: fraction of the words to remove, rounded to whole words; every run has at least one word.
-    gaps: number of runs to remove.
-
-  Returns:
-    The text with gaps; None if the text has too few words.
+  The runs together make up the fraction `share` of the words, and have at least one word each. All placements of the
+  runs are equally likely. Returns None if the text has too few words.
   """
   spans = word_spans(text)
   removed = max(gaps, round(share * len(spans)))
@@ -181,13 +175,8 @@ def make_requests(
 ) -> list[dict]:
   """Make at most `count` infill requests from texts that are drawn at random among those long enough for gaps.
 
-  Args:
-    texts: iterable of texts.
-    count: maximum number of requests.
-    seed: random seed for choosing texts and gaps.
-    run_tokenizer: if given, texts that are too long for this run are skipped.
-    lengths: whether to add `least` and `most`, the number of tokens of each gap; needs `run_tokenizer`.
-    **gaps: `kind`, `unit` and `share`, see `make_gaps`.
+  If `run_tokenizer` is given, texts that are too long for its run are skipped, and `lengths` adds `least` and `most`,
+  both the number of tokens of each gap. `gaps` are the arguments `kind`, `unit` and `share` of `make_gaps`.
   """
   from ilm_jax.tasks.text import corpora
 
@@ -251,7 +240,3 @@ def run(values) -> int:
 def main(argv=None) -> int:
   """Run the command `ilm-jax infill-sets`; return the exit code."""
   return command(__doc__, define, run, argv)
-
-
-if __name__ == '__main__':
-  sys.exit(main())

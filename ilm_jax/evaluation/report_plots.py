@@ -10,17 +10,12 @@ from ilm_jax.types import UserError
 
 
 def plot(workdir: str) -> None:
-  """Write the plots of a run: validation metrics by step (accuracy.png or loss.png), decoding order (order.png).
-
-  Raises:
-    UserError: matplotlib is not installed.
-  """
+  """Write the plots of a run: validation metrics by step (accuracy.png or loss.png), decoding order (order.png)."""
   try:
     import matplotlib
   except ImportError:
     raise UserError('the plots need matplotlib: pip install "ilm_jax[report]", or pass --noplots') from None
   matplotlib.use('agg')
-
   plot_learning_curve(workdir)
   order_places = json.loads((epath.Path(workdir) / 'eval.json').read_text()).get('order_places')
   if order_places:

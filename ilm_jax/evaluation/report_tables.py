@@ -110,17 +110,7 @@ def likelihood_table(rows: list[Row]) -> list[str]:
 
 def training_table(rows: list[Row]) -> list[str]:
   """Return the lines of the report's section on training and sampling settings."""
-  columns = [
-    'task',
-    'family',
-    'seeds',
-    'steps',
-    'parameters',
-    'training time per seed',
-    'hardware',
-    'commit',
-    'sampler',
-  ]
+  columns = ['task', 'family', 'seeds', 'steps', 'parameters', 'training time per seed', 'hardware', 'commit']
   cells = []
   for row in rows:
     commits = sorted({commit for run in row for commit in run.commits})
@@ -131,7 +121,7 @@ def training_table(rows: list[Row]) -> list[str]:
       ' + '.join(sorted({run.hardware for run in row})), ', '.join(map(short_commit, commits)), row[0].sampler,
     ])  # fmt: skip
   text = 'Steps: training steps of the evaluated weights, of the maximum number of steps.'
-  return ['', '## Training and sampling', '', text, *table(columns, cells)]
+  return ['', '## Training and sampling', '', text, *table([*columns, 'sampler'], cells)]
 
 
 def order_table(rows: list[Row]) -> list[str]:
@@ -168,15 +158,10 @@ def mean_of_seeds(values: list[float]) -> str:
 
 
 def nll_intervals(nll_N, tokens_N) -> tuple[tuple[float, float], tuple[float, float]]:
-  """Compute the mean NLL per string and per token, with the half widths of their 95 % confidence intervals.
+  """Return the mean NLL and the half width of its 95 % confidence interval: a pair per string, and a pair per token.
 
-  Args:
-    nll_N: NLL of each string, in nats.
-    tokens_N: number of tokens of each string, not counting its end token.
-
-  Returns:
-    ((mean, half width) per string, (mean, half width) per token). The mean per token is a ratio of sums;
-    its interval is computed by linearization.
+  `tokens_N` does not count the end token of each string. The mean per token is a ratio of sums; its interval is
+  computed by linearization.
   """
   count, size_N = len(nll_N), np.asarray(tokens_N) + 1.0
 

@@ -8,12 +8,11 @@ The NLL of a text is the sum over its tokens; the first token is predicted from 
 arXiv 2505.05755, no end token is scored. Texts longer than the model's context are truncated to their first tokens.
 """
 
-import time
 from typing import NamedTuple
 
 import numpy as np
-from absl import logging
 
+from ilm_jax.evaluation.progress import Progress
 from ilm_jax.runs import run_file
 from ilm_jax.types import UserError
 
@@ -30,7 +29,6 @@ class TextNLL(NamedTuple):
 
   @property
   def num_tokens(self) -> int:
-    """Return the number of scored tokens."""
     return len(self.ids)
 
 
@@ -55,8 +53,7 @@ class ScoringModel:
     rows = [ids[: self.max_tokens] for ids in encoded]
     out = [TextNLL(0.0, [], False)] * len(texts)
     by_length = sorted((i for i, ids in enumerate(rows) if ids), key=lambda i: len(rows[i]))
-    total, done = sum(map(len, rows)), 0
-    start = last_log = time.monotonic()
+    progress, done = Progress('scored tokens', sum(map(len, rows))), 0
     for first in range(0, len(by_length), self.batch_size):
       batch = by_length[first : first + self.batch_size]
       ids_BxL = np.zeros((self.batch_size, self.padded_length(len(rows[batch[-1]]))), np.int32)
@@ -69,10 +66,7 @@ class ScoringModel:
         n = len(rows[i])
         out[i] = TextNLL(float(nll_BxL[row, :n].sum()), rows[i], len(encoded[i]) > n)
         done += n
-      if time.monotonic() - last_log > 10:
-        last_log = time.monotonic()
-        seconds_left = (total - done) * (last_log - start) / done
-        logging.info('scored %s of %s tokens, %.0f s left', f'{done:,}', f'{total:,}', seconds_left)
+      progress.update(done)
     return out
 
   def padded_length(self, tokens: int) -> int:
@@ -120,14 +114,6 @@ class ArmScoringModel(ScoringModel):
       return arm.next_losses(transformer.Forward(lm.model_cfg, params), tokens_BxL, length_B, cfg)
 
     self.next_losses = next_losses
-
-  @classmethod
-  def load(cls, workdir) -> 'ArmScoringModel':
-    """Load the checkpoint of an ARM run that was best on the validation split."""
-    from ilm_jax.inference import api
-
-    check(workdir)
-    return cls(api.load(workdir), name=str(workdir))
 
   def encode(self, text: str) -> list[int]:
     return list(map(int, self.lm.tokenizer.encode(text)))
@@ -207,45 +193,32 @@ def _import_hugging_face():
 
 
 def check(name) -> None:
-  """Check the name of a scoring model without loading the model.
-
-  Raises:
-    UserError: the folder contains no run, or a run of another family or task; or torch or transformers is missing.
-  """
-  if str(name).startswith(HF_PREFIX):
+  """Raise UserError if a scoring model cannot be used, as far as this can be told without loading the model."""
+  name = str(name)
+  if name.startswith(HF_PREFIX):
     _import_hugging_face()
-    if not str(name).removeprefix(HF_PREFIX):
+    if name == HF_PREFIX:
       raise UserError(
         f'the scoring model {name}: expected a model name or path after {HF_PREFIX}, such as {HF_PREFIX}gpt2'
       )
     return
-
   try:
     cfg = run_file.read_config(name)
   except UserError as error:
     raise UserError(f'the scoring model {error}; for a Hugging Face model, write {HF_PREFIX}NAME') from None
-  if cfg['family'] != 'arm':
-    raise UserError(
-      f'the scoring model {name} is a run of family={cfg["family"]}: expected family=arm, which has exact likelihoods, '
-      f'or {HF_PREFIX}NAME'
-    )
-  if cfg['task']['name'] != 'text':
-    raise UserError(
-      f'the scoring model {name} is a run of task.name={cfg["task"]["name"]}: expected a run of task.name=text, '
-      f'or {HF_PREFIX}NAME'
-    )
+  for setting, value, expected in (('family', cfg['family'], 'arm'), ('task.name', cfg['task']['name'], 'text')):
+    if value != expected:
+      raise UserError(
+        f'the scoring model {name} is a run of {setting}={value}: expected family=arm, which has exact likelihoods, '
+        f'and task.name=text, or {HF_PREFIX}NAME'
+      )
 
 
 def get(name) -> ScoringModel:
-  """Load a scoring model by its name.
-
-  Args:
-    name: the workdir of an ARM run, or `hf:` and the name or path of a Hugging Face model.
-
-  Raises:
-    UserError: see `check`; or the Hugging Face model cannot be loaded.
-  """
+  """Load a scoring model: the workdir of an ARM run, or `hf:` and the name or path of a Hugging Face model."""
   check(name)
   if str(name).startswith(HF_PREFIX):
     return HuggingFaceScoringModel(str(name).removeprefix(HF_PREFIX))
-  return ArmScoringModel.load(name)
+  from ilm_jax.inference import api
+
+  return ArmScoringModel(api.load(name), name=str(name))
