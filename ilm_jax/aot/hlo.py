@@ -93,9 +93,6 @@ def _arrays(shape: str) -> list[Array]:
   ]
 
 
-# --- loops ------------------------------------------------------------------------------------------------------------
-
-
 def _count_runs(computations: dict, entry: str) -> dict[str, tuple[int, bool]]:
   """Return how often each computation executes per run of the program, and whether that number is exact."""
   calls = defaultdict(list)
@@ -127,45 +124,37 @@ def _trip_count(computations: dict, outer: dict, loop: Instruction) -> int | Non
   """
   if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
     return int(noted[1])
-  condition, body = (computations.get(loop.attribute(name)) for name in ('condition', 'body'))
-  if not condition or not body:
+  try:
+    condition, body = (computations[loop.attribute(name)] for name in ('condition', 'body'))
+    begin, less, result = outer[loop.operands[0]], root_of(condition), root_of(body)
+    counter, limit = condition[less.operands[0]], _constant(condition, less.operands[1])
+    index = int(counter.attribute('index'))
+    addition = body[result.operands[index]]
+    before, step = _original(body, addition.operands[0]), _constant(body, addition.operands[1])
+    start = _constant(outer, begin.operands[index])
+  except (IndexError, KeyError, ValueError):
     return None
-  less, following = root_of(condition), root_of(body)
-  if less is None or less.opcode != 'compare' or 'direction=LT' not in less.attributes:
+  opcodes = [one.opcode for one in (begin, result, less, addition, counter, before)]
+  if opcodes != ['tuple', 'tuple', 'compare', 'add', 'get-tuple-element', 'get-tuple-element']:
     return None
-  counter, limit = condition.get(less.operands[0]), _constant(condition, less.operands[1])
-  if counter is None or counter.opcode != 'get-tuple-element' or limit is None:
-    return None
-  index = int(counter.attribute('index'))
-  start, after = _element(outer.get(loop.operands[0]), index), _element(following, index)
-  addition = body.get(after)
-  if addition is None or addition.opcode != 'add' or _constant(outer, start) != 0:
-    return None
-  before, step = _original(body, addition.operands[0]), _constant(body, addition.operands[1])
-  same = before is not None and before.opcode == 'get-tuple-element' and before.attribute('index') == str(index)
-  return -(-limit // step) if same and step else None
+  counts_up = 'direction=LT' in less.attributes and before.attribute('index') == str(index) and start == 0
+  return -(-limit // step) if counts_up and step else None
 
 
-def root_of(body: dict) -> Instruction | None:
+def root_of(body: dict) -> Instruction:
   """Return the instruction whose result is that of the computation."""
-  return next((instruction for instruction in body.values() if instruction.root), None)
+  return next(instruction for instruction in body.values() if instruction.root)
 
 
-def _element(made: Instruction | None, index: int) -> str:
-  """Return the name of the operand that becomes a tuple's element; '' if `made` is no tuple instruction."""
-  return made.operands[index] if made is not None and made.opcode == 'tuple' and index < len(made.operands) else ''
-
-
-def _original(body: dict, name: str) -> Instruction | None:
+def _original(body: dict, name: str) -> Instruction:
   """Return the instruction of this name; if it is a copy, the instruction that was copied."""
-  instruction = body.get(name)
-  while instruction is not None and instruction.opcode == 'copy':
-    instruction = body.get(instruction.operands[0])
+  instruction = body[name]
+  while instruction.opcode == 'copy':
+    instruction = body[instruction.operands[0]]
   return instruction
 
 
-def _constant(body: dict, name: str) -> int | None:
-  """Return the value of the constant of this name; None if the instruction is not an integer constant."""
+def _constant(body: dict, name: str) -> int:
+  """Return the value of the integer constant of this name; ValueError if the instruction is another one."""
   found = _original(body, name)
-  is_integer = found is not None and found.opcode == 'constant' and found.operands[0].isdigit()
-  return int(found.operands[0]) if is_integer else None
+  return int(found.operands[0] if found.opcode == 'constant' else '')

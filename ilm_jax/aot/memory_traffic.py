@@ -60,7 +60,7 @@ def _fusion(one: Instruction, operands: list[Instruction], body: dict[str, Instr
       total += bool(operand.size_in_memory()) * min(operand.size(), sum(inner.size() for inner in users))
     elif not (only_first and set(first) == {'dynamic-update-slice'}):
       total += operand.size_in_memory()
-  root = root_of(body)
+  root = root_of(body) if body else None
   results = [body.get(name) for name in root.operands] if root and root.opcode == 'tuple' else [root]
   for array, result in zip(one.arrays, results, strict=False):
     while result and result.opcode == 'bitcast' and result.operands[0] in body:

@@ -34,9 +34,6 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string('out', None, 'File to write: *.npz or *.safetensors.', flag_values=values)
 
 
-# --- comparing with the reference code --------------------------------------------------------------------------------
-
-
 def relative_error(actual, expected) -> float:
   """Return max |actual - expected| / max |expected|; infinite if the shapes differ or a value is not finite."""
   actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
@@ -177,9 +174,6 @@ def check(folder) -> int:
     worst = max(worst, *errors.values())
   print(f'largest of all: {worst:.1e}; the limit is {LIMIT:.0e}')
   return int(worst > LIMIT)
-
-
-# --- exporting --------------------------------------------------------------------------------------------------------
 
 
 def export(workdir, checkpoint: str, out: str) -> int:

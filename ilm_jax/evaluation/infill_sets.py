@@ -23,8 +23,12 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from ilm_jax.console import command, quiet
+from ilm_jax.runs import run_file
+from ilm_jax.tasks.text import corpora
+from ilm_jax.tasks.text import task as text_task
 from ilm_jax.types import UserError
 
 MAX_GAPS = 5  # maximum number of gaps in a text with --kind=multi
@@ -66,9 +70,6 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string('out', None, 'JSONL file to write; standard output by default.', flag_values=values)
 
 
-# --- removing text ----------------------------------------------------------------------------------------------------
-
-
 def remove_spans(text: str, spans) -> GappedText:
   """Remove (start, end) spans of characters from a text; the spans must be sorted and separated by text."""
   bounds = [0, *itertools.chain(*spans), len(text)]
@@ -78,10 +79,8 @@ def remove_spans(text: str, spans) -> GappedText:
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
   """Return the (start, end) character offsets of each sentence in a text, without surrounding white space."""
-  from ilm_jax.tasks.text.task import SENTENCE
-
   spans, start = [], 0
-  for end in [*(match.end() for match in SENTENCE.finditer(text)), len(text)]:
+  for end in [*(match.end() for match in text_task.SENTENCE.finditer(text)), len(text)]:
     sentence = text[start:end]
     if any(map(str.isalnum, sentence)):
       first = start + len(sentence) - len(sentence.lstrip())
@@ -93,12 +92,6 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
 def word_spans(text: str) -> list[tuple[int, int]]:
   """Return the (start, end) character offsets of each word in a text; words are separated by white space."""
   return [match.span() for match in re.finditer(r'\S+', text)]
-
-
-def remove_sentence(text: str, rng: np.random.Generator) -> GappedText | None:
-  """Remove a random sentence from a text; return None if the text has fewer than two sentences."""
-  spans = sentence_spans(text)
-  return remove_spans(text, [spans[rng.integers(len(spans))]]) if len(spans) > 1 else None
 
 
 def remove_word_runs(text: str, rng: np.random.Generator, share: float, gaps: int) -> GappedText | None:
@@ -116,42 +109,36 @@ def remove_word_runs(text: str, rng: np.random.Generator, share: float, gaps: in
   ends = [0, *sorted(1 + rng.choice(removed - 1, gaps - 1, replace=False)), removed]
   kept_before = sorted(rng.choice(kept + 1, gaps, replace=False))
   runs = []
-  for i in range(gaps):
-    first, last = kept_before[i] + ends[i], kept_before[i] + ends[i + 1] - 1  # word indices
-    runs.append((spans[first][0], spans[last][1]))
+  for before, (start, end) in zip(kept_before, itertools.pairwise(ends), strict=True):
+    runs.append((spans[before + start][0], spans[before + end - 1][1]))
   return remove_spans(text, runs)
 
 
 def make_gaps(text: str, rng: np.random.Generator, *, kind: str, unit: str, share: float) -> GappedText | None:
   """Make gaps in a text as --kind, --unit and --share specify; return None if the text is too short."""
-  if kind == 'single':
-    return remove_sentence(text, rng) if unit == 'sentence' else remove_word_runs(text, rng, share, 1)
-  removed = round(share * len(word_spans(text)))
-  if removed < 2:
-    return None
-  return remove_word_runs(text, rng, share, int(rng.integers(2, min(MAX_GAPS, removed) + 1)))
-
-
-# --- token counts of a run --------------------------------------------------------------------------------------------
+  if kind == 'single' and unit == 'sentence':
+    spans = sentence_spans(text)
+    return remove_spans(text, [spans[rng.integers(len(spans))]]) if len(spans) > 1 else None
+  removed, gaps = round(share * len(word_spans(text))), 1
+  if kind == 'multi':
+    if removed < 2:
+      return None
+    gaps = int(rng.integers(2, min(MAX_GAPS, removed) + 1))
+  return remove_word_runs(text, rng, share, gaps)
 
 
 class RunTokenizer:
   """The tokenizer of a run on text, and the maximum number of tokens (sampling.max_length) of that run."""
 
   def __init__(self, workdir: str):
-    from ml_collections import ConfigDict
-
-    from ilm_jax.runs import run_file
-    from ilm_jax.tasks.text import task as text
-
     try:
       cfg = ConfigDict(run_file.read_config(workdir))
     except UserError as error:
       raise UserError(f'--tokenizer={error}') from None
     if cfg.task.name != 'text':
       raise UserError(f'--tokenizer={workdir} is a run of task.name={cfg.task.name}: expected task.name=text')
-    text.resolve_assets(cfg.task, workdir)
-    self.tokenizer, self.max_length = text.tokenizer(cfg.task), cfg.sampling.max_length
+    text_task.resolve_assets(cfg.task, workdir)
+    self.tokenizer, self.max_length = text_task.tokenizer(cfg.task), cfg.sampling.max_length
 
   def gap_lengths(self, gapped: GappedText) -> list[int] | None:
     """Return the number of tokens of each gap; None if the text is too long, a gap is empty, or two gaps touch."""
@@ -167,9 +154,6 @@ class RunTokenizer:
     return lengths if total < self.max_length and all(lengths) else None
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def make_requests(
   texts, *, count: int, seed: int, run_tokenizer: RunTokenizer | None = None, lengths: bool = False, **gaps
 ) -> list[dict]:
@@ -178,7 +162,6 @@ def make_requests(
   If `run_tokenizer` is given, texts that are too long for its run are skipped, and `lengths` adds `least` and `most`,
   both the number of tokens of each gap. `gaps` are the arguments `kind`, `unit` and `share` of `make_gaps`.
   """
-  from ilm_jax.tasks.text import corpora
 
   def candidates():
     for number, text in enumerate(texts):
@@ -205,26 +188,18 @@ def run(values) -> int:
   if values.unit and values.kind == 'multi':
     raise UserError('--unit applies to --kind=single only: the gaps of --kind=multi always remove words')
   quiet()
-  from ilm_jax.tasks.text import corpora
-
   unit = values.unit or ('words' if values.documents == 'line' else 'sentence')
   run_tokenizer = RunTokenizer(values.tokenizer) if values.tokenizer else None
   texts = corpora.read_split(values.path, values.split, values.documents, detokenised=values.detokenize)
-  requests = make_requests(
-    texts, count=values.count, seed=values.seed, run_tokenizer=run_tokenizer, lengths=values.lengths,
-    kind=values.kind, unit=unit, share=values.share,
-  )  # fmt: skip
+  options = {'kind': values.kind, 'unit': unit, 'share': values.share, 'lengths': values.lengths}
+  requests = make_requests(texts, count=values.count, seed=values.seed, run_tokenizer=run_tokenizer, **options)
   if not requests:
-    raise UserError(
-      f'--path={values.path} has no text in its {values.split} split that is long enough for these gaps'
-      + (f' and short enough for {values.tokenizer}' if run_tokenizer else '')
-    )
+    needed = 'long enough for these gaps' + (f' and short enough for {values.tokenizer}' if run_tokenizer else '')
+    raise UserError(f'--path={values.path} has no text in its {values.split} split that is {needed}')
   if len(requests) < values.count:
-    print(
-      f'{values.path}: made {len(requests)} requests of --count={values.count}; the other texts of the {values.split} '
-      'split are too short' + (' or too long' if run_tokenizer else ''),
-      file=sys.stderr,
-    )
+    reason = 'too short or too long' if run_tokenizer else 'too short'
+    print(f'{values.path}: made {len(requests)} requests of --count={values.count}; the other texts of the '
+          f'{values.split} split are {reason}', file=sys.stderr)  # fmt: skip
   content = ''.join(json.dumps(request) + '\n' for request in requests)
   if not values.out:
     print(content, end='')

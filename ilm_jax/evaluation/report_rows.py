@@ -52,10 +52,8 @@ def read(workdir: str) -> Run:
     config = run_file.migrate(result['config'])
     pairs = result['pairs']
     if 'exact_match' not in pairs and not result.get('strings'):
-      raise UserError(
-        f'{workdir}: the task {config["task"]["label"]} has no right answers, and no likelihoods were measured: '
-        'evaluate the run with --mode=eval --config.eval.score='
-      )
+      advice = 'evaluate the run with --mode=eval --config.eval.score='
+      raise UserError(f'{workdir}: the task has no right answers, and no likelihoods were measured: {advice}')
     if not result['finished']:
       raise UserError(f'{workdir} was evaluated before it was finished: finish the run, or lower --config.stop_at')
     starts = [*run['starts'], result['start']]
@@ -81,9 +79,8 @@ def read(workdir: str) -> Run:
       orders={name: pair for name, pair in pairs.items() if name.startswith('order_')},
     )
   except (KeyError, TypeError, ValueError) as error:
-    raise UserError(
-      f'{workdir}: eval.json lacks {error}, which the tables need: evaluate the run again with --mode=eval'
-    ) from None
+    advice = 'evaluate the run again with --mode=eval'
+    raise UserError(f'{workdir}: eval.json lacks {error}, which the tables need: {advice}') from None
 
 
 def _family_name(config: dict) -> str:
@@ -109,16 +106,12 @@ def group(runs: list[Run], mixed_commits: bool) -> list[list[Run]]:
         raise UserError(f'{a.workdir} and {b.workdir} are the same run twice (seed {a.seed}): leave one out')
     commits = {commit: run.workdir for run in row for commit in run.commits}
     if 'unknown' in commits and not mixed_commits:
-      raise UserError(
-        f'{commits["unknown"]} was run outside a git checkout, so its commit is unknown: run it in a checkout, or '
-        'accept it with --mixed_commits'
-      )
+      advice = 'run it in a checkout, or accept it with --mixed_commits'
+      raise UserError(f'{commits["unknown"]} was run outside a git checkout, so its commit is unknown: {advice}')
     if len(commits) > 1 and not mixed_commits:
       listed = ', '.join(f'{short_commit(commit)} ({workdir})' for commit, workdir in sorted(commits.items()))
-      raise UserError(
-        f'{row[0].label}, {row[0].family}: the runs of this row are from several commits, {listed}: run them again at '
-        'one commit, or accept them with --mixed_commits'
-      )
+      advice = 'run them again at one commit, or accept them with --mixed_commits'
+      raise UserError(f'{row[0].label}, {row[0].family}: the runs are from several commits, {listed}: {advice}')
   return list(rows.values())
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ilm_jax.evaluation.infill_sets import GappedText
+from ilm_jax.tasks.text import corpora
 from ilm_jax.types import UserError
 
 
@@ -79,9 +80,8 @@ def _add_gaps(sample: Sample, record: dict, where: str) -> Sample:
     if bounds != sorted(bounds) or [sample.text[start:end] for start, end in spans] != fillings:
       raise ValueError
   except (TypeError, ValueError):
-    raise UserError(
-      f'{where}: expected "fillings", a list of strings, and "spans", the [start, end] of each filling in "text"'
-    ) from None
+    expected = '"fillings", a list of strings, and "spans", the [start, end] of each filling in "text"'
+    raise UserError(f'{where}: expected {expected}') from None
   if not isinstance(sample.id, int | str):
     raise UserError(f'{where}: expected the key "id" with the id of the infill request')
   parts = [sample.text[start:end] for start, end in zip(bounds[::2], bounds[1::2], strict=True)]
@@ -97,9 +97,8 @@ def _add_truth(sample: Sample, truth: dict, where: str) -> Sample:
   if not isinstance(truth.get('text'), str):
     raise UserError(f'{where}: expected the key "truth" with the true text, a string')
   if fillings is not None and not _is_filled_with(truth['text'], sample.parts, fillings):
-    raise UserError(
-      f'{where}: the given parts of the text and the true fillings do not join to the true text {truth["text"][:60]!r}'
-    )
+    text = truth['text'][:60]
+    raise UserError(f'{where}: the given parts and the true fillings do not join to the true text {text!r}')
   return sample._replace(truth=truth['text'], true_fillings=fillings)
 
 
@@ -138,8 +137,6 @@ def read_references(values, count: int) -> list[str]:
 
   `values` are the flags of `ilm-jax perplexity`: `reference`, `split`, `documents`, `detokenize` and `seed`.
   """
-  from ilm_jax.tasks.text import corpora
-
   path = values.reference
   if path.endswith('.jsonl'):
     texts = [text_of(record, where) for where, record in records(path, 'reference')]

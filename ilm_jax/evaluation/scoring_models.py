@@ -91,9 +91,6 @@ class CachedScoringModel:
     return [self.cache[text] for text in texts]
 
 
-# --- ARM runs of this project -----------------------------------------------------------------------------------------
-
-
 class ArmScoringModel(ScoringModel):
   """Scores texts with an autoregressive model of this project, under its own tokenizer; [UNK] tokens are scored too."""
 
@@ -125,9 +122,6 @@ class ArmScoringModel(ScoringModel):
     return np.asarray(nll_BxL)[:, len(self.prefix) - 1 : -1]
 
 
-# --- Hugging Face models ----------------------------------------------------------------------------------------------
-
-
 class HuggingFaceScoringModel(ScoringModel):
   """Scores texts with a causal Hugging Face model, in bfloat16 on a GPU and float32 on a CPU.
 
@@ -142,19 +136,16 @@ class HuggingFaceScoringModel(ScoringModel):
       net = transformers.AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError) as error:
       reason = ' '.join(str(error).split()).split('. ')[0][:200]
-      raise UserError(
-        f'the scoring model {HF_PREFIX}{name} could not be loaded from Hugging Face or a local folder ({reason}): '
-        'name another model, or the workdir of a run of family=arm'
-      ) from None
+      problem = f'could not be loaded from Hugging Face or a local folder ({reason})'
+      advice = 'name another model, or the workdir of a run of family=arm'
+      raise UserError(f'the scoring model {HF_PREFIX}{name} {problem}: {advice}') from None
     start_tokens = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
     self.start = next((token for token in start_tokens if token is not None), None)
     if self.start is None:
-      raise UserError(
-        f'the scoring model {HF_PREFIX}{name} has neither a BOS nor an EOS token to start from: use another model'
-      )
-    on_gpu = torch.cuda.is_available()
-    self.device = 'cuda' if on_gpu else 'cpu'
-    self.net = net.to(device=self.device, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
+      problem = 'has neither a BOS nor an EOS token to start from'
+      raise UserError(f'the scoring model {HF_PREFIX}{name} {problem}: use another model')
+    self.device, dtype = ('cuda', torch.bfloat16) if torch.cuda.is_available() else ('cpu', torch.float32)
+    self.net = net.to(device=self.device, dtype=dtype).eval()
     limits = self.tokenizer.model_max_length, getattr(net.config, 'max_position_embeddings', None)
     self.max_tokens = min(int(limit) for limit in limits if limit) - 1  # the start token needs one of the positions
     self.name, self.batch_size, self.torch = HF_PREFIX + name, batch_size, torch
@@ -166,9 +157,8 @@ class HuggingFaceScoringModel(ScoringModel):
     torch = self.torch
     mask_BxL = np.arange(ids_BxL.shape[1] + 1)[None] <= length_B[:, None]
     inputs_BxL = np.concatenate([np.full((len(ids_BxL), 1), self.start), ids_BxL], axis=1)
-    inputs_BxL, mask_BxL, ids_BxL = (
-      torch.tensor(array, device=self.device, dtype=torch.long) for array in (inputs_BxL, mask_BxL, ids_BxL)
-    )
+    arrays = (torch.tensor(x, device=self.device, dtype=torch.long) for x in (inputs_BxL, mask_BxL, ids_BxL))
+    inputs_BxL, mask_BxL, ids_BxL = arrays
     with torch.inference_mode():
       logits_BxLxV = self.net(input_ids=inputs_BxL, attention_mask=mask_BxL).logits
       nll = [  # one row at a time: float32 logits of a whole batch can need more memory than the model
@@ -183,13 +173,9 @@ def _import_hugging_face():
     import torch
     import transformers
   except ImportError:
-    raise UserError(
-      f'a scoring model {HF_PREFIX}NAME needs torch and transformers: pip install "ilm_jax[perplexity]"'
-    ) from None
+    needed = 'needs torch and transformers: pip install "ilm_jax[perplexity]"'
+    raise UserError(f'a scoring model {HF_PREFIX}NAME {needed}') from None
   return torch, transformers
-
-
-# --- lookup by name ---------------------------------------------------------------------------------------------------
 
 
 def check(name) -> None:
@@ -198,9 +184,7 @@ def check(name) -> None:
   if name.startswith(HF_PREFIX):
     _import_hugging_face()
     if name == HF_PREFIX:
-      raise UserError(
-        f'the scoring model {name}: expected a model name or path after {HF_PREFIX}, such as {HF_PREFIX}gpt2'
-      )
+      raise UserError(f'the scoring model {name}: expected a model name or path after {HF_PREFIX}, such as hf:gpt2')
     return
   try:
     cfg = run_file.read_config(name)
@@ -208,10 +192,8 @@ def check(name) -> None:
     raise UserError(f'the scoring model {error}; for a Hugging Face model, write {HF_PREFIX}NAME') from None
   for setting, value, expected in (('family', cfg['family'], 'arm'), ('task.name', cfg['task']['name'], 'text')):
     if value != expected:
-      raise UserError(
-        f'the scoring model {name} is a run of {setting}={value}: expected family=arm, which has exact likelihoods, '
-        f'and task.name=text, or {HF_PREFIX}NAME'
-      )
+      needed = f'family=arm, which has exact likelihoods, and task.name=text, or {HF_PREFIX}NAME'
+      raise UserError(f'the scoring model {name} is a run of {setting}={value}: expected {needed}')
 
 
 def get(name) -> ScoringModel:

@@ -101,9 +101,6 @@ def describe(texts: list[str], scored: list[TextNLL], *, seed: int = 0) -> dict:
   }
 
 
-# --- infilled texts ---------------------------------------------------------------------------------------------------
-
-
 def join_parts(parts: list[str]) -> str:
   """Join the text parts around gaps, without fillings; merge the two spaces around a gap; strip spaces at the ends."""
   text = parts[0]
@@ -146,21 +143,14 @@ def matches(requests: list, fillings: list[list[str]], true_fillings: list[list[
   }
 
 
-# --- printing and JSON ------------------------------------------------------------------------------------------------
-
 ROW_LABELS = {
-  'texts': 'texts',
-  'nll': 'NLL per token, nats',
-  'perplexity': 'perplexity',
-  'entropy': 'entropy, nats',
-  'length': 'length, tokens',
+  **{'texts': 'texts', 'nll': 'NLL per token, nats', 'perplexity': 'perplexity'},
+  **{'entropy': 'entropy, nats', 'length': 'length, tokens'},
   **{f'distinct_{n}': f'distinct {n}-grams' for n in NGRAMS},
-  'repeated': 'repeated texts',
-  'answers': 'infilled texts',
+  **{'repeated': 'repeated texts', 'answers': 'infilled texts'},
   'change_truth': 'NLL change against the true text, %',
   'change_input': 'NLL change against the text without fillings, %',
-  'exact_match': 'texts with all fillings exact',
-  'filling_match': 'exact fillings',
+  **{'exact_match': 'texts with all fillings exact', 'filling_match': 'exact fillings'},
 }
 
 
@@ -194,20 +184,14 @@ def warnings(statistics: dict, name: str, model) -> list[str]:
 
 def values(statistics: dict) -> dict[str, float]:
   """Return {name: value} for all statistics whose estimate is defined, without confidence intervals."""
-  estimates = {name: item for name, item in statistics.items() if isinstance(item, Estimate)}
-  return {name: item.value for name, item in estimates.items() if item.value is not None}
+  return {name: item.value for name, item in statistics.items() if getattr(item, 'value', None) is not None}
 
 
 def plain(statistics):
   """Convert statistics to plain dicts for JSON: each Estimate becomes a dict with 'value', 'low' and 'high'."""
-  if isinstance(statistics, Estimate):
-    return statistics._asdict()
   if isinstance(statistics, dict):
     return {name: plain(value) for name, value in statistics.items()}
-  return statistics
-
-
-# --- MAUVE ------------------------------------------------------------------------------------------------------------
+  return statistics._asdict() if isinstance(statistics, Estimate) else statistics
 
 
 def mauve(texts: list[str], references: list[str]) -> tuple[float | None, str]:
