@@ -73,7 +73,7 @@ def score_samples(model, samples: list[Sample], references: list[str], *, seed: 
   The result has the keys 'samples' and 'notes' (lines to print); also 'reference' and 'mauve' if there are reference
   texts, and 'infilling' if there are infilled texts. `seed` is the seed of the bootstrap.
   """
-  model, texts, notes = scoring_models.CachedScoringModel(model), [sample.text for sample in samples], []
+  texts, notes = [sample.text for sample in samples], []
   out = {'samples': text_statistics.describe(texts, model.nll(texts), seed=seed)}
   if references:
     out['reference'] = text_statistics.describe(references, model.nll(references), seed=seed)

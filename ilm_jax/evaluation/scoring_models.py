@@ -33,11 +33,14 @@ class TextNLL(NamedTuple):
 
 
 class ScoringModel:
-  """Base class of scoring models: sorts texts by length and scores them in padded batches."""
+  """Base class of scoring models: sorts texts by length, scores them in padded batches and caches the results.
 
-  name: str
-  max_tokens: int  # longer texts are truncated to this number of tokens
-  batch_size: int
+  Texts are truncated to their first `max_tokens` tokens.
+  """
+
+  def __init__(self, name: str, max_tokens: int, batch_size: int):
+    self.name, self.max_tokens, self.batch_size = name, max_tokens, batch_size
+    self.cache: dict[str, TextNLL] = {}
 
   def encode(self, text: str) -> list[int]:
     """Return the token ids of a text, without start and end tokens."""
@@ -49,25 +52,21 @@ class ScoringModel:
 
   def nll(self, texts: list[str]) -> list[TextNLL]:
     """Return the NLL of each text, in the same order; the NLL of a text does not depend on the other texts."""
-    encoded = [self.encode(text) for text in texts]
-    rows = [ids[: self.max_tokens] for ids in encoded]
-    out = [TextNLL(0.0, [], False)] * len(texts)
-    by_length = sorted((i for i, ids in enumerate(rows) if ids), key=lambda i: len(rows[i]))
-    progress, done = Progress('scored tokens', sum(map(len, rows))), 0
-    for first in range(0, len(by_length), self.batch_size):
-      batch = by_length[first : first + self.batch_size]
-      ids_BxL = np.zeros((self.batch_size, self.padded_length(len(rows[batch[-1]]))), np.int32)
+    encoded = {text: self.encode(text) for text in dict.fromkeys(texts) if text not in self.cache}
+    rows = sorted(((text, ids[: self.max_tokens]) for text, ids in encoded.items()), key=lambda row: len(row[1]))
+    progress, done = Progress('scored tokens', sum(len(ids) for _, ids in rows)), 0
+    for first in range(0, len(rows), self.batch_size):
+      batch = rows[first : first + self.batch_size]
+      ids_BxL = np.zeros((self.batch_size, self.padded_length(len(batch[-1][1]))), np.int32)
       length_B = np.zeros(self.batch_size, np.int32)
-      for row, i in enumerate(batch):
-        length_B[row] = len(rows[i])
-        ids_BxL[row, : length_B[row]] = rows[i]
+      for row, (_, ids) in enumerate(batch):
+        ids_BxL[row, : len(ids)], length_B[row] = ids, len(ids)
       nll_BxL = np.asarray(self.token_nll(ids_BxL, length_B), np.float64)
-      for row, i in enumerate(batch):
-        n = len(rows[i])
-        out[i] = TextNLL(float(nll_BxL[row, :n].sum()), rows[i], len(encoded[i]) > n)
-        done += n
+      for nll_L, (text, ids) in zip(nll_BxL, batch, strict=False):  # the batch may have padding rows
+        self.cache[text] = TextNLL(float(nll_L[: len(ids)].sum()), ids, len(encoded[text]) > len(ids))
+      done += int(length_B.sum())
       progress.update(done)
-    return out
+    return [self.cache[text] for text in texts]
 
   def padded_length(self, tokens: int) -> int:
     """Return the padded length of a batch, given the number of tokens of its longest text."""
@@ -75,20 +74,6 @@ class ScoringModel:
     while size < tokens:
       size *= 2
     return min(size, self.max_tokens)
-
-
-class CachedScoringModel:
-  """Wraps a scoring model and caches its results, so that repeated texts are scored only once."""
-
-  def __init__(self, model: ScoringModel):
-    self.model, self.name, self.max_tokens = model, model.name, model.max_tokens
-    self.cache: dict[str, TextNLL] = {}
-
-  def nll(self, texts: list[str]) -> list[TextNLL]:
-    """Return the NLL of each text, as the wrapped scoring model's `nll` does."""
-    new = [text for text in dict.fromkeys(texts) if text not in self.cache]
-    self.cache |= zip(new, self.model.nll(new), strict=True)
-    return [self.cache[text] for text in texts]
 
 
 class ArmScoringModel(ScoringModel):
@@ -101,9 +86,8 @@ class ArmScoringModel(ScoringModel):
     from ilm_jax.models import transformer
     from ilm_jax.special_tokens import BOS, CLS, UNK
 
-    self.name, self.batch_size, self.lm = name, batch_size, lm
-    self.prefix = np.array([CLS, BOS], np.int32)
-    self.max_tokens = lm.sample_cfg.max_length - len(self.prefix)
+    self.lm, self.prefix = lm, np.array([CLS, BOS], np.int32)
+    super().__init__(name, lm.sample_cfg.max_length - len(self.prefix), batch_size)
     cfg = lm.sample_cfg._replace(suppressed_tokens=tuple(i for i in lm.sample_cfg.suppressed_tokens if i != UNK))
 
     @jax.jit
@@ -147,8 +131,9 @@ class HuggingFaceScoringModel(ScoringModel):
     self.device, dtype = ('cuda', torch.bfloat16) if torch.cuda.is_available() else ('cpu', torch.float32)
     self.net = net.to(device=self.device, dtype=dtype).eval()
     limits = self.tokenizer.model_max_length, getattr(net.config, 'max_position_embeddings', None)
-    self.max_tokens = min(int(limit) for limit in limits if limit) - 1  # the start token needs one of the positions
-    self.name, self.batch_size, self.torch = HF_PREFIX + name, batch_size, torch
+    max_tokens = min(int(limit) for limit in limits if limit) - 1  # the start token needs one of the positions
+    super().__init__(HF_PREFIX + name, max_tokens, batch_size)
+    self.torch = torch
 
   def encode(self, text: str) -> list[int]:
     return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
