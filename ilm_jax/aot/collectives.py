@@ -1,5 +1,6 @@
 """The collective operations of a compiled program, and how many bytes each device sends for them."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -21,14 +22,8 @@ class Collective(NamedTuple):
   def traffic(self) -> float:
     """Return the bytes that a device sends per run of the program, assuming ring algorithms."""
     share = (self.group - 1) / self.group
-    once = {
-      'all-gather': share * self.size,
-      'all-reduce': 2 * share * self.size,
-      'reduce-scatter': (self.group - 1) * self.size,
-      'all-to-all': share * self.size,
-      'collective-permute': self.size,
-    }[self.kind]
-    return once * self.times
+    factors = {'all-reduce': 2 * share, 'reduce-scatter': self.group - 1, 'collective-permute': 1}
+    return factors.get(self.kind, share) * self.size * self.times
 
 
 def collectives(program: Program, devices: int) -> list[Collective]:
@@ -72,10 +67,7 @@ def _group_size(instruction: Instruction, devices: int) -> int:
     return int(match[2])
   if match := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', text):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-    group = 1
-    for axis in re.findall(r"'(\w+)'", match[2]):
-      group *= int(sizes[axis])
-    return group
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
   if match := re.search(r'replica_groups=\{\{([\d,]+)\}', text):
     return len(match[1].split(','))
   return 2 if 'source_target_pairs=' in text else devices

@@ -11,6 +11,7 @@ chip's published limits. Needs libtpu (pip install 'ilm_jax[tpu]'), which runs o
 
 import contextlib
 import functools
+import math
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from absl import flags
 
 from ilm_jax import main as entry
+from ilm_jax.aot import roofline
 from ilm_jax.console import quiet
 from ilm_jax.types import UserError
 
@@ -36,36 +38,27 @@ def define(values: flags.FlagValues) -> None:
 
 def devices_of(topology: str):
   """Return the devices of a topology, which need not be attached, as targets for compilation."""
-  import jax
-
-  from ilm_jax.aot.roofline import CHIPS
-
   kind, _, shape = topology.partition(':')
   sizes = shape.split('x')
-  if kind not in (*CHIPS, 'cpu') or not all(size.isdigit() and int(size) for size in sizes):
-    raise UserError(
-      f'--topology={topology}: expected one of {", ".join(CHIPS)} and the shape of a slice, such as v5e:2x4, or cpu:8'
-    )
-  if kind == 'cpu':
-    count = functools.reduce(lambda a, b: a * int(b), sizes, 1)
-    if len(jax.devices()) < count:
-      raise UserError(
-        f'--topology={topology}: there are {len(jax.devices())} CPU devices; set JAX_NUM_CPU_DEVICES={count}'
-      )
-    return jax.devices()[:count]
+  if kind not in (*roofline.CHIPS, 'cpu') or not all(size.isdigit() and int(size) for size in sizes):
+    chips = ', '.join(roofline.CHIPS)
+    raise UserError(f'--topology={topology}: expected {chips} with the shape of a slice, such as v5e:2x4, or cpu:8')
+  import jax
   from jax.experimental import topologies
 
+  if kind == 'cpu':
+    count = math.prod(map(int, sizes))
+    if (found := len(jax.devices())) < count:
+      raise UserError(f'--topology={topology}: there are {found} CPU devices; set JAX_NUM_CPU_DEVICES={count}')
+    return jax.devices()[:count]
   try:
     return topologies.get_topology_desc(topology, 'tpu').devices
   except Exception as error:  # libtpu raises its own error types
     text = ' '.join(str(error).split())
+    message = f'--topology={topology} is not available ({text[:160]}): check that slices of this shape exist'
     if 'lockfile' not in text and ('not installed' in text or 'libtpu' in text.lower()):
-      raise UserError(
-        f"libtpu is not installed, and compiling for TPUs needs it: pip install -e '.[tpu]' ({text[:120]})"
-      ) from None
-    raise UserError(
-      f'--topology={topology} is not available ({text[:160]}): check that slices of this shape exist'
-    ) from None
+      message = f"libtpu is not installed, and compiling for TPUs needs it: pip install -e '.[tpu]' ({text[:120]})"
+    raise UserError(message) from None
 
 
 def vocab_of(cfg) -> int:
@@ -106,9 +99,6 @@ def lower_sampling(exp, slots: int):
   return sampler.lower(transformer.abstract_params(exp.model_cfg, exp.mesh), jax.random.key(0), slots)
 
 
-# --- the compiler and its log -----------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def compiler_log():
   """Yield a temporary folder into which the TPU compiler writes its warnings; enter before libtpu is loaded."""
@@ -126,18 +116,11 @@ def rematerialized(log: Path) -> list[str] | None:
 
 
 def compile_and_print(lowered, devices, chip, log: Path, more=None) -> None:
-  """Compile a lowered program and print its costs, or that it does not fit into memory.
+  """Compile a lowered program for devices of a kind (`chip`; None: CPUs); print its costs, or that it does not fit.
 
-  Args:
-    lowered: the program, from `jax.jit(...).lower(...)`.
-    devices: the devices to compile for.
-    chip: limits of one device, a `roofline.Chip`; None for CPUs.
-    log: folder of the compiler's log.
-    more: function from the compiled program to further lines to print; unused if `chip` is None.
+  `log` is the folder of the compiler's log. `more` maps the compiled program to further lines, printed for TPUs only.
   """
   import jax
-
-  from ilm_jax.aot import roofline
 
   began, before = time.monotonic(), len(rematerialized(log) or ())
   try:
@@ -160,30 +143,28 @@ def compile_and_print(lowered, devices, chip, log: Path, more=None) -> None:
 def run(values: flags.FlagValues, log: Path) -> int:
   """Compile the training step and a decoding step of a config, and print their costs; returns the exit code."""
   cfg, topology = values.config, values.topology
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  os.environ.setdefault('TPU_ACCELERATOR_TYPE', '')
-  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # no TPU is used, so several processes may compile at once
+  # No TPU is used, so several processes may load libtpu at once.
+  defaults = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': '', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+  os.environ.update({'JAX_PLATFORMS': 'cpu', **defaults, **os.environ})
   if not topology:
     raise UserError('--topology is missing: expected a chip and the shape of a slice, such as --topology=v5e:2x4')
   quiet()
   import jax
 
-  jax.config.update('jax_enable_compilation_cache', False)  # cached programs for other devices could not be loaded here
-  from ilm_jax.aot.roofline import CHIPS, roofline, training_flops
   from ilm_jax.distributed import sharding
   from ilm_jax.training.experiment import build
 
-  devices, chip = devices_of(topology), CHIPS.get(topology.partition(':')[0])
+  jax.config.update('jax_enable_compilation_cache', False)  # cached programs for other devices could not be loaded here
+  devices, chip = devices_of(topology), roofline.CHIPS.get(topology.partition(':')[0])
   exp = build(cfg, devices=devices, vocab_size=values.vocab_size or vocab_of(cfg))
   data, sizes = cfg.data, exp.model_cfg
   shape = data.rows, data.row_length, data.targets or 2 * data.row_length
-  flops, useful = training_flops(sizes, *shape), training_flops(sizes, *shape, again=False)
+  flops, useful = (roofline.training_flops(sizes, *shape, again=again) for again in (True, False))
   print(f'{topology}: {len(devices)} devices, mesh {dict(exp.mesh.shape)}; {cfg.family}, {sizes.num_layers} blocks of '
         f'width {sizes.d_model}, vocabulary {sizes.vocab_size:,}, {sizes.compute}', flush=True)  # fmt: skip
   print(f'training step: {data.rows} rows of {data.row_length}, {flops / 1e12:,.3g} TFLOP, '
         f'{flops / len(devices) / 1e9:,.3g} GFLOP per device', flush=True)  # fmt: skip
-  predict = functools.partial(roofline, flops=flops, useful=useful, devices=len(devices), chip=chip)
+  predict = functools.partial(roofline.roofline, flops=flops, useful=useful, devices=len(devices), chip=chip)
   compile_and_print(lower_training(exp), devices, chip, log, predict)
   slots = values.slots or 8 * sharding.num_row_shards(exp.mesh)
   lowered = lower_sampling(exp, slots)

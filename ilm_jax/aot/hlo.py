@@ -1,5 +1,6 @@
 """Parse the text of a compiled program (HLO): its computations, their instructions, and how often each one runs."""
 
+import math
 import re
 from collections import defaultdict
 from typing import NamedTuple
@@ -67,6 +68,7 @@ def parse(text: str) -> Program:
 
 
 def _instruction(line: str) -> Instruction | None:
+  """Parse a line of a computation; return None if it is no instruction."""
   found = _INSTRUCTION.match(line)
   if not found:
     return None
@@ -83,17 +85,12 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _arrays(shape: str) -> list[Array]:
-  arrays = []
-  for dtype, dims, layout in _ARRAY.findall(shape):
-    if dtype in BYTES:
-      count = 1
-      for dim in filter(None, dims.split(',')):
-        count *= int(dim)
-      arrays.append(Array(int(count * BYTES[dtype]), 'S(' not in layout))
-  return arrays
-
-
-# --- loops ------------------------------------------------------------------------------------------------------------
+  """Return the arrays of a shape in HLO notation, such as `(f32[8,16]{1,0}, s32[])`."""
+  return [
+    Array(int(math.prod(map(int, filter(None, dims.split(',')))) * BYTES[dtype]), 'S(' not in layout)
+    for dtype, dims, layout in _ARRAY.findall(shape)
+    if dtype in BYTES
+  ]
 
 
 def _count_runs(computations: dict, entry: str) -> dict[str, tuple[int, bool]]:
@@ -127,45 +124,37 @@ def _trip_count(computations: dict, outer: dict, loop: Instruction) -> int | Non
   """
   if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
     return int(noted[1])
-  condition, body = (computations.get(loop.attribute(name)) for name in ('condition', 'body'))
-  if not condition or not body:
+  try:
+    condition, body = (computations[loop.attribute(name)] for name in ('condition', 'body'))
+    begin, less, result = outer[loop.operands[0]], root_of(condition), root_of(body)
+    counter, limit = condition[less.operands[0]], _constant(condition, less.operands[1])
+    index = int(counter.attribute('index'))
+    addition = body[result.operands[index]]
+    before, step = _original(body, addition.operands[0]), _constant(body, addition.operands[1])
+    start = _constant(outer, begin.operands[index])
+  except (IndexError, KeyError, ValueError):
     return None
-  less, following = _root(condition), _root(body)
-  if less is None or less.opcode != 'compare' or 'direction=LT' not in less.attributes:
+  opcodes = [one.opcode for one in (begin, result, less, addition, counter, before)]
+  if opcodes != ['tuple', 'tuple', 'compare', 'add', 'get-tuple-element', 'get-tuple-element']:
     return None
-  counter, limit = condition.get(less.operands[0]), _constant(condition, less.operands[1])
-  if counter is None or counter.opcode != 'get-tuple-element' or limit is None:
-    return None
-  index = int(counter.attribute('index'))
-  start, after = (_element(outer.get(loop.operands[0]), index), _element(following, index))
-  addition = body.get(after)
-  if addition is None or addition.opcode != 'add' or _constant(outer, start) != 0:
-    return None
-  before, step = _original(body, addition.operands[0]), _constant(body, addition.operands[1])
-  same = before is not None and before.opcode == 'get-tuple-element' and before.attribute('index') == str(index)
-  return -(-limit // step) if same and step else None
+  counts_up = 'direction=LT' in less.attributes and before.attribute('index') == str(index) and start == 0
+  return -(-limit // step) if counts_up and step else None
 
 
-def _root(body: dict) -> Instruction | None:
-  return next((instruction for instruction in body.values() if instruction.root), None)
+def root_of(body: dict) -> Instruction:
+  """Return the instruction whose result is that of the computation."""
+  return next(instruction for instruction in body.values() if instruction.root)
 
 
-def _element(made: Instruction | None, index: int) -> str:
-  """Return the name of the operand that becomes a tuple's element; '' if `made` is no tuple instruction."""
-  return made.operands[index] if made is not None and made.opcode == 'tuple' and index < len(made.operands) else ''
-
-
-def _original(body: dict, name: str) -> Instruction | None:
+def _original(body: dict, name: str) -> Instruction:
   """Return the instruction of this name; if it is a copy, the instruction that was copied."""
-  instruction = body.get(name)
-  while instruction is not None and instruction.opcode == 'copy':
-    instruction = body.get(instruction.operands[0])
+  instruction = body[name]
+  while instruction.opcode == 'copy':
+    instruction = body[instruction.operands[0]]
   return instruction
 
 
-def _constant(body: dict, name: str) -> int | None:
-  """Return the value of the constant of this name; None if the instruction is not an integer constant."""
+def _constant(body: dict, name: str) -> int:
+  """Return the value of the integer constant of this name; ValueError if the instruction is another one."""
   found = _original(body, name)
-  return (
-    int(found.operands[0]) if found is not None and found.opcode == 'constant' and found.operands[0].isdigit() else None
-  )
+  return int(found.operands[0] if found.opcode == 'constant' else '')

@@ -1,6 +1,6 @@
 """Estimate how many bytes a compiled program reads from and writes to a device's memory (HBM)."""
 
-from ilm_jax.aot.hlo import Instruction, Program
+from ilm_jax.aot.hlo import Instruction, Program, root_of
 
 _FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'iota',
          'partition-id', 'replica-id', 'after-all')  # fmt: skip
@@ -8,10 +8,9 @@ _SLICES = ('dynamic-slice', 'slice', 'gather')
 
 
 def bytes_moved(program: Program) -> int:
-  """Return the bytes that one run of a program reads from and writes to a device's memory (HBM).
+  """Return the bytes of all operands and results in memory, times the iterations of each loop (one if unknown).
 
-  Counts operands and results of each instruction, times the iterations of its loop (one if unknown). An array that is
-  sliced or updated in place counts only with the affected part; arrays in on-chip memory do not count.
+  An array that is sliced or updated in place counts only with the affected part.
   """
   bodies = program.computations
   fused = {
@@ -61,7 +60,7 @@ def _fusion(one: Instruction, operands: list[Instruction], body: dict[str, Instr
       total += bool(operand.size_in_memory()) * min(operand.size(), sum(inner.size() for inner in users))
     elif not (only_first and set(first) == {'dynamic-update-slice'}):
       total += operand.size_in_memory()
-  root = next((inner for inner in body.values() if inner.root), None)
+  root = root_of(body) if body else None
   results = [body.get(name) for name in root.operands] if root and root.opcode == 'tuple' else [root]
   for array, result in zip(one.arrays, results, strict=False):
     while result and result.opcode == 'bitcast' and result.operands[0] in body:

@@ -28,15 +28,8 @@ def training_flops(cfg, rows: int, length: int, targets: int, *, again: bool = T
   """Return the floating-point operations of the matrix products of a training step.
 
   Per position: 8 D^2 (queries, keys, values, output), 4 D F (MLP) and 4 L D (scores, weighted values) in each block,
-  and 2 V D in the vocabulary head; per target 2 D. The backward pass takes twice as many operations.
-
-  Args:
-    cfg: the ModelConfig.
-    rows: number of rows.
-    length: positions per row.
-    targets: targets per row.
-    again: also count recomputation in the backward pass: the head's logits, and with `cfg.remat` the blocks. If
-      False, the result is the model FLOPs that count for MFU.
+  and 2 V D in the vocabulary head; per target 2 D. The backward pass takes twice as many operations. `again` adds the
+  recomputation in the backward pass (the head's logits, and with `cfg.remat` the blocks), which does not count for MFU.
   """
   D, F = cfg.d_model, cfg.d_ff
   blocks = cfg.num_layers * (8 * D * D + 4 * D * F + 4 * length * D)
@@ -57,15 +50,13 @@ def memory_of(compiled) -> dict[str, int]:
 def describe(compiled, devices: int, chip: Chip | None, seconds: float) -> list[str]:
   """Describe a compiled program's memory and collectives in lines of text; `seconds` is the compilation time."""
   memory = memory_of(compiled)
-  fits = ''
-  if chip:
-    fits = f' of {chip.memory / GIB:.0f}: {"fits" if memory["peak"] <= chip.memory else "DOES NOT FIT"}'
+  verdict = 'fits' if chip and memory['peak'] <= chip.memory else 'DOES NOT FIT'
+  fits = f' of {chip.memory / GIB:.0f}: {verdict}' if chip else ''
   parts = ', '.join(f'{name} {size / GIB:.2f}' for name, size in memory.items() if name != 'peak')
   lines = [f'  compiled in {seconds:.0f} s', f'  memory per device, GiB: {memory["peak"] / GIB:.2f}{fits} ({parts})']
   found = collectives.collectives(hlo.parse(compiled.as_text()), devices)
   for kind in collectives.KINDS:
-    ones = [one for one in found if one.kind == kind]
-    if ones:
+    if ones := [one for one in found if one.kind == kind]:
       unsure = '' if all(one.certain for one in ones) else ' at least (some are in loops of unknown length)'
       count, sent = sum(one.times for one in ones), sum(one.traffic() for one in ones)
       largest = max(ones, key=lambda one: one.size)
@@ -75,14 +66,9 @@ def describe(compiled, devices: int, chip: Chip | None, seconds: float) -> list[
 
 
 def roofline(compiled, flops: float, useful: float, devices: int, chip: Chip) -> list[str]:
-  """Return a line with a lower bound on the step time: the largest of the arithmetic, HBM and ICI times.
+  """Return a line with a lower bound on the time of a training step: the largest of its arithmetic, HBM and ICI times.
 
-  Args:
-    compiled: the compiled training step.
-    flops: floating-point operations of the step, recomputation included.
-    useful: model FLOPs of the step (without recomputation), for the MFU.
-    devices: number of devices that share the step.
-    chip: limits of each device.
+  `flops` includes recomputation; `useful` does not, and gives the MFU. All `devices` together execute these operations.
   """
   program = hlo.parse(compiled.as_text())
   sent = sum(one.traffic() for one in collectives.collectives(program, devices))

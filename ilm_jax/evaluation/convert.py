@@ -10,9 +10,10 @@ value, and exits with code 1 if an error is above 1e-5.
 """
 
 import json
-import sys
+import pathlib
 import zipfile
 
+import numpy as np
 from absl import flags
 
 from ilm_jax.console import command, quiet
@@ -20,7 +21,9 @@ from ilm_jax.types import UserError
 
 LIMIT = 1e-5  # largest accepted value of max |actual - expected| / max |expected|
 FAMILIES = ('ilm', 'arm', 'mdm')
-VOCAB_CHUNK = 2048
+SETTINGS = {  # settings of the loss; `mdm` selects the loss of masked diffusion models
+  **{'compute': 'float32', 'vocab_chunk': 2048, 'stop_weight': 1.0, 'length_weight': 'none', 'mdm': 'mean_masked'}
+}
 
 
 def define(values: flags.FlagValues) -> None:
@@ -31,95 +34,67 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string('out', None, 'File to write: *.npz or *.safetensors.', flag_values=values)
 
 
-# --- comparing with the reference code --------------------------------------------------------------------------------
-
-
 def relative_error(actual, expected) -> float:
   """Return max |actual - expected| / max |expected|; infinite if the shapes differ or a value is not finite."""
-  import numpy as np
-
   actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
   if actual.shape != expected.shape or not (np.isfinite(actual).all() and np.isfinite(expected).all()):
     return float('inf')
   return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30))
 
 
-def ilm_batch(numbers) -> dict:
-  """Convert the insertion model's inputs in ilm.npz to a batch with one example in each row."""
-  import numpy as np
-
-  used = numbers['gap_index'] >= 0
-  mask = numbers['attention_mask'].astype(bool)
-  rows, length = mask.shape
-  one = np.ones((rows, 1), np.float32)
-  return {
-    'tokens_BxL': numbers['input_ids'], 'position_BxL': numbers['positions'], 'segment_BxL': mask.astype(np.int32),
-    'open_BxL': mask & (np.arange(length) > 0), 'cls_BxS': np.zeros((rows, 1), np.int32),
-    'target_gap_BxT': np.where(used, numbers['gap_index'], 0),
-    'target_token_BxT': np.where(used, numbers['gap_token'], 0), 'target_segment_BxT': used.astype(np.int32),
-    'segment_weight_BxS': one, 'free_BxS': one.astype(np.int32), 'noise_BxS': 0 * one,
-  }  # fmt: skip
-
-
-def listed(place_of_row, width: int):
-  """Pad lists of different lengths to an array with `width` columns; return (mask of its used entries, the array)."""
-  import numpy as np
-
-  entries = np.zeros((len(place_of_row), width), np.int32)
-  used = np.zeros(entries.shape, bool)
-  for row, places in enumerate(place_of_row):
-    entries[row, : len(places)], used[row, : len(places)] = places, True
-  return used, entries
-
-
-def target_batch(numbers, selected, targets) -> dict:
-  """Return a batch with one example in each row, with loss targets only where `selected` is true."""
-  import numpy as np
-
+def make_batch(numbers, used_BxT, gap_BxT, token_BxT) -> dict:
+  """Return a batch with one example in each row and the loss targets of `used_BxT`: tokens, and where they belong."""
   rows, length = numbers['input_ids'].shape
-  used, gap = listed([np.flatnonzero(row) for row in selected], max(1, int(selected.sum(1).max())))
-  mask = numbers.get('attention_mask', np.ones((rows, length))).astype(np.int32)
+  segment_BxL = numbers.get('attention_mask', np.ones((rows, length))).astype(np.int32)
   one = np.ones((rows, 1), np.float32)
   return {
     'tokens_BxL': numbers['input_ids'],
     'position_BxL': numbers.get('positions', np.tile(np.arange(length), (rows, 1))),
-    'segment_BxL': mask,
-    'open_BxL': mask > 0,
+    'segment_BxL': segment_BxL,
+    'open_BxL': segment_BxL > 0,
     'cls_BxS': np.zeros((rows, 1), np.int32),
     'segment_weight_BxS': one,
+    'free_BxS': one.astype(np.int32),
     'noise_BxS': 0 * one,
-    'target_gap_BxT': gap,
-    'target_token_BxT': np.where(used, np.take_along_axis(targets, gap, 1), 0),
-    'target_segment_BxT': used.astype(np.int32),
-    'target_weight_BxT': used.astype(np.float32),
+    'target_gap_BxT': np.where(used_BxT, gap_BxT, 0),
+    'target_token_BxT': np.where(used_BxT, token_BxT, 0),
+    'target_segment_BxT': used_BxT.astype(np.int32),
+    'target_weight_BxT': used_BxT.astype(np.float32),
   }
+
+
+def ilm_batch(numbers) -> dict:
+  """Convert the insertion model's inputs in ilm.npz to a batch; no token may be inserted after [CLS]."""
+  batch = make_batch(numbers, numbers['gap_index'] >= 0, numbers['gap_index'], numbers['gap_token'])
+  batch['open_BxL'] &= np.arange(batch['open_BxL'].shape[1]) > 0
+  return batch
+
+
+def selected_batch(numbers, selected_BxL, target_BxL) -> dict:
+  """Return a batch with one example in each row, which predicts `target_BxL` where `selected_BxL` is true."""
+  first_BxL = np.argsort(~selected_BxL, axis=1, kind='stable')  # positions of the targets, then all other positions
+  gap_BxT = first_BxL[:, : max(1, int(selected_BxL.sum(1).max()))]
+  used_BxT = np.take_along_axis(selected_BxL, gap_BxT, axis=1)
+  return make_batch(numbers, used_BxT, gap_BxT, np.take_along_axis(target_BxL, gap_BxT, axis=1))
 
 
 def arm_batch(numbers) -> dict:
   """Convert the autoregressive model's inputs in arm.npz to a batch; a target id of -100 means no target."""
-  return target_batch(numbers, numbers['target_ids'] != -100, numbers['target_ids'])
+  return selected_batch(numbers, numbers['target_ids'] != -100, numbers['target_ids'])
 
 
 def mdm_batch(numbers) -> dict:
   """Convert the masked diffusion model's inputs in mdm.npz to a batch with noise levels and loss weights."""
-  import numpy as np
-
-  batch = target_batch(numbers, numbers['input_ids'] != numbers['clean_ids'], numbers['clean_ids'])
+  batch = selected_batch(numbers, numbers['input_ids'] != numbers['clean_ids'], numbers['clean_ids'])
   weight_B = numbers['noise_rate'] / np.expm1(numbers['total_noise'])
   batch['target_weight_BxT'] = (batch['target_weight_BxT'] * weight_B[:, None]).astype(np.float32)
   return batch | {'noise_BxS': numbers['total_noise'][:, None].astype(np.float32)}
 
 
 def compare(name: str, numbers, num_heads: int | None = None) -> dict[str, float]:
-  """Compare logits, loss and gradients of a family with outputs of the reference code.
+  """Return the relative errors of a family's logits, loss and gradients (`grad/NAME`) against the reference code.
 
-  Args:
-    name: 'ilm', 'arm' or 'mdm'.
-    numbers: the arrays of the family's *.npz file.
-    num_heads: number of attention heads, if the weights do not determine it.
-
-  Returns:
-    A dict of relative errors: logits, stop logits, loss, and each parameter's gradient as `grad/NAME`.
+  `numbers` are the arrays of the family's *.npz file. `num_heads` is needed if the weights do not determine it.
   """
   import jax
   from ml_collections import ConfigDict
@@ -130,12 +105,10 @@ def compare(name: str, numbers, num_heads: int | None = None) -> dict[str, float
   state = {key.removeprefix('param/'): value for key, value in numbers.items() if key.startswith('param/')}
   cfg, params = reference.from_reference(state, name, num_heads)
   batch = {'ilm': ilm_batch, 'arm': arm_batch, 'mdm': mdm_batch}[name](numbers)
-  settings = {'compute': 'float32', 'vocab_chunk': VOCAB_CHUNK, 'stop_weight': 1.0, 'length_weight': 'none'}
-  settings = ConfigDict({**settings, 'mdm': 'mean_masked'})
 
   def loss_of(params):
     outputs = transformer.apply_batch(cfg, params, batch)
-    total, weight = families.get(name).loss(outputs, batch, settings)['loss']
+    total, weight = families.get(name).loss(outputs, batch, ConfigDict(SETTINGS))['loss']
     return total / weight, (outputs.hidden_BxLxD @ outputs.unembed_VxD.T, outputs.stop_BxSx2)
 
   with jax.default_matmul_precision('highest'):
@@ -149,48 +122,53 @@ def compare(name: str, numbers, num_heads: int | None = None) -> dict[str, float
   return errors | {key: relative_error(ours[key.removeprefix('grad/')], value) for key, value in wanted.items()}
 
 
-def read_json(path) -> dict:
-  """Return the JSON object in a file."""
+def read_num_heads(path) -> int | None:
+  """Return "num_heads" of a config.json; None without the file or the key."""
+  if not path.exists():
+    return None
   try:
-    value = json.loads(path.read_text())
+    config = json.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise UserError(f'{path} cannot be read as JSON: {" ".join(str(error).split())}') from None
-  if not isinstance(value, dict):
+  if not isinstance(config, dict):
     raise UserError(f'{path}: expected a JSON object, such as {{"num_heads": 3}}')
-  return value
+  return config.get('num_heads')
+
+
+def read_numbers(path) -> dict:
+  """Return the arrays of a *.npz file of reference numbers."""
+  try:
+    with path.open('rb') as file, np.load(file) as arrays:
+      numbers = dict(arrays)
+  except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    kind = type(error).__name__
+    raise UserError(f'{path} cannot be read ({kind}): expected arrays, as np.savez writes them') from None
+  if not any(key.startswith('grad/') for key in numbers):
+    raise UserError(f'{path} holds no gradients: expected arrays named grad/NAME')
+  return numbers
 
 
 def check(folder) -> int:
   """Compare all families in a folder with the reference code, print the errors; return 1 if one is above LIMIT."""
-  import numpy as np
   from etils import epath
 
-  path = epath.Path(folder)
-  found = [name for name in FAMILIES if (path / f'{name}.npz').exists()]
-  if not found:
+  files = {name: epath.Path(folder) / f'{name}.npz' for name in FAMILIES}
+  files = {name: path for name, path in files.items() if path.exists()}
+  if not files:
     raise UserError(f'--check={folder}: expected a folder with ilm.npz, arm.npz or mdm.npz')
-  config = read_json(path / 'config.json') if (path / 'config.json').exists() else {}
+  num_heads = read_num_heads(epath.Path(folder) / 'config.json')
   worst = 0.0
   print(f'{"":8}{"quantity":<58}largest relative error')
-  for name in found:
+  for name, path in files.items():
+    numbers = read_numbers(path)
     try:
-      with (path / f'{name}.npz').open('rb') as file, np.load(file) as arrays:
-        numbers = dict(arrays)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-      raise UserError(
-        f'{path / name}.npz cannot be read ({type(error).__name__}): expected arrays, as np.savez writes them'
-      ) from None
-    if not any(key.startswith('grad/') for key in numbers):
-      raise UserError(f'{path / name}.npz holds no gradients: expected arrays named grad/NAME')
-    try:
-      errors = compare(name, numbers, config.get('num_heads'))
+      errors = compare(name, numbers, num_heads)
     except (KeyError, ValueError) as error:
-      raise UserError(f'{path / name}.npz is no file of reference numbers: {" ".join(str(error).split())}') from None
+      raise UserError(f'{path} is no file of reference numbers: {" ".join(str(error).split())}') from None
     grads = {key: value for key, value in errors.items() if key.startswith('grad/')}
     rows = {key: value for key, value in errors.items() if key not in grads}
-    if grads:
-      largest = max(grads, key=grads.get)
-      rows[f'{len(grads)} gradients, worst {largest[5:]}'] = grads[largest]
+    largest = max(grads, key=grads.get)
+    rows[f'{len(grads)} gradients, worst {largest[5:]}'] = grads[largest]
     for label, value in rows.items():
       print(f'{name:8}{label:<58}{value:.1e}{"" if value <= LIMIT else "  above the limit"}')
     worst = max(worst, *errors.values())
@@ -198,15 +176,8 @@ def check(folder) -> int:
   return int(worst > LIMIT)
 
 
-# --- exporting --------------------------------------------------------------------------------------------------------
-
-
 def export(workdir, checkpoint: str, out: str) -> int:
   """Write the weights of a run to a file, under the parameter names of the reference code; return the exit code."""
-  import pathlib
-
-  import numpy as np
-
   from ilm_jax.inference import api
   from ilm_jax.models import reference
 
@@ -221,11 +192,11 @@ def export(workdir, checkpoint: str, out: str) -> int:
     if path.suffix == '.npz':
       np.savez(path, **state)
     else:
-      try:
-        from safetensors.numpy import save_file
-      except ImportError:
-        raise UserError('writing *.safetensors needs safetensors: pip install "ilm_jax[convert]"') from None
+      from safetensors.numpy import save_file
+
       save_file(state, path)
+  except ImportError:
+    raise UserError('writing *.safetensors needs safetensors: pip install "ilm_jax[convert]"') from None
   except OSError as error:
     raise UserError(f'--out={out}: {error.strerror or error}') from None
   print(f'{out}: {len(state)} arrays, {sum(array.size for array in state.values()):,} numbers, step {lm.step}')
@@ -247,7 +218,3 @@ def run(values) -> int:
 def main(argv=None) -> int:
   """Run the command `ilm-jax convert`; return the exit code."""
   return command(__doc__, define, run, argv)
-
-
-if __name__ == '__main__':
-  sys.exit(main())

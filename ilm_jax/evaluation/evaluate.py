@@ -1,16 +1,15 @@
 """Evaluate a model on a data split: validation loss, likelihood, and sampled answers scored by the task."""
 
 import functools
-import time
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from absl import logging
 
 from ilm_jax import metrics as metrics_lib
 from ilm_jax.data import pipeline
 from ilm_jax.distributed import sharding
+from ilm_jax.evaluation.progress import Progress
 from ilm_jax.inference import static_batching
 from ilm_jax.models import transformer
 from ilm_jax.special_tokens import BOS, CLS
@@ -22,9 +21,7 @@ class Scores(NamedTuple):
 
   pairs: Metrics  # {metric: (total, weight)}
   texts: list[str]  # the first `eval.print_samples` answers, formatted for printing
-  order_counts_NxN: np.ndarray = np.zeros(
-    (0, 0), int
-  )  # number of tokens inserted at each [decoding step, position in the final answer]
+  order_counts_NxN: np.ndarray = np.zeros((0, 0), int)  # tokens inserted at each [decoding step, answer position]
   samples: tuple[str, ...] = ()  # all answers as plain text; empty if the task scores answers as right or wrong
 
 
@@ -62,17 +59,11 @@ class Evaluator:
     self.sampler = static_batching.StaticSampler(model_cfg, family, sample_cfg, sampler_rows, mesh)
     self.tokenizer = task.tokenizer(cfg.task)
     self.sources = {}
+    self._kind = None  # kind of likelihood that `score` computes; set when `score` is traced
 
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    @sharding.with_mesh(mesh)
     def loss(params, batch):
       return family.loss(transformer.apply_batch(model_cfg, params, batch), batch, loss_cfg)
 
-    self._loss = loss
-    self._kind = None  # kind of likelihood that `score` computes; set when `score` is traced
-
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    @sharding.with_mesh(mesh)
     def score(params, rng, rows):
       args = rows['tokens_BxL'], rows['fixed_BxL'], rows['length_B']
       options = {'kind': cfg.eval.score or None, 'longest': task.longest_answer(cfg.task)}
@@ -80,7 +71,9 @@ class Evaluator:
       self._kind = scored.kind
       return scored[1:]
 
-    self._score = score
+    self._loss, self._score = (
+      jax.jit(sharding.with_mesh(mesh)(function), out_shardings=sharding.replicated(mesh)) for function in (loss, score)
+    )
 
   def source(self, split: str):
     """Return the examples of a data split, loaded at the first call."""
@@ -90,27 +83,22 @@ class Evaluator:
 
   def validation_loss(self, params, split: str = 'validation') -> Metrics:
     """Compute the loss and its components on a split; examples are corrupted with fixed, stratified randomness."""
-    total = {}
-    for batch in pipeline.validation_batches(self.source(split), self.family.corrupt, self.cfg):
-      total = metrics_lib.add(total, jax.device_get(self._loss(params, sharding.put_global_batch(batch, self.mesh))))
-    return total
+    batches = pipeline.validation_batches(self.source(split), self.family.corrupt, self.cfg)
+    pairs = (jax.device_get(self._loss(params, sharding.put_global_batch(batch, self.mesh))) for batch in batches)
+    return functools.reduce(metrics_lib.add, pairs, {})
 
   def likelihood(self, params, split: str, *, interrupted=lambda: False) -> Likelihood | None:
     """Compute the likelihood of the true answers of a split; return None if `interrupted()` is true before a batch."""
     source, size, parts = self.source(split), self.cfg.eval.batch_size, []
-    start = last_log = time.monotonic()
+    progress = Progress(f'{split}: likelihood of answers', len(source))
     for first in range(0, len(source), size):
       if interrupted():
         return None
-      if first and time.monotonic() - last_log > 10:
-        last_log = time.monotonic()
-        seconds_left = (len(source) - first) * (last_log - start) / first
-        logging.info('%s: likelihood of %d of %d answers, %.0f s left', split, first, len(source), seconds_left)
+      progress.update(first)
       examples = [source[i] for i in range(first, min(first + size, len(source)))]
-      rows = self.rows_of(examples, self.rows)
+      rows = sharding.put_global_batch(self.rows_of(examples, self.rows), self.mesh)
       rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.cfg.seed), 0x4C4C), first)
-      scored = jax.device_get(self._score(params, rng, sharding.put_global_batch(rows, self.mesh)))
-      parts.append([array[: len(examples)] for array in scored])
+      parts.append([array[: len(examples)] for array in jax.device_get(self._score(params, rng, rows))])
     return Likelihood(self._kind, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
   def rows_of(self, examples, rows: int) -> dict:
@@ -132,46 +120,37 @@ class Evaluator:
   def sample_answers(self, params, split: str, *, progress: bool = False, interrupted=lambda: False) -> Scores | None:
     """Sample answers to the prompts of a split (the first `eval.samples` if set); score them if the task has a score.
 
-    Args:
-      params: parameters of the model.
-      split: the split whose prompts are answered.
-      progress: whether to log the rate and the remaining time every ten seconds.
-      interrupted: function called after each example; if it returns true, sampling stops and None is returned.
+    `progress` logs how many answers are done. If `interrupted()` is true after an example, None is returned.
     """
-    source, total, texts, samples = self.source(split), {}, [], []
+    source, task, cfg = self.source(split), self.task, self.cfg
+    total, texts, samples = {}, [], []
     order_counts_NxN = np.zeros((max(self.sampler.cfg.max_length, self.sampler.cfg.max_steps or 0),) * 2, np.int64)
-    count = min(len(source), self.cfg.eval.samples or len(source))
-    examples = [source[i] for i in range(count)]
-    rng = jax.random.fold_in(jax.random.key(self.cfg.seed), 0x53)
-    start = last_log = time.monotonic()
+    examples = [source[i] for i in range(min(len(source), cfg.eval.samples or len(source)))]
+    rng = jax.random.fold_in(jax.random.key(cfg.seed), 0x53)
+    log = Progress(f'{split}: answers', len(examples))
     prompts = [static_batching.prompt_of(example) for example in examples]
     for done, (example, row) in enumerate(zip(examples, self.sampler(params, rng, prompts), strict=True), 1):
-      free = row['tokens'][row['order'] >= 0]
-      pairs = {}
-      if self.task.score is not None:
-        pairs |= self.task.score(free, example['tokens'][~example['fixed']], self.cfg.task)
-      pairs['stopped'] = (float(row['stopped']), 1.0)
-      pairs['length'] = (float(len(free)), 1.0)
-      pairs['reference_length'] = (float((~example['fixed']).sum()), 1.0)
-      steps = row['order'][row['order'] >= 0].tolist()
-      landmark = self.task.landmark(row['tokens'], self.cfg.task)
-      pairs |= metrics_lib.order_statistics(steps, landmark)
-      if self.task.score is not None:  # for text generation this matrix would be large and uninformative
+      inserted = row['order'] >= 0
+      steps = row['order'][inserted].tolist()
+      reference = example['tokens'][~example['fixed']]
+      pairs = {
+        **(task.score(row['tokens'][inserted], reference, cfg.task) if task.score else {}),
+        'stopped': (float(row['stopped']), 1.0),
+        'length': (float(len(steps)), 1.0),
+        'reference_length': (float(len(reference)), 1.0),
+        **metrics_lib.order_statistics(steps, task.landmark(row['tokens'], cfg.task)),
+      }
+      if task.score:  # for text generation this matrix would be large and uninformative
         np.add.at(order_counts_NxN, (steps, np.arange(len(steps))), 1)
       else:
-        samples.append(self.task.decode(row['tokens'], self.cfg.task))
+        samples.append(task.decode(row['tokens'], cfg.task))
       total = metrics_lib.add(total, pairs)
-      if len(texts) < self.cfg.eval.print_samples:
-        texts.append(show(self.task, self.tokenizer, row, example, self.cfg.task))
+      if len(texts) < cfg.eval.print_samples:
+        texts.append(show(task, self.tokenizer, row, example, cfg.task))
       if interrupted():
         return None
-      if progress and time.monotonic() - last_log > 10:
-        last_log = time.monotonic()
-        rate = done / (last_log - start)
-        seconds_left = (len(examples) - done) / rate
-        logging.info(
-          '%s: %d of %d answers, %.0f per second, %.0f s left', split, done, len(examples), rate, seconds_left
-        )
+      if progress:
+        log.update(done)
     # Remove the decoding steps and positions that no answer reached.
     used = int(max(np.flatnonzero(order_counts_NxN.sum(0) + order_counts_NxN.sum(1)), default=-1)) + 1
     return Scores(total, texts, order_counts_NxN[:used, :used], tuple(samples))
@@ -183,20 +162,16 @@ def show(task, tokenizer, row, example, cfg) -> str:
   New tokens are in brackets. If there are more than 12 steps, only steps 1, 2, 4, 8, ... and the last one are shown. If
   the task has no right answers, the text is formatted by `show_text`.
   """
-  tokens, order = row['tokens'], row['order']
   if task.score is None:
     return show_text(task, row, cfg)
-  pairs = task.score(tokens[order >= 0], example['tokens'][~example['fixed']], cfg)
-  right = pairs['exact_match'][0] == 1
-  lines = [('right  ' if right else 'wrong  ') + task.decode(tokens, cfg)]
+  tokens, order = row['tokens'], row['order']
+  score = task.score(tokens[order >= 0], example['tokens'][~example['fixed']], cfg)
+  lines = [('right  ' if score['exact_match'][0] == 1 else 'wrong  ') + task.decode(tokens, cfg)]
   steps = int(order.max(initial=-1)) + 1
   shown = range(steps) if steps <= 12 else sorted({2**i - 1 for i in range(steps.bit_length())} | {steps - 1})
+  inserted = [(word, o) for word, o in zip(tokenizer.pieces(tokens), order, strict=True) if o >= 0]
   for step in shown:
-    words = [
-      f'[{word}]' if o == step else word
-      for word, o in zip(tokenizer.pieces(tokens), order, strict=True)
-      if 0 <= o <= step
-    ]
+    words = [f'[{word}]' if o == step else word for word, o in inserted if o <= step]
     lines.append(f'  {step + 1:3d}  ' + ' '.join(words))
   return '\n'.join(lines)
 

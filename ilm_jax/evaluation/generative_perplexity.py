@@ -14,12 +14,12 @@ tokens, or whose reference text does. ilm_jax/evaluation/text_statistics.py defi
 """
 
 import json
-import sys
 from pathlib import Path
 
 from absl import flags
 
 from ilm_jax.console import command, quiet
+from ilm_jax.evaluation import scoring_models, text_statistics
 from ilm_jax.evaluation.infill_sets import define_corpus_flags
 from ilm_jax.evaluation.samples import Sample, add_requests, read_references, read_samples
 from ilm_jax.types import UserError
@@ -43,59 +43,43 @@ def define(values: flags.FlagValues) -> None:
 def infill_statistics(model, samples: list[Sample], *, seed: int = 0) -> dict | None:
   """Compute the statistics of the infilled texts among the samples; return None if there are none.
 
-  Returns:
-    A dict with counts (`answers`, `requests`, `left_out_truth`, `left_out_input`) and Estimates (`change_truth`,
-    `change_input`, `exact_match`, `filling_match`), see `text_statistics`. Entries that need true texts or true
-    fillings are missing if the samples have no true texts or fillings.
+  The result has counts (`answers`, `requests`, `left_out_truth`, `left_out_input`) and Estimates (`change_truth`,
+  `change_input`, `exact_match`, `filling_match`), without those that need true texts or fillings that are missing.
   """
-  from ilm_jax.evaluation import text_statistics
-
   infilled = [sample for sample in samples if sample.parts is not None]
   if not infilled:
     return None
-  without_truth = [sample.id for sample in infilled if sample.truth is None]
-  if without_truth and len(without_truth) < len(infilled):
-    raise UserError(
-      f'the sample with id {without_truth[0]!r} has no true text, but other samples have one: give it with --requests'
-    )
-  ids = [sample.id for sample in infilled]
+  ids, truths = [sample.id for sample in infilled], [sample.truth for sample in infilled]
+  references = {'truth': truths, 'input': [text_statistics.join_parts(sample.parts) for sample in infilled]}
+  if None in truths:
+    if set(truths) != {None}:
+      one = ids[truths.index(None)]
+      raise UserError(f'the sample with id {one!r} has no true text, but other samples have one: pass --requests')
+    del references['truth']
   scored = model.nll([sample.text for sample in infilled])
-  references = {'input': [text_statistics.join_parts(sample.parts) for sample in infilled]}
-  if not without_truth:
-    references = {'truth': [sample.truth for sample in infilled], **references}
   out = {'answers': len(infilled), 'requests': len(set(ids))}
   for name, texts in references.items():
     result = text_statistics.change(ids, scored, model.nll(texts), seed=seed)
     out |= {f'change_{name}': result['change'], f'left_out_{name}': result['left_out']}
-  if all(sample.true_fillings for sample in infilled):
-    fillings = [sample.fillings for sample in infilled]
-    out |= text_statistics.matches(ids, fillings, [sample.true_fillings for sample in infilled])
+  true_fillings = [sample.true_fillings for sample in infilled]
+  if all(true_fillings):
+    out |= text_statistics.matches(ids, [sample.fillings for sample in infilled], true_fillings)
   return out
 
 
 def score_samples(model, samples: list[Sample], references: list[str], *, seed: int = 0) -> dict:
-  """Compute all statistics of generated texts (samples) and of reference texts.
+  """Compute all statistics of generated texts (samples) and, if there are any, of real texts (references).
 
-  Args:
-    model: the scoring model.
-    samples: the generated texts.
-    references: real texts to compare with; may be empty.
-    seed: seed of the bootstrap.
-
-  Returns:
-    {'samples': statistics, 'notes': lines to print}; also 'reference' and 'mauve' if there are reference texts, and
-    'infilling' if there are infilled texts.
+  The result has the keys 'samples' and 'notes' (lines to print); also 'reference' and 'mauve' if there are reference
+  texts, and 'infilling' if there are infilled texts. `seed` is the seed of the bootstrap.
   """
-  from ilm_jax.evaluation import text_statistics
-  from ilm_jax.evaluation.scoring_models import CachedScoringModel
-
-  model, texts, notes = CachedScoringModel(model), [sample.text for sample in samples], []
+  texts, notes = [sample.text for sample in samples], []
   out = {'samples': text_statistics.describe(texts, model.nll(texts), seed=seed)}
   if references:
     out['reference'] = text_statistics.describe(references, model.nll(references), seed=seed)
     out['mauve'], note = text_statistics.mauve(texts, references)
     notes += [note] if note else []
-  if (infilling := infill_statistics(model, samples, seed=seed)) is not None:
+  if infilling := infill_statistics(model, samples, seed=seed):
     out['infilling'] = infilling
     for name, reference in (('truth', 'true text'), ('input', 'text without fillings')):
       if left_out := infilling.get(f'left_out_{name}'):
@@ -103,16 +87,13 @@ def score_samples(model, samples: list[Sample], references: list[str], *, seed: 
           f'infilled texts: {left_out} of {infilling["answers"]} are left out of the NLL change against the '
           f'{reference}, because one of the two texts was truncated or has no tokens'
         )
-  for name in ('samples', 'reference'):
-    if name in out:
-      notes += text_statistics.warnings(out[name], name, model)
+  for name in ['samples', 'reference'] if references else ['samples']:
+    notes += text_statistics.warnings(out[name], name, model)
   return {**out, 'notes': notes}
 
 
 def format_result(result: dict) -> str:
   """Format the result of `score_samples` for the terminal."""
-  from ilm_jax.evaluation import text_statistics
-
   columns = {name: result[name] for name in ('samples', 'reference') if name in result}
   lines = [text_statistics.table(columns)]
   if result.get('mauve') is not None:
@@ -132,8 +113,6 @@ def run(values) -> int:
   if values.requests:
     samples = add_requests(samples, values.requests)
   quiet()
-  from ilm_jax.evaluation import scoring_models, text_statistics
-
   scoring_models.check(values.model)
   references = read_references(values, len(samples)) if values.reference else []
   model = scoring_models.get(values.model)
@@ -153,7 +132,3 @@ def run(values) -> int:
 def main(argv=None) -> int:
   """Run the command `ilm-jax perplexity`; return the exit code."""
   return command(__doc__, define, run, argv)
-
-
-if __name__ == '__main__':
-  sys.exit(main())

@@ -23,8 +23,12 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from ilm_jax.console import command, quiet
+from ilm_jax.runs import run_file
+from ilm_jax.tasks.text import corpora
+from ilm_jax.tasks.text import task as text_task
 from ilm_jax.types import UserError
 
 MAX_GAPS = 5  # maximum number of gaps in a text with --kind=multi
@@ -66,22 +70,17 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string('out', None, 'JSONL file to write; standard output by default.', flag_values=values)
 
 
-# --- removing text ----------------------------------------------------------------------------------------------------
-
-
 def remove_spans(text: str, spans) -> GappedText:
   """Remove (start, end) spans of characters from a text; the spans must be sorted and separated by text."""
-  bounds = [0, *(bound for span in spans for bound in span), len(text)]
+  bounds = [0, *itertools.chain(*spans), len(text)]
   pieces = [text[start:end] for start, end in itertools.pairwise(bounds)]
   return GappedText(pieces[::2], pieces[1::2])
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
   """Return the (start, end) character offsets of each sentence in a text, without surrounding white space."""
-  from ilm_jax.tasks.text.task import SENTENCE
-
   spans, start = [], 0
-  for end in [*(match.end() for match in SENTENCE.finditer(text)), len(text)]:
+  for end in [*(match.end() for match in text_task.SENTENCE.finditer(text)), len(text)]:
     sentence = text[start:end]
     if any(map(str.isalnum, sentence)):
       first = start + len(sentence) - len(sentence.lstrip())
@@ -95,23 +94,11 @@ def word_spans(text: str) -> list[tuple[int, int]]:
   return [match.span() for match in re.finditer(r'\S+', text)]
 
 
-def remove_sentence(text: str, rng: np.random.Generator) -> GappedText | None:
-  """Remove a random sentence from a text; return None if the text has fewer than two sentences."""
-  spans = sentence_spans(text)
-  return remove_spans(text, [spans[rng.integers(len(spans))]]) if len(spans) > 1 else None
-
-
 def remove_word_runs(text: str, rng: np.random.Generator, share: float, gaps: int) -> GappedText | None:
-  """Remove random runs of consecutive words from a text, with at least one word between two runs.
+  """Remove `gaps` random runs of words from a text, with at least one word between two runs.
 
-  Args:
-    text: the text.
-    rng: draws the lengths of the runs, then their positions; all placements of the runs are equally likely.
-    share: fraction of the words to remove, rounded to whole words; every run has at least one word.
-    gaps: number of runs to remove.
-
-  Returns:
-    The text with gaps; None if the text has too few words.
+  The runs together make up the fraction `share` of the words, and have at least one word each. All placements of the
+  runs are equally likely. Returns None if the text has too few words.
   """
   spans = word_spans(text)
   removed = max(gaps, round(share * len(spans)))
@@ -122,42 +109,36 @@ def remove_word_runs(text: str, rng: np.random.Generator, share: float, gaps: in
   ends = [0, *sorted(1 + rng.choice(removed - 1, gaps - 1, replace=False)), removed]
   kept_before = sorted(rng.choice(kept + 1, gaps, replace=False))
   runs = []
-  for i in range(gaps):
-    first, last = kept_before[i] + ends[i], kept_before[i] + ends[i + 1] - 1  # word indices
-    runs.append((spans[first][0], spans[last][1]))
+  for before, (start, end) in zip(kept_before, itertools.pairwise(ends), strict=True):
+    runs.append((spans[before + start][0], spans[before + end - 1][1]))
   return remove_spans(text, runs)
 
 
 def make_gaps(text: str, rng: np.random.Generator, *, kind: str, unit: str, share: float) -> GappedText | None:
   """Make gaps in a text as --kind, --unit and --share specify; return None if the text is too short."""
-  if kind == 'single':
-    return remove_sentence(text, rng) if unit == 'sentence' else remove_word_runs(text, rng, share, 1)
-  removed = round(share * len(word_spans(text)))
-  if removed < 2:
-    return None
-  return remove_word_runs(text, rng, share, int(rng.integers(2, min(MAX_GAPS, removed) + 1)))
-
-
-# --- token counts of a run --------------------------------------------------------------------------------------------
+  if kind == 'single' and unit == 'sentence':
+    spans = sentence_spans(text)
+    return remove_spans(text, [spans[rng.integers(len(spans))]]) if len(spans) > 1 else None
+  removed, gaps = round(share * len(word_spans(text))), 1
+  if kind == 'multi':
+    if removed < 2:
+      return None
+    gaps = int(rng.integers(2, min(MAX_GAPS, removed) + 1))
+  return remove_word_runs(text, rng, share, gaps)
 
 
 class RunTokenizer:
   """The tokenizer of a run on text, and the maximum number of tokens (sampling.max_length) of that run."""
 
   def __init__(self, workdir: str):
-    from ml_collections import ConfigDict
-
-    from ilm_jax.runs import run_file
-    from ilm_jax.tasks.text import task as text
-
     try:
       cfg = ConfigDict(run_file.read_config(workdir))
     except UserError as error:
       raise UserError(f'--tokenizer={error}') from None
     if cfg.task.name != 'text':
       raise UserError(f'--tokenizer={workdir} is a run of task.name={cfg.task.name}: expected task.name=text')
-    text.resolve_assets(cfg.task, workdir)
-    self.tokenizer, self.max_length = text.tokenizer(cfg.task), cfg.sampling.max_length
+    text_task.resolve_assets(cfg.task, workdir)
+    self.tokenizer, self.max_length = text_task.tokenizer(cfg.task), cfg.sampling.max_length
 
   def gap_lengths(self, gapped: GappedText) -> list[int] | None:
     """Return the number of tokens of each gap; None if the text is too long, a gap is empty, or two gaps touch."""
@@ -173,23 +154,14 @@ class RunTokenizer:
     return lengths if total < self.max_length and all(lengths) else None
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def make_requests(
   texts, *, count: int, seed: int, run_tokenizer: RunTokenizer | None = None, lengths: bool = False, **gaps
 ) -> list[dict]:
   """Make at most `count` infill requests from texts that are drawn at random among those long enough for gaps.
 
-  Args:
-    texts: iterable of texts.
-    count: maximum number of requests.
-    seed: random seed for choosing texts and gaps.
-    run_tokenizer: if given, texts that are too long for this run are skipped.
-    lengths: whether to add `least` and `most`, the number of tokens of each gap; needs `run_tokenizer`.
-    **gaps: `kind`, `unit` and `share`, see `make_gaps`.
+  If `run_tokenizer` is given, texts that are too long for its run are skipped, and `lengths` adds `least` and `most`,
+  both the number of tokens of each gap. `gaps` are the arguments `kind`, `unit` and `share` of `make_gaps`.
   """
-  from ilm_jax.tasks.text import corpora
 
   def candidates():
     for number, text in enumerate(texts):
@@ -216,26 +188,18 @@ def run(values) -> int:
   if values.unit and values.kind == 'multi':
     raise UserError('--unit applies to --kind=single only: the gaps of --kind=multi always remove words')
   quiet()
-  from ilm_jax.tasks.text import corpora
-
   unit = values.unit or ('words' if values.documents == 'line' else 'sentence')
   run_tokenizer = RunTokenizer(values.tokenizer) if values.tokenizer else None
   texts = corpora.read_split(values.path, values.split, values.documents, detokenised=values.detokenize)
-  requests = make_requests(
-    texts, count=values.count, seed=values.seed, run_tokenizer=run_tokenizer, lengths=values.lengths,
-    kind=values.kind, unit=unit, share=values.share,
-  )  # fmt: skip
+  options = {'kind': values.kind, 'unit': unit, 'share': values.share, 'lengths': values.lengths}
+  requests = make_requests(texts, count=values.count, seed=values.seed, run_tokenizer=run_tokenizer, **options)
   if not requests:
-    raise UserError(
-      f'--path={values.path} has no text in its {values.split} split that is long enough for these gaps'
-      + (f' and short enough for {values.tokenizer}' if run_tokenizer else '')
-    )
+    needed = 'long enough for these gaps' + (f' and short enough for {values.tokenizer}' if run_tokenizer else '')
+    raise UserError(f'--path={values.path} has no text in its {values.split} split that is {needed}')
   if len(requests) < values.count:
-    print(
-      f'{values.path}: made {len(requests)} requests of --count={values.count}; the other texts of the {values.split} '
-      'split are too short' + (' or too long' if run_tokenizer else ''),
-      file=sys.stderr,
-    )
+    reason = 'too short or too long' if run_tokenizer else 'too short'
+    print(f'{values.path}: made {len(requests)} requests of --count={values.count}; the other texts of the '
+          f'{values.split} split are {reason}', file=sys.stderr)  # fmt: skip
   content = ''.join(json.dumps(request) + '\n' for request in requests)
   if not values.out:
     print(content, end='')
@@ -251,7 +215,3 @@ def run(values) -> int:
 def main(argv=None) -> int:
   """Run the command `ilm-jax infill-sets`; return the exit code."""
   return command(__doc__, define, run, argv)
-
-
-if __name__ == '__main__':
-  sys.exit(main())

@@ -45,7 +45,3 @@ def main(argv=None) -> int:
   """Run the command `ilm-jax report`; return the exit code."""
   argv = sys.argv if argv is None else argv
   return command(__doc__, define, functools.partial(run, argv[1:]), argv, positional=True)
-
-
-if __name__ == '__main__':
-  sys.exit(main())

@@ -10,37 +10,30 @@ from ilm_jax.types import UserError
 
 
 def plot(workdir: str) -> None:
-  """Write the plots of a run: validation metrics by step (accuracy.png or loss.png), decoding order (order.png).
-
-  Raises:
-    UserError: matplotlib is not installed.
-  """
+  """Write the plots of a run: validation metrics by step (accuracy.png or loss.png), decoding order (order.png)."""
   try:
-    import matplotlib
+    from matplotlib.figure import Figure
   except ImportError:
     raise UserError('the plots need matplotlib: pip install "ilm_jax[report]", or pass --noplots') from None
-  matplotlib.use('agg')
+  figure = Figure(figsize=(6.4, 3.6), dpi=120)
+  name = plot_learning_curve(figure, logs.read_scalars(workdir), str(workdir))
+  _save(figure, workdir, name)
+  if order_places := json.loads((epath.Path(workdir) / 'eval.json').read_text()).get('order_places'):
+    figure = Figure(figsize=(4.4, 3.8), dpi=120)
+    plot_order(figure, order_places, f'{workdir}: decoding order')
+    _save(figure, workdir, 'order.png')
 
-  plot_learning_curve(workdir)
-  order_places = json.loads((epath.Path(workdir) / 'eval.json').read_text()).get('order_places')
-  if order_places:
-    plot_order(workdir, order_places)
 
-
-def plot_learning_curve(workdir: str) -> None:
-  """Plot training loss and validation accuracy by step, or validation loss if the task has no right answers."""
-  from matplotlib import pyplot
-
-  scalars = logs.read_scalars(workdir)
-  losses = scalars.get('validation/loss', [])
-  figure, axis = pyplot.subplots(figsize=(6.4, 3.6), dpi=120)
+def plot_learning_curve(figure, scalars: dict, title: str) -> str:
+  """Plot training loss and validation accuracy (validation loss without right answers) by step; return a file name."""
+  axis = figure.subplots()
   if has_answers := 'validation/exact_match' in scalars:
     for name, color in (('exact_match', '#14609f'), ('token_accuracy', '#3a7d44')):
       if points := scalars.get(f'validation/{name}'):
         steps, values = zip(*points, strict=True)
         axis.plot(steps, [100 * value for value in values], color=color, label=name.replace('_', ' '), marker='.')
     axis.set(ylabel='validation accuracy, %', ylim=(-2, 102))
-  elif losses:
+  elif losses := scalars.get('validation/loss'):
     axis.plot(*zip(*losses, strict=True), color='#14609f', label='validation loss', marker='.')
     axis.set(ylabel='loss')
   axis.set(xlabel='training steps')
@@ -50,27 +43,21 @@ def plot_learning_curve(workdir: str) -> None:
     if has_answers:
       loss_axis.set(ylabel='training loss (gray)', ylim=(0, None))
   axis.legend(loc='center right' if has_answers else 'upper right', frameon=False)
-  axis.set_title(str(workdir), fontsize=9)
-  _save(figure, workdir, 'accuracy.png' if has_answers else 'loss.png')
+  axis.set_title(title, fontsize=9)
+  return 'accuracy.png' if has_answers else 'loss.png'
 
 
-def plot_order(workdir: str, order_places) -> None:
+def plot_order(figure, order_places, title: str) -> None:
   """Plot how often each decoding step inserts at each answer position, given token counts [step, position]."""
-  from matplotlib import pyplot
-
+  axis = figure.subplots()
   share = np.array(order_places) / np.maximum(np.sum(order_places, axis=1, keepdims=True), 1)
-  figure, axis = pyplot.subplots(figsize=(4.4, 3.8), dpi=120)
   image = axis.imshow(share, cmap='Blues', vmin=0, vmax=1, aspect='auto')
   axis.set(xlabel='position in the answer', ylabel='decoding step')
-  axis.set_title(f'{workdir}: decoding order', fontsize=9)
+  axis.set_title(title, fontsize=9)
   figure.colorbar(image, label='share of the tokens of a step')
-  _save(figure, workdir, 'order.png')
 
 
 def _save(figure, workdir: str, name: str) -> None:
-  from matplotlib import pyplot
-
   figure.tight_layout()
   with (epath.Path(workdir) / name).open('wb') as file:
     figure.savefig(file, format='png')
-  pyplot.close(figure)

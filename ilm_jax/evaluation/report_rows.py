@@ -26,8 +26,8 @@ class Run(NamedTuple):
   steps: int  # training steps of the evaluated weights
   budget: int  # training steps that the config allows
   key: str  # all settings except FREE_SETTINGS, as JSON; equal for all runs in a table row
-  correct: tuple[float, float] | None  # numbers of (correct, all) answers; None if the task has no right answers
-  tokens: tuple[float, float] | None  # numbers of (correct, all) tokens; None if the task has no right answers
+  correct: list[float] | None  # numbers of [correct, all] answers; None if the task has no right answers
+  tokens: list[float] | None  # numbers of [correct, all] tokens; None if the task has no right answers
   chance: float | None  # expected exact match accuracy of random answers
   kind: str | None  # kind of likelihood: 'exact', 'bound' or 'importance-weighted'; None if not measured
   strings: dict | None  # per test string: lists 'nll' (nats), 'error' (standard error of nll) and 'tokens'
@@ -40,11 +40,7 @@ class Run(NamedTuple):
 
 
 def read(workdir: str) -> Run:
-  """Read a finished run from its run.json, eval.json and event files.
-
-  Raises:
-    UserError: the folder is not a run, or the run is not finished and evaluated.
-  """
+  """Read a run from its run.json, eval.json and event files; UserError if it is not finished and evaluated."""
   path = epath.Path(workdir)
   run = run_file.parse_run((path / 'run.json').read_bytes()) if (path / 'run.json').exists() else None
   if run is None:
@@ -54,12 +50,10 @@ def read(workdir: str) -> Run:
   try:
     result = json.loads((path / 'eval.json').read_bytes())
     config = run_file.migrate(result['config'])
-    has_answers = 'exact_match' in result['pairs']
-    if not has_answers and not result.get('strings'):
-      raise UserError(
-        f'{workdir}: the task {config["task"]["label"]} has no right answers, and no likelihoods were measured: '
-        'evaluate the run with --mode=eval --config.eval.score='
-      )
+    pairs = result['pairs']
+    if 'exact_match' not in pairs and not result.get('strings'):
+      advice = 'evaluate the run with --mode=eval --config.eval.score='
+      raise UserError(f'{workdir}: the task has no right answers, and no likelihoods were measured: {advice}')
     if not result['finished']:
       raise UserError(f'{workdir} was evaluated before it was finished: finish the run, or lower --config.stop_at')
     starts = [*run['starts'], result['start']]
@@ -72,8 +66,8 @@ def read(workdir: str) -> Run:
       steps=result['step'],
       budget=config['steps'],
       key=json.dumps(settings, sort_keys=True),
-      correct=tuple(result['pairs']['exact_match']) if has_answers else None,
-      tokens=tuple(result['pairs']['token_accuracy']) if 'token_accuracy' in result['pairs'] else None,
+      correct=pairs.get('exact_match'),
+      tokens=pairs.get('token_accuracy'),
       chance=None if result['chance'] is None else result['chance'] + 0.0,
       kind=result.get('likelihood'),
       strings=result.get('strings'),
@@ -82,32 +76,25 @@ def read(workdir: str) -> Run:
       hardware=' + '.join(sorted({f'{start["devices"]}, {start["cpus"]} cores' for start in starts})),
       commits=tuple(sorted({start['commit'] for start in starts})),
       sampler=result['sampler'],
-      orders={name: pair for name, pair in result['pairs'].items() if name.startswith('order_')},
+      orders={name: pair for name, pair in pairs.items() if name.startswith('order_')},
     )
   except (KeyError, TypeError, ValueError) as error:
-    raise UserError(
-      f'{workdir}: eval.json lacks {error}, which the tables need: evaluate the run again with --mode=eval'
-    ) from None
+    advice = 'evaluate the run again with --mode=eval'
+    raise UserError(f'{workdir}: eval.json lacks {error}, which the tables need: {advice}') from None
 
 
 def _family_name(config: dict) -> str:
   """Return the family's name for the tables, with the settings that distinguish variants of the family."""
   if config['family'] == 'arm' and config['task'].get('order') in ('oracle', 'solver'):
     return 'arm, oracle order'
-  if config.get('loss', {}).get('length_weight', 'none') != 'none':
-    return f'{config["family"]}, length_weight={config["loss"]["length_weight"]}'
-  return config['family']
+  weight = config.get('loss', {}).get('length_weight', 'none')
+  return config['family'] if weight == 'none' else f'{config["family"]}, length_weight={weight}'
 
 
 def group(runs: list[Run], mixed_commits: bool) -> list[list[Run]]:
   """Group runs into table rows of the same task, family and settings; sort each row by seed.
 
-  Args:
-    runs: the runs; table rows appear in the order of their first run.
-    mixed_commits: whether to allow several or unknown git commits within a row.
-
-  Raises:
-    UserError: two runs in a row have the same seed, or a row has several or unknown git commits.
+  UserError if two runs in a row have the same seed or, without `mixed_commits`, several or unknown git commits.
   """
   rows = {}
   for run in runs:
@@ -119,16 +106,12 @@ def group(runs: list[Run], mixed_commits: bool) -> list[list[Run]]:
         raise UserError(f'{a.workdir} and {b.workdir} are the same run twice (seed {a.seed}): leave one out')
     commits = {commit: run.workdir for run in row for commit in run.commits}
     if 'unknown' in commits and not mixed_commits:
-      raise UserError(
-        f'{commits["unknown"]} was run outside a git checkout, so its commit is unknown: run it in a checkout, or '
-        'accept it with --mixed_commits'
-      )
+      advice = 'run it in a checkout, or accept it with --mixed_commits'
+      raise UserError(f'{commits["unknown"]} was run outside a git checkout, so its commit is unknown: {advice}')
     if len(commits) > 1 and not mixed_commits:
       listed = ', '.join(f'{short_commit(commit)} ({workdir})' for commit, workdir in sorted(commits.items()))
-      raise UserError(
-        f'{row[0].label}, {row[0].family}: the runs of this row are from several commits, {listed}: run them again at '
-        'one commit, or accept them with --mixed_commits'
-      )
+      advice = 'run them again at one commit, or accept them with --mixed_commits'
+      raise UserError(f'{row[0].label}, {row[0].family}: the runs are from several commits, {listed}: {advice}')
   return list(rows.values())
 
 

@@ -38,6 +38,12 @@ is estimated by sampling; the last column has the standard error of its mean. If
 another model, the model is not necessarily worse, because the bound may be loose.
 """
 
+TRAINING_TEXT = """
+## Training and sampling
+
+Steps: training steps of the evaluated weights, of the maximum number of steps.
+"""
+
 ORDER_TEXT = """
 ## Decoding order
 
@@ -50,103 +56,86 @@ of the decoding steps from 0 (first) to 1 (last).
 
 def report(rows: list[Row], command: str, date: str) -> str:
   """Return the whole report as Markdown; it quotes the `command` and the `date` of its creation."""
+  sections = (
+    (ACCURACY_TEXT, accuracy_cells, [row for row in rows if row[0].correct]),
+    (LIKELIHOOD_TEXT, likelihood_cells, [row for row in rows if any(run.strings for run in row)]),
+    (TRAINING_TEXT, training_cells, rows),
+    (ORDER_TEXT, order_cells, rows if any(run.orders for row in rows for run in row) else []),
+  )
   lines = ['# Results', '', f'Made by `{command}` on {date}.']
-  if with_answers := [row for row in rows if row[0].correct]:
-    lines += accuracy_table(with_answers)
-  if with_likelihoods := [row for row in rows if any(run.strings for run in row)]:
-    lines += likelihood_table(with_likelihoods)
-  lines += training_table(rows)
-  if any(run.orders for row in rows for run in row):
-    lines += order_table(rows)
+  for text, cells_of, chosen in sections:
+    if chosen:
+      lines += [*text.rstrip().split('\n'), '', *table(chosen, cells_of)]
   lines += ['', '## Runs', '']
   lines += [f'- `{run.workdir}`{_plot_links(run)}' for row in rows for run in row]
   return '\n'.join(lines) + '\n'
 
 
-def table(columns: list[str], rows: list[list[str]]) -> list[str]:
-  """Format a Markdown table; return its lines."""
-  header, *body = ('| ' + ' | '.join(cells) + ' |' for cells in [columns, *rows])
-  return ['', header, '|---' * len(columns) + '|', *body]
+def table(rows: list[Row], cells_of) -> list[str]:
+  """Return the lines of a Markdown table with a line for each row; `cells_of` maps a row to {column: cell}."""
+  cells = [{'task': row[0].label, 'family': row[0].family, **cells_of(row)} for row in rows]
+  header, *body = ('| ' + ' | '.join(line) + ' |' for line in (cells[0].keys(), *(one.values() for one in cells)))
+  return [header, '|---' * len(cells[0]) + '|', *body]
 
 
-def accuracy_table(rows: list[Row]) -> list[str]:
-  """Return the lines of the report's accuracy section."""
-  columns = ['task', 'family', 'sequence accuracy, pooled', 'each seed', 'mean of seeds', 'token accuracy', 'chance']
-  cells = []
-  for row in rows:
-    by_seed = [100 * run.correct[0] / run.correct[1] for run in row]
-    pairs = [run.tokens for run in row if run.tokens]
-    token_accuracy = f'{100 * sum(c for c, _ in pairs) / sum(n for _, n in pairs):.1f}' if pairs else '–'
-    chance = '–' if row[0].chance is None else f'{100 * row[0].chance:.1f}'
-    paper = PAPER.get((row[0].label, row[0].family))
-    cells.append([
-      row[0].label, row[0].family, pooled([run.correct for run in row]), ', '.join(f'{value:.1f}' for value in by_seed),
-      mean_of_seeds(by_seed), token_accuracy, chance,
-      '–' if paper is None else f'{paper:.1f}',
-    ])  # fmt: skip
-  return [*ACCURACY_TEXT.rstrip().split('\n'), *table([*columns, 'paper'], cells)]
+def accuracy_cells(row: Row) -> dict[str, str]:
+  """Return a row's cells of the accuracy table."""
+  by_seed = [100 * run.correct[0] / run.correct[1] for run in row]
+  paper = PAPER.get((row[0].label, row[0].family))
+  return {
+    'sequence accuracy, pooled': pooled([run.correct for run in row]),
+    'each seed': ', '.join(f'{value:.1f}' for value in by_seed),
+    'mean of seeds': mean_of_seeds(by_seed),
+    'token accuracy': ratio([run.tokens for run in row if run.tokens], '{:.1f}', 100),
+    'chance': '–' if row[0].chance is None else f'{100 * row[0].chance:.1f}',
+    'paper': '–' if paper is None else f'{paper:.1f}',
+  }
 
 
-def likelihood_table(rows: list[Row]) -> list[str]:
-  """Return the lines of the report's likelihood section."""
-  columns = ['task', 'family', 'NLL', 'per string', 'per token', 'per string, each seed', 'strings', 'standard error']
-  cells = []
-  for row in rows:
-    for run in row:
-      if not run.strings:
-        raise UserError(
-          f'{run.workdir} has no likelihoods, but other runs of its row have them: evaluate it again with --mode=eval'
-        )
-    nll_SxN = np.array([run.strings['nll'] for run in row])  # S seeds, N strings
-    per_string, per_token = nll_intervals(nll_SxN.mean(0), np.array(row[0].strings['tokens']))
-    error = np.square([run.strings['error'] for run in row]).sum() ** 0.5 / nll_SxN.size
-    cells.append([
-      row[0].label, row[0].family, row[0].kind, '{:.2f} ± {:.2f}'.format(*per_string),
-      '{:.4f} ± {:.4f}'.format(*per_token), ', '.join(f'{value:.2f}' for value in nll_SxN.mean(1)),
-      str(nll_SxN.shape[1]), f'{error:.2f}',
-    ])  # fmt: skip
-  return [*LIKELIHOOD_TEXT.rstrip().split('\n'), *table(columns, cells)]
+def likelihood_cells(row: Row) -> dict[str, str]:
+  """Return a row's cells of the likelihood table."""
+  for run in row:
+    if not run.strings:
+      advice = 'evaluate it again with --mode=eval'
+      raise UserError(f'{run.workdir} has no likelihoods, but other runs of its row have them: {advice}')
+  nll_SxN = np.array([run.strings['nll'] for run in row])  # S seeds, N strings
+  per_string, per_token = nll_intervals(nll_SxN.mean(0), np.array(row[0].strings['tokens']))
+  error = np.square([run.strings['error'] for run in row]).sum() ** 0.5 / nll_SxN.size
+  return {
+    'NLL': row[0].kind,
+    'per string': '{:.2f} ± {:.2f}'.format(*per_string),
+    'per token': '{:.4f} ± {:.4f}'.format(*per_token),
+    'per string, each seed': ', '.join(f'{value:.2f}' for value in nll_SxN.mean(1)),
+    'strings': str(nll_SxN.shape[1]),
+    'standard error': f'{error:.2f}',
+  }
 
 
-def training_table(rows: list[Row]) -> list[str]:
-  """Return the lines of the report's section on training and sampling settings."""
-  columns = [
-    'task',
-    'family',
-    'seeds',
-    'steps',
-    'parameters',
-    'training time per seed',
-    'hardware',
-    'commit',
-    'sampler',
-  ]
-  cells = []
-  for row in rows:
-    commits = sorted({commit for run in row for commit in run.commits})
-    cells.append([
-      row[0].label, row[0].family, ', '.join(str(run.seed) for run in row),
-      ', '.join(f'{run.steps:,} of {run.budget:,}' for run in row),
-      f'{row[0].parameters:,}', ', '.join(_duration(run.seconds) for run in row),
-      ' + '.join(sorted({run.hardware for run in row})), ', '.join(map(short_commit, commits)), row[0].sampler,
-    ])  # fmt: skip
-  text = 'Steps: training steps of the evaluated weights, of the maximum number of steps.'
-  return ['', '## Training and sampling', '', text, *table(columns, cells)]
+def training_cells(row: Row) -> dict[str, str]:
+  """Return a row's cells of the table on training and sampling settings."""
+  return {
+    'seeds': ', '.join(str(run.seed) for run in row),
+    'steps': ', '.join(f'{run.steps:,} of {run.budget:,}' for run in row),
+    'parameters': f'{row[0].parameters:,}',
+    'training time per seed': ', '.join(_duration(run.seconds) for run in row),
+    'hardware': ' + '.join(sorted({run.hardware for run in row})),
+    'commit': ', '.join(map(short_commit, sorted({commit for run in row for commit in run.commits}))),
+    'sampler': row[0].sampler,
+  }
 
 
-def order_table(rows: list[Row]) -> list[str]:
-  """Return the lines of the report's decoding-order section."""
-  cells = []
-  for row in rows:
-    numbers = []
-    for name in ('order_tau', 'order_adjacent', 'order_junction'):
-      pairs = [run.orders[name] for run in row if name in run.orders and run.orders[name][1]]
-      numbers.append(f'{sum(pair[0] for pair in pairs) / sum(pair[1] for pair in pairs):.2f}' if pairs else '–')
-    cells.append([row[0].label, row[0].family, *numbers])
-  return [*ORDER_TEXT.rstrip().split('\n'), *table(['task', 'family', 'tau', 'adjacent', 'junction'], cells)]
+def order_cells(row: Row) -> dict[str, str]:
+  """Return a row's cells of the decoding-order table."""
+  return {
+    name: ratio([run.orders[f'order_{name}'] for run in row if f'order_{name}' in run.orders], '{:.2f}')
+    for name in ('tau', 'adjacent', 'junction')
+  }
 
 
-# --- statistics -------------------------------------------------------------------------------------------------------
+def ratio(pairs, form: str, scale: float = 1) -> str:
+  """Format scale * (sum of the totals) / (sum of the weights) of (total, weight) pairs; a dash without weight."""
+  total, weight = (sum(pair[i] for pair in pairs) for i in (0, 1))
+  return form.format(scale * total / weight) if weight else '–'
 
 
 def pooled(pairs) -> str:
@@ -168,15 +157,10 @@ def mean_of_seeds(values: list[float]) -> str:
 
 
 def nll_intervals(nll_N, tokens_N) -> tuple[tuple[float, float], tuple[float, float]]:
-  """Compute the mean NLL per string and per token, with the half widths of their 95 % confidence intervals.
+  """Return the mean NLL and the half width of its 95 % confidence interval: a pair per string, and a pair per token.
 
-  Args:
-    nll_N: NLL of each string, in nats.
-    tokens_N: number of tokens of each string, not counting its end token.
-
-  Returns:
-    ((mean, half width) per string, (mean, half width) per token). The mean per token is a ratio of sums;
-    its interval is computed by linearization.
+  `tokens_N` does not count the end token of each string. The mean per token is a ratio of sums; its interval is
+  computed by linearization.
   """
   count, size_N = len(nll_N), np.asarray(tokens_N) + 1.0
 
@@ -185,9 +169,6 @@ def nll_intervals(nll_N, tokens_N) -> tuple[tuple[float, float], tuple[float, fl
 
   ratio = float(nll_N.sum() / size_N.sum())
   return (float(nll_N.mean()), half_width(nll_N)), (ratio, half_width(nll_N - ratio * size_N) / float(size_N.mean()))
-
-
-# --- formatting -------------------------------------------------------------------------------------------------------
 
 
 def _duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ilm_jax.evaluation.infill_sets import GappedText
+from ilm_jax.tasks.text import corpora
 from ilm_jax.types import UserError
 
 
@@ -20,14 +21,9 @@ class Sample(NamedTuple):
 
 
 def records(path: str, flag: str):
-  """Yield (location for error messages, JSON object) for each non-empty line of a JSONL file.
+  """Yield (location for error messages, JSON object) for each non-empty line of the JSONL file that `flag` names.
 
-  Args:
-    path: the file.
-    flag: name of the flag whose value is `path`, for error messages.
-
-  Raises:
-    UserError: the file cannot be read, or a line is not a JSON object in valid UTF-8.
+  Raises UserError if the file cannot be read, or a line is not a JSON object in valid UTF-8.
   """
   try:
     lines = Path(path).read_text('utf-8').split('\n')
@@ -36,31 +32,34 @@ def records(path: str, flag: str):
   except UnicodeDecodeError as error:
     raise UserError(f'--{flag}={path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}') from None
   for number, line in enumerate(lines, 1):
-    if line.strip():
-      where = f'{path}, line {number}'
-      try:
-        record = json.loads(line)
-        if not isinstance(record, dict):
-          raise TypeError
-        json.dumps(record, ensure_ascii=False).encode()
-      except UnicodeEncodeError:
-        raise UserError(f'{where}: contains an unpaired surrogate, which is not a valid character') from None
-      except (ValueError, TypeError, RecursionError):
-        raise UserError(f'{where}: expected a JSON object, got {line.strip()[:80]}') from None
-      yield where, record
+    if not line.strip():
+      continue
+    where = f'{path}, line {number}'
+    try:
+      record = json.loads(line)
+      json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+      raise UserError(f'{where}: contains an unpaired surrogate, which is not a valid character') from None
+    except (ValueError, RecursionError):
+      record = None
+    if not isinstance(record, dict):
+      raise UserError(f'{where}: expected a JSON object, got {line.strip()[:80]}')
+    yield where, record
+
+
+def text_of(record: dict, where: str, key: str = 'text', meaning: str = 'a string') -> str:
+  """Return the string under a key of a JSON record; UserError if there is none."""
+  if not isinstance(record.get(key), str):
+    raise UserError(f'{where}: expected the key "{key}" with {meaning}')
+  return record[key]
 
 
 def read_samples(path: str) -> list[Sample]:
-  """Read a JSONL file of samples written by `ilm-jax generate`.
-
-  Raises:
-    UserError: the file cannot be read, contains no samples, or has a malformed line.
-  """
+  """Read a JSONL file of samples written by `ilm-jax generate`."""
   samples, seen = [], {}
   for where, record in records(path, 'samples'):
-    if not isinstance(record.get('text'), str):
-      raise UserError(f'{where}: expected the key "text" with a string, as `ilm-jax generate` writes it')
-    sample = Sample(record['text'], record.get('id'))
+    text = text_of(record, where, meaning='a string, as `ilm-jax generate` writes it')
+    sample = Sample(text, record.get('id'))
     if 'infill' in record:
       sample = _add_gaps(sample, record, where)
       key = sample.id, json.dumps(record.get('sample'))
@@ -81,28 +80,26 @@ def _add_gaps(sample: Sample, record: dict, where: str) -> Sample:
     if bounds != sorted(bounds) or [sample.text[start:end] for start, end in spans] != fillings:
       raise ValueError
   except (TypeError, ValueError):
-    raise UserError(
-      f'{where}: expected "fillings", a list of strings, and "spans", the [start, end] of each filling in "text"'
-    ) from None
+    expected = '"fillings", a list of strings, and "spans", the [start, end] of each filling in "text"'
+    raise UserError(f'{where}: expected {expected}') from None
   if not isinstance(sample.id, int | str):
     raise UserError(f'{where}: expected the key "id" with the id of the infill request')
   parts = [sample.text[start:end] for start, end in zip(bounds[::2], bounds[1::2], strict=True)]
-  return _add_truth(sample._replace(parts=parts, fillings=fillings), record.get('truth'), where)
-
-
-def _add_truth(sample: Sample, truth, where: str) -> Sample:
-  """Add the true text (a string, or a dict with `text` and `fillings`) to a sample."""
+  sample, truth = sample._replace(parts=parts, fillings=fillings), record.get('truth')
   if truth is None:
     return sample
-  fillings = truth.get('fillings') if isinstance(truth, dict) else None
-  text = truth.get('text') if isinstance(truth, dict) else truth
-  if not isinstance(text, str):
+  return _add_truth(sample, truth if isinstance(truth, dict) else {'text': truth}, where)
+
+
+def _add_truth(sample: Sample, truth: dict, where: str) -> Sample:
+  """Add the true text (key "text"), and the true fillings if there are any (key "fillings"), to a sample."""
+  fillings = truth.get('fillings')
+  if not isinstance(truth.get('text'), str):
     raise UserError(f'{where}: expected the key "truth" with the true text, a string')
-  if fillings is not None and not _is_filled_with(text, sample.parts, fillings):
-    raise UserError(
-      f'{where}: the given parts of the text and the true fillings do not join to the true text {text[:60]!r}'
-    )
-  return sample._replace(truth=text, true_fillings=fillings)
+  if fillings is not None and not _is_filled_with(truth['text'], sample.parts, fillings):
+    text = truth['text'][:60]
+    raise UserError(f'{where}: the given parts and the true fillings do not join to the true text {text!r}')
+  return sample._replace(truth=truth['text'], true_fillings=fillings)
 
 
 def _is_filled_with(text: str, parts: list[str], fillings) -> bool:
@@ -121,37 +118,28 @@ def add_requests(samples: list[Sample], path: str) -> list[Sample]:
       raise UserError(f'{where}: expected the key "id", which the samples refer to')
     if key in truths:
       raise UserError(f'{where} has the same id {key!r} as {truths[key][0]}: expected every id once')
-    if not isinstance(record.get('truth'), str):
-      raise UserError(f'{where}: expected the key "truth" with the true text, a string')
-    truths[key] = where, {'text': record['truth'], 'fillings': record.get('fillings')}
-  out = []
-  for sample in samples:
+    truth = text_of(record, where, 'truth', 'the true text, a string')
+    truths[key] = where, {'text': truth, 'fillings': record.get('fillings')}
+
+  def complete(sample: Sample) -> Sample:
     if sample.parts is None:
-      out.append(sample)
-      continue
+      return sample
     if sample.id not in truths:
       raise UserError(f'--requests={path} has no request with id {sample.id!r}, which a sample answers')
     where, truth = truths[sample.id]
-    out.append(_add_truth(sample, truth, where))
-  return out
+    return _add_truth(sample, truth, where)
+
+  return [complete(sample) for sample in samples]
 
 
 def read_references(values, count: int) -> list[str]:
   """Read the reference texts: all texts of a *.jsonl file, or `count` documents drawn from a corpus.
 
-  Args:
-    values: flags of `ilm-jax perplexity`: `reference`, `split`, `documents`, `detokenize` and `seed`.
-    count: number of documents to draw from a corpus.
+  `values` are the flags of `ilm-jax perplexity`: `reference`, `split`, `documents`, `detokenize` and `seed`.
   """
-  from ilm_jax.tasks.text import corpora
-
   path = values.reference
   if path.endswith('.jsonl'):
-    texts = []
-    for where, record in records(path, 'reference'):
-      if not isinstance(record.get('text'), str):
-        raise UserError(f'{where}: expected the key "text" with a string')
-      texts.append(record['text'])
+    texts = [text_of(record, where) for where, record in records(path, 'reference')]
     if not texts:
       raise UserError(f'--reference={path} contains no texts')
     return texts

@@ -8,12 +8,11 @@ The NLL of a text is the sum over its tokens; the first token is predicted from 
 arXiv 2505.05755, no end token is scored. Texts longer than the model's context are truncated to their first tokens.
 """
 
-import time
 from typing import NamedTuple
 
 import numpy as np
-from absl import logging
 
+from ilm_jax.evaluation.progress import Progress
 from ilm_jax.runs import run_file
 from ilm_jax.types import UserError
 
@@ -30,16 +29,18 @@ class TextNLL(NamedTuple):
 
   @property
   def num_tokens(self) -> int:
-    """Return the number of scored tokens."""
     return len(self.ids)
 
 
 class ScoringModel:
-  """Base class of scoring models: sorts texts by length and scores them in padded batches."""
+  """Base class of scoring models: sorts texts by length, scores them in padded batches and caches the results.
 
-  name: str
-  max_tokens: int  # longer texts are truncated to this number of tokens
-  batch_size: int
+  Texts are truncated to their first `max_tokens` tokens.
+  """
+
+  def __init__(self, name: str, max_tokens: int, batch_size: int):
+    self.name, self.max_tokens, self.batch_size = name, max_tokens, batch_size
+    self.cache: dict[str, TextNLL] = {}
 
   def encode(self, text: str) -> list[int]:
     """Return the token ids of a text, without start and end tokens."""
@@ -51,29 +52,21 @@ class ScoringModel:
 
   def nll(self, texts: list[str]) -> list[TextNLL]:
     """Return the NLL of each text, in the same order; the NLL of a text does not depend on the other texts."""
-    encoded = [self.encode(text) for text in texts]
-    rows = [ids[: self.max_tokens] for ids in encoded]
-    out = [TextNLL(0.0, [], False)] * len(texts)
-    by_length = sorted((i for i, ids in enumerate(rows) if ids), key=lambda i: len(rows[i]))
-    total, done = sum(map(len, rows)), 0
-    start = last_log = time.monotonic()
-    for first in range(0, len(by_length), self.batch_size):
-      batch = by_length[first : first + self.batch_size]
-      ids_BxL = np.zeros((self.batch_size, self.padded_length(len(rows[batch[-1]]))), np.int32)
+    encoded = {text: self.encode(text) for text in dict.fromkeys(texts) if text not in self.cache}
+    rows = sorted(((text, ids[: self.max_tokens]) for text, ids in encoded.items()), key=lambda row: len(row[1]))
+    progress, done = Progress('scored tokens', sum(len(ids) for _, ids in rows)), 0
+    for first in range(0, len(rows), self.batch_size):
+      batch = rows[first : first + self.batch_size]
+      ids_BxL = np.zeros((self.batch_size, self.padded_length(len(batch[-1][1]))), np.int32)
       length_B = np.zeros(self.batch_size, np.int32)
-      for row, i in enumerate(batch):
-        length_B[row] = len(rows[i])
-        ids_BxL[row, : length_B[row]] = rows[i]
+      for row, (_, ids) in enumerate(batch):
+        ids_BxL[row, : len(ids)], length_B[row] = ids, len(ids)
       nll_BxL = np.asarray(self.token_nll(ids_BxL, length_B), np.float64)
-      for row, i in enumerate(batch):
-        n = len(rows[i])
-        out[i] = TextNLL(float(nll_BxL[row, :n].sum()), rows[i], len(encoded[i]) > n)
-        done += n
-      if time.monotonic() - last_log > 10:
-        last_log = time.monotonic()
-        seconds_left = (total - done) * (last_log - start) / done
-        logging.info('scored %s of %s tokens, %.0f s left', f'{done:,}', f'{total:,}', seconds_left)
-    return out
+      for nll_L, (text, ids) in zip(nll_BxL, batch, strict=False):  # the batch may have padding rows
+        self.cache[text] = TextNLL(float(nll_L[: len(ids)].sum()), ids, len(encoded[text]) > len(ids))
+      done += int(length_B.sum())
+      progress.update(done)
+    return [self.cache[text] for text in texts]
 
   def padded_length(self, tokens: int) -> int:
     """Return the padded length of a batch, given the number of tokens of its longest text."""
@@ -81,23 +74,6 @@ class ScoringModel:
     while size < tokens:
       size *= 2
     return min(size, self.max_tokens)
-
-
-class CachedScoringModel:
-  """Wraps a scoring model and caches its results, so that repeated texts are scored only once."""
-
-  def __init__(self, model: ScoringModel):
-    self.model, self.name, self.max_tokens = model, model.name, model.max_tokens
-    self.cache: dict[str, TextNLL] = {}
-
-  def nll(self, texts: list[str]) -> list[TextNLL]:
-    """Return the NLL of each text, as the wrapped scoring model's `nll` does."""
-    new = [text for text in dict.fromkeys(texts) if text not in self.cache]
-    self.cache |= zip(new, self.model.nll(new), strict=True)
-    return [self.cache[text] for text in texts]
-
-
-# --- ARM runs of this project -----------------------------------------------------------------------------------------
 
 
 class ArmScoringModel(ScoringModel):
@@ -110,9 +86,8 @@ class ArmScoringModel(ScoringModel):
     from ilm_jax.models import transformer
     from ilm_jax.special_tokens import BOS, CLS, UNK
 
-    self.name, self.batch_size, self.lm = name, batch_size, lm
-    self.prefix = np.array([CLS, BOS], np.int32)
-    self.max_tokens = lm.sample_cfg.max_length - len(self.prefix)
+    self.lm, self.prefix = lm, np.array([CLS, BOS], np.int32)
+    super().__init__(name, lm.sample_cfg.max_length - len(self.prefix), batch_size)
     cfg = lm.sample_cfg._replace(suppressed_tokens=tuple(i for i in lm.sample_cfg.suppressed_tokens if i != UNK))
 
     @jax.jit
@@ -120,14 +95,6 @@ class ArmScoringModel(ScoringModel):
       return arm.next_losses(transformer.Forward(lm.model_cfg, params), tokens_BxL, length_B, cfg)
 
     self.next_losses = next_losses
-
-  @classmethod
-  def load(cls, workdir) -> 'ArmScoringModel':
-    """Load the checkpoint of an ARM run that was best on the validation split."""
-    from ilm_jax.inference import api
-
-    check(workdir)
-    return cls(api.load(workdir), name=str(workdir))
 
   def encode(self, text: str) -> list[int]:
     return list(map(int, self.lm.tokenizer.encode(text)))
@@ -137,9 +104,6 @@ class ArmScoringModel(ScoringModel):
     tokens_BxL = np.concatenate([prefix_BxL, ids_BxL], axis=1)
     nll_BxL = self.next_losses(self.lm.params, tokens_BxL, length_B + len(self.prefix))
     return np.asarray(nll_BxL)[:, len(self.prefix) - 1 : -1]
-
-
-# --- Hugging Face models ----------------------------------------------------------------------------------------------
 
 
 class HuggingFaceScoringModel(ScoringModel):
@@ -156,22 +120,20 @@ class HuggingFaceScoringModel(ScoringModel):
       net = transformers.AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError) as error:
       reason = ' '.join(str(error).split()).split('. ')[0][:200]
-      raise UserError(
-        f'the scoring model {HF_PREFIX}{name} could not be loaded from Hugging Face or a local folder ({reason}): '
-        'name another model, or the workdir of a run of family=arm'
-      ) from None
+      problem = f'could not be loaded from Hugging Face or a local folder ({reason})'
+      advice = 'name another model, or the workdir of a run of family=arm'
+      raise UserError(f'the scoring model {HF_PREFIX}{name} {problem}: {advice}') from None
     start_tokens = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
     self.start = next((token for token in start_tokens if token is not None), None)
     if self.start is None:
-      raise UserError(
-        f'the scoring model {HF_PREFIX}{name} has neither a BOS nor an EOS token to start from: use another model'
-      )
-    on_gpu = torch.cuda.is_available()
-    self.device = 'cuda' if on_gpu else 'cpu'
-    self.net = net.to(device=self.device, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
+      problem = 'has neither a BOS nor an EOS token to start from'
+      raise UserError(f'the scoring model {HF_PREFIX}{name} {problem}: use another model')
+    self.device, dtype = ('cuda', torch.bfloat16) if torch.cuda.is_available() else ('cpu', torch.float32)
+    self.net = net.to(device=self.device, dtype=dtype).eval()
     limits = self.tokenizer.model_max_length, getattr(net.config, 'max_position_embeddings', None)
-    self.max_tokens = min(int(limit) for limit in limits if limit) - 1  # the start token needs one of the positions
-    self.name, self.batch_size, self.torch = HF_PREFIX + name, batch_size, torch
+    max_tokens = min(int(limit) for limit in limits if limit) - 1  # the start token needs one of the positions
+    super().__init__(HF_PREFIX + name, max_tokens, batch_size)
+    self.torch = torch
 
   def encode(self, text: str) -> list[int]:
     return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
@@ -180,9 +142,8 @@ class HuggingFaceScoringModel(ScoringModel):
     torch = self.torch
     mask_BxL = np.arange(ids_BxL.shape[1] + 1)[None] <= length_B[:, None]
     inputs_BxL = np.concatenate([np.full((len(ids_BxL), 1), self.start), ids_BxL], axis=1)
-    inputs_BxL, mask_BxL, ids_BxL = (
-      torch.tensor(array, device=self.device, dtype=torch.long) for array in (inputs_BxL, mask_BxL, ids_BxL)
-    )
+    arrays = (torch.tensor(x, device=self.device, dtype=torch.long) for x in (inputs_BxL, mask_BxL, ids_BxL))
+    inputs_BxL, mask_BxL, ids_BxL = arrays
     with torch.inference_mode():
       logits_BxLxV = self.net(input_ids=inputs_BxL, attention_mask=mask_BxL).logits
       nll = [  # one row at a time: float32 logits of a whole batch can need more memory than the model
@@ -197,55 +158,34 @@ def _import_hugging_face():
     import torch
     import transformers
   except ImportError:
-    raise UserError(
-      f'a scoring model {HF_PREFIX}NAME needs torch and transformers: pip install "ilm_jax[perplexity]"'
-    ) from None
+    needed = 'needs torch and transformers: pip install "ilm_jax[perplexity]"'
+    raise UserError(f'a scoring model {HF_PREFIX}NAME {needed}') from None
   return torch, transformers
 
 
-# --- lookup by name ---------------------------------------------------------------------------------------------------
-
-
 def check(name) -> None:
-  """Check the name of a scoring model without loading the model.
-
-  Raises:
-    UserError: the folder contains no run, or a run of another family or task; or torch or transformers is missing.
-  """
-  if str(name).startswith(HF_PREFIX):
+  """Raise UserError if a scoring model cannot be used, as far as this can be told without loading the model."""
+  name = str(name)
+  if name.startswith(HF_PREFIX):
     _import_hugging_face()
-    if not str(name).removeprefix(HF_PREFIX):
-      raise UserError(
-        f'the scoring model {name}: expected a model name or path after {HF_PREFIX}, such as {HF_PREFIX}gpt2'
-      )
+    if name == HF_PREFIX:
+      raise UserError(f'the scoring model {name}: expected a model name or path after {HF_PREFIX}, such as hf:gpt2')
     return
-
   try:
     cfg = run_file.read_config(name)
   except UserError as error:
     raise UserError(f'the scoring model {error}; for a Hugging Face model, write {HF_PREFIX}NAME') from None
-  if cfg['family'] != 'arm':
-    raise UserError(
-      f'the scoring model {name} is a run of family={cfg["family"]}: expected family=arm, which has exact likelihoods, '
-      f'or {HF_PREFIX}NAME'
-    )
-  if cfg['task']['name'] != 'text':
-    raise UserError(
-      f'the scoring model {name} is a run of task.name={cfg["task"]["name"]}: expected a run of task.name=text, '
-      f'or {HF_PREFIX}NAME'
-    )
+  for setting, value, expected in (('family', cfg['family'], 'arm'), ('task.name', cfg['task']['name'], 'text')):
+    if value != expected:
+      needed = f'family=arm, which has exact likelihoods, and task.name=text, or {HF_PREFIX}NAME'
+      raise UserError(f'the scoring model {name} is a run of {setting}={value}: expected {needed}')
 
 
 def get(name) -> ScoringModel:
-  """Load a scoring model by its name.
-
-  Args:
-    name: the workdir of an ARM run, or `hf:` and the name or path of a Hugging Face model.
-
-  Raises:
-    UserError: see `check`; or the Hugging Face model cannot be loaded.
-  """
+  """Load a scoring model: the workdir of an ARM run, or `hf:` and the name or path of a Hugging Face model."""
   check(name)
   if str(name).startswith(HF_PREFIX):
     return HuggingFaceScoringModel(str(name).removeprefix(HF_PREFIX))
-  return ArmScoringModel.load(name)
+  from ilm_jax.inference import api
+
+  return ArmScoringModel(api.load(name), name=str(name))

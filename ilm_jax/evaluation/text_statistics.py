@@ -40,16 +40,9 @@ class Estimate(NamedTuple):
 
 
 def bootstrap(totals, weights=None, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-  """Estimate sum(totals) / sum(weights) with a 95 % bootstrap interval.
+  """Estimate sum(totals) / sum(weights), with one total and weight (1 by default) per text, and its 95 % interval.
 
-  Args:
-    totals: one number per text.
-    weights: one number per text; the default of 1 estimates the mean of `totals`.
-    seed: seed of the resampling.
-    resamples: number of times that the texts are resampled with replacement.
-
-  Returns:
-    The estimate. The value is None if the weights sum to 0; the interval is None for fewer than two texts.
+  The value is None if the weights sum to 0; the interval is None for fewer than two texts.
   """
   totals = np.asarray(totals, np.float64)
   weights = np.ones_like(totals) if weights is None else np.asarray(weights, np.float64)
@@ -87,16 +80,10 @@ def distinct(rows: list[list[int]], n: int) -> float | None:
 
 
 def describe(texts: list[str], scored: list[TextNLL], *, seed: int = 0) -> dict:
-  """Compute the statistics of a set of texts under a scoring model.
+  """Compute {name: Estimate} for the statistics in this module's docstring, given the texts and their scores.
 
-  Args:
-    texts: the texts.
-    scored: the result of a scoring model's `nll` for these texts.
-    seed: seed of the bootstrap.
-
-  Returns:
-    {name: Estimate} for the statistics in the module's docstring, and three counts: `texts`, `empty` (texts without
-    tokens) and `cut` (texts truncated to the scoring model's context).
+  The result also has three counts: `texts`, `empty` (texts without tokens) and `cut` (texts truncated to the scoring
+  model's context).
   """
   nonempty = [text for text in scored if text.num_tokens]
   nll, tokens = np.array([text.nll for text in nonempty]), np.array([text.num_tokens for text in nonempty])
@@ -114,9 +101,6 @@ def describe(texts: list[str], scored: list[TextNLL], *, seed: int = 0) -> dict:
   }
 
 
-# --- infilled texts ---------------------------------------------------------------------------------------------------
-
-
 def join_parts(parts: list[str]) -> str:
   """Join the text parts around gaps, without fillings; merge the two spaces around a gap; strip spaces at the ends."""
   text = parts[0]
@@ -128,16 +112,9 @@ def join_parts(parts: list[str]) -> str:
 def change(requests: list, scored: list[TextNLL], references: list[TextNLL], *, seed: int = 0) -> dict:
   """Compute by how many % the NLL per token of infilled texts is above that of their reference texts.
 
-  Args:
-    requests: for each text, the id of the infill request that it answers. The change is averaged over the answers to a
-      request, then over requests.
-    scored: the NLL of each infilled text.
-    references: the NLL of each infilled text's reference text.
-    seed: seed of the bootstrap.
-
-  Returns:
-    {'change': Estimate, 'left_out': the number of texts that are excluded because the text or its reference is empty or
-    truncated}.
+  `requests` has the id of the infill request that each text answers: the change is averaged over the answers to a
+  request, then over requests. Returns {'change': Estimate, 'left_out': the number of texts that are excluded because
+  the text or its reference is empty or truncated}.
   """
   changes, left_out = {}, 0
   for request, text, reference in zip(requests, scored, references, strict=True):
@@ -150,16 +127,10 @@ def change(requests: list, scored: list[TextNLL], references: list[TextNLL], *, 
 
 
 def matches(requests: list, fillings: list[list[str]], true_fillings: list[list[str]]) -> dict:
-  """Compute how many generated fillings are equal to the true fillings, ignoring white space.
+  """Compare generated with true fillings, ignoring white space; `requests` has the id of each text's infill request.
 
-  Args:
-    requests: for each text, the id of the infill request that it answers.
-    fillings: the generated fillings of each text.
-    true_fillings: the true fillings of each text.
-
-  Returns:
-    {'exact_match': share of the texts whose fillings are all equal to the true fillings, 'filling_match': share of the
-    fillings that are equal to the true filling}, as Estimates.
+  Returns two Estimates: 'exact_match', the share of the texts whose fillings are all equal to the true fillings, and
+  'filling_match', the share of the fillings that are equal to the true filling.
   """
   equal = [
     [made.split() == true.split() for made, true in zip(text, true_text, strict=True)]
@@ -172,21 +143,14 @@ def matches(requests: list, fillings: list[list[str]], true_fillings: list[list[
   }
 
 
-# --- printing and JSON ------------------------------------------------------------------------------------------------
-
 ROW_LABELS = {
-  'texts': 'texts',
-  'nll': 'NLL per token, nats',
-  'perplexity': 'perplexity',
-  'entropy': 'entropy, nats',
-  'length': 'length, tokens',
+  **{'texts': 'texts', 'nll': 'NLL per token, nats', 'perplexity': 'perplexity'},
+  **{'entropy': 'entropy, nats', 'length': 'length, tokens'},
   **{f'distinct_{n}': f'distinct {n}-grams' for n in NGRAMS},
-  'repeated': 'repeated texts',
-  'answers': 'infilled texts',
+  **{'repeated': 'repeated texts', 'answers': 'infilled texts'},
   'change_truth': 'NLL change against the true text, %',
   'change_input': 'NLL change against the text without fillings, %',
-  'exact_match': 'texts with all fillings exact',
-  'filling_match': 'exact fillings',
+  **{'exact_match': 'texts with all fillings exact', 'filling_match': 'exact fillings'},
 }
 
 
@@ -212,43 +176,26 @@ def _cell(value, name: str) -> str:
 
 def warnings(statistics: dict, name: str, model) -> list[str]:
   """Return warnings, one per line, if texts of the set `name` were truncated to the model's context or are empty."""
-  lines = []
-  if statistics['cut']:
-    lines.append(
-      f'{name}: {statistics["cut"]} of {statistics["texts"]} texts are longer than the {model.max_tokens} tokens that '
-      'the scoring model can read; only their first tokens were scored'
-    )
-  if statistics['empty']:
-    lines.append(
-      f'{name}: {statistics["empty"]} of {statistics["texts"]} texts have no tokens, and so no NLL and no entropy'
-    )
-  return lines
+  too_long = f'are longer than the {model.max_tokens} tokens that the scoring model can read; only their first tokens'
+  reasons = {'cut': f'{too_long} were scored', 'empty': 'have no tokens, and so no NLL and no entropy'}
+  counts = {reason: statistics[key] for key, reason in reasons.items() if statistics[key]}
+  return [f'{name}: {count} of {statistics["texts"]} texts {reason}' for reason, count in counts.items()]
 
 
 def values(statistics: dict) -> dict[str, float]:
   """Return {name: value} for all statistics whose estimate is defined, without confidence intervals."""
-  return {
-    name: item.value for name, item in statistics.items() if isinstance(item, Estimate) and item.value is not None
-  }
+  return {name: item.value for name, item in statistics.items() if getattr(item, 'value', None) is not None}
 
 
 def plain(statistics):
   """Convert statistics to plain dicts for JSON: each Estimate becomes a dict with 'value', 'low' and 'high'."""
-  if isinstance(statistics, Estimate):
-    return statistics._asdict()
   if isinstance(statistics, dict):
     return {name: plain(value) for name, value in statistics.items()}
-  return statistics
-
-
-# --- MAUVE ------------------------------------------------------------------------------------------------------------
+  return statistics._asdict() if isinstance(statistics, Estimate) else statistics
 
 
 def mauve(texts: list[str], references: list[str]) -> tuple[float | None, str]:
-  """Return (MAUVE score of texts against references, ''), or (None, reason why it was not computed).
-
-  MAUVE is computed by the package mauve-text with its default settings.
-  """
+  """Return (MAUVE score of texts against references, ''), or (None, reason why mauve-text did not compute it)."""
   try:
     import mauve as library
   except ImportError:

@@ -99,12 +99,10 @@ def test_the_nll_change_is_zero_if_the_samples_are_the_true_texts():
     samples.Sample(line['truth'], line['id'], line['infill'], line['fillings'], line['truth'], line['fillings'])
     for line in infill_sets.make_requests(sentences(9), kind='single', unit='words', share=0.5, count=9, seed=0)
   ]
-  model = TableModel()
-  model.max_tokens = 99
-  result = generative_perplexity.infill_statistics(model, made)
+  result = generative_perplexity.infill_statistics(TableModel(99), made)
   assert result['change_truth'] == (0, 0, 0) and result['exact_match'].value == result['filling_match'].value == 1
   assert result['change_input'].value != 0
-  model.max_tokens = max(len(sample.text.split()) for sample in made) - 1
+  model = TableModel(max(len(sample.text.split()) for sample in made) - 1)
   assert generative_perplexity.infill_statistics(model, made)['left_out_truth'] > 0
   assert generative_perplexity.infill_statistics(model, [samples.Sample('a')]) is None
 

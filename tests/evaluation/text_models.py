@@ -40,7 +40,8 @@ def make_language_model(tokenizer, folder, family):
 class TableModel(scoring_models.ScoringModel):
   """A fake scoring model: a token id is a word's length, and -log p is the id divided by the previous id."""
 
-  name, max_tokens, batch_size = 'table', 6, 3
+  def __init__(self, max_tokens=6):
+    super().__init__('table', max_tokens, batch_size=3)
 
   def encode(self, text):
     return list(map(len, text.split()))
