@@ -10,6 +10,7 @@ With corrupt.fim_rate > 0 the model can also fill one gap in a text (fill-in-the
 token orders are model order (`prefix [MASK] suffix [MASK] middle`) and reading order (`prefix middle suffix`).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -28,19 +29,8 @@ from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled
 corrupt = _corrupt.arm
 
 
-def model_settings(cfg) -> dict:
-  """Return the ModelConfig fields that this family sets: a causal model without a stop head."""
-  del cfg
-  return {'causal': True, 'stop_head': False}
-
-
-def sample_settings(cfg) -> dict:
-  """Return the SampleConfig field `fim`: whether `cfg.corrupt` trains the model with fill-in-the-middle."""
-  return {'fim': cfg.corrupt.get('fim_rate', 0.0) > 0}
-
-
 def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
-  """Return the largest (tokens, targets) of an example; fill-in-the-middle adds two [MASK]s, and [EOS] is a target."""
+  """Return (tokens, targets) of the largest example; fill-in-the-middle adds two [MASK]s, and [EOS] is a target."""
   if not 0 <= cfg.corrupt.fim_rate <= 1:
     raise UserError(f'corrupt.fim_rate={cfg.corrupt.fim_rate}: expected a fraction from 0 to 1')
   return longest + 2 * (cfg.corrupt.fim_rate > 0), answer + 1
@@ -58,16 +48,9 @@ def target_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', c
 
 
 def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
-  """Return the training loss and the loss per string, both in nats.
+  """Return (total, weight) pairs in nats: `loss` per target token, and `string_loss` per string.
 
-  Args:
-    outputs: model outputs for the batch.
-    batch: a packed batch, with the fields listed in `types`.
-    cfg: settings of the vocabulary head, `compute` and `vocab_chunk`.
-
-  Returns:
-    (total, weight) pairs: `loss` is the mean cross-entropy per target token, `string_loss` the mean per string of the
-    cross-entropy summed over its tokens and its [EOS].
+  Both are cross-entropies; the loss of a string is the sum over its tokens and its [EOS].
   """
   ce_BxT = target_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
   valid_BxT = (batch['target_segment_BxT'] > 0).astype(jnp.float32)
@@ -115,28 +98,11 @@ def check_prompt(given: dict, cfg: SampleConfig) -> None:
     )
 
 
-def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
-  """Continue each prompt until [EOS], with a key-value cache.
-
-  The prompt takes one forward pass, and so does each generated token. With `cfg.fim`, a prompt that has a gap before
-  its last token is filled at this gap instead of being continued.
-
-  Args:
-    forward: a `transformer.Forward`: `empty_cache(rows, size)` makes an empty cache, and `apply_cached(tokens_BxN,
-      start_B, cache)` returns (Outputs, updated cache).
-    rng: the key shared by all requests; step t of request r draws with fold_in(fold_in(rng, r), t).
-    prompt: the given tokens, and the gap of each row where tokens are generated.
-    cfg: sampling settings.
-
-  Returns:
-    Sampled: `stop_prob_BxM` is the probability of [EOS] at each forward pass, `order_BxL` numbers the generated tokens
-    from left to right.
-  """
-  return growing.sample(GROWTH, forward, rng, prompt, cfg)
-
-
 def begin(forward, rng, prompt: Prompt, cfg: SampleConfig, size: int) -> Rows:
-  """Return the initial rows: prompts in model order, with their keys and values in the cache."""
+  """Return the initial rows: prompts in model order, with their keys and values in the cache.
+
+  With `cfg.fim`, a prompt that has a gap before its last token is filled at this gap instead of being continued.
+  """
   memo = ()
   if cfg.fim:
     open_BxL, length_B = jnp.asarray(prompt.open_BxL, bool), jnp.asarray(prompt.length_B, jnp.int32)
@@ -254,6 +220,7 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
 
 
 GROWTH = growing.Growth(begin, step, finish=finish)
+sample = functools.partial(growing.sample, GROWTH)
 
 
 def logits(hidden, unembed_VxD, cfg: SampleConfig):
@@ -267,7 +234,6 @@ def logits(hidden, unembed_VxD, cfg: SampleConfig):
 
 def check_score(kind: str | None, longest: int) -> None:
   """Raise UserError unless `kind` is None or 'exact', the only score of this family."""
-  del longest
   if kind not in (None, 'exact'):
     raise UserError(f"score: kind={kind!r}: expected 'exact' for family=arm")
 
@@ -276,19 +242,9 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
           longest: int = 0) -> Score:  # fmt: skip
   """Return the exact -log p of each row's free tokens and [EOS], under the distribution of `sample` at temperature 1.
 
-  Tokens in `cfg.suppressed_tokens` are never generated, so they have probability 0.
-
-  Args:
-    forward: (tokens_BxL, length_B) -> Outputs.
-    rng: not used.
-    tokens_BxL: complete rows in reading order, starting with [CLS].
-    fixed_BxL: True for given tokens, which precede the free tokens or, with `cfg.fim`, surround them.
-    length_B: number of tokens per row.
-    cfg: sampling settings, of which `suppressed_tokens`, `fim`, `compute` and `vocab_chunk` are used.
-    kind: None or 'exact'.
-    longest: not used.
+  The given tokens precede the free tokens or, with `cfg.fim`, surround them. Tokens in `cfg.suppressed_tokens` are
+  never generated, so they have probability 0. `rng` and `longest` are not used.
   """
-  del rng
   check_score(kind, longest)
   if cfg.fim:
     free_BxL = ~fixed_BxL & (jnp.arange(tokens_BxL.shape[1])[None] < length_B[:, None])
@@ -307,14 +263,7 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
 
 
 def next_losses(forward, tokens_BxL, length_B, cfg: SampleConfig):
-  """Return -log p (BxL, in nats) of the token after each position; [EOS] follows the last token of a row.
-
-  Args:
-    forward: (tokens_BxL, length_B) -> Outputs.
-    tokens_BxL: complete rows in model order.
-    length_B: number of tokens per row, in model order.
-    cfg: sampling settings, of which `suppressed_tokens`, `compute` and `vocab_chunk` are used.
-  """
+  """Return -log p (BxL, in nats) of the token after each position in model order; [EOS] ends each row."""
   outputs = forward(tokens_BxL, length_B)
   bias_V = vocabulary.suppressed_bias(outputs.unembed_VxD.shape[0], cfg.suppressed_tokens)
   lse_BxL = vocabulary.vocab_logsumexp(
@@ -332,11 +281,11 @@ FAMILY = Family(
   loss=loss,
   sample=sample,
   SampleConfig=SampleConfig,
-  model_settings=model_settings,
+  model_settings=lambda cfg: {'causal': True, 'stop_head': False},
   sizes=sizes,
   score=score,
   check_score=check_score,
-  sample_settings=sample_settings,
+  sample_settings=lambda cfg: {'fim': cfg.corrupt.get('fim_rate', 0.0) > 0},
   check_prompt=check_prompt,
   growth=GROWTH,
 )

@@ -24,11 +24,8 @@ def choose_several(rng_B, logits_BxN, rule: Rule, *, count: int):
   """Draw `count` different indices per row under the sampling rule, without replacement.
 
   The `count` largest sums of logit and Gumbel noise are a draw without replacement (the Gumbel top-k trick), so the
-  first index equals that of `choose` with the same key.
-
-  Returns:
-    (index_BxG, ok_BxG): the indices in the order of the draws; ok is false once all entries that the rule allows in a
-    row have been drawn.
+  first index equals that of `choose` with the same key. Returns (index_BxG, ok_BxG) in the order of the draws; ok is
+  false once all entries that the rule allows in a row have been drawn.
   """
   score_BxN = logits_BxN if _is_greedy(rule) else _perturbed(rng_B, logits_BxN, rule)
   value_BxG, index_BxG = jax.lax.top_k(score_BxN, count)
@@ -36,10 +33,9 @@ def choose_several(rng_B, logits_BxN, rule: Rule, *, count: int):
 
 
 def draw_token(rng_B, outputs: Outputs, gap_B, bias_V, rule: Rule, *, compute: str):
-  """Draw a token to insert into one gap of each row; gap_B is the position to the left of the gap.
+  """Draw a token for the gap right of position gap_B of each row.
 
-  Returns:
-    (token_B, logit_B): the drawn token, and its logit before temperature, top-k and top-p are applied.
+  Returns (token_B, logit_B); the logit is that before temperature, top-k and top-p are applied.
   """
   hidden_BxD = jnp.take_along_axis(outputs.hidden_BxLxD, gap_B[:, None, None], axis=1)[:, 0]
   logits_BxV = vocabulary.vocab_logits(hidden_BxD, outputs.unembed_VxD, bias_V, compute=compute)

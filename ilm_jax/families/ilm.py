@@ -10,6 +10,7 @@ Decoding step: run a forward pass; end the row if the stop head decides to stop;
 insert the token into the gap.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -22,29 +23,14 @@ from ilm_jax.families.contract import Family
 from ilm_jax.families.growing import Rows
 from ilm_jax.families.settings import sample_config
 from ilm_jax.models import numerics, vocabulary
-from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, UserError
+from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Rule, UserError
 
 corrupt = _corrupt.ilm
 score, check_score = likelihood.score, likelihood.check_score
 
 
-def model_settings(cfg) -> dict:
-  """Return the ModelConfig fields that this family sets: a bidirectional model with a stop head."""
-  del cfg
-  return {'causal': False, 'stop_head': True}
-
-
 def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
-  """Return the largest (tokens, targets) of a corrupted example.
-
-  Args:
-    cfg: the whole config.
-    longest: tokens of the longest example, which the model reads in full if none of them is dropped.
-    answer: largest number of free tokens of an example, all of which may be dropped.
-
-  Raises:
-    UserError: corrupt.infill_rate is not between 0 and 1.
-  """
+  """Return (tokens, targets) of the largest corrupted example: either no free token is dropped, or all are."""
   if not 0 <= cfg.corrupt.infill_rate <= 1:
     raise UserError(f'corrupt.infill_rate={cfg.corrupt.infill_rate}: expected a fraction from 0 to 1')
   return longest, answer
@@ -54,11 +40,10 @@ def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
 
 
 def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', chunk: int = 2048):
-  """Return the token loss and the stop loss of each example, without weights.
+  """Return the unweighted (token_BxS, stop_BxS, dropped_BxS) of each example.
 
-  Returns:
-    (token_BxS, stop_BxS, dropped_BxS): cross-entropy of the insertions (0 if no token was dropped), cross-entropy of
-    the stop head, number of dropped tokens.
+  These are the cross-entropy of its insertions (0 without dropped tokens) and of the stop head in nats, and its
+  number of dropped tokens.
   """
   segments = batch['cls_BxS'].shape[1]
   lse_BxL = vocabulary.vocab_logsumexp(outputs.hidden_BxLxD, outputs.unembed_VxD, chunk=chunk, compute=compute)
@@ -80,35 +65,26 @@ def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', 
 def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
   """Return the training loss and its parts as (total, weight) pairs over the examples of a batch.
 
-  Args:
-    outputs: the model's outputs for the batch.
-    batch: a packed batch, with the fields listed in `types`.
-    cfg: the `loss` section, plus `compute`, `vocab_chunk` and `mean_weight`. `stop_weight` multiplies the stop loss.
-      With length_weight='elbo', the loss of an example with L free tokens is multiplied by (L + 1) / mean_weight, where
-      mean_weight is the mean of L + 1 over the data; if also stop_weight=1, the loss is an upper bound on -log p(x), up
-      to constants. length_weight='none' gives the paper's loss.
+  `cfg.stop_weight` multiplies the stop loss. With length_weight='elbo', the loss of an example with L free tokens is
+  multiplied by (L + 1) / mean_weight, the mean of L + 1 over the data; with stop_weight=1 it is then an upper bound on
+  -log p(x), up to constants. length_weight='none' gives the paper's loss.
 
-  Returns:
-    'loss'; its parts 'token_loss' and 'stop_loss', without stop_weight and length weight; 'string_bound', an estimate
-    in nats of the upper bound on -log p(x) (see `likelihood`): (L + 1) (token loss + stop loss) - log L!, under the
-    training softmax; 'stop_accuracy', the fraction of correct stop decisions.
+  `token_loss` and `stop_loss` lack these weights. `string_bound` estimates, in nats and under the training softmax,
+  the upper bound on -log p(x) (see `likelihood`): (L + 1) (token loss + stop loss) - log L!.
   """
   token_BxS, stop_BxS, dropped_BxS = example_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
-  weight_BxS = batch['segment_weight_BxS']
-  weight = weight_BxS.sum()
-  token, stop = (weight_BxS * token_BxS).sum(), (weight_BxS * stop_BxS).sum()
   sizes_BxS = batch['free_BxS'] + 1.0  # an example with L free tokens has L + 1 possible numbers of dropped tokens
   bound_BxS = sizes_BxS * (token_BxS + stop_BxS) - jax.scipy.special.gammaln(sizes_BxS)
-  length_BxS = sizes_BxS / cfg.mean_weight if cfg.length_weight == 'elbo' else jnp.ones_like(sizes_BxS)
-  total = (weight_BxS * length_BxS * (token_BxS + cfg.stop_weight * stop_BxS)).sum()
-  right_BxS = (outputs.stop_BxSx2[..., 1] > outputs.stop_BxSx2[..., 0]) == (dropped_BxS > 0)
-  return {
-    'loss': (total, weight),
-    'token_loss': (token, weight),
-    'stop_loss': (stop, weight),
-    'string_bound': ((weight_BxS * bound_BxS).sum(), weight),
-    'stop_accuracy': ((weight_BxS * right_BxS).sum(), weight),
+  length_BxS = sizes_BxS / cfg.mean_weight if cfg.length_weight == 'elbo' else 1.0
+  parts = {
+    'loss': length_BxS * (token_BxS + cfg.stop_weight * stop_BxS),
+    'token_loss': token_BxS,
+    'stop_loss': stop_BxS,
+    'string_bound': bound_BxS,
+    'stop_accuracy': (outputs.stop_BxSx2[..., 1] > outputs.stop_BxSx2[..., 0]) == (dropped_BxS > 0),
   }
+  weight_BxS = batch['segment_weight_BxS']
+  return {name: ((weight_BxS * part_BxS).sum(), weight_BxS.sum()) for name, part_BxS in parts.items()}
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -160,21 +136,6 @@ class SampleConfig(NamedTuple):
     return made
 
 
-def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
-  """Insert tokens until every row has stopped or reached a limit, in one jit without synchronizing with the host.
-
-  Args:
-    forward: (tokens_BxL, length_B, open_BxL=) -> Outputs with S = 1.
-    rng: the key shared by all requests; step t of request r draws with fold_in(fold_in(rng, r), t).
-    prompt: the given tokens of each row; its buffer may be shorter than max_length.
-    cfg: sampling settings.
-
-  Returns:
-    Sampled with L = max_length, and M = the maximum number of steps plus one for the forward pass that ends a row.
-  """
-  return growing.sample(GROWTH, forward, rng, prompt, cfg)
-
-
 def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   """Run one decoding step: a forward pass, the stop decision, and the insertions of the rows that continue.
 
@@ -218,12 +179,10 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   )
 
 
-def needed(length_B, cfg: SampleConfig):
-  """Return an upper bound on each row's length after the next step."""
-  return length_B + cfg.gaps if cfg.gaps else 2 * length_B
-
-
-GROWTH = growing.Growth(growing.begin_without_cache, step, needed)
+GROWTH = growing.Growth(
+  growing.begin_without_cache, step, lambda length_B, cfg: length_B + cfg.gaps if cfg.gaps else 2 * length_B
+)
+sample = functools.partial(growing.sample, GROWTH)
 
 
 def _stop_decision(outputs: Outputs, rng_B, cfg: SampleConfig):
@@ -250,7 +209,7 @@ def _within_limits(rows: Rows, gap_BxG, ok_BxG, limit_BxL, lack_B, cfg: SampleCo
 
 
 def _insert(rows: Rows, gap_BxG, token_BxG, go_BxG) -> dict:
-  """Insert the step's tokens where go_BxG is true; return the updated BxL arrays of `rows`."""
+  """Insert the tokens where go_BxG is true; return the new BxL arrays of `rows`."""
 
   def insert(array_BxL, value_BxG):
     if gap_BxG.shape[1] == 1:
@@ -285,8 +244,7 @@ def _gap_logits(outputs: Outputs, open_BxL, bias_V, cfg: SampleConfig):
 def choose_pair(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_rng_B):
   """Draw one (gap, token) pair per row, among the open gaps and the tokens that are not suppressed.
 
-  Returns:
-    (gap_B, token_B, log_prob_B): log_prob is the pair's log-probability at temperature 1, without top-k and top-p.
+  Returns (gap_B, token_B, log_prob_B), with the pair's log-probability at temperature 1, without top-k and top-p.
   """
   vocab = outputs.unembed_VxD.shape[0]
   bias_V = vocabulary.suppressed_bias(vocab, cfg.suppressed_tokens)
@@ -308,9 +266,8 @@ def choose_pair(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_
 def choose_pairs(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_rng_B):
   """Draw up to `cfg.gaps` different gaps per row under the rule `cfg.gap`, without replacement, and a token for each.
 
-  Returns:
-    (gap_BxG, token_BxG, log_prob_BxG, ok_BxG): best gap first. log_prob is a pair's log-probability at temperature 1,
-    without top-k and top-p. ok is false for entries to ignore: their gap is not open or below `cfg.gap_threshold`.
+  Returns (gap_BxG, token_BxG, log_prob_BxG, ok_BxG), best gap first, with log-probabilities as in `choose_pair`. ok is
+  false for entries to ignore, whose gap is closed or below `cfg.gap_threshold`.
   """
   bias_V = vocabulary.suppressed_bias(outputs.unembed_VxD.shape[0], cfg.suppressed_tokens)
   lse_BxL = _gap_logits(outputs, open_BxL, bias_V, cfg)
@@ -337,7 +294,7 @@ FAMILY = Family(
   loss=loss,
   sample=sample,
   SampleConfig=SampleConfig,
-  model_settings=model_settings,
+  model_settings=lambda cfg: {'causal': False, 'stop_head': True},
   sizes=sizes,
   score=score,
   check_score=check_score,

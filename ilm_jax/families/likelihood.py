@@ -61,10 +61,7 @@ def _evaluate(forward, tokens_BxL, fixed_BxL, length_B, keep_BxL, cfg) -> _Parti
 
 
 def _random_ranks(rng, free_BxL):
-  """Draw a uniformly random order of each row's free tokens; return their ranks 0, 1, ..., and L at other positions.
-
-  Row b uses the key fold_in(rng, b).
-  """
+  """Draw a uniformly random order of each row's free tokens; return their ranks 0, 1, ..., and L at other positions."""
   rows, size = free_BxL.shape
   rng_B = jax.vmap(lambda b: jax.random.fold_in(rng, b))(jnp.arange(rows))
   noise_BxL = jnp.where(free_BxL, jax.vmap(lambda key: jax.random.uniform(key, (size,)))(rng_B), 2.0)
@@ -86,18 +83,10 @@ def _standard_error(value_KxB, samples: int):
 
 
 def bound(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int = 2) -> Score:
-  """Return an unbiased estimate of the upper bound on -log p(x).
+  """Return an unbiased estimate of the upper bound on -log p(x), the mean over `samples` samples.
 
-  Each sample draws one random set of missing tokens of every size n = 0 .. L, which takes L + 1 forward passes.
-
-  Args:
-    forward: (tokens_BxL, length_B, open_BxL=) -> Outputs.
-    rng: RNG key for drawing the sets of missing tokens.
-    tokens_BxL: complete rows, starting with [CLS].
-    fixed_BxL: true for given tokens, false for the free tokens to be scored.
-    length_B: number of tokens of each row.
-    cfg: a SampleConfig, of which `suppressed_tokens`, `compute` and `vocab_chunk` are used.
-    samples: number of samples to average; a standard error needs at least 2.
+  A sample draws one random set of missing tokens of every size n = 0 .. L, which takes L + 1 forward passes. A standard
+  error needs at least 2 samples. `rng` draws the sets; of `cfg`, the settings of the vocabulary head are used.
   """
   free_BxL, free_B = _free(tokens_BxL, fixed_BxL, length_B)
 
@@ -119,7 +108,7 @@ def importance(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int 
   """Estimate -log p(x) as minus the log of the mean of L! p(x, order) over `samples` random orders.
 
   In expectation, the estimate lies between the exact value and the upper bound. Its standard error is computed to first
-  order (delta method). The arguments are those of `bound`.
+  order (delta method).
   """
   free_BxL, free_B = _free(tokens_BxL, fixed_BxL, length_B)
 
@@ -143,18 +132,9 @@ def importance(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int 
 def exact(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, most: int = MOST_EXACT) -> Score:
   """Compute -log p(x) exactly, by dynamic programming over subsets of the free tokens: those already inserted.
 
-  This takes 2^most forward passes. A subset is encoded as an integer with one bit per free token.
-
-  Args:
-    forward: (tokens_BxL, length_B, open_BxL=) -> Outputs.
-    rng: not used.
-    tokens_BxL: complete rows, starting with [CLS].
-    fixed_BxL: true for given tokens, false for the free tokens to be scored.
-    length_B: number of tokens of each row.
-    cfg: a SampleConfig, of which `suppressed_tokens`, `compute` and `vocab_chunk` are used.
-    most: maximum number of free tokens per row (static); rows with more free tokens score NaN.
+  This takes 2^most forward passes; rows with more than `most` free tokens score NaN. A subset is encoded as an integer
+  with one bit per free token. `rng` is not used.
   """
-  del rng
   free_BxL, free_B = _free(tokens_BxL, fixed_BxL, length_B)
   bit_BxL = jnp.where(free_BxL, jnp.cumsum(free_BxL, axis=1) - 1, most)
   at_BxF = jnp.argsort(bit_BxL, axis=1, stable=True)[:, :most]  # positions of the free tokens
@@ -166,9 +146,7 @@ def exact(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, most: int = MOST_E
     return partial.log_stop_B, partial.log_go_B[:, None] + pair_BxF
 
   subsets = 2**most
-  log_stop_AxB, log_pair_AxBxF = jax.lax.map(
-    evaluate, jnp.arange(subsets)
-  )  # axis A: subsets of the tokens to generate, axis F: these tokens
+  log_stop_AxB, log_pair_AxBxF = jax.lax.map(evaluate, jnp.arange(subsets))  # axes: A subsets, F free tokens
 
   def reach(subset, log_AxB):
     """Set the log-probability of reaching a subset: a sum over the token that was inserted last."""
@@ -190,12 +168,7 @@ KINDS = {'bound': bound, 'importance-weighted': importance, 'exact': exact}
 
 
 def check_score(kind: str | None, longest: int) -> None:
-  """Raise UserError if `kind` is unknown, or if it is 'exact' and `longest` exceeds MOST_EXACT.
-
-  Args:
-    kind: one of KINDS, or None for the default.
-    longest: largest number of free tokens of a row.
-  """
+  """Raise UserError if `kind` is unknown, or if it is 'exact' and a text has `longest` > MOST_EXACT free tokens."""
   if kind not in (None, *KINDS):
     raise UserError(f'score: kind={kind!r}: expected one of {", ".join(KINDS)} for family=ilm')
   if kind == 'exact' and longest > MOST_EXACT:
@@ -207,17 +180,9 @@ def check_score(kind: str | None, longest: int) -> None:
 
 def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, *, kind: str | None = None, longest: int = MOST_EXACT,
           **options) -> Score:  # fmt: skip
-  """Return the negative log-likelihood in nats of each row's free tokens, or an estimate or upper bound of it.
+  """Score each row by the function KINDS[kind] (None: 'bound'), which gets the `options`, such as `samples`.
 
-  The array arguments are those of `bound`.
-
-  Args:
-    kind: one of KINDS; None is 'bound'.
-    longest: largest number of free tokens of a row; kind='exact' runs 2^longest forward passes.
-    **options: further arguments of the function KINDS[kind], such as `samples`.
-
-  Raises:
-    UserError: `check_score` rejects `kind` and `longest`.
+  kind='exact' runs 2^longest forward passes. Raises UserError as `check_score` does.
   """
   check_score(kind, longest)
   kind = kind or 'bound'

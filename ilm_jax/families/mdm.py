@@ -48,11 +48,6 @@ def model_settings(cfg) -> dict:
   return {'causal': False, 'stop_head': False, 'conditioning': conditioning, **norm}
 
 
-def sample_settings(cfg) -> dict:
-  """Return the SampleConfig field `noise_eps`, the eps of the training noise schedule in `cfg.corrupt`."""
-  return {'noise_eps': cfg.corrupt.noise_eps}
-
-
 def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
   """Return (tokens, targets) of the longest padded example; raise UserError if the settings contradict each other."""
   eps, length, data = cfg.corrupt.noise_eps, cfg.corrupt.length, cfg.data
@@ -88,11 +83,10 @@ def noise_level(time, eps: float):
 
 
 def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', chunk: int = 2048):
-  """Return the cross-entropy of each segment, summed over its [MASK]s, and the number of its [MASK]s.
+  """Return (weighted_BxS, plain_BxS, masks_BxS) of each segment.
 
-  Returns:
-    (weighted_BxS, plain_BxS, masks_BxS): the cross-entropy in nats weighted by `target_weight_BxT`, the unweighted
-    cross-entropy, and the number of [MASK]s.
+  These are its cross-entropy in nats, summed over its [MASK]s with and without the weights `target_weight_BxT`, and the
+  number of its [MASK]s.
   """
   segments = batch['cls_BxS'].shape[1]
   hidden_BxLxD, unembed_VxD = outputs.hidden_BxLxD, outputs.unembed_VxD
@@ -105,18 +99,10 @@ def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', 
 
 
 def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
-  """Return the training loss, the NELBO per string and the cross-entropy per [MASK], in nats.
+  """Return `loss` (`cfg.mdm`, one of LOSSES), `string_bound` and, per [MASK], `token_loss`: (total, weight), in nats.
 
   `string_bound` is an unbiased estimate of the NELBO integral over the training times, from SHORTEST_TIME to 1. Only
   `score` includes the rest of the integral, which is about SHORTEST_TIME times the loss of a single [MASK].
-
-  Args:
-    outputs: model outputs for the batch.
-    batch: a packed batch, with the fields listed in `types`.
-    cfg: `mdm`, the name of the training loss (one of LOSSES), and `compute` and `vocab_chunk` of the vocabulary head.
-
-  Returns:
-    (total, weight) pairs `loss`, `string_bound` and `token_loss`.
   """
   weighted_BxS, plain_BxS, masks_BxS = example_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
   weight_BxS = batch['segment_weight_BxS']
@@ -149,7 +135,7 @@ class SampleConfig(NamedTuple):
 
   @classmethod
   def create(cls, sampling, *, suppressed_tokens=(), **others) -> 'SampleConfig':
-    """Build a SampleConfig from the `sampling` section of a config.
+    """Build a SampleConfig from the `sampling` section of a config; raise UserError for values out of range.
 
     [MASK] is never generated; [PAD] can be generated with length='predicted', where it marks the end of the text.
     """
@@ -191,23 +177,15 @@ class _State(NamedTuple):
 
 
 def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
-  """Replace all [MASK]s of every row by tokens, in at most max_steps forward passes.
+  """Replace all [MASK]s of every row by tokens, in at most max_steps forward passes, in one loop on the device.
 
   A prompt can contain [MASK]s. If the gap after its last token is open, [MASK]s are appended: up to max_length or, with
-  length='given', Prompt.free_B of them (none for free_B = -1). Generated [PAD]s are removed at the end. All steps run
-  in one `lax.while_loop` on the device.
+  length='given', Prompt.free_B of them (none for free_B = -1). Generated [PAD]s are removed at the end. Step t of
+  request r draws with the key fold_in(fold_in(rng, r), t).
 
-  Args:
-    forward: (tokens_BxL, length_B, noise_BxS) -> Outputs, with S = 1.
-    rng: the key shared by all requests; step t of request r draws with fold_in(fold_in(rng, r), t).
-    prompt: given tokens, in a buffer that may be shorter than max_length.
-    cfg: sampling settings.
-
-  Returns:
-    Sampled, with L = max_length and M = max_steps. Tokens revealed in the same step have the same order. log_prob_BxM
-    sums over the tokens of a step, including [PAD]s. steps_B counts the forward passes until the last token is
-    revealed, including ancestral steps that reveal nothing. stop_prob_BxM is 0, and stopped_B is True for every
-    non-empty row.
+  In the result, tokens revealed in the same step have the same order, and log_prob_BxM sums over them, including
+  [PAD]s. steps_B counts the forward passes until the last token is revealed, including ancestral steps that reveal
+  nothing. stop_prob_BxM is 0, and stopped_B is true for every non-empty row.
   """
   size, limit = cfg.max_length, cfg.max_length if cfg.max_steps is None else cfg.max_steps
   index_1xL = jnp.arange(size)[None]
@@ -287,10 +265,9 @@ def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B, given_BxL):
 
   A [MASK] in the prompt (where `given_BxL`) stands for exactly one token, so it is never filled with [PAD].
 
-  Returns:
-    (token_BxL, log_prob_BxL, certainty_BxL). log_prob is that of the drawn token at temperature 1. Certainty depends on
-    the model's distribution but not on the drawn token: its largest log-probability ('top_probability', 'ancestral'),
-    the difference of its two largest probabilities ('margin'), or its negative entropy ('entropy').
+  Returns (token_BxL, log_prob_BxL, certainty_BxL); log_prob is that of the token at temperature 1. Certainty depends
+  only on the model's distribution: its largest log-probability ('top_probability', 'ancestral'), the difference of its
+  two largest probabilities ('margin'), or its negative entropy ('entropy').
   """
   unembed_VxD = outputs.unembed_VxD
   bias_V = vocabulary.suppressed_bias(unembed_VxD.shape[0], (*cfg.suppressed_tokens, MASK))
@@ -321,7 +298,6 @@ def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B, given_BxL):
 
 def check_score(kind: str | None, longest: int) -> None:
   """Raise UserError unless `kind` is None or 'bound', the only score of this family."""
-  del longest
   if kind not in (None, 'bound'):
     raise UserError(f"score: kind={kind!r}: expected 'bound' for family=mdm")
 
@@ -343,20 +319,7 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
   With length='predicted', strings are padded to max_length, and the [PAD]s are free tokens that mark the end: nll_B
   includes their cost, tokens_B does not count them. The sampler also yields the same string from rows with [PAD]s in
   other places; ignoring these rows keeps the bound valid. With length='given', the result bounds -log p(x | length).
-
-  Args:
-    forward: (tokens_BxL, length_B, noise_BxS) -> Outputs, with S = 1.
-    rng: RNG key; each row draws with its own key, derived from `rng` and the row index.
-    tokens_BxL: complete rows, starting with [CLS].
-    fixed_BxL: True for given tokens, False for the free tokens to be scored.
-    length_B: number of tokens per row; 0 for an empty row, whose score is 0.
-    cfg: sampling settings.
-    kind: None or 'bound'.
-    longest: not used.
-
-  Returns:
-    Score of kind 'bound', infinite for strings that cannot be sampled. The field `kind` is a string, which a jitted
-    function cannot return; such a function can return only the other fields.
+  Strings that cannot be sampled score infinity, and empty rows 0. `longest` is not used.
   """
   check_score(kind, longest)
   rows, size = tokens_BxL.shape
@@ -412,7 +375,7 @@ FAMILY = Family(
   sizes=sizes,
   score=score,
   check_score=check_score,
-  sample_settings=sample_settings,
+  sample_settings=lambda cfg: {'noise_eps': cfg.corrupt.noise_eps},
   check_prompt=check_prompt,
   fills='masks',
 )

@@ -12,16 +12,12 @@ KNOWN = frozenset([
 
 
 def sample_config(cls, sampling, **others):
-  """Build the SampleConfig of a family from sampling settings.
+  """Build a family's SampleConfig from sampling settings; raise UserError for unknown names and values out of range.
 
   Args:
-    cls: the family's SampleConfig, a NamedTuple; its fields are the settings that the family knows.
-    sampling: settings by name; those in RULES are a Rule or a dict of temperature, top_k and top_p. Settings of other
-      families are ignored.
+    cls: the SampleConfig, a NamedTuple whose fields are the settings that the family uses; others are ignored.
+    sampling: settings by name; those in RULES are a Rule, or a dict of temperature, top_k and top_p.
     **others: fields that users cannot set because the model or the task determines them.
-
-  Raises:
-    UserError: an unknown setting, or a value out of range.
   """
   settings = dict(sampling)
   for name in sorted(set(settings) - KNOWN - set(cls._fields)):
@@ -43,15 +39,7 @@ def sample_config(cls, sampling, **others):
 
 
 def make_rule(value, name: str) -> Rule:
-  """Build a sampling Rule from a dict of its fields, or check an existing Rule.
-
-  Args:
-    value: a Rule or a dict.
-    name: the setting's name, for error messages.
-
-  Raises:
-    UserError: an unknown field, or a value out of range.
-  """
+  """Return a sampling Rule from a Rule or a dict of its fields; raise UserError if one is unknown or out of range."""
   fields = value._asdict() if isinstance(value, Rule) else dict(value)
   if unknown := sorted(set(fields) - set(Rule._fields)):
     raise UserError(f'unknown setting {name}.{unknown[0]}: expected one of {", ".join(Rule._fields)}')

@@ -20,20 +20,13 @@ def expand(x, ndim: int):
 
 
 def einsum(spec: str, x, y, compute: str, names=None):
-  """Contract two operands in the given compute type.
+  """Contract two operands in a compute type: 'float32', 'bfloat16' or 'mixed'.
 
-  Args:
-    spec: einsum specification, x,y->result. For compute='mixed', every axis letter of an operand must also
-      occur in the other operand or in the result.
-    x: left operand.
-    y: right operand.
-    compute: 'float32'; 'bfloat16' (operands and result); or 'mixed' (operands rounded to bfloat16, products
-      accumulated and returned in float32, in the backward pass too).
-    names: logical axis names of y if y is a sharded parameter. It is all-gathered over fsdp in the forward pass and
-      again in the backward pass, so that a device stores only its shard in between.
+  'bfloat16' rounds operands and result. 'mixed' rounds operands to bfloat16 but accumulates and returns float32, in the
+  backward pass too; every axis letter of an operand must then occur in the other operand or in the result.
 
-  Returns:
-    The product: float32 if compute is 'float32' or 'mixed', else bfloat16.
+  If y is a sharded parameter, `names` are its logical axis names. It is all-gathered over fsdp in the forward pass and
+  again in the backward pass, so that a device stores only its shard in between.
   """
   if compute == 'mixed':
     return _mixed_einsum(spec, x.astype(jnp.float32), y.astype(jnp.float32), names)
@@ -149,10 +142,7 @@ def hash_bits(rng, shape):
 
 
 def dropout(x, rate: float, rng):
-  """Zero each entry of x with probability `rate` and scale the others by 1 / (1 - rate).
-
-  Returns x unchanged if `rng` is None or the rate is 0.
-  """
+  """Zero each entry of x with probability `rate` and scale the others by 1 / (1 - rate); no-op if `rng` is None."""
   if rng is None or rate == 0.0:
     return x
   keep = hash_bits(rng, x.shape) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))

@@ -107,17 +107,13 @@ NOISE_FREQUENCIES = _inverse_frequencies(2 * layers.NOISE_FREQUENCIES)
 
 
 def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None) -> tuple[ModelConfig, dict]:
-  """Convert the state_dict of the reference implementation to our parameters.
+  """Convert the state_dict of the reference implementation to (ModelConfig, nested dicts of float32 NumPy arrays).
 
   Args:
     state_dict: maps names to arrays or tensors, or is a checkpoint with such a mapping under 'state_dict'. The prefix
-      `model.` is removed from names. Rotary buffers (`*.inv_freq`), `sigma_map.freqs` and the unused
-      `type_embeddings.*` are not converted.
+      `model.` is removed; rotary buffers (`*.inv_freq`), `sigma_map.freqs` and `type_embeddings.*` are not converted.
     family: 'ilm' (has a stop head), 'arm' (causal) or 'mdm' (conditioned on a noise level).
     num_heads: number of attention heads; required if the rotary buffers do not determine it, else checked against them.
-
-  Returns:
-    (cfg, params): a ModelConfig and nested dicts of float32 NumPy arrays.
 
   Raises:
     UserError: if names, shapes or frequencies do not match the family.
@@ -191,17 +187,9 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
 
 
 def to_reference(cfg: ModelConfig, params) -> dict[str, np.ndarray]:
-  """Convert our parameters to the reference implementation's state_dict; the inverse of `from_reference`.
+  """Convert unboxed parameters to the reference's state_dict of float32 NumPy arrays; the inverse of `from_reference`.
 
-  Args:
-    cfg: settings of the model.
-    params: nested dicts of arrays, without boxes (`transformer.unbox`).
-
-  Returns:
-    A dict from PyTorch names, including the rotary buffers, to float32 NumPy arrays.
-
-  Raises:
-    UserError: if the reference implementation does not support the architecture.
+  Raises UserError if the reference implementation does not support the architecture.
   """
   rotated = min(ROTARY_DIM, cfg.head_dim)
   if min(cfg.rotary_dim, cfg.head_dim) != rotated:
@@ -272,16 +260,10 @@ def _first_few(items: list[str], separator: str = ', ') -> str:
 
 
 def load_state_dict(path) -> dict[str, np.ndarray]:
-  """Read a weights file (.npz, .safetensors, or PyTorch's .pt, .pth, .ckpt) without running code from it.
+  """Read a weights file (.npz, .safetensors, .pt, .pth, .ckpt) as float32 arrays, without running code from it.
 
-  Args:
-    path: local or remote file. If names in an .npz file start with `param/`, only those are read, without the prefix.
-
-  Returns:
-    A dict from parameter names to float32 NumPy arrays.
-
-  Raises:
-    UserError: if the file cannot be read, or the package that reads this format is not installed.
+  If names in an .npz file start with `param/`, only those are read, without the prefix. Raises UserError if the file
+  cannot be read, or the package that reads this format is not installed.
   """
   path = epath.Path(path)
   readers = {'.npz': _read_npz, '.safetensors': _read_safetensors} | dict.fromkeys(

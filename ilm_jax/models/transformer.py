@@ -48,18 +48,10 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxLxD, segment_BxL, position_BxL, noise_BxSxC, rngs=None, cache=None):
-    """Apply the block.
+    """Return (features, cache); `rngs` are the keys from `dropout_rngs`, or None to disable dropout.
 
-    Args:
-      x_BxLxD: features.
-      segment_BxL: segment of each token, 0 for padding; ignored with a cache.
-      position_BxL: position of each token in its segment.
-      noise_BxSxC: noise embeddings, or None without conditioning.
-      rngs: the RNG keys from `dropout_rngs`, or None to disable dropout.
-      cache: the block's `Cache`; attention is then causal and covers the cached positions.
-
-    Returns:
-      (features, cache): the cache includes the keys and values of this call; it is None if no cache is given.
+    With a cache (the block's `Cache`), attention is causal and covers the cached positions, segments are ignored, and
+    the result's cache includes the keys and values of this call.
     """
     cfg = self.cfg
     D, H, K, F = cfg.d_model, cfg.num_heads, cfg.head_dim, cfg.d_ff
@@ -108,17 +100,8 @@ class Block(nn.Module):
 def scan_blocks(cfg: ModelConfig, params, rngs, x_BxLxD, *args):
   """Apply all blocks as one `lax.scan` over their stacked parameters: XLA compiles one block, whatever the depth.
 
-  The stack is a temporary copy of the blocks' parameters; their layout in the parameter tree does not change.
-
-  Args:
-    cfg: settings of the model.
-    params: list of the blocks' parameters.
-    rngs: list of the blocks' dropout keys (`Block.dropout_rngs`); without dropout, a list of None.
-    x_BxLxD: features that enter the first block.
-    *args: segments, positions and noise embeddings, passed to every block.
-
-  Returns:
-    BxLxD, the features after the last block.
+  `params` and `rngs` list the blocks' parameters and dropout keys (None without dropout); `args` go to every block. The
+  stack is a temporary copy of the blocks' parameters; their layout in the parameter tree does not change.
   """
 
   def step(x_BxLxD, layer):
@@ -140,21 +123,18 @@ class Transformer(nn.Module):
     self, tokens_BxL, position_BxL, segment_BxL, cls_BxS, noise_BxS=None, open_BxL=None, *, train: bool = False,
     cache=None,
   ):  # fmt: skip
-    """Compute features, output embedding and stop logits.
+    """Compute `Outputs`: features, output embedding and stop logits; with a cache, return (Outputs, caches).
 
     Args:
       tokens_BxL: token ids.
       position_BxL: rotary position of each token; may differ from its index in the row.
       segment_BxL: segment of each token, 0 for padding. Tokens attend within their segment.
-      cls_BxS: index in the row of each segment's [CLS], the input of the stop head; ignored without a stop head.
+      cls_BxS: index in the row of each segment's [CLS], the input of the stop head.
       noise_BxS: noise level of each segment; ignored without conditioning.
       open_BxL: whether a token may be inserted right of each token; ignored without open_gap_embedding.
       train: enable dropout (needs an RNG named 'dropout').
       cache: list of one `Cache` per block, for causal models. Each token then attends to all cached positions up to
-        its own, and segments are ignored.
-
-    Returns:
-      `Outputs`; with a cache, (Outputs, caches), where the caches include these tokens.
+        its own, segments are ignored, and the returned caches include these tokens.
     """
     cfg = self.cfg
     conditioned = cfg.conditioning == 'adaln'
@@ -221,9 +201,9 @@ def init(cfg: ModelConfig, rng) -> Any:
 
 
 def abstract_params(cfg: ModelConfig, mesh=None):
-  """Return the parameters as `jax.ShapeDtypeStruct`s with shardings, the target for restoring a checkpoint.
+  """Return the parameters as `jax.ShapeDtypeStruct`s with shardings on the mesh, the target for restoring a checkpoint.
 
-  The shardings are for the given mesh; without a mesh, all parameters are on this process's first device.
+  Without a mesh, all parameters are on this process's first device.
   """
   boxed = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
   if mesh is None:
@@ -275,15 +255,9 @@ class Forward(NamedTuple):
     return [attention.empty_cache(self.cfg, rows, size) for _ in range(self.cfg.num_layers)]
 
   def apply_cached(self, tokens_BxN, start_B, cache) -> tuple[Outputs, list[Cache]]:
-    """Run a causal model on the next N tokens of each row; the cache holds the earlier ones.
+    """Run a causal model on the next N tokens of each row, at positions start_B to start_B + N - 1.
 
-    Args:
-      tokens_BxN: tokens at positions start_B to start_B + N - 1.
-      start_B: position of each row's first new token.
-      cache: one `Cache` per block.
-
-    Returns:
-      (outputs of the new tokens, caches that include them).
+    `cache` holds the earlier tokens, in one `Cache` per block. Returns (outputs of the new tokens, updated caches).
     """
     position_BxN = start_B[:, None] + jnp.arange(tokens_BxN.shape[1])[None]
     args = tokens_BxN, position_BxN, jnp.ones_like(tokens_BxN), jnp.zeros_like(tokens_BxN[:, :1])

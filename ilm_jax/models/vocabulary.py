@@ -60,19 +60,10 @@ def target_logits(hidden_BxLxD, unembed_VxD, gap_BxT, token_BxT, *, compute: str
 
 
 def vocab_logsumexp(hidden, unembed_VxD, bias_V=None, *, chunk: int = 2048, compute: str = 'float32'):
-  """Return the log-sum-exp over the vocabulary of hidden @ unembed.T + bias, computed in chunks of the vocabulary.
+  """Return the float32 log-sum-exp over the vocabulary of hidden @ unembed.T + bias, where hidden is ...xD.
 
-  The backward pass recomputes the logits of each chunk, so that at most hidden.size / D * chunk logits are stored.
-
-  Args:
-    hidden: features, ...xD.
-    unembed_VxD: output embedding.
-    bias_V: 0 or NEG_INF for each token (`suppressed_bias`); its gradient is zero.
-    chunk: vocabulary entries per chunk.
-    compute: compute type of the model.
-
-  Returns:
-    A float32 array with the shape of `hidden` without the last axis.
+  It is computed in chunks of `chunk` vocabulary entries. The backward pass recomputes the logits of each chunk, so that
+  at most hidden.size / D * chunk logits are stored. The gradient of bias_V (see `suppressed_bias`) is zero.
   """
   if bias_V is None:
     bias_V = jnp.zeros(unembed_VxD.shape[0], jnp.float32)
