@@ -39,20 +39,14 @@ def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def target_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', chunk: int = 2048):
-  """Return the cross-entropy (BxT, in nats) of each target token, predicted from position `target_gap_BxT`."""
-  lse_BxL = vocabulary.vocab_logsumexp(outputs.hidden_BxLxD, outputs.unembed_VxD, chunk=chunk, compute=compute)
-  gap_BxT, token_BxT = batch['target_gap_BxT'], batch['target_token_BxT']
-  z_BxT = vocabulary.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, gap_BxT, token_BxT, compute=compute)
-  return jnp.take_along_axis(lse_BxL, gap_BxT, axis=1) - z_BxT
-
-
 def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
   """Return (total, weight) pairs in nats: `loss` per target token, and `string_loss` per string.
 
   Both are cross-entropies; the loss of a string is the sum over its tokens and its [EOS].
   """
-  ce_BxT = target_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
+  ce_BxT = vocabulary.target_nll(
+    outputs, batch['target_gap_BxT'], batch['target_token_BxT'], chunk=cfg.vocab_chunk, compute=cfg.compute
+  )
   valid_BxT = (batch['target_segment_BxT'] > 0).astype(jnp.float32)
   total, count = (ce_BxT * valid_BxT).sum(), valid_BxT.sum()
   return {'loss': (total, count), 'string_loss': (total, batch['segment_weight_BxS'].sum())}
@@ -150,35 +144,30 @@ class Layout(NamedTuple):
     """Return the layout after `count_B` tokens were appended to the middle."""
     return self._replace(end_B=self.end_B + count_B, length_B=self.length_B + count_B)
 
-  def suffix_length_B(self):
-    """Return the number of tokens after the middle, in reading order."""
-    return self.length_B - self.masks_B - self.end_B
+  def model_index(self, size: int):
+    """Return the model-order index of each token of the first `size` in reading order, and whether it is in the row."""
+    index_1xL = jnp.arange(size)[None]
+    start_Bx1, end_Bx1, masks_Bx1 = self.start_B[:, None], self.end_B[:, None], self.masks_B[:, None]
+    suffix_Bx1 = (self.length_B - self.masks_B - self.end_B)[:, None]
+    moved_BxL = index_1xL + jnp.where(index_1xL < end_Bx1, 2 + suffix_Bx1, 1 + start_Bx1 - end_Bx1)
+    unmoved_BxL = (index_1xL < start_Bx1) | (masks_Bx1 == 0)
+    return jnp.where(unmoved_BxL, index_1xL, moved_BxL), index_1xL < (self.length_B - self.masks_B)[:, None]
 
   def arrange(self, tokens_BxL):
     """Reorder tokens from reading order to model order; the result is two positions longer."""
-    index_1xL = jnp.arange(tokens_BxL.shape[1] + 2)[None]
-    first_mask_Bx1, masks_Bx1 = self.start_B[:, None], self.masks_B[:, None]
-    suffix_Bx1 = self.suffix_length_B()[:, None]
-    second_mask_Bx1 = first_mask_Bx1 + 1 + suffix_Bx1
-    # Reading-order index of the token at each model-order position, for positions in the suffix or in the middle.
-    from_suffix_BxL = index_1xL + (self.end_B - self.start_B - 1)[:, None]
-    from_middle_BxL = index_1xL - 2 - suffix_Bx1
-    from_BxL = jnp.where(index_1xL < second_mask_Bx1, from_suffix_BxL, from_middle_BxL)
-    from_BxL = jnp.where((index_1xL < first_mask_Bx1) | (masks_Bx1 == 0), index_1xL, from_BxL)
-    moved_BxL = jnp.take_along_axis(tokens_BxL, from_BxL.clip(0, tokens_BxL.shape[1] - 1), axis=1)
-    is_mask_BxL = (masks_Bx1 > 0) & ((index_1xL == first_mask_Bx1) | (index_1xL == second_mask_Bx1))
-    return jnp.where(index_1xL < self.length_B[:, None], jnp.where(is_mask_BxL, MASK, moved_BxL), 0)
+    rows, size = tokens_BxL.shape
+    to_BxL, valid_BxL = self.model_index(size)
+    row_Bx1, beyond = jnp.arange(rows)[:, None], size + 2
+    first_mask_B = jnp.where(self.masks_B > 0, self.start_B, beyond)
+    second_mask_B = jnp.where(self.masks_B > 0, self.start_B + 1 + self.length_B - self.masks_B - self.end_B, beyond)
+    out_BxL = jnp.zeros((rows, size + 2), tokens_BxL.dtype)
+    out_BxL = out_BxL.at[row_Bx1, jnp.where(valid_BxL, to_BxL, beyond)].set(tokens_BxL, mode='drop')
+    return out_BxL.at[row_Bx1, jnp.stack([first_mask_B, second_mask_B], axis=1)].set(MASK, mode='drop')
 
   def restore(self, array_BxL, fill: int):
     """Reorder an array from model order to reading order, two positions shorter, with `fill` after each row's end."""
-    index_1xL = jnp.arange(array_BxL.shape[1] - 2)[None]
-    # Model-order index of the entry at each reading-order position, for positions in the middle or in the suffix.
-    from_middle_BxL = index_1xL + (2 + self.suffix_length_B())[:, None]
-    from_suffix_BxL = index_1xL - (self.end_B - self.start_B - 1)[:, None]
-    from_BxL = jnp.where(index_1xL < self.end_B[:, None], from_middle_BxL, from_suffix_BxL)
-    unmoved_BxL = (index_1xL < self.start_B[:, None]) | (self.masks_B[:, None] == 0)
-    from_BxL = jnp.where(unmoved_BxL, index_1xL, from_BxL).clip(0, array_BxL.shape[1] - 1)
-    valid_BxL = index_1xL < (self.length_B - self.masks_B)[:, None]
+    from_BxL, valid_BxL = self.model_index(array_BxL.shape[1] - 2)
+    from_BxL = from_BxL.clip(0, array_BxL.shape[1] - 1)
     return jnp.where(valid_BxL, jnp.take_along_axis(array_BxL, from_BxL, axis=1), fill)
 
 
@@ -264,28 +253,14 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
 
 def next_losses(forward, tokens_BxL, length_B, cfg: SampleConfig):
   """Return -log p (BxL, in nats) of the token after each position in model order; [EOS] ends each row."""
-  outputs = forward(tokens_BxL, length_B)
-  bias_V = vocabulary.suppressed_bias(outputs.unembed_VxD.shape[0], cfg.suppressed_tokens)
-  lse_BxL = vocabulary.vocab_logsumexp(
-    outputs.hidden_BxLxD, outputs.unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute
-  )
   index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
   next_BxL = jnp.where(index_BxL == length_B[:, None] - 1, EOS, jnp.roll(tokens_BxL, -1, axis=1))
-  z_BxL = vocabulary.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, index_BxL, next_BxL, compute=cfg.compute)
-  return jnp.where(bias_V[next_BxL] < 0, jnp.inf, lse_BxL - z_BxL)
+  head = {'chunk': cfg.vocab_chunk, 'compute': cfg.compute}
+  return vocabulary.target_nll(forward(tokens_BxL, length_B), index_BxL, next_BxL, cfg.suppressed_tokens, **head)
 
 
 FAMILY = Family(
-  name='arm',
-  corrupt=corrupt,
-  loss=loss,
-  sample=sample,
-  SampleConfig=SampleConfig,
-  model_settings=lambda cfg: {'causal': True, 'stop_head': False},
-  sizes=sizes,
-  score=score,
-  check_score=check_score,
-  sample_settings=lambda cfg: {'fim': cfg.corrupt.get('fim_rate', 0.0) > 0},
-  check_prompt=check_prompt,
-  growth=GROWTH,
-)
+  name='arm', corrupt=corrupt, loss=loss, sample=sample, SampleConfig=SampleConfig,
+  model_settings=lambda cfg: {'causal': True, 'stop_head': False}, sizes=sizes, score=score, check_score=check_score,
+  sample_settings=lambda cfg: {'fim': cfg.corrupt.get('fim_rate', 0.0) > 0}, check_prompt=check_prompt, growth=GROWTH,
+)  # fmt: skip

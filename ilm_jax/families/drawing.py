@@ -6,8 +6,6 @@ import jax.numpy as jnp
 from ilm_jax.models import numerics, vocabulary
 from ilm_jax.types import Outputs, Rule
 
-# --- drawing ----------------------------------------------------------------------------------------------------------
-
 
 def choose(rng_B, logits_BxN, rule: Rule):
   """Draw one index per row under the sampling rule, with the row's own RNG key.
@@ -88,9 +86,6 @@ def _sort_key(x):
 def _from_sort_key(key):
   """Map the int32 keys of `_sort_key` back to float32."""
   return jax.lax.bitcast_convert_type(jnp.where(key < 0, key ^ 0x7FFFFFFF, key), jnp.float32)
-
-
-# --- inserting --------------------------------------------------------------------------------------------------------
 
 
 def insert(array_BxL, gap_B, value_B, go_B):

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ilm_jax.families import arm, drawing, growing, settings
 from ilm_jax.families import corruption as _corrupt
+from ilm_jax.families import drawing, growing, settings
 from ilm_jax.families.contract import Family
 from ilm_jax.families.growing import Rows
 from ilm_jax.models import numerics, vocabulary
@@ -36,7 +36,10 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
 
   `target_weight_BxT` of the batch is eos_weight for an [EOS] target, and 1 / (c + 1) for each of c tokens of a gap.
   """
-  ce_BxT = arm.target_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk) * batch['target_weight_BxT']
+  ce_BxT = vocabulary.target_nll(
+    outputs, batch['target_gap_BxT'], batch['target_token_BxT'], chunk=cfg.vocab_chunk, compute=cfg.compute
+  )
+  ce_BxT = ce_BxT * batch['target_weight_BxT']
   gaps, end_BxT = batch['open_BxL'].sum().astype(jnp.float32), batch['target_token_BxT'] == EOS
   end, token = jnp.where(end_BxT, ce_BxT, 0.0).sum(), jnp.where(end_BxT, 0.0, ce_BxT).sum()
   return {'loss': (token + end, gaps), 'token_loss': (token, gaps), 'stop_loss': (end, gaps)}
@@ -72,13 +75,7 @@ class SampleConfig(NamedTuple):
     if sampling.get('end_threshold') == 0:
       sampling = {**sampling, 'end_threshold': None}
     others['suppressed_tokens'] = tuple({*others.get('suppressed_tokens', ()), EOS})
-    made = settings.sample_config(cls, sampling, **others)
-    if made.end_threshold is not None and not 0 < made.end_threshold < 1:
-      raise UserError(
-        f'sampling.end_threshold={made.end_threshold}: expected a probability between 0 and 1, or 0 to finish a gap '
-        'when [EOS] is its most probable token'
-      )
-    return made
+    return settings.sample_config(cls, sampling, **others)
 
 
 def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
@@ -172,16 +169,9 @@ def check_score(kind: str | None, longest: int) -> None:
 
 
 FAMILY = Family(
-  name='it',
-  corrupt=corrupt,
-  loss=loss,
-  sample=sample,
-  SampleConfig=SampleConfig,
-  model_settings=lambda cfg: {'causal': False, 'stop_head': False},
-  check_score=check_score,
-  sizes=lambda cfg, longest, answer: (longest, longest),  # per token at most one target: the token itself or [EOS]
-  check_prompt=check_prompt,
-  fills='free',
-  growth=GROWTH,
+  name='it', corrupt=corrupt, loss=loss, sample=sample, SampleConfig=SampleConfig,
+  model_settings=lambda cfg: {'causal': False, 'stop_head': False}, check_score=check_score,
+  # For each token at most one target: the token itself, or the [EOS] of the gap to its right.
+  sizes=lambda cfg, longest, answer: (longest, longest), check_prompt=check_prompt, fills='free', growth=GROWTH,
   open_gap_embedding=True,
-)
+)  # fmt: skip

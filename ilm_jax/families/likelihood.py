@@ -46,7 +46,6 @@ def _evaluate(forward, tokens_BxL, fixed_BxL, length_B, keep_BxL, cfg) -> _Parti
   open_BxL = jnp.take_along_axis((~fixed_BxL | next_free_BxL).at[:, 0].set(False), order_BxL, axis=1)
   open_BxL &= index_BxL < count_B[:, None]
   outputs = forward(jnp.where(index_BxL < count_B[:, None], kept_BxL, 0), count_B, open_BxL=open_BxL)
-
   bias_V = vocabulary.suppressed_bias(outputs.unembed_VxD.shape[0], cfg.suppressed_tokens)
   lse_BxL = vocabulary.vocab_logsumexp(
     outputs.hidden_BxLxD, outputs.unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute
@@ -75,6 +74,15 @@ def _free(tokens_BxL, fixed_BxL, length_B):
   return free_BxL, free_BxL.sum(axis=1)
 
 
+def _sum_steps(term, free_B):
+  """Return the sum of term(n), one number per row, over n = 0 .. free_B."""
+
+  def add(n, total_B):
+    return total_B + jnp.where(n <= free_B, term(n), 0.0)
+
+  return jax.lax.fori_loop(0, free_B.max() + 1, add, jnp.zeros(free_B.shape, jnp.float32))
+
+
 def _standard_error(value_KxB, samples: int):
   """Return the standard error of the mean over `samples` independent values; NaN for a single value."""
   if samples == 1:
@@ -91,14 +99,13 @@ def bound(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int = 2) 
   free_BxL, free_B = _free(tokens_BxL, fixed_BxL, length_B)
 
   def once(k):
-    def add(n, total_B):
+    def term(n):
       missing_BxL = _random_ranks(jax.random.fold_in(jax.random.fold_in(rng, k), n), free_BxL) < n
       partial = _evaluate(forward, tokens_BxL, fixed_BxL, length_B, ~missing_BxL, cfg)
       pair_B = jnp.where(missing_BxL, partial.log_pair_BxL, 0.0).sum(axis=1) / jnp.maximum(n, 1)
-      term_B = jnp.where(n == 0, -partial.log_stop_B, -partial.log_go_B - pair_B - jnp.log(jnp.maximum(n, 1)))
-      return total_B + jnp.where(n <= free_B, term_B, 0.0)
+      return jnp.where(n == 0, -partial.log_stop_B, -partial.log_go_B - pair_B - jnp.log(jnp.maximum(n, 1)))
 
-    return jax.lax.fori_loop(0, free_B.max() + 1, add, jnp.zeros(free_B.shape, jnp.float32))
+    return _sum_steps(term, free_B)
 
   nll_KxB = jax.lax.map(once, jnp.arange(samples))
   return Score('bound', nll_KxB.mean(axis=0), _standard_error(nll_KxB, samples), free_B)
@@ -115,13 +122,12 @@ def importance(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int 
   def once(k):
     rank_BxL = _random_ranks(jax.random.fold_in(rng, k), free_BxL)
 
-    def add(t, total_B):  # add the term of the decoding step at which t free tokens have been inserted
+    def term(t):  # the decoding step at which t free tokens have been inserted
       partial = _evaluate(forward, tokens_BxL, fixed_BxL, length_B, ~(free_BxL & (rank_BxL >= t)), cfg)
       pair_B = jnp.where(rank_BxL == t, partial.log_pair_BxL, 0.0).sum(axis=1)
-      term_B = jnp.where(t == free_B, partial.log_stop_B, partial.log_go_B + pair_B)
-      return total_B + jnp.where(t <= free_B, term_B, 0.0)
+      return jnp.where(t == free_B, partial.log_stop_B, partial.log_go_B + pair_B)
 
-    return jax.lax.fori_loop(0, free_B.max() + 1, add, jnp.zeros(free_B.shape, jnp.float32))
+    return _sum_steps(term, free_B)
 
   log_KxB = jax.lax.map(once, jnp.arange(samples)) + jax.scipy.special.gammaln(free_B + 1.0)[None]
   mean_B = jax.nn.logsumexp(log_KxB, axis=0) - jnp.log(samples)

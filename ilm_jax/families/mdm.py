@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from ilm_jax.families import corruption as _corrupt
 from ilm_jax.families import drawing
 from ilm_jax.families.contract import Family
-from ilm_jax.families.growing import pad_or_cut
+from ilm_jax.families.growing import pad_or_cut, request_keys
 from ilm_jax.families.settings import sample_config
 from ilm_jax.models import numerics, vocabulary
 from ilm_jax.special_tokens import MASK, PAD
@@ -88,12 +88,10 @@ def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', 
   These are its cross-entropy in nats, summed over its [MASK]s with and without the weights `target_weight_BxT`, and the
   number of its [MASK]s.
   """
-  segments = batch['cls_BxS'].shape[1]
-  hidden_BxLxD, unembed_VxD = outputs.hidden_BxLxD, outputs.unembed_VxD
-  gap_BxT, segment_BxT = batch['target_gap_BxT'], batch['target_segment_BxT']
-  lse_BxL = vocabulary.vocab_logsumexp(hidden_BxLxD, unembed_VxD, chunk=chunk, compute=compute)
-  z_BxT = vocabulary.target_logits(hidden_BxLxD, unembed_VxD, gap_BxT, batch['target_token_BxT'], compute=compute)
-  loss_BxT = jnp.take_along_axis(lse_BxL, gap_BxT, axis=1) - z_BxT
+  segments, segment_BxT = batch['cls_BxS'].shape[1], batch['target_segment_BxT']
+  loss_BxT = vocabulary.target_nll(
+    outputs, batch['target_gap_BxT'], batch['target_token_BxT'], chunk=chunk, compute=compute
+  )
   sums = [numerics.segment_sum(x, segment_BxT, segments) for x in (loss_BxT * batch['target_weight_BxT'], loss_BxT)]
   return *sums, numerics.segment_sum((segment_BxT > 0).astype(jnp.float32), segment_BxT, segments)
 
@@ -145,8 +143,6 @@ class SampleConfig(NamedTuple):
         raise UserError(f'sampling.{name}={getattr(made, name)!r}: expected one of {", ".join(allowed)}')
     if made.max_steps is not None and made.max_steps < 1:
       raise UserError(f'sampling.max_steps={made.max_steps}: expected at least 1')
-    if made.score_draws < 2 or made.score_draws % 2:
-      raise UserError(f'sampling.score_draws={made.score_draws}: expected an even number of at least 2')
     closed = {*suppressed_tokens, MASK} - ({PAD} if made.length == 'predicted' else set())
     return made._replace(suppressed_tokens=tuple(sorted(closed)))
 
@@ -202,9 +198,8 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   tokens_BxL = jnp.where(given_BxL, pad_or_cut(prompt.tokens_BxL.astype(jnp.int32), size, PAD), MASK)
   tokens_BxL = jnp.where(inside_BxL, tokens_BxL, PAD)
 
-  request_rng_B = jax.vmap(functools.partial(jax.random.fold_in, rng))(prompt.request_B)
   masks_B = (tokens_BxL == MASK).sum(axis=1)
-  step = functools.partial(_step, forward, request_rng_B, cfg, limit, input_length_B, masks_B, given_BxL)
+  step = functools.partial(_step, forward, request_keys(rng, prompt), cfg, limit, input_length_B, masks_B, given_BxL)
   start = _State(
     step=jnp.zeros((), jnp.int32),
     tokens_BxL=tokens_BxL,
@@ -238,7 +233,6 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, length_B, masks
   else:
     time_B = remaining_B / jnp.maximum(masks_B, 1)
   outputs = forward(state.tokens_BxL, length_B, noise_level(time_B, cfg.noise_eps)[:, None])
-
   rng_B = jax.vmap(jax.random.fold_in, (0, None))(request_rng_B, state.step)
   reveal_rng_B, token_rng_B = jax.vmap(jax.random.split, out_axes=1)(rng_B)
   token_BxL, log_prob_BxL, certainty_BxL = choose_tokens(outputs, cfg, token_rng_B, given_BxL)
@@ -345,13 +339,12 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
     rank_BxL = jnp.argsort(jnp.argsort(jnp.where(free_BxL, time_BxL, 2.0), axis=1, stable=True), axis=1)
     masked_BxL = free_BxL & (rank_BxL < masks_B[:, None])
     time_B = jnp.where(masked_BxL, time_BxL, 0.0).max(axis=1)
-
     noise_Bx1 = noise_level(time_B, cfg.noise_eps)[:, None]
-    hidden_BxLxD, unembed_VxD, _ = forward(jnp.where(masked_BxL, MASK, tokens_BxL), total_B, noise_Bx1)
-    bias_V = vocabulary.suppressed_bias(unembed_VxD.shape[0], (*cfg.suppressed_tokens, MASK))
-    lse_BxL = vocabulary.vocab_logsumexp(hidden_BxLxD, unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute)
-    z_BxL = vocabulary.target_logits(hidden_BxLxD, unembed_VxD, index_BxL, tokens_BxL, compute=cfg.compute)
-    loss_BxL = jnp.where(bias_V[tokens_BxL] < 0, jnp.inf, lse_BxL - z_BxL)
+    outputs, closed = (
+      forward(jnp.where(masked_BxL, MASK, tokens_BxL), total_B, noise_Bx1),
+      (*cfg.suppressed_tokens, MASK),
+    )
+    loss_BxL = vocabulary.target_nll(outputs, index_BxL, tokens_BxL, closed, chunk=cfg.vocab_chunk, compute=cfg.compute)
     return jnp.where(masked_BxL, loss_BxL, 0.0).sum(axis=1) * free_B / jnp.maximum(masks_B, 1)
 
   nelbo_HxPxB = jax.lax.map(draw, jnp.arange(2 * strata)).reshape(strata, 2, rows)
@@ -366,16 +359,7 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
 
 
 FAMILY = Family(
-  name='mdm',
-  corrupt=corrupt,
-  loss=loss,
-  sample=sample,
-  SampleConfig=SampleConfig,
-  model_settings=model_settings,
-  sizes=sizes,
-  score=score,
-  check_score=check_score,
-  sample_settings=lambda cfg: {'noise_eps': cfg.corrupt.noise_eps},
-  check_prompt=check_prompt,
-  fills='masks',
-)
+  name='mdm', corrupt=corrupt, loss=loss, sample=sample, SampleConfig=SampleConfig, model_settings=model_settings,
+  sizes=sizes, score=score, check_score=check_score, sample_settings=lambda cfg: {'noise_eps': cfg.corrupt.noise_eps},
+  check_prompt=check_prompt, fills='masks',
+)  # fmt: skip

@@ -61,9 +61,6 @@ NOISE = {
 }
 
 
-# --- parameter names and shapes in PyTorch and here -------------------------------------------------------------------
-
-
 def _names(num_layers: int, *, final_norm: bool, stop_head: bool, noise: bool) -> dict[str, list[str]]:
   """Map each PyTorch parameter name to our paths. With noise conditioning, the LayerNorms have no bias."""
   names = dict(EMBEDDING)
@@ -89,11 +86,6 @@ def _reference_shape(path: str, shape) -> tuple[int, ...]:
   return int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs]))
 
 
-def _stacked(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-  """Return the shape of arrays concatenated along their first axis."""
-  return (sum(shape[0] for shape in shapes), *shapes[0][1:])
-
-
 def _inverse_frequencies(dim: int) -> np.ndarray:
   """Return the dim / 2 frequencies of a rotary embedding with base 10000."""
   return 1.0 / np.float32(10_000.0) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
@@ -101,9 +93,6 @@ def _inverse_frequencies(dim: int) -> np.ndarray:
 
 NOISE_BUFFER = 'sigma_map.freqs'  # PyTorch buffer that holds the frequencies of the noise embedding
 NOISE_FREQUENCIES = _inverse_frequencies(2 * layers.NOISE_FREQUENCIES)
-
-
-# --- conversion -------------------------------------------------------------------------------------------------------
 
 
 def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None) -> tuple[ModelConfig, dict]:
@@ -142,17 +131,21 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
     raise UserError(f'family={family!r} has {wanted}, but the weights have {found}: pass the right family=')
   num_layers = max(1, len(layer_ids))
   names = _names(num_layers, final_norm=final_norm, stop_head=stop_head, noise=noise)
-  missing = [name for name in names if name not in arrays]
-  unexpected = [name for name in arrays if name not in names]
-  if missing or unexpected:
-    parts = [f'missing {_first_few(missing)}'] if missing else []
-    parts += [f'unexpected {_first_few(unexpected)}'] if unexpected else []
-    raise UserError(f'these are not the weights of the {family} transformer: {"; ".join(parts)}')
+  kinds = {
+    'missing': [name for name in names if name not in arrays],
+    'unexpected': [name for name in arrays if name not in names],
+  }
+  if problems := [f'{kind} {_first_few(found)}' for kind, found in kinds.items() if found]:
+    raise UserError(f'these are not the weights of the {family} transformer: {"; ".join(problems)}')
 
   for name in ('embed_tokens.weight', 'encoder.0.mlp.0.weight', *(['sigma_map.mlp.2.weight'] if noise else [])):
     if arrays[name].ndim != 2 or not arrays[name].size:
       raise UserError(f'{name}: expected a non-empty matrix, got shape {arrays[name].shape}')
   vocab_size, d_model = arrays['embed_tokens.weight'].shape
+  conditioning: dict = {}
+  if noise:
+    d_cond = len(arrays['sigma_map.mlp.2.weight'])
+    conditioning = {'conditioning': 'adaln', 'residual': 'modulated', 'd_cond': d_cond}
   cfg = ModelConfig(
     vocab_size=vocab_size,
     num_layers=num_layers,
@@ -163,14 +156,13 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
     final_norm=final_norm,
     stop_head=stop_head,
     rotary_dim=ROTARY_DIM,
-    **(
-      {'conditioning': 'adaln', 'residual': 'modulated', 'd_cond': arrays['sigma_map.mlp.2.weight'].shape[0]}
-      if noise
-      else {}
-    ),
+    **conditioning,
   )
   shapes = _shapes(cfg)
-  expected = {name: _stacked([_reference_shape(path, shapes[path]) for path in paths]) for name, paths in names.items()}
+  expected = {}
+  for name, paths in names.items():
+    first, *others = (_reference_shape(path, shapes[path]) for path in paths)
+    expected[name] = (first[0] + sum(other[0] for other in others), *first[1:])
   if wrong := [name for name in names if arrays[name].shape != expected[name]]:
     lines = [f'{name}: expected shape {expected[name]}, got {arrays[name].shape}' for name in wrong]
     raise UserError(_first_few(lines, '; '))
@@ -256,9 +248,6 @@ def _first_few(items: list[str], separator: str = ', ') -> str:
   return separator.join(items[:3]) + (f'{separator}... ({len(items)} in all)' if len(items) > 3 else '')
 
 
-# --- reading files ----------------------------------------------------------------------------------------------------
-
-
 def load_state_dict(path) -> dict[str, np.ndarray]:
   """Read a weights file (.npz, .safetensors, .pt, .pth, .ckpt) as float32 arrays, without running code from it.
 
@@ -266,9 +255,8 @@ def load_state_dict(path) -> dict[str, np.ndarray]:
   cannot be read, or the package that reads this format is not installed.
   """
   path = epath.Path(path)
-  readers = {'.npz': _read_npz, '.safetensors': _read_safetensors} | dict.fromkeys(
-    ('.pt', '.pth', '.ckpt'), _read_torch
-  )
+  readers = {'.npz': _read_npz, '.safetensors': _read_safetensors}
+  readers |= dict.fromkeys(('.pt', '.pth', '.ckpt'), _read_torch)
   if path.suffix not in readers:
     raise UserError(f'{path}: expected a file that ends in {", ".join(readers)}')
   try:

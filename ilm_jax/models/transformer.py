@@ -14,25 +14,11 @@ import jax.numpy as jnp
 from ilm_jax.distributed import sharding
 from ilm_jax.models import attention, numerics, vocabulary
 from ilm_jax.models.attention import Cache
-from ilm_jax.models.config import CHOICES, PRESETS, ModelConfig
+from ilm_jax.models.config import CHOICES as CHOICES
+from ilm_jax.models.config import PRESETS as PRESETS
+from ilm_jax.models.config import ModelConfig
 from ilm_jax.models.layers import LayerNorm, Linear, Modulation, NoiseEmbedding, StopHead, modulate, uniform_init
 from ilm_jax.types import Batch, Outputs
-
-__all__ = [
-  'CHOICES',
-  'PRESETS',
-  'Cache',
-  'Forward',
-  'ModelConfig',
-  'Outputs',
-  'Transformer',
-  'abstract_params',
-  'apply',
-  'apply_batch',
-  'apply_rows',
-  'init',
-  'unbox',
-]
 
 FEATURES = ('rows', None, None)  # logical axis names of BxLxD activations
 OPEN_TABLE = (None, 'embed')  # logical axis names of the table of model.open_gap_embedding
@@ -214,9 +200,6 @@ def abstract_params(cfg: ModelConfig, mesh=None):
   return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), unbox(boxed), shardings)
 
 
-# --- running the model ------------------------------------------------------------------------------------------------
-
-
 def apply(
   cfg: ModelConfig, params, tokens_BxL, position_BxL, segment_BxL, cls_BxS, noise_BxS=None, open_BxL=None, *, rng=None
 ) -> Outputs:
@@ -232,14 +215,6 @@ def apply_batch(cfg: ModelConfig, params, batch: Batch, *, rng=None) -> Outputs:
   return apply(cfg, params, *(batch[name] for name in names), batch.get('open_BxL'), rng=rng)
 
 
-def apply_rows(cfg: ModelConfig, params, tokens_BxL, length_B, noise_BxS=None, open_BxL=None) -> Outputs:
-  """Run the transformer on rows that hold one sequence each: [CLS] first, then padding after `length_B` tokens."""
-  index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
-  segment_BxL = (index_BxL < length_B[:, None]).astype(jnp.int32)
-  cls_Bx1 = jnp.zeros((tokens_BxL.shape[0], 1), jnp.int32)
-  return apply(cfg, params, tokens_BxL, index_BxL, segment_BxL, cls_Bx1, noise_BxS, open_BxL)
-
-
 class Forward(NamedTuple):
   """A model with its parameters, passed as `forward` to the functions that sample and score."""
 
@@ -247,8 +222,11 @@ class Forward(NamedTuple):
   params: Any
 
   def __call__(self, tokens_BxL, length_B, noise_BxS=None, open_BxL=None) -> Outputs:
-    """Run the model on rows that hold one sequence each, [CLS] first (S = 1); see `apply_rows`."""
-    return apply_rows(self.cfg, self.params, tokens_BxL, length_B, noise_BxS, open_BxL)
+    """Run the model on rows that hold one sequence each (S = 1): [CLS] first, then padding after `length_B` tokens."""
+    index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
+    segment_BxL = (index_BxL < length_B[:, None]).astype(jnp.int32)
+    cls_Bx1 = jnp.zeros((tokens_BxL.shape[0], 1), jnp.int32)
+    return apply(self.cfg, self.params, tokens_BxL, index_BxL, segment_BxL, cls_Bx1, noise_BxS, open_BxL)
 
   def empty_cache(self, rows: int, size: int) -> list[Cache]:
     """Return one empty key-value cache per block, for sequences of at most `size` tokens."""
