@@ -6,8 +6,8 @@ Sampling generates one token per forward pass with a key-value cache. Every stri
     log p(x | prompt) = sum_t log p(x_t | prompt, x_<t) + log p([EOS] | prompt, x)
 
 With corrupt.fim_rate > 0 the model can also fill one gap in a text (fill-in-the-middle; Bavarian et al. 2022, arXiv
-2207.14255). It then reads `prefix [MASK] suffix [MASK]` as its prompt and generates the middle. The names of the two
-token orders are model order (`prefix [MASK] suffix [MASK] middle`) and reading order (`prefix middle suffix`).
+2207.14255). It reads its tokens in model order, `prefix [MASK] suffix [MASK] middle`, and generates the middle; reading
+order is `prefix middle suffix`.
 """
 
 import functools

@@ -46,11 +46,8 @@ class Sample(Protocol):
   def __call__(self, forward: Callable[..., Outputs], rng, prompt: Prompt, cfg: Any) -> Sampled:
     """Return the completed rows.
 
-    Args:
-      forward: (tokens_BxL, length_B) -> Outputs.
-      rng: RNG key of the call; a row's randomness may depend only on this key and its number in `prompt.request_B`.
-      prompt: the given tokens, and the gaps where tokens may be inserted.
-      cfg: an instance of the family's `SampleConfig`.
+    `forward` maps (tokens_BxL, length_B) to Outputs; `cfg` is an instance of the family's SampleConfig. A row's
+    randomness may depend only on `rng` and its number in `prompt.request_B`.
     """
     ...
 
@@ -62,13 +59,9 @@ class Likelihood(Protocol):
                kind: str | None = None, longest: int = 0) -> Score:  # fmt: skip
     """Return the score of each row in nats.
 
-    Args:
-      forward: (tokens_BxL, length_B) -> Outputs, as for `Sample`.
-      rng: RNG key, for scores that are random estimates.
-      tokens_BxL: complete rows of `length_B` tokens, of which those in `fixed_BxL` are given.
-      cfg: an instance of the family's `SampleConfig`.
-      kind: 'exact', 'bound' or 'importance-weighted'; None selects the family's default.
-      longest: the largest number of free tokens in a row, for scores that need it.
+    `forward` and `cfg` are those of `Sample`. Rows are complete and have `length_B` tokens, of which those in
+    `fixed_BxL` are given. `rng` is for random estimates. `kind` is 'exact', 'bound' or 'importance-weighted'; None
+    selects the family's default. `longest` is the largest number of free tokens in a row.
     """
     ...
 

@@ -24,7 +24,7 @@ SHORTEST_TIME = 1e-3  # smallest diffusion time t drawn for family=mdm; it bound
 
 
 def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
-  """Drop a uniformly random subset of n of the L free tokens, with n uniform on {0, ..., L}.
+  """Drop a uniformly random subset of n of the L free tokens, with n uniform on {0, ..., L}, or set by `u` in [0, 1).
 
   Worked example: dropping b and c from `CLS p BOS a b c d` leaves `CLS p BOS a d`, with target_gap [3, 3] and
   target_token [b, c].
@@ -32,8 +32,7 @@ def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
   `cfg.close_prompt` excludes the gaps inside the prompt from the training softmax (the reference implementation
   includes them). `cfg.infill_rate` is the fraction of infilling examples, in which only one to three spans are free,
   and the softmax excludes all gaps outside these spans. (The reference implementation excludes every gap without
-  dropped tokens, but a sampler does not know these gaps.) `u` in [0, 1) sets n, for stratified validation on complete
-  texts.
+  dropped tokens, but a sampler does not know these gaps.)
   """
   tokens, fixed = example['tokens'], example['fixed']
   share = cfg.get('infill_rate', 0.0)
@@ -147,11 +146,12 @@ def open_gaps(fixed: np.ndarray) -> np.ndarray:
 def mdm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
   """Replace each free token by [MASK] with probability (1 - eps) t, for a diffusion time t ~ U(SHORTEST_TIME, 1].
 
-  The schedule is log-linear: at noise level sigma(t) = -log(1 - (1 - eps) t), a token is masked with probability
-  1 - exp(-sigma(t)). The loss weight of every target is sigma'(t) / (exp(sigma(t)) - 1) = 1 / t.
+  The schedule is log-linear: a token is masked with probability 1 - exp(-sigma(t)) at noise level sigma(t) =
+  -log(1 - (1 - eps) t), and the loss weight of every target is sigma'(t) / (exp(sigma(t)) - 1) = 1 / t. eps is
+  `cfg.noise_eps`; `u` in [0, 1) sets t (0 gives t = 1).
 
   The example is padded with [PAD]s, which count as free tokens, to `cfg.length` tokens (0: no padding); UserError if it
-  is longer. eps is `cfg.noise_eps`. `u` in [0, 1) sets t, for stratified validation; 0 gives t = 1.
+  is longer.
   """
   tokens, fixed = example['tokens'], example['fixed']
   before = {'length': len(tokens), 'free': int((~fixed).sum())}

@@ -6,8 +6,6 @@ A family collects the four functions that describe its decoding in a `Growth`:
     step(forward, cfg, rows)               -> Rows     one decoding step: a forward pass, then the new tokens
     needed(length_B, cfg)                  -> int[B]   upper bound on each row's length after the next step
     finish(rows, cfg)                      -> Sampled  the result, from rows in a buffer of any size
-
-`sample` decodes one batch in a single jit; `inference.continuous_batching` replaces finished rows by new requests.
 """
 
 import functools
@@ -108,16 +106,10 @@ def begin_without_cache(forward, rng, prompt: Prompt, cfg, size: int) -> Rows:
 
 
 def advance(rows: Rows, *, go_B, stops_B, inserted_B, log_prob_B, stop_prob_B, **arrays) -> Rows:
-  """Return the rows after a decoding step.
+  """Return the rows after a decoding step; `arrays` are new values of further fields of `Rows`.
 
-  Args:
-    rows: the rows before the step.
-    go_B: whether the step inserts into the row; other rows become inactive.
-    stops_B: whether the model ends the row.
-    inserted_B: number of tokens that the step inserts.
-    log_prob_B: log-probability of the step's insertions, recorded where `go_B` is true.
-    stop_prob_B: probability of stopping, recorded in the rows that were active.
-    **arrays: new values of other fields of `Rows`.
+  Rows become inactive unless the step inserts tokens (`go_B`); `stops_B`: the model ends the row. `log_prob_B` is
+  recorded where `go_B` is true, and `stop_prob_B` in the rows that were active.
   """
   return rows._replace(
     length_B=rows.length_B + inserted_B,

@@ -114,8 +114,7 @@ def bound(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int = 2) 
 def importance(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int = 16) -> Score:
   """Estimate -log p(x) as minus the log of the mean of L! p(x, order) over `samples` random orders.
 
-  In expectation, the estimate lies between the exact value and the upper bound. Its standard error is computed to first
-  order (delta method).
+  Its expectation lies between the exact value and the upper bound; its standard error is of first order (delta method).
   """
   free_BxL, free_B = _free(tokens_BxL, fixed_BxL, length_B)
 
@@ -138,8 +137,8 @@ def importance(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int 
 def exact(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, most: int = MOST_EXACT) -> Score:
   """Compute -log p(x) exactly, by dynamic programming over subsets of the free tokens: those already inserted.
 
-  This takes 2^most forward passes; rows with more than `most` free tokens score NaN. A subset is encoded as an integer
-  with one bit per free token. `rng` is not used.
+  This takes 2^most forward passes; rows with more than `most` free tokens score NaN. The bits of an integer encode a
+  subset.
   """
   free_BxL, free_B = _free(tokens_BxL, fixed_BxL, length_B)
   bit_BxL = jnp.where(free_BxL, jnp.cumsum(free_BxL, axis=1) - 1, most)
@@ -186,10 +185,7 @@ def check_score(kind: str | None, longest: int) -> None:
 
 def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, *, kind: str | None = None, longest: int = MOST_EXACT,
           **options) -> Score:  # fmt: skip
-  """Score each row by the function KINDS[kind] (None: 'bound'), which gets the `options`, such as `samples`.
-
-  kind='exact' runs 2^longest forward passes. Raises UserError as `check_score` does.
-  """
+  """Score each row by the function KINDS[kind] (None: 'bound'), which gets the `options`, such as `samples`."""
   check_score(kind, longest)
   kind = kind or 'bound'
   if kind == 'exact':

@@ -6,12 +6,11 @@ The loss at time t has weight sigma'(t) / (exp(sigma(t)) - 1) = 1 / t:
 
     -log p(x) <= NELBO = integral over t of  1/t  E_{z_t} sum_{j masked} -log p(x_j | z_t)
 
-The config key `loss.mdm` selects the training loss: 'nelbo' is the NELBO per string, restricted to t > SHORTEST_TIME;
-'mean_masked' divides the same weighted sum by the number of [MASK]s in the batch. The reference implementation trains
-with 'mean_masked', which is not a bound on -log p(x).
+The training loss `loss.mdm` is 'nelbo', the NELBO per string for t > SHORTEST_TIME, or 'mean_masked', the same weighted
+sum divided by the number of [MASK]s in the batch, which is not a bound; the reference implementation trains with it.
 
-The config key `sampling.length` says whether the length of a string is given or predicted. A model that predicts the
-length is trained on strings padded to a fixed length, with [PAD]s that are masked and predicted like other tokens.
+With sampling.length='predicted', the model is trained on strings padded to a fixed length, with [PAD]s that are masked
+and predicted like other tokens; with 'given', each prompt says how many tokens to generate.
 
 Sampling starts from a fully masked answer. The order 'ancestral' divides the time from 1 to 0 into equal steps. A step
 from t to s reveals each [MASK] with probability (t - s) / t, and the last step reveals all remaining [MASK]s. The other
@@ -179,9 +178,8 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   length='given', Prompt.free_B of them (none for free_B = -1). Generated [PAD]s are removed at the end. Step t of
   request r draws with the key fold_in(fold_in(rng, r), t).
 
-  In the result, tokens revealed in the same step have the same order, and log_prob_BxM sums over them, including
-  [PAD]s. steps_B counts the forward passes until the last token is revealed, including ancestral steps that reveal
-  nothing. stop_prob_BxM is 0, and stopped_B is true for every non-empty row.
+  log_prob_BxM sums over all tokens of a step, including [PAD]s. steps_B counts the forward passes until the last token
+  is revealed, also those that reveal nothing. stop_prob_BxM is 0, and stopped_B is true for every non-empty row.
   """
   size, limit = cfg.max_length, cfg.max_length if cfg.max_steps is None else cfg.max_steps
   index_1xL = jnp.arange(size)[None]
@@ -308,12 +306,12 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
 
   which equals the integral in the module docstring over all of (0, 1], but has no weight 1/t that diverges at 0. The
   estimate divides n into equal strata and makes two draws in each. Tokens are masked with probability t, as in the
-  sampler, not (1 - eps) t as in training; eps only enters the noise level given to the model.
+  sampler; eps only enters the noise level given to the model.
 
-  With length='predicted', strings are padded to max_length, and the [PAD]s are free tokens that mark the end: nll_B
-  includes their cost, tokens_B does not count them. The sampler also yields the same string from rows with [PAD]s in
-  other places; ignoring these rows keeps the bound valid. With length='given', the result bounds -log p(x | length).
-  Strings that cannot be sampled score infinity, and empty rows 0. `longest` is not used.
+  With length='predicted', the [PAD]s up to max_length are free tokens that mark the end: nll_B includes their cost,
+  tokens_B does not count them. (The sampler also yields the same string from rows with [PAD]s in other places; ignoring
+  these rows keeps the bound valid.) With length='given', the result bounds -log p(x | length). Strings that cannot be
+  sampled score infinity, and empty rows 0.
   """
   check_score(kind, longest)
   rows, size = tokens_BxL.shape

@@ -103,9 +103,6 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
       `model.` is removed; rotary buffers (`*.inv_freq`), `sigma_map.freqs` and `type_embeddings.*` are not converted.
     family: 'ilm' (has a stop head), 'arm' (causal) or 'mdm' (conditioned on a noise level).
     num_heads: number of attention heads; required if the rotary buffers do not determine it, else checked against them.
-
-  Raises:
-    UserError: if names, shapes or frequencies do not match the family.
   """
   if family not in FAMILIES:
     raise UserError(f'family={family!r}: expected one of {", ".join(FAMILIES)}')
@@ -131,10 +128,8 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
     raise UserError(f'family={family!r} has {wanted}, but the weights have {found}: pass the right family=')
   num_layers = max(1, len(layer_ids))
   names = _names(num_layers, final_norm=final_norm, stop_head=stop_head, noise=noise)
-  kinds = {
-    'missing': [name for name in names if name not in arrays],
-    'unexpected': [name for name in arrays if name not in names],
-  }
+  missing, unexpected = ([name for name in a if name not in b] for a, b in ((names, arrays), (arrays, names)))
+  kinds = {'missing': missing, 'unexpected': unexpected}
   if problems := [f'{kind} {_first_few(found)}' for kind, found in kinds.items() if found]:
     raise UserError(f'these are not the weights of the {family} transformer: {"; ".join(problems)}')
 
@@ -279,9 +274,8 @@ def _read_safetensors(data: bytes):
   try:
     import safetensors
   except ImportError as error:
-    raise UserError(
-      "reading .safetensors files needs the safetensors package: pip install 'ilm_jax[convert]'"
-    ) from error
+    advice = "pip install 'ilm_jax[convert]'"
+    raise UserError(f'reading .safetensors files needs the safetensors package: {advice}') from error
   # safetensors.numpy supports bfloat16 only from version 0.5 on.
   types = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16, 'I64': np.int64}
   arrays = {}

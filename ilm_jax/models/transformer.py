@@ -119,8 +119,8 @@ class Transformer(nn.Module):
       noise_BxS: noise level of each segment; ignored without conditioning.
       open_BxL: whether a token may be inserted right of each token; ignored without open_gap_embedding.
       train: enable dropout (needs an RNG named 'dropout').
-      cache: list of one `Cache` per block, for causal models. Each token then attends to all cached positions up to
-        its own, segments are ignored, and the returned caches include these tokens.
+      cache: one `Cache` per block of a causal model. Tokens then attend to all cached positions up to their own;
+        segments are ignored; the returned caches include these tokens.
     """
     cfg = self.cfg
     conditioned = cfg.conditioning == 'adaln'
@@ -143,9 +143,7 @@ class Transformer(nn.Module):
         raise ValueError(
           'model.open_gap_embedding needs open_BxL, whether a token may be inserted right of each token: pass it'
         )
-      init = nn.with_logical_partitioning(
-        lambda rng, shape, dtype: jax.random.normal(rng, shape, dtype) * std, OPEN_TABLE
-      )
+      init = nn.with_logical_partitioning(nn.initializers.normal(std), OPEN_TABLE)
       open_2xD = self.param('open', init, (2, cfg.d_model), jnp.float32)
       x_BxLxD += jnp.take(sharding.gather(open_2xD, OPEN_TABLE), open_BxL.astype(jnp.int32), axis=0).astype(dtype)
     x_BxLxD = sharding.constrain(x_BxLxD, FEATURES)
@@ -174,8 +172,6 @@ class Transformer(nn.Module):
     outputs = Outputs(sharding.constrain(x_BxLxD, FEATURES), unembed_VxD, stop_BxSx2)
     return outputs if cache is None else (outputs, caches)
 
-
-# --- parameters -------------------------------------------------------------------------------------------------------
 
 unbox = nn.unbox
 
