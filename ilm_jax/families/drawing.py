@@ -6,8 +6,6 @@ import jax.numpy as jnp
 from ilm_jax.models import numerics, vocabulary
 from ilm_jax.types import Outputs, Rule
 
-# --- drawing ----------------------------------------------------------------------------------------------------------
-
 
 def choose(rng_B, logits_BxN, rule: Rule):
   """Draw one index per row under the sampling rule, with the row's own RNG key.
@@ -24,11 +22,8 @@ def choose_several(rng_B, logits_BxN, rule: Rule, *, count: int):
   """Draw `count` different indices per row under the sampling rule, without replacement.
 
   The `count` largest sums of logit and Gumbel noise are a draw without replacement (the Gumbel top-k trick), so the
-  first index equals that of `choose` with the same key.
-
-  Returns:
-    (index_BxG, ok_BxG): the indices in the order of the draws; ok is false once all entries that the rule allows in a
-    row have been drawn.
+  first index equals that of `choose` with the same key. Returns (index_BxG, ok_BxG) in the order of the draws; ok is
+  false once all entries that the rule allows in a row have been drawn.
   """
   score_BxN = logits_BxN if _is_greedy(rule) else _perturbed(rng_B, logits_BxN, rule)
   value_BxG, index_BxG = jax.lax.top_k(score_BxN, count)
@@ -36,10 +31,9 @@ def choose_several(rng_B, logits_BxN, rule: Rule, *, count: int):
 
 
 def draw_token(rng_B, outputs: Outputs, gap_B, bias_V, rule: Rule, *, compute: str):
-  """Draw a token to insert into one gap of each row; gap_B is the position to the left of the gap.
+  """Draw a token for the gap right of position gap_B of each row.
 
-  Returns:
-    (token_B, logit_B): the drawn token, and its logit before temperature, top-k and top-p are applied.
+  Returns (token_B, logit_B); the logit is that before temperature, top-k and top-p are applied.
   """
   hidden_BxD = jnp.take_along_axis(outputs.hidden_BxLxD, gap_B[:, None, None], axis=1)[:, 0]
   logits_BxV = vocabulary.vocab_logits(hidden_BxD, outputs.unembed_VxD, bias_V, compute=compute)
@@ -92,9 +86,6 @@ def _sort_key(x):
 def _from_sort_key(key):
   """Map the int32 keys of `_sort_key` back to float32."""
   return jax.lax.bitcast_convert_type(jnp.where(key < 0, key ^ 0x7FFFFFFF, key), jnp.float32)
-
-
-# --- inserting --------------------------------------------------------------------------------------------------------
 
 
 def insert(array_BxL, gap_B, value_B, go_B):

@@ -9,19 +9,29 @@ KNOWN = frozenset([
   *['stop_threshold', 'stop_temperature', 'gaps', 'gap_threshold', 'parallel', 'end_threshold'],
   *['order', 'length', 'score_draws'],
 ])  # fmt: skip
+ALLOWED = {  # setting -> (whether a value is allowed, the allowed values in words)
+  'max_length': (lambda x: x >= 3, 'at least 3'),
+  'max_steps': (lambda x: x >= 0, 'at least 0'),
+  'min_buffer': (lambda x: x >= 1, 'at least 1'),
+  'stop_temperature': (lambda x: x > 0, 'a number above 0'),
+  'stop_threshold': (lambda x: 0 <= x <= 1, 'a probability, or 0 to stop at random with probability p(stop)'),
+  'end_threshold': (
+    lambda x: 0 <= x < 1,
+    'a probability below 1, or 0 to end a gap when [EOS] is its most probable token',
+  ),
+  'gaps': (lambda x: x >= 0, 'a number of gaps, or 0 for all gaps'),
+  'gap_threshold': (lambda x: 0 <= x <= 1, 'a fraction from 0 to 1'),
+  'score_draws': (lambda x: x >= 2 and x % 2 == 0, 'an even number of at least 2'),
+}
 
 
 def sample_config(cls, sampling, **others):
-  """Build the SampleConfig of a family from sampling settings.
+  """Build a family's SampleConfig from sampling settings; raise UserError for unknown names and values out of range.
 
   Args:
-    cls: the family's SampleConfig, a NamedTuple; its fields are the settings that the family knows.
-    sampling: settings by name; those in RULES are a Rule or a dict of temperature, top_k and top_p. Settings of other
-      families are ignored.
+    cls: the SampleConfig, a NamedTuple whose fields are the settings that the family uses; others are ignored.
+    sampling: settings by name; those in RULES are a Rule, or a dict of temperature, top_k and top_p.
     **others: fields that users cannot set because the model or the task determines them.
-
-  Raises:
-    UserError: an unknown setting, or a value out of range.
   """
   settings = dict(sampling)
   for name in sorted(set(settings) - KNOWN - set(cls._fields)):
@@ -34,24 +44,14 @@ def sample_config(cls, sampling, **others):
   for name in RULES:
     if settings.get(name) is not None:
       settings[name] = make_rule(settings[name], f'sampling.{name}')
-  for name, least in (('max_length', 3), ('max_steps', 0), ('min_buffer', 1)):
-    if settings.get(name) is not None and settings[name] < least:
-      raise UserError(f'sampling.{name}={settings[name]}: expected at least {least}')
-  if not settings.get('stop_temperature', 1.0) > 0:
-    raise UserError(f'sampling.stop_temperature={settings["stop_temperature"]}: expected a number above 0')
+  for name, (allowed, expected) in ALLOWED.items():
+    if settings.get(name) is not None and not allowed(settings[name]):
+      raise UserError(f'sampling.{name}={settings[name]}: expected {expected}')
   return cls(**{name: value for name, value in settings.items() if name in cls._fields}, **others)
 
 
 def make_rule(value, name: str) -> Rule:
-  """Build a sampling Rule from a dict of its fields, or check an existing Rule.
-
-  Args:
-    value: a Rule or a dict.
-    name: the setting's name, for error messages.
-
-  Raises:
-    UserError: an unknown field, or a value out of range.
-  """
+  """Return a sampling Rule from a Rule or a dict of its fields; raise UserError if one is unknown or out of range."""
   fields = value._asdict() if isinstance(value, Rule) else dict(value)
   if unknown := sorted(set(fields) - set(Rule._fields)):
     raise UserError(f'unknown setting {name}.{unknown[0]}: expected one of {", ".join(Rule._fields)}')
