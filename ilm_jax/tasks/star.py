@@ -130,8 +130,7 @@ def tokenizer(cfg) -> WordTokenizer:
 
 def score(predicted: np.ndarray, reference: np.ndarray, cfg) -> dict[str, tuple[float, float]]:
   """Return {metric: (total, weight)}: `exact_match`, and `token_accuracy` over the positions of the reference."""
-  common = min(len(predicted), len(reference))
-  num_correct = int((predicted[:common] == reference[:common]).sum())
+  num_correct = sum(a == b for a, b in zip(predicted, reference, strict=False))
   return {
     'exact_match': (float(np.array_equal(predicted, reference)), 1.0),
     'token_accuracy': (float(num_correct), float(len(reference))),
@@ -191,14 +190,6 @@ def decode(tokens, cfg) -> str:
 
 
 TASK = Task(
-  name='star',
-  tokenizer=tokenizer,
-  source=Source,
-  longest=longest,
-  longest_answer=longest_answer,
-  encode_prompt=encode_prompt,
-  decode=decode,
-  score=score,
-  chance=chance,
-  landmark=landmark,
-)
+  name='star', tokenizer=tokenizer, source=Source, longest=longest, longest_answer=longest_answer, score=score,
+  encode_prompt=encode_prompt, decode=decode, chance=chance, landmark=landmark,
+)  # fmt: skip

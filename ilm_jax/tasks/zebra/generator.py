@@ -22,15 +22,6 @@ class ClueGenerator:
     self.solver = Solver(houses, attributes)  # a solver with these clues
     self.guided = False  # whether the solver has been called; from then on, clues favour rows with few filled cells
     self.row_counts = [0] * (attributes + 1)  # number of references to each row of the table in the clues
-    self._draw = {
-      '=': self._draw_equal,
-      '!=': self._draw_unequal,
-      'nbr': self._draw_neighbours,
-      'ends': self._draw_ends,
-      'immediate-left': self._draw_immediate_left,
-      'left-of': self._draw_left_of,
-      'inbetween': self._draw_in_between,
-    }
 
   def run(self) -> list[Clue]:
     """Draw clues until the solver fills the table; return those that a new solver uses when it gets all at once.
@@ -40,7 +31,7 @@ class ClueGenerator:
     seen, kinds, weights = set(), list(WEIGHTS), list(WEIGHTS.values())
     while not self.solver.solved:
       kind = kinds[self._weighted_index(weights)]
-      cells = self._draw[kind]()  # (row, house) of each reference
+      cells = self._draw(kind)  # (row, house) of each reference
       clue = Clue(kind, tuple((row, self.table[row][house]) for row, house in cells))
       if canonical(clue) in seen or all(map(self.solver.is_known, clue.refs)):
         continue
@@ -78,9 +69,9 @@ class ClueGenerator:
     weights[0] /= 5
     return self._weighted_index(weights)
 
-  def _row_unless(self, is_refused) -> int:
-    """Draw a table row for which `is_refused(row)` is false."""
-    while is_refused(row := self._row()):
+  def _attribute_row(self) -> int:
+    """Draw a table row other than row 0."""
+    while not (row := self._row()):
       pass
     return row
 
@@ -91,50 +82,34 @@ class ClueGenerator:
     row = self._weighted_index([self.houses - self.solver.num_filled(row) + 1 for row in range(self.attributes + 1)])
     return row, self._weighted_index([5 if self.solver.is_filled(row, house) else 1 for house in range(self.houses)])
 
-  def _cell_before_last_house(self) -> tuple[int, int]:
-    """Draw a cell (row, house) that is not in the last house."""
-    while (cell := self._cell())[1] >= self.houses - 1:
-      pass
-    return cell
-
-  # One method for each kind of clue. It draws a true clue and returns the cell (row, house) of each reference.
-
-  def _draw_equal(self):
-    row, house = self._cell()
-    return (row, house), (self._row_unless(lambda other: other == row), house)
-
-  def _draw_unequal(self):
-    row, house = self._cell()
-    other = self._row_unless(lambda other: other == row)
-    return (row, house), (other, (house + 1 + self._below(self.houses - 1)) % self.houses)
-
-  def _draw_neighbours(self):
-    row, house = self._cell()
-    other = self._row_unless(lambda other: row == other == 0)
-    neighbours = [h for h in (house - 1, house + 1) if 0 <= h < self.houses]
-    return (row, house), (other, neighbours[self._below(len(neighbours))])
-
-  def _draw_immediate_left(self):
-    row, house = self._cell_before_last_house()
-    return (row, house), (self._row_unless(lambda other: row == other == 0), house + 1)
-
-  def _draw_left_of(self):
-    row, house = self._cell_before_last_house()
-    other = self._below(self.attributes + 1)
-    if row == other == 0:
-      other = self._row_unless(lambda other: other == 0)
-    return (row, house), (other, house + 1 + self._below(self.houses - 1 - house))
-
-  def _draw_in_between(self):
-    row, house = self._row(), self._below(self.houses)
-    while house > self.houses - 3:
+  def _draw(self, kind: str) -> tuple[tuple[int, int], ...]:
+    """Draw a true clue of this kind; return the cell (row, house) of each reference."""
+    last = self.houses - 1
+    if kind == 'ends':
+      return ((self._attribute_row(), (0, last)[self._below(2)]),)
+    if kind == 'inbetween':
       row, house = self._row(), self._below(self.houses)
-    right = self._row_unless(lambda other: other == 0), house + 2 + self._below(self.houses - 2 - house)
-    middle = self._row_unless(lambda other: other == 0), house + 1 + self._below(right[1] - house - 1)
-    return (row, house), middle, right
-
-  def _draw_ends(self):
-    return ((self._row_unless(lambda row: row == 0), (0, self.houses - 1)[self._below(2)]),)
+      while house > last - 2:
+        row, house = self._row(), self._below(self.houses)
+      right = self._attribute_row(), house + 2 + self._below(last - 1 - house)
+      middle = self._attribute_row(), house + 1 + self._below(right[1] - house - 1)
+      return (row, house), middle, right
+    row, house = self._cell()
+    while kind in ('immediate-left', 'left-of') and house == last:
+      row, house = self._cell()
+    other_row = self._below(self.attributes + 1) if kind == 'left-of' else self._row()
+    while other_row == row and (row == 0 or kind in ('=', '!=')):
+      other_row = self._row()
+    if kind == '=':
+      other_house = house
+    elif kind == '!=':
+      other_house = (house + 1 + self._below(last)) % self.houses
+    elif kind == 'nbr':
+      neighbours = [h for h in (house - 1, house + 1) if 0 <= h <= last]
+      other_house = neighbours[self._below(len(neighbours))]
+    else:
+      other_house = house + 1 + (self._below(last - house) if kind == 'left-of' else 0)
+    return (row, house), (other_row, other_house)
 
 
 def relabel(rng: np.random.Generator, clues: list[Clue], houses: int, attributes: int) -> list[Clue]:

@@ -35,16 +35,13 @@ _NUMPY_GLOBALS = {
 }
 
 
-class _ForbiddenGlobal(Exception):
-  """The pickle refers to a function or class that is not in _NUMPY_GLOBALS."""
-
-
 class _Unpickler(pickle.Unpickler):
-  """Loads lists, numbers and strings, replaces arrays by placeholders, raises _ForbiddenGlobal for other objects."""
+  """Loads lists, numbers and strings, replaces arrays by placeholders, and raises UserError for other objects."""
 
   def find_class(self, module, name):
     if f'{module}.{name}' not in _NUMPY_GLOBALS:
-      raise _ForbiddenGlobal(f'{module}.{name}')
+      raise UserError(f'refused because the pickle refers to {module}.{name}; expected only lists, strings, numbers '
+                      'and arrays')  # fmt: skip
     return _Placeholder
 
 
@@ -82,9 +79,8 @@ def _load(file: pathlib.Path):
   try:
     with file.open('rb') as stream:
       return _Unpickler(stream).load()
-  except _ForbiddenGlobal as error:
-    raise UserError(f'{file}: refused because the pickle refers to {error}; expected only lists, strings, numbers and '
-                    'arrays') from None  # fmt: skip
+  except UserError as error:
+    raise UserError(f'{file}: {error}') from None
   except OSError as error:
     raise UserError(f'{file} cannot be read ({error.strerror or error})') from None
   except MemoryError:

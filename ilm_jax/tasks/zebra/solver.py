@@ -40,17 +40,8 @@ class Solver:
     self._house = list(range(houses)) + [-1] * (houses * attributes)  # house of each reference, -1 if unknown
     self._all_houses = (1 << houses) - 1  # bit mask of all houses
     self._open_houses = [0] + [self._all_houses] * attributes  # bit mask of the empty cells of each row
-    self._clues = []  # (rule, references, rows) of every clue
+    self._clues = []  # (kind, references, rows) of every clue
     self._open_clues = 0  # bit mask of the clues that have a reference whose house is unknown
-    self._rules = {
-      '=': self._equal,
-      '!=': self._unequal,
-      'nbr': self._neighbours,
-      'ends': self._ends,
-      'immediate-left': self._immediate_left,
-      'left-of': self._left_of,
-      'inbetween': self._in_between,
-    }
     self._reset_search()
     for clue in clues:
       self.add(clue)
@@ -85,7 +76,7 @@ class Solver:
     refs = tuple(row * self.houses + value for row, value in clue.refs)
     if not all(self._known[ref] for ref in refs):
       self._open_clues |= 1 << len(self._clues)
-    self._clues.append((self._rules[clue.kind], refs, tuple(sorted({row for row, _ in clue.refs}))))
+    self._clues.append((clue.kind, refs, tuple(sorted({row for row, _ in clue.refs}))))
 
   def solve(self) -> set[int]:
     """Fill cells until the rules determine no further cell; return the indices of the clues that were used."""
@@ -124,8 +115,8 @@ class Solver:
 
   def _apply(self, state: int, index: int):
     """Apply a clue, then `_eliminate` in its rows; return the new state and a determined (reference, house) or None."""
-    rule, refs, rows = self._clues[index]
-    new, cell = rule(state, *refs)
+    kind, refs, rows = self._clues[index]
+    new, cell = self._apply_rule(state, kind, refs)
     if cell is None and new != state:
       bits_per_row = self.houses * self.houses
       for row in rows:
@@ -201,58 +192,46 @@ class Solver:
     """Return the bit mask of the houses next to at least one of the given houses (a bit mask)."""
     return (houses << 1 | houses >> 1) & self._all_houses
 
-  def _placed(self, state: int, new: int, a: int, b: int):
-    """Return (reference, house) if one of two references is known and the new state leaves the other only one house."""
-    other = b if self._known[a] else a
-    candidates = self._candidates(new, other)
-    if new == state or not (self._known[a] or self._known[b]) or candidates & (candidates - 1):
-      return None
-    return other, candidates.bit_length() - 1
-
-  # Rules, one for each kind of clue. A rule takes a state and the references of a clue, of which at least one has no
-  # known house. It returns the new state and the (reference, house) that the clue determines, or None. With two unknown
-  # houses, one pass (restrict a by b, then b by a) removes all it can; `inbetween` needs two passes.
-
-  def _equal(self, state, a, b, distance=0):
-    if self._known[a] or self._known[b]:
-      return state, (b, self._house[a] + distance) if self._known[a] else (a, self._house[b] - distance)
-    state = self._restrict(state, a, self._candidates(state, b) >> distance)
-    return self._restrict(state, b, self._candidates(state, a) << distance), None
-
-  def _immediate_left(self, state, a, b):
-    return self._equal(state, a, b, distance=1)
-
-  def _unequal(self, state, a, b):
-    if self._known[a]:
-      state = self._restrict(state, b, ~(1 << self._house[a]))
-    elif self._known[b]:
-      state = self._restrict(state, a, ~(1 << self._house[b]))
-    return state, None
-
-  def _neighbours(self, state, a, b):
-    new = self._restrict(state, a, self._beside(self._candidates(state, b)))
-    new = self._restrict(new, b, self._beside(self._candidates(new, a)))
-    return new, self._placed(state, new, a, b)
-
-  def _restrict_order(self, state, a, b):
+  def _restrict_order(self, state: int, a: int, b: int) -> int:
     """Apply a < b: a must be left of the rightmost candidate of b, and b right of the leftmost candidate of a."""
     state = self._restrict(state, a, (1 << self._candidates(state, b).bit_length() - 1) - 1)
     return self._restrict(state, b, -2 << _lowest(self._candidates(state, a)))
 
-  def _left_of(self, state, a, b):
-    new = self._restrict_order(state, a, b)
-    return new, self._placed(state, new, a, b)
+  def _apply_rule(self, state: int, kind: str, refs: tuple[int, ...]):
+    """Remove candidates that a clue rules out; return the new state and the (reference, house) it determines, or None.
 
-  def _in_between(self, state, a, b, c):
-    for _ in range(2):
-      state = self._restrict_order(self._restrict_order(state, a, b), b, c)
-    return state, None
-
-  def _ends(self, state, a):
-    row, last = a // self.houses, self.houses - 1
-    if self.is_filled(row, 0) or self.is_filled(row, last):
-      return state, (a, last if self.is_filled(row, 0) else 0)
-    return self._restrict(state, a, 1 | 1 << last), None
+    At least one reference has no known house. With two of them, one pass (restrict a by b, then b by a) removes all it
+    can; `inbetween` needs two passes.
+    """
+    a, b = refs[0], refs[-1]
+    a_known, b_known = self._known[a], self._known[b]
+    if kind == 'ends':
+      row, last = a // self.houses, self.houses - 1
+      if self.is_filled(row, 0) or self.is_filled(row, last):
+        return state, (a, last if self.is_filled(row, 0) else 0)
+      return self._restrict(state, a, 1 | 1 << last), None
+    if kind == 'inbetween':
+      for left, right in (refs[:2], refs[1:]) * 2:
+        state = self._restrict_order(state, left, right)
+      return state, None
+    if kind in ('=', 'immediate-left'):
+      distance = int(kind == 'immediate-left')
+      if a_known or b_known:
+        return state, (b, self._house[a] + distance) if a_known else (a, self._house[b] - distance)
+      state = self._restrict(state, a, self._candidates(state, b) >> distance)
+      return self._restrict(state, b, self._candidates(state, a) << distance), None
+    known, other = (a, b) if a_known else (b, a)
+    if kind == '!=':
+      return self._restrict(state, other, ~(1 << self._house[known])) if a_known or b_known else state, None
+    if kind == 'nbr':
+      new = self._restrict(state, a, self._beside(self._candidates(state, b)))
+      new = self._restrict(new, b, self._beside(self._candidates(new, a)))
+    else:
+      new = self._restrict_order(state, a, b)
+    candidates = self._candidates(new, other)
+    if new == state or not (a_known or b_known) or candidates & (candidates - 1):
+      return new, None
+    return new, (other, candidates.bit_length() - 1)
 
 
 def _lowest(bits: int) -> int:

@@ -14,15 +14,29 @@ import numpy as np
 from absl import logging
 
 from ilm_jax.data import builders, storage
+from ilm_jax.data.tokenizers import WordTokenizer
+from ilm_jax.special_tokens import BOS, CLS
 from ilm_jax.tasks.zebra import released
-from ilm_jax.tasks.zebra.clues import MAX_SIZE, Puzzle, identity, split_of
-from ilm_jax.tasks.zebra.encoding import max_tokens, to_example, to_ids
+from ilm_jax.tasks.zebra.clues import DIGITS, MAX_SIZE, Puzzle, identity, split_of, to_words
 from ilm_jax.tasks.zebra.generator import make_puzzle
 from ilm_jax.types import UserError
 
 SPLITS = ('train', 'validation', 'test')
 ORDERS = ('solver', 'sorted')  # possible orders of the cells in an answer
 MIN_SIZE = 3  # minimum number of houses and minimum number of attributes of a puzzle
+KINDS = ('nbr', 'left-of', 'inbetween', 'immediate-left', 'ends', '!=', '=')
+TOKENIZER = WordTokenizer((*DIGITS, *KINDS, 'c', 'n', 'CLUE_END', 'RHS', 'LHS'))  # the order determines the ids
+
+
+def max_tokens(houses: int, attributes: int) -> int:
+  """Return the maximum number of tokens of a puzzle; none of 16,000 generated puzzles was longer."""
+  return 64 + 11 * houses * attributes
+
+
+def to_ids(puzzle: Puzzle) -> np.ndarray:
+  """Return the token ids of a puzzle's clues and answer as uint8[n], with the cells in the solver's order."""
+  digits = [str(number) for cell in puzzle.cells for number in cell]
+  return np.array([CLS, *TOKENIZER.ids(to_words(puzzle.clues)), BOS, *TOKENIZER.ids(digits)], np.uint8)
 
 
 def check_config(cfg) -> None:
@@ -76,11 +90,16 @@ class Source:
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     if self._stored is not None:
-      return to_example(np.frombuffer(self._stored[index], np.uint8), self.cfg.order)
-    ids = self._generated[index] if index in self._generated else _generate_ids(self._recipe, index)
-    if not self.endless:
-      self._generated[index] = ids
-    return to_example(ids, self.cfg.order)
+      ids = np.frombuffer(self._stored[index], np.uint8)
+    else:
+      ids = self._generated[index] if index in self._generated else _generate_ids(self._recipe, index)
+      if not self.endless:
+        self._generated[index] = ids
+    tokens = ids.astype(np.int32)
+    prompt_length = int(np.argmax(tokens == BOS)) + 1
+    if self.cfg.order == 'sorted':
+      tokens[prompt_length:] = np.ravel(sorted(tokens[prompt_length:].reshape(-1, 3).tolist()))
+    return {'tokens': tokens, 'fixed': np.arange(len(tokens)) < prompt_length}
 
 
 class Recipe(NamedTuple):
@@ -169,12 +188,10 @@ def released_puzzles(cfg, split: str):
     houses, attributes = puzzle.size
     if not (cfg.min_houses <= houses <= cfg.max_houses and cfg.min_attributes <= attributes <= cfg.max_attributes):
       continue
-    puzzle_split = split_of(puzzle.clues, houses, attributes)
-    if 'all' in files:
-      selected = puzzle_split == split
-    else:
-      selected = split == 'test' or (split == 'validation') == (puzzle_split == 'validation')
-    if not selected:
+    part = split_of(puzzle.clues, houses, attributes)
+    if 'all' not in files:  # the whole test file is the test split, and the training file has no part for tests
+      part = 'test' if split == 'test' else {'test': 'train'}.get(part, part)
+    if part != split:
       continue
     ids = to_ids(puzzle)
     if identity(puzzle.clues, houses, attributes) in test_set or len(ids) > max_length:

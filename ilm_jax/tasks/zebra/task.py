@@ -14,9 +14,8 @@ from ilm_jax.data.tokenizers import WordTokenizer
 from ilm_jax.special_tokens import BOS, CLS
 from ilm_jax.tasks.contract import Task
 from ilm_jax.tasks.zebra.clues import from_words, is_solution
-from ilm_jax.tasks.zebra.encoding import TOKENIZER, max_tokens
 from ilm_jax.tasks.zebra.solver import Contradiction, find_table, solve
-from ilm_jax.tasks.zebra.source import Source
+from ilm_jax.tasks.zebra.source import TOKENIZER, Source, max_tokens
 from ilm_jax.types import UserError
 
 
@@ -47,8 +46,7 @@ def score(predicted: np.ndarray, reference: np.ndarray, cfg) -> dict[str, tuple[
   `exact_match` and `iou` (intersection over union) compare the sets of cells, `token_accuracy` the tokens in order.
   """
   predicted_cells, reference_cells = _cells(predicted), _cells(reference)
-  common = min(len(predicted), len(reference))
-  num_correct = int((predicted[:common] == reference[:common]).sum())
+  num_correct = sum(a == b for a, b in zip(predicted, reference, strict=False))
   return {
     'exact_match': (float(predicted_cells == reference_cells), 1.0),
     'iou': (len(predicted_cells & reference_cells) / max(1, len(predicted_cells | reference_cells)), 1.0),
@@ -92,14 +90,14 @@ def _problem(clues, houses: int, attributes: int) -> str | None:
   contradiction = f'the clues contradict each other: no table of {size} satisfies them all'
   try:
     solver = solve(clues, houses, attributes)
-    if not solver.solved and find_table(clues, houses, attributes) is None:
+    if solver.solved:
+      return None if is_solution(solver.table(), clues) else contradiction
+    if find_table(clues, houses, attributes) is None:
       return contradiction
   except Contradiction:
     return contradiction
   except TimeoutError:
     pass  # the backtracking search gave up before it found a table or proved a contradiction
-  if solver.solved:
-    return None if is_solution(solver.table(), clues) else contradiction
   return (f'the clues cannot be solved: the solver fills {len(solver.filled_cells)} of {houses * attributes} cells (of '
           f'{size}) and then stops; add clues')  # fmt: skip
 
@@ -110,13 +108,6 @@ def decode(tokens, cfg) -> str:
 
 
 TASK = Task(
-  name='zebra',
-  tokenizer=tokenizer,
-  source=Source,
-  longest=longest,
-  longest_answer=longest_answer,
-  encode_prompt=encode_prompt,
-  decode=decode,
-  score=score,
-  chance=chance,
-)
+  name='zebra', tokenizer=tokenizer, source=Source, longest=longest, longest_answer=longest_answer, score=score,
+  encode_prompt=encode_prompt, decode=decode, chance=chance,
+)  # fmt: skip

@@ -14,8 +14,7 @@ from zebra_samples import all_tokens, assert_one_line, puzzles, task, to_record,
 from ilm_jax.data import builders
 from ilm_jax.tasks.zebra import source as source_lib
 from ilm_jax.tasks.zebra.clues import Clue, from_words, split_of
-from ilm_jax.tasks.zebra.encoding import TOKENIZER, max_tokens, to_ids
-from ilm_jax.tasks.zebra.source import SPLITS, Recipe, Source, generate
+from ilm_jax.tasks.zebra.source import SPLITS, TOKENIZER, Recipe, Source, generate, max_tokens, to_ids
 from ilm_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[3]

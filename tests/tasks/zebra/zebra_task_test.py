@@ -7,9 +7,8 @@ from zebra_samples import TEXT, assert_one_line, task
 from ilm_jax.configs import zebra as zebra_config
 from ilm_jax.tasks.zebra import task as zebra
 from ilm_jax.tasks.zebra.clues import Clue, to_words
-from ilm_jax.tasks.zebra.encoding import TOKENIZER
 from ilm_jax.tasks.zebra.solver import solve
-from ilm_jax.tasks.zebra.source import check_config
+from ilm_jax.tasks.zebra.source import TOKENIZER, check_config
 from ilm_jax.types import UserError
 
 CLS, BOS = 1, 4
