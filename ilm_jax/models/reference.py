@@ -19,45 +19,36 @@ from ilm_jax.types import Array, UserError
 FAMILIES = ('ilm', 'arm', 'mdm')
 ROTARY_DIM = 64  # maximum number of channels per head that the reference implementation rotates
 
+
+def _layer(theirs: str, ours: str, kind: str = 'kernel', *, bias: bool = True) -> dict[str, list[str]]:
+  """Map the PyTorch names of a layer's weight and bias to the paths of our parameters."""
+  weight = {f'{theirs}.weight': [f'{ours}/{kind}']}
+  return weight | {f'{theirs}.bias': [f'{ours}/bias']} if bias else weight
+
+
 # Name in the reference implementation's state_dict -> paths of our parameters. If there are several paths, the PyTorch
 # tensor is the concatenation of their (transposed) parameters along the first axis.
 EMBEDDING = {'embed_tokens.weight': ['embed'], 'output_layer.linear.weight': ['unembed']}
 BLOCK = {
-  'norm1.weight': ['norm1/scale'],
-  'norm1.bias': ['norm1/bias'],
+  **_layer('norm1', 'norm1', 'scale'),
   'attn_qkv.weight': ['query/kernel', 'key/kernel', 'value/kernel'],
-  'o_proj.weight': ['out/kernel'],
-  'norm2.weight': ['norm2/scale'],
-  'norm2.bias': ['norm2/bias'],
-  'mlp.0.weight': ['mlp_in/kernel'],
-  'mlp.0.bias': ['mlp_in/bias'],
-  'mlp.2.weight': ['mlp_out/kernel'],
-  'mlp.2.bias': ['mlp_out/bias'],
+  **_layer('o_proj', 'out', bias=False),
+  **_layer('norm2', 'norm2', 'scale'),
+  **_layer('mlp.0', 'mlp_in'),
+  **_layer('mlp.2', 'mlp_out'),
 }
-FINAL_NORM = {
-  'output_layer.norm_final.weight': ['final_norm/scale'],
-  'output_layer.norm_final.bias': ['final_norm/bias'],
-}
+FINAL_NORM = _layer('output_layer.norm_final', 'final_norm', 'scale')
 STOP_HEAD = {
-  'length_output_layer.norm_final.weight': ['stop/norm/scale'],
-  'length_output_layer.norm_final.bias': ['stop/norm/bias'],
-  'length_output_layer.mlp.0.weight': ['stop/mlp_in/kernel'],
-  'length_output_layer.mlp.0.bias': ['stop/mlp_in/bias'],
-  'length_output_layer.mlp.2.weight': ['stop/mlp_out/kernel'],
-  'length_output_layer.mlp.2.bias': ['stop/mlp_out/bias'],
-  'length_output_layer.linear.weight': ['stop/logits/kernel'],
+  **_layer('length_output_layer.norm_final', 'stop/norm', 'scale'),
+  **_layer('length_output_layer.mlp.0', 'stop/mlp_in'),
+  **_layer('length_output_layer.mlp.2', 'stop/mlp_out'),
+  **_layer('length_output_layer.linear', 'stop/logits', bias=False),
 }
-MODULATION = {
-  'ada_ln_modulations.modulation.weight': ['modulation/linear/kernel'],
-  'ada_ln_modulations.modulation.bias': ['modulation/linear/bias'],
-}
+MODULATION = _layer('ada_ln_modulations.modulation', 'modulation/linear')
 NOISE = {
-  'sigma_map.mlp.0.weight': ['noise/mlp_in/kernel'],
-  'sigma_map.mlp.0.bias': ['noise/mlp_in/bias'],
-  'sigma_map.mlp.2.weight': ['noise/mlp_out/kernel'],
-  'sigma_map.mlp.2.bias': ['noise/mlp_out/bias'],
-  'output_layer.adaLN_modulation.modulation.weight': ['final_modulation/linear/kernel'],
-  'output_layer.adaLN_modulation.modulation.bias': ['final_modulation/linear/bias'],
+  **_layer('sigma_map.mlp.0', 'noise/mlp_in'),
+  **_layer('sigma_map.mlp.2', 'noise/mlp_out'),
+  **_layer('output_layer.adaLN_modulation.modulation', 'final_modulation/linear'),
 }
 
 
