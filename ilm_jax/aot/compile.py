@@ -82,7 +82,7 @@ def lower_training(exp):
   state = train_step.abstract_state(exp, tx)
   whole = pipeline.shape_of(exp.cfg.data, groups=1).empty()
   rows = sharding.rows_sharding(exp.mesh)
-  batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for name, x in whole.items()}
+  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), whole)
   return train_step.compile_step(exp, tx, schedule, state).lower(state, batch)
 
 
@@ -178,12 +178,8 @@ def run(values: flags.FlagValues, log: Path) -> int:
 
 def main(argv=None) -> int:
   """Run `ilm-jax compile`; returns the exit code."""
-
-  def call(values) -> int:
-    with compiler_log() as log:
-      return run(values, log)
-
-  return entry.command(__doc__, define, call, argv)
+  with compiler_log() as log:
+    return entry.command(__doc__, define, functools.partial(run, log=log), argv)
 
 
 if __name__ == '__main__':
