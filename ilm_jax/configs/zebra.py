@@ -38,8 +38,7 @@ def get_config(name: str = 'small') -> ml_collections.ConfigDict:
 
   config.loss.stop_weight = 0.001
   config.model.update({'final_norm': False, 'init': 'reference'})  # as in the reference implementation
-  config.optimizer.learning_rate = 1e-3
-  config.optimizer.warmup_steps = 1_000
+  config.optimizer.update(learning_rate=1e-3, warmup_steps=1_000)
   # The rows (data.rows) below held all examples of 10,000 sampled batches.
   config.corrupt.length = 460 if full else 240  # mdm: length to which examples are padded
   if full:

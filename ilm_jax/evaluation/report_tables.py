@@ -9,14 +9,12 @@ from ilm_jax.types import UserError
 
 Row = list[Run]  # one table row: runs that differ only in their seed
 
-PAPER = {  # sequence accuracy in %, arXiv 2505.05755, table 1 (one seed each)
-  ('star easy', 'arm'): 32.3, ('star easy', 'arm, oracle order'): 100.0, ('star easy', 'mdm'): 100.0,
-  ('star easy', 'it'): 35.2, ('star easy', 'ilm'): 100.0,
-  ('star medium', 'arm'): 75.0, ('star medium', 'mdm'): 36.5, ('star medium', 'it'): 22.1,
-  ('star medium', 'ilm'): 100.0,
-  ('star hard', 'arm'): 23.0, ('star hard', 'mdm'): 21.0, ('star hard', 'it'): 17.5, ('star hard', 'ilm'): 99.1,
-  ('zebra', 'arm'): 81.2, ('zebra', 'arm, oracle order'): 91.2, ('zebra', 'mdm'): 82.6, ('zebra', 'ilm'): 90.0,
-}  # fmt: skip
+PAPER = {  # task -> family -> sequence accuracy in %, arXiv 2505.05755, table 1 (one seed each)
+  'star easy': {'arm': 32.3, 'arm, oracle order': 100.0, 'mdm': 100.0, 'it': 35.2, 'ilm': 100.0},
+  'star medium': {'arm': 75.0, 'mdm': 36.5, 'it': 22.1, 'ilm': 100.0},
+  'star hard': {'arm': 23.0, 'mdm': 21.0, 'it': 17.5, 'ilm': 99.1},
+  'zebra': {'arm': 81.2, 'arm, oracle order': 91.2, 'mdm': 82.6, 'ilm': 90.0},
+}
 
 PLOTS = {'accuracy.png': 'accuracy by step', 'loss.png': 'loss by step', 'order.png': 'decoding order'}
 
@@ -81,7 +79,7 @@ def table(rows: list[Row], cells_of) -> list[str]:
 def accuracy_cells(row: Row) -> dict[str, str]:
   """Return a row's cells of the accuracy table."""
   by_seed = [100 * run.correct[0] / run.correct[1] for run in row]
-  paper = PAPER.get((row[0].label, row[0].family))
+  paper = PAPER.get(row[0].label, {}).get(row[0].family)
   return {
     'sequence accuracy, pooled': pooled([run.correct for run in row]),
     'each seed': ', '.join(f'{value:.1f}' for value in by_seed),
@@ -178,6 +176,6 @@ def _duration(seconds: float) -> str:
 
 def _plot_links(run: Run) -> str:
   """Return Markdown links to the plots in the run's folder."""
-  paths = {title: epath.Path(run.workdir) / name for name, title in PLOTS.items()}
-  links = [f'[{title}]({path})' for title, path in paths.items() if path.exists()]
+  folder = epath.Path(run.workdir)
+  links = [f'[{title}]({folder / name})' for name, title in PLOTS.items() if (folder / name).exists()]
   return ': ' + ', '.join(links) if links else ''

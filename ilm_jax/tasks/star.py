@@ -76,9 +76,8 @@ def check_config(cfg) -> None:
     raise UserError(f'task.num_nodes={cfg.num_nodes}: {cfg.degree} arms of {cfg.max_length} nodes need {needed} nodes')
   if not 2 <= cfg.min_length <= cfg.max_length or cfg.degree < 1 or not 0 <= cfg.min_plan < cfg.min_length:
     found = ', '.join(f'{name}={cfg[name]}' for name in ('degree', 'min_length', 'max_length', 'min_plan'))
-    raise UserError(
-      f'task: expected degree >= 1, 2 <= min_length <= max_length and 0 <= min_plan < min_length, got {found}'
-    )
+    expected = 'degree >= 1, 2 <= min_length <= max_length and 0 <= min_plan < min_length'
+    raise UserError(f'task: expected {expected}, got {found}')
 
 
 class Source:
