@@ -18,9 +18,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.stop_at = 0.0  # stop training early when eval.metric reaches this value on validation; 0: never
   config.init_from = ''  # workdir of another run whose weights initialize this one
 
-  config.model.preset = ml_collections.FieldReference(
-    'small', field_type=str
-  )  # small, tiny, tiny2, xtiny2, 1b or 8b; the sizes below override it
+  config.model.preset = placeholder(str)
+  config.model.preset = 'small'  # small, tiny, tiny2, xtiny2, 1b or 8b; the sizes below override it
   config.model.update({size: placeholder(int) for size in ('num_layers', 'num_heads', 'd_model', 'd_ff')})
   config.model.activation = 'relu'
   config.model.final_norm = True  # LayerNorm before the output embedding; the authors' ILM runs have none

@@ -71,8 +71,7 @@ def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigD
     config.eval.every = config.checkpoint_every = 5_000
   else:
     config.steps = 5_000
-    config.model.update({'preset': None, 'num_layers': 4, 'num_heads': 4, 'd_model': 128, 'd_ff': 512})
-    config.model.dropout = config.model.attention_dropout = 0.0
+    config.model.update(preset=None, num_layers=4, num_heads=4, d_model=128, d_ff=512, dropout=0, attention_dropout=0)
     config.data.update({'batch_size': 32, 'rows': 14, 'row_length': 512, 'segments': 16})
     config.optimizer.update({'learning_rate': 1e-3, 'warmup_steps': 200, 'ema_decay': 0.999})
     config.eval.every = config.checkpoint_every = 500

@@ -50,8 +50,7 @@ def get_config(name: str = 'small') -> ml_collections.ConfigDict:
     config.eval.batch_size = 128
   else:
     config.steps = 20_000
-    config.model.update({'preset': None, 'num_layers': 4, 'num_heads': 4, 'd_model': 192, 'd_ff': 768})
-    config.model.dropout = config.model.attention_dropout = 0.0
+    config.model.update(preset=None, num_layers=4, num_heads=4, d_model=192, d_ff=768, dropout=0, attention_dropout=0)
     config.sampling.max_length, config.sampling.max_steps = 240, 48
     config.data.update({'batch_size': 64, 'rows': 30, 'row_length': 256, 'segments': 4})
   return config

@@ -54,11 +54,12 @@ of the decoding steps from 0 (first) to 1 (last).
 
 def report(rows: list[Row], command: str, date: str) -> str:
   """Return the whole report as Markdown; it quotes the `command` and the `date` of its creation."""
+  names = {name for row in rows for run in row for name in run.pairs}
   sections = (
-    (ACCURACY_TEXT, accuracy_cells, [row for row in rows if row[0].correct]),
+    (ACCURACY_TEXT, accuracy_cells, [row for row in rows if 'exact_match' in row[0].pairs]),
     (LIKELIHOOD_TEXT, likelihood_cells, [row for row in rows if any(run.strings for run in row)]),
     (TRAINING_TEXT, training_cells, rows),
-    (ORDER_TEXT, order_cells, rows if any(run.orders for row in rows for run in row) else []),
+    (ORDER_TEXT, order_cells, rows if any(name.startswith('order_') for name in names) else []),
   )
   lines = ['# Results', '', f'Made by `{command}` on {date}.']
   for text, cells_of, chosen in sections:
@@ -78,13 +79,14 @@ def table(rows: list[Row], cells_of) -> list[str]:
 
 def accuracy_cells(row: Row) -> dict[str, str]:
   """Return a row's cells of the accuracy table."""
-  by_seed = [100 * run.correct[0] / run.correct[1] for run in row]
+  correct = [run.pairs['exact_match'] for run in row]
+  by_seed = [100 * total / weight for total, weight in correct]
   paper = PAPER.get(row[0].label, {}).get(row[0].family)
   return {
-    'sequence accuracy, pooled': pooled([run.correct for run in row]),
+    'sequence accuracy, pooled': pooled(correct),
     'each seed': ', '.join(f'{value:.1f}' for value in by_seed),
     'mean of seeds': mean_of_seeds(by_seed),
-    'token accuracy': ratio([run.tokens for run in row if run.tokens], '{:.1f}', 100),
+    'token accuracy': ratio(row, 'token_accuracy', '{:.1f}', 100),
     'chance': '–' if row[0].chance is None else f'{100 * row[0].chance:.1f}',
     'paper': '–' if paper is None else f'{paper:.1f}',
   }
@@ -124,14 +126,12 @@ def training_cells(row: Row) -> dict[str, str]:
 
 def order_cells(row: Row) -> dict[str, str]:
   """Return a row's cells of the decoding-order table."""
-  return {
-    name: ratio([run.orders[f'order_{name}'] for run in row if f'order_{name}' in run.orders], '{:.2f}')
-    for name in ('tau', 'adjacent', 'junction')
-  }
+  return {name: ratio(row, f'order_{name}', '{:.2f}') for name in ('tau', 'adjacent', 'junction')}
 
 
-def ratio(pairs, form: str, scale: float = 1) -> str:
-  """Format scale * (sum of the totals) / (sum of the weights) of (total, weight) pairs; a dash without weight."""
+def ratio(row: Row, name: str, form: str, scale: float = 1) -> str:
+  """Format scale * (sum of totals) / (sum of weights) of a statistic over a row's runs; a dash without weight."""
+  pairs = [run.pairs[name] for run in row if name in run.pairs]
   total, weight = (sum(pair[i] for pair in pairs) for i in (0, 1))
   return form.format(scale * total / weight) if weight else '–'
 
