@@ -61,15 +61,6 @@ def devices_of(topology: str):
     raise UserError(message) from None
 
 
-def vocab_of(cfg) -> int:
-  """Return the vocabulary size of a config, without reading its data."""
-  from ilm_jax import tasks
-
-  if 'tokenizer' in cfg.task:
-    return cfg.task.tokenizer.size
-  return tasks.get(cfg.task.name).tokenizer(cfg.task).vocab_size
-
-
 def lower_training(exp):
   """Return the lowered (not yet compiled) training step of an experiment."""
   import jax
@@ -82,7 +73,7 @@ def lower_training(exp):
   state = train_step.abstract_state(exp, tx)
   whole = pipeline.shape_of(exp.cfg.data, groups=1).empty()
   rows = sharding.rows_sharding(exp.mesh)
-  batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for name, x in whole.items()}
+  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), whole)
   return train_step.compile_step(exp, tx, schedule, state).lower(state, batch)
 
 
@@ -151,12 +142,15 @@ def run(values: flags.FlagValues, log: Path) -> int:
   quiet()
   import jax
 
+  from ilm_jax import tasks
   from ilm_jax.distributed import sharding
   from ilm_jax.training.experiment import build
 
   jax.config.update('jax_enable_compilation_cache', False)  # cached programs for other devices could not be loaded here
   devices, chip = devices_of(topology), roofline.CHIPS.get(topology.partition(':')[0])
-  exp = build(cfg, devices=devices, vocab_size=values.vocab_size or vocab_of(cfg))
+  words = cfg.task.get('tokenizer')  # settings of a tokenizer that is trained on the corpus, which need not exist
+  size = values.vocab_size or (words.size if words else tasks.get(cfg.task.name).tokenizer(cfg.task).vocab_size)
+  exp = build(cfg, devices=devices, vocab_size=size)
   data, sizes = cfg.data, exp.model_cfg
   shape = data.rows, data.row_length, data.targets or 2 * data.row_length
   flops, useful = (roofline.training_flops(sizes, *shape, again=again) for again in (True, False))
@@ -178,12 +172,8 @@ def run(values: flags.FlagValues, log: Path) -> int:
 
 def main(argv=None) -> int:
   """Run `ilm-jax compile`; returns the exit code."""
-
-  def call(values) -> int:
-    with compiler_log() as log:
-      return run(values, log)
-
-  return entry.command(__doc__, define, call, argv)
+  with compiler_log() as log:
+    return entry.command(__doc__, define, functools.partial(run, log=log), argv)
 
 
 if __name__ == '__main__':

@@ -41,10 +41,9 @@ def training_flops(cfg, rows: int, length: int, targets: int, *, again: bool = T
 def memory_of(compiled) -> dict[str, int]:
   """Return a compiled program's bytes on each device: arguments, temporary arrays, program, and peak."""
   stats = compiled.memory_analysis()
-  arguments, results = stats.argument_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes
-  peak = arguments + results + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-  return {'arguments': arguments, 'temporary': stats.temp_size_in_bytes, 'program': stats.generated_code_size_in_bytes,
-          'peak': peak}  # fmt: skip
+  code, temporary = stats.generated_code_size_in_bytes, stats.temp_size_in_bytes
+  parts = {'arguments': stats.argument_size_in_bytes, 'temporary': temporary, 'program': code}
+  return parts | {'peak': sum(parts.values()) + stats.output_size_in_bytes - stats.alias_size_in_bytes}
 
 
 def describe(compiled, devices: int, chip: Chip | None, seconds: float) -> list[str]:

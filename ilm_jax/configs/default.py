@@ -20,14 +20,10 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.model.preset = placeholder(str)
   config.model.preset = 'small'  # small, tiny, tiny2, xtiny2, 1b or 8b; the sizes below override it
-  config.model.num_layers = placeholder(int)
-  config.model.num_heads = placeholder(int)
-  config.model.d_model = placeholder(int)
-  config.model.d_ff = placeholder(int)
+  config.model.update({size: placeholder(int) for size in ('num_layers', 'num_heads', 'd_model', 'd_ff')})
   config.model.activation = 'relu'
   config.model.final_norm = True  # LayerNorm before the output embedding; the authors' ILM runs have none
-  config.model.dropout = 0.1
-  config.model.attention_dropout = 0.1
+  config.model.dropout = config.model.attention_dropout = 0.1
   config.model.compute = 'mixed'  # mixed (matrix products in bfloat16, all else in float32), float32 or bfloat16
   config.model.scan_layers = False  # scan over the layers: faster compilation, but a copy of their parameters
   config.model.remat = False  # rematerialization: recompute each block in the backward pass to save memory
@@ -62,17 +58,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.schedule = 'constant'  # or cosine or linear: decay to final_fraction of the peak at the last step
   config.optimizer.warmup_steps = 0
   config.optimizer.final_fraction = 0.0
-  config.optimizer.b1 = 0.9
-  config.optimizer.b2 = 0.999
-  config.optimizer.eps = 1e-8
-  config.optimizer.weight_decay = 0.01
+  config.optimizer.update(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
   config.optimizer.clip = 1.0  # gradient clipping: maximum global norm; 0: no clipping
   config.optimizer.ema_decay = 0.9999  # decay of the moving average of the weights; 0: no average
   config.optimizer.accumulation_steps = 1  # gradient accumulation: microbatches per training step
 
   config.mesh.data = -1  # number of devices along each mesh axis; -1: all remaining devices
-  config.mesh.fsdp = 1
-  config.mesh.tensor = 1
+  config.mesh.fsdp = config.mesh.tensor = 1
 
   config.distributed.initialization_timeout = 300  # seconds to wait for all processes of a run at the start
   config.distributed.heartbeat_timeout = 30  # seconds without a heartbeat after which a process counts as lost

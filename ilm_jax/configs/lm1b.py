@@ -24,10 +24,7 @@ VARIANTS = {
 def get_config(name: str = 'full') -> ml_collections.ConfigDict:
   """Return the config of a variant, one of the keys of VARIANTS."""
   config = text.text_config('lm1b', name, length=128)
-  config.task.source = 'lm1b'
-  config.task.documents = 'line'
-  config.task.detokenize = True
-  config.task.length = 128
+  config.task.update(source='lm1b', documents='line', detokenize=True, length=128)
   # These rows held all examples of 10,000 sampled batches (family=arm needs 136 rows for full, 26 for small).
   if name == 'full':
     config.steps = 1_000_000

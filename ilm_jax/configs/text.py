@@ -44,8 +44,7 @@ def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigD
   task.length = length if full else 256  # maximum tokens of an example, including [CLS] and [BOS]
   task.split_long_documents = False  # split a long document into several examples, instead of truncating it
   task.num_train = 0  # training examples; 0: all
-  task.num_validation = 1_000 if full else 200
-  task.num_test = 1_000 if full else 200
+  task.num_validation = task.num_test = 1_000 if full else 200
   task.cache = 'data'  # folder for downloads, prepared text and trained tokenizers; '': a temporary folder
 
   words = task.tokenizer = ml_collections.ConfigDict()
@@ -60,8 +59,7 @@ def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigD
   config.corrupt.length = config.sampling.max_length = task.get_ref('length')
   config.sampling.token = default.rule(top_p=0.9)
   config.eval.metric, config.eval.mode = 'loss', 'min'
-  config.eval.samples = 16
-  config.eval.batch_size = 16
+  config.eval.samples = config.eval.batch_size = 16
   config.eval.perplexity_model = ''  # model that scores test samples: workdir of an ARM run, or hf:NAME
   config.optimizer.warmup_steps = 1_000
   # These rows held all examples of 10,000 sampled batches, even if every document has the full length. family=arm drops
@@ -73,8 +71,7 @@ def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigD
     config.eval.every = config.checkpoint_every = 5_000
   else:
     config.steps = 5_000
-    config.model.update({'preset': None, 'num_layers': 4, 'num_heads': 4, 'd_model': 128, 'd_ff': 512})
-    config.model.dropout = config.model.attention_dropout = 0.0
+    config.model.update(preset=None, num_layers=4, num_heads=4, d_model=128, d_ff=512, dropout=0, attention_dropout=0)
     config.data.update({'batch_size': 32, 'rows': 14, 'row_length': 512, 'segments': 16})
     config.optimizer.update({'learning_rate': 1e-3, 'warmup_steps': 200, 'ema_decay': 0.999})
     config.eval.every = config.checkpoint_every = 500

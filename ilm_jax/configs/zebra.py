@@ -38,8 +38,7 @@ def get_config(name: str = 'small') -> ml_collections.ConfigDict:
 
   config.loss.stop_weight = 0.001
   config.model.update({'final_norm': False, 'init': 'reference'})  # as in the reference implementation
-  config.optimizer.learning_rate = 1e-3
-  config.optimizer.warmup_steps = 1_000
+  config.optimizer.update(learning_rate=1e-3, warmup_steps=1_000)
   # The rows (data.rows) below held all examples of 10,000 sampled batches.
   config.corrupt.length = 460 if full else 240  # mdm: length to which examples are padded
   if full:
@@ -51,8 +50,7 @@ def get_config(name: str = 'small') -> ml_collections.ConfigDict:
     config.eval.batch_size = 128
   else:
     config.steps = 20_000
-    config.model.update({'preset': None, 'num_layers': 4, 'num_heads': 4, 'd_model': 192, 'd_ff': 768})
-    config.model.dropout = config.model.attention_dropout = 0.0
+    config.model.update(preset=None, num_layers=4, num_heads=4, d_model=192, d_ff=768, dropout=0, attention_dropout=0)
     config.sampling.max_length, config.sampling.max_steps = 240, 48
     config.data.update({'batch_size': 64, 'rows': 30, 'row_length': 256, 'segments': 4})
   return config

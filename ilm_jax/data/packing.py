@@ -6,6 +6,15 @@ import numpy as np
 
 from ilm_jax.types import Batch, UserError
 
+DTYPES = {  # the arrays of a batch, see `ilm_jax.types`
+  **dict.fromkeys(('tokens_BxL', 'segment_BxL', 'position_BxL'), np.int32),
+  'open_BxL': bool,
+  **dict.fromkeys(('target_gap_BxT', 'target_token_BxT', 'target_segment_BxT'), np.int32),
+  'target_weight_BxT': np.float32,
+  **dict.fromkeys(('cls_BxS', 'example_id_BxS', 'length_BxS', 'free_BxS'), np.int32),
+  **dict.fromkeys(('segment_weight_BxS', 'noise_BxS'), np.float32),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -17,24 +26,11 @@ class Shape:
   segments: int  # examples per row
 
   def empty(self) -> Batch:
-    """Return a batch of this shape that holds only padding (see `ilm_jax.types` for the arrays)."""
-    positions, targets, segments = (self.rows, self.length), (self.rows, self.targets), (self.rows, self.segments)
-    return {
-      'tokens_BxL': np.zeros(positions, np.int32),
-      'segment_BxL': np.zeros(positions, np.int32),
-      'position_BxL': np.zeros(positions, np.int32),
-      'open_BxL': np.zeros(positions, bool),
-      'target_gap_BxT': np.zeros(targets, np.int32),
-      'target_token_BxT': np.zeros(targets, np.int32),
-      'target_segment_BxT': np.zeros(targets, np.int32),
-      'target_weight_BxT': np.zeros(targets, np.float32),
-      'cls_BxS': np.zeros(segments, np.int32),
-      'segment_weight_BxS': np.zeros(segments, np.float32),
-      'example_id_BxS': np.full(segments, -1, np.int32),
-      'length_BxS': np.zeros(segments, np.int32),
-      'free_BxS': np.zeros(segments, np.int32),
-      'noise_BxS': np.zeros(segments, np.float32),
-    }
+    """Return a batch of this shape that holds only padding."""
+    sizes = {'L': self.length, 'T': self.targets, 'S': self.segments}
+    batch = {name: np.zeros((self.rows, sizes[name[-1]]), dtype) for name, dtype in DTYPES.items()}
+    batch['example_id_BxS'].fill(-1)
+    return batch
 
 
 def assign_rows(sizes: list[tuple[int, int]], shape: Shape) -> list[int]:

@@ -3,7 +3,7 @@
 The mesh axes (data, fsdp, tensor) always exist, with size 1 if unused, so that the same code serves any device count.
 """
 
-import functools
+import contextlib
 import math
 import re
 
@@ -66,32 +66,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+@contextlib.contextmanager
 def with_mesh(mesh: Mesh | None):
   """Return a decorator for a function to be jitted: while it is traced, `constrain` and `gather` use this mesh."""
-
-  def decorate(function):
-    @functools.wraps(function)
-    def traced(*args, **kwargs):
-      if mesh is None:
-        return function(*args, **kwargs)
-      with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return function(*args, **kwargs)
-
-    return traced
-
-  return decorate
+  with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    yield
 
 
 def axis_size(axis: str) -> int:
   """Return the size of an axis of the mesh in use (see `with_mesh`); 1 without a mesh."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else mesh.shape[axis]
+  return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
 def on_several_devices() -> bool:
   """Return whether the mesh in use (see `with_mesh`) has more than one device."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return not mesh.empty and mesh.size > 1
+  return jax.sharding.get_abstract_mesh().size > 1
 
 
 def constrain(x, names, whole: str | None = None):
@@ -112,9 +101,8 @@ def read_mesh(text: str) -> dict[str, int]:
   for part in text.split(','):
     name, _, size = part.strip().partition('=')
     if name not in AXES or not size.removeprefix('-').isdigit():
-      raise UserError(
-        f'mesh {text!r}: expected sizes of {", ".join(AXES)}, such as data=4,tensor=2 (-1: all remaining devices)'
-      )
+      expected = f'sizes of {", ".join(AXES)}, such as data=4,tensor=2 (-1: all remaining devices)'
+      raise UserError(f'mesh {text!r}: expected {expected}')
     sizes[name] = int(size)
   return sizes
 
@@ -134,23 +122,18 @@ def make_mesh(cfg, devices=None) -> Mesh:
     sizes[sizes.index(-1)] = len(devices) // known
   if math.prod(sizes) != len(devices):
     divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
-    raise UserError(
-      f'{requested} does not fit {len(devices)} device(s): the product must be {len(devices)}, '
-      f'so make each size one of {", ".join(map(str, divisors))}, or -1 (all remaining devices)'
-    )
+    raise UserError(f'{requested} does not fit {len(devices)} device(s): the product must be {len(devices)}, so make '
+                    f'each size one of {", ".join(map(str, divisors))}, or -1 (all remaining devices)')  # fmt: skip
   slices = slices_of(devices)
   if sizes[0] % len(slices):
-    raise UserError(
-      f'{requested}: the devices are on {len(slices)} slices, between which only mesh.data may go: make it a multiple '
-      f'of {len(slices)}'
-    )
+    raise UserError(f'{requested}: the devices are on {len(slices)} slices, between which only mesh.data may go: make '
+                    f'it a multiple of {len(slices)}')  # fmt: skip
   slice_shape = (sizes[0] // len(slices), *sizes[1:])
   try:
     parts = [mesh_utils.create_device_mesh(slice_shape, part, allow_split_physical_axes=True) for part in slices]
   except NotImplementedError as error:
-    raise UserError(
-      f'{requested} does not fit the topology of these devices ({str(error)[:160]}): choose other sizes'
-    ) from None
+    problem = f'does not fit the topology of these devices ({str(error)[:160]})'
+    raise UserError(f'{requested} {problem}: choose other sizes') from None
   return Mesh(np.concatenate([by_host(part) for part in parts]), AXES, (AxisType.Auto,) * 3)
 
 
@@ -182,19 +165,16 @@ def check_model(cfg, mesh: Mesh) -> str | None:
     size, count = getattr(cfg, name), mesh.shape[axis]
     if size % count:
       fits = [n for n in range(1, min(size, mesh.size) + 1) if size % n == 0 and mesh.size % n == 0]
-      raise UserError(
-        f'model.{name}={size} does not divide over mesh.{axis}={count}: use mesh.{axis}= one of '
-        f'{", ".join(map(str, fits))}, or another model.{name}'
-      )
+      advice = f'use mesh.{axis}= one of {", ".join(map(str, fits))}, or another model.{name}'
+      raise UserError(f'model.{name}={size} does not divide over mesh.{axis}={count}: {advice}')
   count = math.prod(mesh.shape[axis] for axis in RULES['vocab'])
   if cfg.vocab_size % count == 0:
     return None
   shard = NamedSharding(mesh, spec_of(('vocab',), (cfg.vocab_size,), mesh)).shard_shape((cfg.vocab_size,))
   shards = cfg.vocab_size // shard[0]
-  return (
-    f'the vocabulary of {cfg.vocab_size} does not divide over {count} devices (mesh.fsdp x mesh.tensor): the two '
-    f'embedding tables are {f"cut into {shards}" if shards > 1 else "whole on each of them"}'
-  )
+  placed = f'cut into {shards}' if shards > 1 else 'whole on each of them'
+  return (f'the vocabulary of {cfg.vocab_size} does not divide over {count} devices (mesh.fsdp x mesh.tensor): the two '
+          f'embedding tables are {placed}')  # fmt: skip
 
 
 def describe_placement(tree) -> list[str]:
@@ -241,10 +221,8 @@ def process_shard(mesh: Mesh) -> tuple[int, int]:
   where = rows_sharding(mesh).addressable_devices_indices_map((shards,))
   mine = sorted({index[0].indices(shards)[0] for index in where.values()})
   if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
-    raise UserError(
-      f'the mesh gives process {jax.process_index()} the row shards {mine} of {shards}, which are not contiguous: make '
-      'mesh.tensor a divisor or a multiple of the devices per host'
-    )
+    raise UserError(f'the mesh gives process {jax.process_index()} the row shards {mine} of {shards}, which are not '
+                    'contiguous: make mesh.tensor a divisor or a multiple of the devices per host')  # fmt: skip
   return mine[0] // len(mine), shards // len(mine)
 
 

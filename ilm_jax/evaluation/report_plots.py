@@ -15,13 +15,15 @@ def plot(workdir: str) -> None:
     from matplotlib.figure import Figure
   except ImportError:
     raise UserError('the plots need matplotlib: pip install "ilm_jax[report]", or pass --noplots') from None
-  figure = Figure(figsize=(6.4, 3.6), dpi=120)
-  name = plot_learning_curve(figure, logs.read_scalars(workdir), str(workdir))
-  _save(figure, workdir, name)
+  curve, order = Figure(figsize=(6.4, 3.6), dpi=120), Figure(figsize=(4.4, 3.8), dpi=120)
+  figures = {plot_learning_curve(curve, logs.read_scalars(workdir), str(workdir)): curve}
   if order_places := json.loads((epath.Path(workdir) / 'eval.json').read_text()).get('order_places'):
-    figure = Figure(figsize=(4.4, 3.8), dpi=120)
-    plot_order(figure, order_places, f'{workdir}: decoding order')
-    _save(figure, workdir, 'order.png')
+    plot_order(order, order_places, f'{workdir}: decoding order')
+    figures['order.png'] = order
+  for name, figure in figures.items():
+    figure.tight_layout()
+    with (epath.Path(workdir) / name).open('wb') as file:
+      figure.savefig(file, format='png')
 
 
 def plot_learning_curve(figure, scalars: dict, title: str) -> str:
@@ -55,9 +57,3 @@ def plot_order(figure, order_places, title: str) -> None:
   axis.set(xlabel='position in the answer', ylabel='decoding step')
   axis.set_title(title, fontsize=9)
   figure.colorbar(image, label='share of the tokens of a step')
-
-
-def _save(figure, workdir: str, name: str) -> None:
-  figure.tight_layout()
-  with (epath.Path(workdir) / name).open('wb') as file:
-    figure.savefig(file, format='png')

@@ -26,8 +26,7 @@ class Run(NamedTuple):
   steps: int  # training steps of the evaluated weights
   budget: int  # training steps that the config allows
   key: str  # all settings except FREE_SETTINGS, as JSON; equal for all runs in a table row
-  correct: list[float] | None  # numbers of [correct, all] answers; None if the task has no right answers
-  tokens: list[float] | None  # numbers of [correct, all] tokens; None if the task has no right answers
+  pairs: dict  # (total, weight) of accuracies (none if the task has no right answers) and decoding-order statistics
   chance: float | None  # expected exact match accuracy of random answers
   kind: str | None  # kind of likelihood: 'exact', 'bound' or 'importance-weighted'; None if not measured
   strings: dict | None  # per test string: lists 'nll' (nats), 'error' (standard error of nll) and 'tokens'
@@ -36,7 +35,6 @@ class Run(NamedTuple):
   hardware: str
   commits: tuple[str, ...]  # commits of all starts of the run
   sampler: str  # description of the sampler's settings
-  orders: dict  # decoding-order statistics: name -> (total, weight)
 
 
 def read(workdir: str) -> Run:
@@ -66,8 +64,7 @@ def read(workdir: str) -> Run:
       steps=result['step'],
       budget=config['steps'],
       key=json.dumps(settings, sort_keys=True),
-      correct=pairs.get('exact_match'),
-      tokens=pairs.get('token_accuracy'),
+      pairs=pairs,
       chance=None if result['chance'] is None else result['chance'] + 0.0,
       kind=result.get('likelihood'),
       strings=result.get('strings'),
@@ -76,7 +73,6 @@ def read(workdir: str) -> Run:
       hardware=' + '.join(sorted({f'{start["devices"]}, {start["cpus"]} cores' for start in starts})),
       commits=tuple(sorted({start['commit'] for start in starts})),
       sampler=result['sampler'],
-      orders={name: pair for name, pair in pairs.items() if name.startswith('order_')},
     )
   except (KeyError, TypeError, ValueError) as error:
     advice = 'evaluate the run again with --mode=eval'

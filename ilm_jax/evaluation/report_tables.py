@@ -9,14 +9,12 @@ from ilm_jax.types import UserError
 
 Row = list[Run]  # one table row: runs that differ only in their seed
 
-PAPER = {  # sequence accuracy in %, arXiv 2505.05755, table 1 (one seed each)
-  ('star easy', 'arm'): 32.3, ('star easy', 'arm, oracle order'): 100.0, ('star easy', 'mdm'): 100.0,
-  ('star easy', 'it'): 35.2, ('star easy', 'ilm'): 100.0,
-  ('star medium', 'arm'): 75.0, ('star medium', 'mdm'): 36.5, ('star medium', 'it'): 22.1,
-  ('star medium', 'ilm'): 100.0,
-  ('star hard', 'arm'): 23.0, ('star hard', 'mdm'): 21.0, ('star hard', 'it'): 17.5, ('star hard', 'ilm'): 99.1,
-  ('zebra', 'arm'): 81.2, ('zebra', 'arm, oracle order'): 91.2, ('zebra', 'mdm'): 82.6, ('zebra', 'ilm'): 90.0,
-}  # fmt: skip
+PAPER = {  # task -> family -> sequence accuracy in %, arXiv 2505.05755, table 1 (one seed each)
+  'star easy': {'arm': 32.3, 'arm, oracle order': 100.0, 'mdm': 100.0, 'it': 35.2, 'ilm': 100.0},
+  'star medium': {'arm': 75.0, 'mdm': 36.5, 'it': 22.1, 'ilm': 100.0},
+  'star hard': {'arm': 23.0, 'mdm': 21.0, 'it': 17.5, 'ilm': 99.1},
+  'zebra': {'arm': 81.2, 'arm, oracle order': 91.2, 'mdm': 82.6, 'ilm': 90.0},
+}
 
 PLOTS = {'accuracy.png': 'accuracy by step', 'loss.png': 'loss by step', 'order.png': 'decoding order'}
 
@@ -56,11 +54,12 @@ of the decoding steps from 0 (first) to 1 (last).
 
 def report(rows: list[Row], command: str, date: str) -> str:
   """Return the whole report as Markdown; it quotes the `command` and the `date` of its creation."""
+  names = {name for row in rows for run in row for name in run.pairs}
   sections = (
-    (ACCURACY_TEXT, accuracy_cells, [row for row in rows if row[0].correct]),
+    (ACCURACY_TEXT, accuracy_cells, [row for row in rows if 'exact_match' in row[0].pairs]),
     (LIKELIHOOD_TEXT, likelihood_cells, [row for row in rows if any(run.strings for run in row)]),
     (TRAINING_TEXT, training_cells, rows),
-    (ORDER_TEXT, order_cells, rows if any(run.orders for row in rows for run in row) else []),
+    (ORDER_TEXT, order_cells, rows if any(name.startswith('order_') for name in names) else []),
   )
   lines = ['# Results', '', f'Made by `{command}` on {date}.']
   for text, cells_of, chosen in sections:
@@ -80,13 +79,14 @@ def table(rows: list[Row], cells_of) -> list[str]:
 
 def accuracy_cells(row: Row) -> dict[str, str]:
   """Return a row's cells of the accuracy table."""
-  by_seed = [100 * run.correct[0] / run.correct[1] for run in row]
-  paper = PAPER.get((row[0].label, row[0].family))
+  correct = [run.pairs['exact_match'] for run in row]
+  by_seed = [100 * total / weight for total, weight in correct]
+  paper = PAPER.get(row[0].label, {}).get(row[0].family)
   return {
-    'sequence accuracy, pooled': pooled([run.correct for run in row]),
+    'sequence accuracy, pooled': pooled(correct),
     'each seed': ', '.join(f'{value:.1f}' for value in by_seed),
     'mean of seeds': mean_of_seeds(by_seed),
-    'token accuracy': ratio([run.tokens for run in row if run.tokens], '{:.1f}', 100),
+    'token accuracy': ratio(row, 'token_accuracy', '{:.1f}', 100),
     'chance': '–' if row[0].chance is None else f'{100 * row[0].chance:.1f}',
     'paper': '–' if paper is None else f'{paper:.1f}',
   }
@@ -126,14 +126,12 @@ def training_cells(row: Row) -> dict[str, str]:
 
 def order_cells(row: Row) -> dict[str, str]:
   """Return a row's cells of the decoding-order table."""
-  return {
-    name: ratio([run.orders[f'order_{name}'] for run in row if f'order_{name}' in run.orders], '{:.2f}')
-    for name in ('tau', 'adjacent', 'junction')
-  }
+  return {name: ratio(row, f'order_{name}', '{:.2f}') for name in ('tau', 'adjacent', 'junction')}
 
 
-def ratio(pairs, form: str, scale: float = 1) -> str:
-  """Format scale * (sum of the totals) / (sum of the weights) of (total, weight) pairs; a dash without weight."""
+def ratio(row: Row, name: str, form: str, scale: float = 1) -> str:
+  """Format scale * (sum of totals) / (sum of weights) of a statistic over a row's runs; a dash without weight."""
+  pairs = [run.pairs[name] for run in row if name in run.pairs]
   total, weight = (sum(pair[i] for pair in pairs) for i in (0, 1))
   return form.format(scale * total / weight) if weight else '–'
 
@@ -178,6 +176,6 @@ def _duration(seconds: float) -> str:
 
 def _plot_links(run: Run) -> str:
   """Return Markdown links to the plots in the run's folder."""
-  paths = {title: epath.Path(run.workdir) / name for name, title in PLOTS.items()}
-  links = [f'[{title}]({path})' for title, path in paths.items() if path.exists()]
+  folder = epath.Path(run.workdir)
+  links = [f'[{title}]({folder / name})' for name, title in PLOTS.items() if (folder / name).exists()]
   return ': ' + ', '.join(links) if links else ''

@@ -93,20 +93,14 @@ def _add_gaps(sample: Sample, record: dict, where: str) -> Sample:
 
 def _add_truth(sample: Sample, truth: dict, where: str) -> Sample:
   """Add the true text (key "text"), and the true fillings if there are any (key "fillings"), to a sample."""
-  fillings = truth.get('fillings')
-  if not isinstance(truth.get('text'), str):
+  text, fillings = truth.get('text'), truth.get('fillings')
+  if not isinstance(text, str):
     raise UserError(f'{where}: expected the key "truth" with the true text, a string')
-  if fillings is not None and not _is_filled_with(truth['text'], sample.parts, fillings):
-    text = truth['text'][:60]
-    raise UserError(f'{where}: the given parts and the true fillings do not join to the true text {text!r}')
-  return sample._replace(truth=truth['text'], true_fillings=fillings)
-
-
-def _is_filled_with(text: str, parts: list[str], fillings) -> bool:
-  """Return whether the alternating parts and fillings join to the text."""
-  if not isinstance(fillings, list) or len(fillings) != len(parts) - 1:
-    return False
-  return GappedText(parts, [str(filling) for filling in fillings]).text == text
+  if fillings is not None:
+    is_complete = isinstance(fillings, list) and len(fillings) == len(sample.parts) - 1
+    if not is_complete or GappedText(sample.parts, [str(filling) for filling in fillings]).text != text:
+      raise UserError(f'{where}: the given parts and the true fillings do not join to the true text {text[:60]!r}')
+  return sample._replace(truth=text, true_fillings=fillings)
 
 
 def add_requests(samples: list[Sample], path: str) -> list[Sample]:
@@ -117,19 +111,13 @@ def add_requests(samples: list[Sample], path: str) -> list[Sample]:
     if not isinstance(key, int | str):
       raise UserError(f'{where}: expected the key "id", which the samples refer to')
     if key in truths:
-      raise UserError(f'{where} has the same id {key!r} as {truths[key][0]}: expected every id once')
+      raise UserError(f'{where} has the same id {key!r} as {truths[key][1]}: expected every id once')
     truth = text_of(record, where, 'truth', 'the true text, a string')
-    truths[key] = where, {'text': truth, 'fillings': record.get('fillings')}
-
-  def complete(sample: Sample) -> Sample:
-    if sample.parts is None:
-      return sample
-    if sample.id not in truths:
+    truths[key] = {'text': truth, 'fillings': record.get('fillings')}, where
+  for sample in samples:
+    if sample.parts is not None and sample.id not in truths:
       raise UserError(f'--requests={path} has no request with id {sample.id!r}, which a sample answers')
-    where, truth = truths[sample.id]
-    return _add_truth(sample, truth, where)
-
-  return [complete(sample) for sample in samples]
+  return [sample if sample.parts is None else _add_truth(sample, *truths[sample.id]) for sample in samples]
 
 
 def read_references(values, count: int) -> list[str]:

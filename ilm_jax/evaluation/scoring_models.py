@@ -35,20 +35,14 @@ class TextNLL(NamedTuple):
 class ScoringModel:
   """Base class of scoring models: sorts texts by length, scores them in padded batches and caches the results.
 
-  Texts are truncated to their first `max_tokens` tokens.
+  Texts are truncated to their first `max_tokens` tokens. A subclass defines `encode(text)`, which returns the token ids
+  without start and end tokens, and `token_nll(ids_BxL, length_B)`, which returns -log p of each token given the
+  preceding tokens, BxL; values beyond a row's length are arbitrary.
   """
 
   def __init__(self, name: str, max_tokens: int, batch_size: int):
     self.name, self.max_tokens, self.batch_size = name, max_tokens, batch_size
     self.cache: dict[str, TextNLL] = {}
-
-  def encode(self, text: str) -> list[int]:
-    """Return the token ids of a text, without start and end tokens."""
-    raise NotImplementedError
-
-  def token_nll(self, ids_BxL: np.ndarray, length_B: np.ndarray) -> np.ndarray:
-    """Return -log p of each token given the preceding tokens, BxL; values beyond a row's length are arbitrary."""
-    raise NotImplementedError
 
   def nll(self, texts: list[str]) -> list[TextNLL]:
     """Return the NLL of each text, in the same order; the NLL of a text does not depend on the other texts."""
@@ -57,7 +51,8 @@ class ScoringModel:
     progress, done = Progress('scored tokens', sum(len(ids) for _, ids in rows)), 0
     for first in range(0, len(rows), self.batch_size):
       batch = rows[first : first + self.batch_size]
-      ids_BxL = np.zeros((self.batch_size, self.padded_length(len(batch[-1][1]))), np.int32)
+      padded_length = max(MIN_PADDED_LENGTH, 1 << (len(batch[-1][1]) - 1).bit_length())
+      ids_BxL = np.zeros((self.batch_size, min(padded_length, self.max_tokens)), np.int32)
       length_B = np.zeros(self.batch_size, np.int32)
       for row, (_, ids) in enumerate(batch):
         ids_BxL[row, : len(ids)], length_B[row] = ids, len(ids)
@@ -67,13 +62,6 @@ class ScoringModel:
       done += int(length_B.sum())
       progress.update(done)
     return [self.cache[text] for text in texts]
-
-  def padded_length(self, tokens: int) -> int:
-    """Return the padded length of a batch, given the number of tokens of its longest text."""
-    size = MIN_PADDED_LENGTH
-    while size < tokens:
-      size *= 2
-    return min(size, self.max_tokens)
 
 
 class ArmScoringModel(ScoringModel):
@@ -90,11 +78,9 @@ class ArmScoringModel(ScoringModel):
     super().__init__(name, lm.sample_cfg.max_length - len(self.prefix), batch_size)
     cfg = lm.sample_cfg._replace(suppressed_tokens=tuple(i for i in lm.sample_cfg.suppressed_tokens if i != UNK))
 
-    @jax.jit
-    def next_losses(params, tokens_BxL, length_B):
-      return arm.next_losses(transformer.Forward(lm.model_cfg, params), tokens_BxL, length_B, cfg)
-
-    self.next_losses = next_losses
+    self.next_losses = jax.jit(
+      lambda params, *rows: arm.next_losses(transformer.Forward(lm.model_cfg, params), *rows, cfg)
+    )
 
   def encode(self, text: str) -> list[int]:
     return list(map(int, self.lm.tokenizer.encode(text)))
@@ -113,7 +99,9 @@ class HuggingFaceScoringModel(ScoringModel):
   """
 
   def __init__(self, name: str, *, batch_size: int = 8):
-    torch, transformers = _import_hugging_face()
+    import torch
+    import transformers
+
     try:
       # split_special_tokens: the characters '</s>' in a text are scored as plain text, not as an end token
       self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, split_special_tokens=True)
@@ -153,21 +141,16 @@ class HuggingFaceScoringModel(ScoringModel):
       return torch.stack(nll).cpu().numpy()
 
 
-def _import_hugging_face():
-  try:
-    import torch
-    import transformers
-  except ImportError:
-    needed = 'needs torch and transformers: pip install "ilm_jax[perplexity]"'
-    raise UserError(f'a scoring model {HF_PREFIX}NAME {needed}') from None
-  return torch, transformers
-
-
 def check(name) -> None:
   """Raise UserError if a scoring model cannot be used, as far as this can be told without loading the model."""
   name = str(name)
   if name.startswith(HF_PREFIX):
-    _import_hugging_face()
+    try:
+      import torch  # noqa: F401
+      import transformers  # noqa: F401
+    except ImportError:
+      needed = 'needs torch and transformers: pip install "ilm_jax[perplexity]"'
+      raise UserError(f'a scoring model {HF_PREFIX}NAME {needed}') from None
     if name == HF_PREFIX:
       raise UserError(f'the scoring model {name}: expected a model name or path after {HF_PREFIX}, such as hf:gpt2')
     return

@@ -54,11 +54,6 @@ class SummaryWriter:
     for summary in tensorboardX.summary.hparams(plain, {'loss': 0.0}):
       self._write(0, summary)
 
-  def write_summaries(self, step: int, values, metadata=None):
-    raise TypeError('only scalars, texts and hyperparameters can be written without TensorFlow')
-
-  write_images = write_videos = write_audios = write_histograms = write_summaries
-
   def flush(self):
     self._events.flush()
 

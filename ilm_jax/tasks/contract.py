@@ -23,11 +23,9 @@ class Source(Protocol):
 
   def __len__(self) -> int:
     """Return the number of examples in an epoch."""
-    ...
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     """Return the example with this index."""
-    ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -57,16 +57,6 @@ def split_of(graph: Graph) -> str:
   return {0: 'validation', 1: 'test'}.get(bucket, 'train')
 
 
-def longest_answer(cfg) -> int:
-  """Return the maximum number of tokens of an answer: two per edge of the path."""
-  return 2 * (cfg.max_length - 1)
-
-
-def longest(cfg) -> int:
-  """Return the maximum number of tokens of an example: [CLS], edges, source, goal, [BOS] and answer."""
-  return 2 * cfg.degree * (cfg.max_length - 1) + 4 + longest_answer(cfg)
-
-
 def check_config(cfg) -> None:
   """Raise UserError if the task settings are invalid or leave too few node names for a graph."""
   if cfg.get('order', 'path') not in ('path', 'oracle'):
@@ -76,9 +66,8 @@ def check_config(cfg) -> None:
     raise UserError(f'task.num_nodes={cfg.num_nodes}: {cfg.degree} arms of {cfg.max_length} nodes need {needed} nodes')
   if not 2 <= cfg.min_length <= cfg.max_length or cfg.degree < 1 or not 0 <= cfg.min_plan < cfg.min_length:
     found = ', '.join(f'{name}={cfg[name]}' for name in ('degree', 'min_length', 'max_length', 'min_plan'))
-    raise UserError(
-      f'task: expected degree >= 1, 2 <= min_length <= max_length and 0 <= min_plan < min_length, got {found}'
-    )
+    expected = 'degree >= 1, 2 <= min_length <= max_length and 0 <= min_plan < min_length'
+    raise UserError(f'task: expected {expected}, got {found}')
 
 
 class Source:
@@ -137,11 +126,6 @@ def score(predicted: np.ndarray, reference: np.ndarray, cfg) -> dict[str, tuple[
   }
 
 
-def chance(cfg) -> float:
-  """Return the expected exact match accuracy of answers that choose a random arm at the junction."""
-  return 1 / cfg.degree
-
-
 def landmark(tokens, cfg) -> int | None:
   """Return the answer index of the node after the junction, which chooses an arm; None if the answer lacks it."""
   ids = [int(token) for token in tokens]
@@ -190,6 +174,9 @@ def decode(tokens, cfg) -> str:
 
 
 TASK = Task(
-  name='star', tokenizer=tokenizer, source=Source, longest=longest, longest_answer=longest_answer, score=score,
-  encode_prompt=encode_prompt, decode=decode, chance=chance, landmark=landmark,
+  name='star', tokenizer=tokenizer, source=Source, encode_prompt=encode_prompt, decode=decode, score=score,
+  longest=lambda cfg: 2 * (cfg.degree + 1) * (cfg.max_length - 1) + 4,  # edges, answer; [CLS], source, goal and [BOS]
+  longest_answer=lambda cfg: 2 * (cfg.max_length - 1),  # two tokens for each edge of the path
+  chance=lambda cfg: 1 / cfg.degree,  # a random arm at the junction
+  landmark=landmark,
 )  # fmt: skip

@@ -91,7 +91,7 @@ def count_left_out(cfg, steps, pool):
 def test_star_configs_have_just_enough_rows_for_every_example(size, steps):
   cfg = star_config.get_config(size)
   shape = packing.shape_of(cfg.data)
-  assert star.longest(cfg.task) <= shape.length and 2 * (cfg.task.max_length - 1) <= shape.targets
+  assert star.TASK.longest(cfg.task) <= shape.length and 2 * (cfg.task.max_length - 1) <= shape.targets
   assert count_left_out(cfg, steps, pool=min(4_000, 10 * steps)) == 0
   cfg.data.rows = cfg.data.rows * 3 // 4 // cfg.data.groups * cfg.data.groups
   assert count_left_out(cfg, 20, pool=500) > 0

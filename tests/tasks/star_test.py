@@ -98,13 +98,13 @@ def test_a_star_example_lists_edges_source_and_goal_and_then_the_edges_of_the_pa
 
 def test_lengths_vocabularies_and_chance_of_the_star_configs_have_the_expected_values():
   for name, cfg in TASKS.items():
-    assert star.longest(cfg) == LENGTHS[name][0][1] + LENGTHS[name][1][1] + 2  # + 2: [CLS] and [BOS]
-    assert star.longest_answer(cfg) == LENGTHS[name][1][1]
-    assert star.chance(cfg) == 1 / cfg.degree
+    assert star.TASK.longest(cfg) == LENGTHS[name][0][1] + LENGTHS[name][1][1] + 2  # + 2: [CLS] and [BOS]
+    assert star.TASK.longest_answer(cfg) == LENGTHS[name][1][1]
+    assert star.TASK.chance(cfg) == 1 / cfg.degree
   assert [star.tokenizer(TASKS[name]).vocab_size for name in ('easy', 'medium', 'hard')] == [27, 27, 63]
   for name in ('tiny', 'mini', 'easy', 'medium', 'hard'):
     cfg = star_config.get_config(name)
-    assert cfg.sampling.max_length == star.longest(cfg.task)
+    assert cfg.sampling.max_length == star.TASK.longest(cfg.task)
 
 
 def test_all_arms_of_a_symmetric_graph_start_at_the_source():

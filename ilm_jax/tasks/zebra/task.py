@@ -10,28 +10,12 @@ import math
 
 import numpy as np
 
-from ilm_jax.data.tokenizers import WordTokenizer
 from ilm_jax.special_tokens import BOS, CLS
 from ilm_jax.tasks.contract import Task
 from ilm_jax.tasks.zebra.clues import from_words, is_solution
 from ilm_jax.tasks.zebra.solver import Contradiction, find_table, solve
 from ilm_jax.tasks.zebra.source import TOKENIZER, Source, max_tokens
 from ilm_jax.types import UserError
-
-
-def tokenizer(cfg) -> WordTokenizer:
-  """Return the tokenizer of the 18 words of clues and answers."""
-  return TOKENIZER
-
-
-def longest(cfg) -> int:
-  """Return the maximum number of tokens of an example; longer puzzles are discarded."""
-  return max_tokens(cfg.max_houses, cfg.max_attributes)
-
-
-def longest_answer(cfg) -> int:
-  """Return the maximum number of tokens of an answer: three per cell of the largest table."""
-  return 3 * cfg.max_houses * cfg.max_attributes
 
 
 def chance(cfg) -> float:
@@ -108,6 +92,8 @@ def decode(tokens, cfg) -> str:
 
 
 TASK = Task(
-  name='zebra', tokenizer=tokenizer, source=Source, longest=longest, longest_answer=longest_answer, score=score,
-  encode_prompt=encode_prompt, decode=decode, chance=chance,
+  name='zebra', source=Source, encode_prompt=encode_prompt, decode=decode, score=score, chance=chance,
+  tokenizer=lambda cfg: TOKENIZER,
+  longest=lambda cfg: max_tokens(cfg.max_houses, cfg.max_attributes),  # longer puzzles are discarded
+  longest_answer=lambda cfg: 3 * cfg.max_houses * cfg.max_attributes,  # three tokens for each cell of the largest table
 )  # fmt: skip

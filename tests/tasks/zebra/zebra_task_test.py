@@ -16,8 +16,8 @@ CLUE_TEXT = TEXT.split(' ANSWER')[0]
 
 
 def test_zebra_words_have_the_same_ids_as_in_the_reference_implementation():
-  words = zebra.tokenizer(task()).words
-  assert len(words) == zebra.tokenizer(task()).vocab_size == 25
+  words = zebra.TASK.tokenizer(task()).words
+  assert len(words) == zebra.TASK.tokenizer(task()).vocab_size == 25
   assert words[:7] == ('[PAD]', '[CLS]', '[MASK]', '[EOS]', '[BOS]', '[SEP]', '[UNK]')
   assert words[7:13] == ('0', '1', '2', '3', '4', '5')
   assert words[13:20] == ('nbr', 'left-of', 'inbetween', 'immediate-left', 'ends', '!=', '=')
@@ -27,11 +27,11 @@ def test_zebra_words_have_the_same_ids_as_in_the_reference_implementation():
 def test_zebra_configs_have_rows_and_sampling_lengths_that_fit_the_longest_puzzle():
   for name in ('small', 'full'):
     cfg = zebra_config.get_config(name)
-    assert cfg.data.row_length >= zebra.longest(cfg.task) == cfg.sampling.max_length
-    assert cfg.sampling.max_steps >= zebra.longest_answer(cfg.task)
-    assert zebra.longest_answer(cfg.task) == 3 * cfg.task.max_houses * cfg.task.max_attributes
+    assert cfg.data.row_length >= zebra.TASK.longest(cfg.task) == cfg.sampling.max_length
+    assert cfg.sampling.max_steps >= zebra.TASK.longest_answer(cfg.task)
+    assert zebra.TASK.longest_answer(cfg.task) == 3 * cfg.task.max_houses * cfg.task.max_attributes
     check_config(cfg.task)
-  assert zebra.longest(zebra_config.get_config('full').task) == 460, (
+  assert zebra.TASK.longest(zebra_config.get_config('full').task) == 460, (
     'the maximum length should equal the block size in the paper'
   )
   with pytest.raises(ValueError, match='small, full'):
@@ -39,7 +39,7 @@ def test_zebra_configs_have_rows_and_sampling_lengths_that_fit_the_longest_puzzl
 
 
 def test_chance_is_the_mean_probability_that_random_permutations_are_correct():
-  assert zebra.chance(task(max_houses=3, max_attributes=4)) == pytest.approx((6**-3 + 6**-4) / 2)
+  assert zebra.TASK.chance(task(max_houses=3, max_attributes=4)) == pytest.approx((6**-3 + 6**-4) / 2)
 
 
 def test_decoding_and_encoding_a_prompt_gives_the_same_tokens():
