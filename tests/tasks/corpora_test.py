@@ -88,14 +88,19 @@ def test_runs_caches_and_hidden_folders_inside_the_corpus_folder_are_skipped(tmp
     assert names_of(tmp_path / folder) == ['e.txt', 'f/g.jsonl'], 'the corpus folder itself may be of any kind'
 
 
-def test_a_folder_that_links_lead_to_again_and_again_is_read_once(tmp_path):
-  for name in ('train/a.txt', 'valid/b.txt', 'valid/more/c.txt'):
+@pytest.mark.parametrize(
+  ('link', 'target'),
+  [('again', '.'), ('train/up', '..'), ('valid/more/up', '../..'), ('all', 'train'), ('v', 'valid/more')],
+)
+def test_a_folder_that_a_link_leads_to_a_second_time_is_read_once(tmp_path, link, target):
+  names = ['train/a.txt', 'valid/b.txt', 'valid/more/c.txt']
+  for name in names:
     write(tmp_path / 'corpus' / name, ['one'])
   write(tmp_path / 'elsewhere' / 'd.txt', ['one'])
-  for link, target in (('again', '.'), ('train/up', '..'), ('valid/more/up', '../..'), ('all', 'train')):
-    (tmp_path / 'corpus' / link).symlink_to(target)
-  (tmp_path / 'corpus' / 'train' / 'link').symlink_to(tmp_path / 'elsewhere')
-  assert names_of(tmp_path / 'corpus') == ['train/a.txt', 'train/link/d.txt', 'valid/b.txt', 'valid/more/c.txt']
+  (tmp_path / 'corpus' / link).symlink_to(target)
+  assert names_of(tmp_path / 'corpus') == names
+  (tmp_path / 'corpus' / 'train' / 'z').symlink_to(tmp_path / 'elsewhere')
+  assert names_of(tmp_path / 'corpus') == sorted([*names, 'train/z/d.txt'])
 
 
 @pytest.mark.parametrize('name', ['train.txt', 'books', 'b.jsonl.gz', 'train.bin'])
@@ -233,13 +238,14 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, name):
 @pytest.mark.parametrize(
   ('name', 'content', 'parts'),
   [
-    ('all.txt.gz', gzip.compress(b'one\n' * 999)[:-9], ['cannot be read', 'ended before']),
+    ('all.txt.gz', gzip.compress(b'one\n' * 999, mtime=0)[:-9], ['cannot be read', 'ended before']),
     ('all.txt.gz', b'one', ['cannot be read', 'Not a gzipped file']),
-    ('all.jsonl.gz', gzip.compress(b'{"text": "\xff"}'), ['not UTF-8: byte 10 is 0xff']),
+    ('all.jsonl.gz', gzip.compress(b'{"text": "\xff"}', mtime=0), ['not UTF-8: byte 10 is 0xff']),
     ('all.parquet', b'PAR1 and no more', ['not a readable Parquet file']),
     ('all.parquet', {'txt': ['one'], 'id': [1]}, ['expected a column "text", found the columns txt, id']),
     ('all.parquet', {'text': ['one', None]}, ['row 2: expected a string in the column "text", got None']),
   ],
+  ids=['cut', 'no gzip', 'no UTF-8', 'no Parquet', 'no text', 'null'],
 )
 def test_damaged_and_unsuitable_files_are_errors_that_name_the_file(tmp_path, name, content, parts):
   if name == 'all.parquet':

@@ -163,7 +163,7 @@ def _walk(root):
     seen.add(real)
     for name, path in sorted(entries.items()) if not prefix or SKIPPED_WITH.isdisjoint(entries) else ():
       is_link = os.path.islink(path)
-      if name.startswith('.'):
+      if name.startswith('.') or (name == 'checkpoints' and 'run.json' in entries):
         continue
       if path.is_dir():
         (links if is_link else folders).append((path, f'{prefix}{name}/'))
