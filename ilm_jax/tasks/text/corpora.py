@@ -46,9 +46,9 @@ NAMES = {  # split -> pattern of the names of its files or folders; the first ma
 CORPUS_FILE = re.compile(r'(\.(txt|tokens|jsonl|ndjson|parquet)(-\d+-of-\d+)?|-\d+-of-\d+)(\.gz)?$', re.I)
 READABLE = '*.txt, *.tokens, *.jsonl, *.ndjson, *.parquet or shards NAME-00001-of-00100, also compressed (*.gz)'
 NOT_TEXT = ('.json', '.tar', '.tar.gz', '.tgz', '.zip')  # endings of single files that would give wrong documents
-CODE = ('.py', '.ipynb', '.sh', '.yaml', '.yml', '.toml', '.cfg', '.ini', '.log')  # endings that are no training text
-# A folder inside the corpus folder is skipped if it holds one of these files (of a run, of prepared data, of a
-# tokenizer, of a virtual environment), or if it is an entry of a cache folder.
+CODE = ('.py', '.ipynb', '.sh', '.yaml', '.yml', '.toml', '.cfg', '.ini', '.log')  # endings of code, settings and logs
+# A folder inside the corpus folder is skipped if it holds one of these files, which mark a run, prepared data, a
+# tokenizer or a virtual environment, or if it is an entry of a cache folder.
 SKIPPED_WITH = {'run.json', 'dataset_info.json', 'ilm_tokenizer.json', 'pyvenv.cfg'}
 CACHE_ENTRY = re.compile(
   r'(^|/)((text-(train|validation|test)|sentencepiece|unpacked)-[0-9a-f]{16,}|downloads/(tinystories|lm1b))/$'
@@ -131,7 +131,7 @@ def split_named(name: str) -> str | None:
 def _check_unread(path: str, unread: list[str], files: list[File]) -> None:
   """Warn of files that are not read; raise UserError if no file is read, or if an unread one is named as training text.
 
-  A file that extends the name of a file that is read, such as train.txt.md5, is not mistaken for training text.
+  The error is not raised for code, nor for a file whose name extends that of a file that is read (train.txt.md5).
   """
   names = ', '.join(unread[:5]) + f', ... ({len(unread)} files)' * (len(unread) > 5)
   if not files:
@@ -151,17 +151,21 @@ def _check_unread(path: str, unread: list[str], files: list[File]) -> None:
 
 
 def _walk(root):
-  """Yield (path, name relative to `root`) of the files in a folder and its subfolders; skip what is no corpus.
+  """Yield (path, name relative to `root`) of the files in a folder and its subfolders, except runs and caches.
 
-  Each real folder is visited once, and links to folders after all real folders, so a file has the same name every time.
+  Each folder is visited once, although links may lead to it several times; links to folders are followed at the end.
   """
   folders, links, seen = [(root, '')], [], set()
   while folders or links:
     folder, prefix = folders.pop() if folders else links.pop(0)
     real = str(folder) if storage.is_remote(folder) else os.path.realpath(folder)
-    entries = {} if real in seen or CACHE_ENTRY.search(prefix) else {path.name: path for path in folder.iterdir()}
+    if real in seen or CACHE_ENTRY.search(prefix):
+      continue
     seen.add(real)
-    for name, path in sorted(entries.items()) if not prefix or SKIPPED_WITH.isdisjoint(entries) else ():
+    entries = {path.name: path for path in folder.iterdir()}
+    if prefix and not SKIPPED_WITH.isdisjoint(entries):
+      continue
+    for name, path in sorted(entries.items()):
       is_link = os.path.islink(path)
       if name.startswith('.') or (name == 'checkpoints' and 'run.json' in entries):
         continue
@@ -328,8 +332,6 @@ def decode(content: bytes, path, start: int) -> str:
     raise UserError(f'{path} is not UTF-8: byte {offset} is {content[error.start]:#04x}') from None
 
 
-# --- the One Billion Word corpus --------------------------------------------------------------------------------------
-
 ARCHIVE = '1-billion-word-language-modeling-benchmark-r13output'
 DETOKENIZATION = (  # (pattern, replacement): pairs that remove the spaces inserted when LM1B was tokenized
   (r'(https?) : / / ', r'\1://'),
@@ -354,8 +356,6 @@ def detokenize(text: str) -> str:
     text = pattern.sub(replacement, text)
   return text
 
-
-# --- downloads --------------------------------------------------------------------------------------------------------
 
 STORIES = 'https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/'
 SOURCES = {  # name of a corpus -> URLs of its files
