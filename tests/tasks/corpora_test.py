@@ -1,13 +1,18 @@
 """Tests of text corpora: the split of each file and document, where documents end, and errors for invalid files."""
 
+import gzip
 import hashlib
 import itertools
 import json
 import pwd
+import sys
+import types
 
 import pytest
+from etils import epath
 from text_helpers import DATA, needs_real_text, refused, stories, write
 
+from ilm_jax import paths
 from ilm_jax.tasks.text import corpora
 
 HELD_OUT = ('validation', 'test')
@@ -62,15 +67,82 @@ def test_unless_names_mark_training_and_held_out_files_all_splits_share_all_file
   assert warned == ('train.txt' in names), 'a warning is expected if names mark only training files'
 
 
-def test_a_cache_folder_inside_the_corpus_folder_is_ignored(tmp_path):
-  (tmp_path / 'a.txt').write_text('the dog ran')
-  for name, mark in (('data/1.0.0', 'dataset_info.json'), ('words', 'ilm_tokenizer.json')):
-    folder = tmp_path / name
-    folder.mkdir(parents=True)
-    (folder / mark).write_text('{}')
-    (folder / 'x-00000-of-00001').write_bytes(b'\xff')
-    (folder / 'vocab.txt').write_text('the')
-  assert [file.name for file in corpora.find(str(tmp_path)).files['train']] == ['a.txt']
+def names_of(folder) -> list[str]:
+  """Return the names of all files of a corpus."""
+  return sorted({file.name for files in corpora.find(str(folder)).files.values() for file in files})
+
+
+def test_runs_caches_and_hidden_folders_inside_the_corpus_folder_are_skipped(tmp_path):
+  kept = ['a.txt', 'data/b.txt', 'runs/c.txt', 'text-train/d.txt']
+  skipped = {  # folder -> file that marks it
+    **{'data/1.0.0': 'dataset_info.json', 'words': 'ilm_tokenizer.json', 'runs/text-small': 'run.json', '.git': 'HEAD'},
+    **{'env': 'pyvenv.cfg', 'data/unpacked-0123456789abcdef/lm1b': 'x', 'data/downloads/tinystories': 'x'},
+    'data/text-train-0123456789abcdef': 'counts.json',
+  }
+  for name in [*kept, *(f'{folder}/e.txt' for folder in skipped), *(f'{folder}/f/g.jsonl' for folder in skipped)]:
+    write(tmp_path / name, ['one'])
+  for folder, mark in skipped.items():
+    (tmp_path / folder / mark).write_text('{}')
+  assert names_of(tmp_path) == kept
+  for folder in skipped:
+    assert names_of(tmp_path / folder) == ['e.txt', 'f/g.jsonl'], 'the corpus folder itself may be of any kind'
+
+
+@pytest.mark.parametrize(
+  ('link', 'target'),
+  [('again', '.'), ('train/up', '..'), ('valid/more/up', '../..'), ('all', 'train'), ('v', 'valid/more')],
+)
+def test_a_folder_that_a_link_leads_to_a_second_time_is_read_once(tmp_path, link, target):
+  names = ['train/a.txt', 'valid/b.txt', 'valid/more/c.txt']
+  for name in names:
+    write(tmp_path / 'corpus' / name, ['one'])
+  write(tmp_path / 'elsewhere' / 'd.txt', ['one'])
+  (tmp_path / 'corpus' / link).symlink_to(target)
+  assert names_of(tmp_path / 'corpus') == names
+  (tmp_path / 'corpus' / 'train' / 'z').symlink_to(tmp_path / 'elsewhere')
+  assert names_of(tmp_path / 'corpus') == sorted([*names, 'train/z/d.txt'])
+
+
+@pytest.mark.parametrize('name', ['train.txt', 'books', 'b.jsonl.gz', 'train.bin'])
+def test_the_error_for_a_link_without_a_target_names_the_link(tmp_path, name):
+  write(tmp_path / 'valid.txt', ['one'])
+  (tmp_path / name).symlink_to('/no/such/place')
+  with refused(f'data.path={tmp_path}', name, *['/no/such/place'] * (name != 'train.bin')):
+    corpora.find(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['train.json', 'train.txt.part', 'train.tar.gz', 'a-Train_2.md', 'myTrain.csv', 'train/part.json', 'train.txt'],
+)
+def test_an_empty_or_unread_file_that_is_named_as_training_text_is_an_error(tmp_path, name):
+  write(tmp_path / 'valid.txt', stories(3))
+  write(tmp_path / name, stories(3) if name != 'train.txt' else [])
+  with refused(f'data.path={tmp_path}: {name} is named as training text', '*.jsonl', '*.parquet'):
+    corpora.find(str(tmp_path))
+
+
+def test_unread_files_are_named_in_a_warning_unless_they_are_named_as_training_text(tmp_path, caplog):
+  unread = ['README', 'strain.md', 'train.py', 'train.txt.md5', 'training/loss.png', 'valid.json']
+  for name in [*unread, 'train.txt', 'valid.txt', 'train.txt.gz']:
+    write(tmp_path / name, ['one'])
+  assert names_of(tmp_path) == ['train.txt', 'valid.txt']
+  assert (
+    'unknown endings and are not read: README, strain.md, train.py, train.txt.gz, train.txt.md5, ... (7 files)'
+    in (caplog.text)
+  )
+
+
+def test_split_names_count_as_whole_words():
+  named = {
+    **dict.fromkeys(['train.txt', 'x/TRAIN-1.txt', 'myTrain.txt', 'trainset2.txt', 'training_data.txt'], 'train'),
+    **dict.fromkeys(['valid.txt', 'validation/a.txt', 'held_out.txt', 'evaluation.txt', 'devset.txt'], 'validation'),
+    **dict.fromkeys(['test.txt', 'testing/a.txt', 'train-test.txt'], 'test'),
+    **dict.fromkeys(
+      ['a-strain-of-hope.txt', 'invalid.txt', 'trainer.txt', 'évaluer/dévaluation.txt', 'latest.txt'], None
+    ),
+  }
+  assert {name: corpora.split_named(name) for name in named} == named
 
 
 def test_a_file_whose_owner_has_no_user_name_can_be_read(tmp_path, monkeypatch):
@@ -134,6 +206,70 @@ def read(tmp_path, content, mode='endoftext', name='all.txt') -> list[str]:
 )
 def test_the_documents_mode_determines_where_documents_end(tmp_path, content, mode, expected):
   assert read(tmp_path, content, mode) == expected
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    *('all.txt', 'ALL.TXT', 'all.tokens', 'all.txt.gz', 'news-00001-of-00100.gz', 'all.txt-1-of-2'),
+    *('all.jsonl', 'all.ndjson', 'all.jsonl.gz', 'all.ndjson-00001-of-00002.gz'),
+    *('all.parquet', 'train-00000-of-00001.parquet'),
+  ],
+)
+def test_every_kind_of_file_gives_the_same_documents(tmp_path, name):
+  texts = [*stories(30), 'é 日本']
+  rows = [{'text': text, 'id': i} for i, text in enumerate(texts)]
+  if name.endswith('.parquet'):
+    parquet = pytest.importorskip('pyarrow.parquet')
+    parquet.write_table(pytest.importorskip('pyarrow').Table.from_pylist(rows), tmp_path / name, row_group_size=7)
+    content = (tmp_path / name).read_bytes()
+  else:
+    lines = map(json.dumps, rows) if 'json' in name else (f'{text}\n<|endoftext|>' for text in texts)
+    content = b'\xef\xbb\xbf' + '\n'.join(lines).encode()  # starts with a byte order mark
+  content = gzip.compress(content) if name.endswith('.gz') else content
+  assert read(tmp_path, content, name=name) == texts
+  progress = [done for done, _ in corpora.read(corpora.find(str(tmp_path / name)).files['train'][0], 'endoftext')]
+  assert progress == sorted(progress) and progress[-1] <= len(content)
+  (tmp_path / 'folder').mkdir()
+  (tmp_path / name).rename(tmp_path / 'folder' / name)
+  assert names_of(tmp_path / 'folder') == [name]
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'parts'),
+  [
+    ('all.txt.gz', gzip.compress(b'one\n' * 999, mtime=0)[:-9], ['cannot be read', 'ended before']),
+    ('all.txt.gz', b'one', ['cannot be read', 'Not a gzipped file']),
+    ('all.jsonl.gz', gzip.compress(b'{"text": "\xff"}', mtime=0), ['not UTF-8: byte 10 is 0xff']),
+    ('all.parquet', b'PAR1 and no more', ['not a readable Parquet file']),
+    ('all.parquet', {'txt': ['one'], 'id': [1]}, ['expected a column "text", found the columns txt, id']),
+    ('all.parquet', {'text': ['one', None]}, ['row 2: expected a string in the column "text", got None']),
+  ],
+  ids=['cut', 'no gzip', 'no UTF-8', 'no Parquet', 'no text', 'null'],
+)
+def test_damaged_and_unsuitable_files_are_errors_that_name_the_file(tmp_path, name, content, parts):
+  if name == 'all.parquet':
+    pyarrow = pytest.importorskip('pyarrow')
+    if isinstance(content, dict):
+      pytest.importorskip('pyarrow.parquet').write_table(pyarrow.table(content), tmp_path / name)
+      content = (tmp_path / name).read_bytes()
+  with refused(str(tmp_path / name), *parts):
+    read(tmp_path, content, name=name)
+
+
+def test_the_error_for_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'pyarrow', None)
+  with refused('all.parquet', "pip install 'ilm_jax[parquet]'"):
+    read(tmp_path, b'PAR1', name='all.parquet')
+
+
+def test_a_corpus_in_a_bucket_is_read(tmp_path, monkeypatch):
+  for name in ('my-train.txt', 'more/my-valid.txt'):
+    write(tmp_path / name, ['one'])
+  fake = types.SimpleNamespace(Path=lambda path: epath.Path(str(path).replace('gs://bucket', str(tmp_path))))
+  monkeypatch.setattr(paths, 'epath', fake)
+  monkeypatch.setattr(paths, '_installed', lambda package: True)
+  assert names_of('gs://bucket') == ['more/my-valid.txt', 'my-train.txt']
 
 
 def test_each_json_line_holds_one_document(tmp_path):

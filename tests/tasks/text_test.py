@@ -6,6 +6,7 @@ import logging
 import pickle
 import shutil
 import sys
+import tarfile
 import tempfile
 import threading
 import types
@@ -27,6 +28,7 @@ from text_helpers import (
   write_corpus,
 )
 
+from ilm_jax import paths
 from ilm_jax.configs import lm1b as lm1b_config
 from ilm_jax.configs import text as text_config
 from ilm_jax.configs import tinystories as tinystories_config
@@ -343,14 +345,14 @@ def test_preparation_logs_its_progress(corpus, tmp_path, monkeypatch, caplog):
 
 def test_a_cache_in_a_bucket_is_built_by_one_machine_and_rebuilt_if_incomplete(corpus, tmp_path, monkeypatch):
   bucket = tmp_path / 'bucket'
-  shutil.copytree(corpus, bucket / 'corpus')
   fake = types.SimpleNamespace(Path=lambda path: epath.Path(str(path).replace('gs://bucket', str(bucket))))
-  for module in (storage, corpora, text):
+  for module in (storage, text):
     monkeypatch.setattr(module, 'epath', fake)
+  monkeypatch.setattr(paths, '_installed', lambda package: True)
 
   def read_on(machine):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / machine))
-    return all_texts(text.Source(task_config('gs://bucket/corpus', 'gs://bucket/cache'), 'train'))
+    return all_texts(text.Source(task_config(corpus, 'gs://bucket/cache'), 'train'))
 
   first = read_on('one')
   assert sorted(first) == sorted(stories(60))
@@ -371,8 +373,9 @@ def test_a_cache_in_a_bucket_is_built_by_one_machine_and_rebuilt_if_incomplete(c
   ('files', 'path', 'split', 'parts'),
   [
     ({}, 'none', 'train', ['none', 'does not exist']),
-    ({'image.png': '?', 'empty.txt': ''}, '.', 'train', ['holds no text']),
+    ({'image.png': '?', 'empty.txt': ''}, '.', 'train', ['holds no text', 'found empty.txt, image.png']),
     ({'empty.txt': ''}, 'empty.txt', 'train', ['empty.txt', 'holds no text']),
+    ({'all.json': '[{"text": "one"}]'}, 'all.json', 'train', ['is not a text file', '*.jsonl']),
     ({'empty.txt': ' \n<|endoftext|>\n'}, '.', 'train', ['the train split is empty']),
     ({'two.txt': '\n<|endoftext|>\n'.join(stories(2))}, 'two.txt', 'validation', ['the validation split is empty']),
   ],
@@ -395,6 +398,34 @@ def test_errors_for_missing_or_empty_corpora_name_the_path(tmp_path, cache, file
 def test_invalid_settings_of_the_text_task_are_refused(corpus, cache, changes, part):
   with refused(part, 'expected'):
     text.Source(task_config(corpus, cache, **changes), 'train')
+
+
+def test_every_path_of_the_text_task_may_start_with_a_tilde_or_file(corpus, tokenizer, tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  shutil.copytree(corpus, tmp_path / 'corpus')
+  tokenizer.save(tmp_path / 'words')
+  with tarfile.open(tmp_path / 'corpus.tar.gz', 'w:gz') as archive:
+    archive.add(corpus, 'corpus')
+  results = []
+  for start in ('~/', f'file://{tmp_path}/'):
+    for name in ('corpus', 'corpus.tar.gz'):
+      cfg = task_config(start + name, start + 'cache')
+      cfg.tokenizer.path = start + 'words'
+      results.append(all_texts(text.Source(cfg, 'validation')))
+      assert text.tokenizer(cfg).fingerprint == tokenizer.fingerprint
+  assert results[0] and results.count(results[0]) == 4
+  assert {path.name for path in tmp_path.iterdir()} == {'cache', 'corpus', 'corpus.tar.gz', 'words'}
+
+
+@pytest.mark.parametrize('setting', ['data.path', 'task.cache', 'task.tokenizer.path'])
+def test_mistyped_schemes_and_missing_bucket_packages_are_errors(corpus, tmp_path, monkeypatch, setting):
+  monkeypatch.setattr(paths, '_installed', lambda package: False)
+  monkeypatch.setattr(text, '_TOKENIZERS', {})
+  for path, part in (('gss://b/x', 'unknown scheme gss://'), ('gs://b/x.tar.gz', "pip install 'ilm_jax[gcs]'")):
+    cfg = task_config(path if setting == 'data.path' else corpus, path if setting == 'task.cache' else tmp_path)
+    cfg.tokenizer.path = path if setting == 'task.tokenizer.path' else ''
+    with refused(f'{setting}={path}', part):
+      text.Source(cfg, 'train')
 
 
 def test_the_error_for_an_unwritable_cache_folder_names_task_cache(corpus, tmp_path, monkeypatch):

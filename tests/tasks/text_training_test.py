@@ -11,7 +11,7 @@ import signal
 import numpy as np
 import pytest
 import small
-from text_helpers import refused, stories, write_corpus
+from text_helpers import refused, stories, write, write_corpus
 
 import ilm_jax
 from ilm_jax.configs import text as text_config
@@ -138,6 +138,17 @@ def test_resuming_with_a_moved_corpus_and_an_empty_cache_is_bitwise_identical(co
   assert loop.train(run_config(tmp_path / 'moved', tmp_path / 'cache'), work) == loop.FINISHED
   whole, resumed = (ilm_jax.load(path, 4, batch_size=1).params for path in (trained, work))
   small.jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+
+def test_a_run_and_its_cache_inside_the_corpus_folder_do_not_change_the_corpus(trained, cache, tmp_path, monkeypatch):
+  write(tmp_path / 'stories.txt', stories(9))
+  monkeypatch.chdir(tmp_path)
+  before = corpora.find('.')
+  shutil.copytree(trained, 'runs/text-small')
+  shutil.copytree(cache, 'data')
+  assert corpora.find('.') == before
+  shutil.copytree(trained, tmp_path, dirs_exist_ok=True)  # --workdir and data.path are the same folder
+  assert corpora.find('.') == before and [file.name for file in before.files['train']] == ['stories.txt']
 
 
 # --- the tokenizer of a run -------------------------------------------------------------------------------------------

@@ -1,29 +1,33 @@
 """Text corpora: which files belong to which split, and which documents the files contain.
 
-A corpus is a file, or a folder (with subfolders) of *.txt, *.tokens, *.jsonl and shards `NAME-00001-of-00100`. A file
-belongs to a split if its name, or else its folder's name, contains train, valid, heldout, dev, eval or test. If there
-are held-out files but no separate test files (or no separate validation files), a hash of each document divides the
-held-out documents between validation and test. If no file name marks training files, or none marks held-out files (or
-the corpus is a single file), the hash divides all documents into 95 % training, 2.5 % validation and 2.5 % test. The
-hash gives identical documents the same split.
+A corpus is a file, or a folder (with subfolders) of *.txt, *.tokens, *.jsonl, *.ndjson, *.parquet and shards
+`NAME-00001-of-00100`, also compressed (*.gz). Hidden folders, the folders of runs, and caches are skipped. A file
+belongs to a split if its name, or else its folder's name, contains one of the words train, valid, heldout, dev, eval or
+test. If there are held-out files but no separate test files (or no separate validation files), a hash of each document
+divides the held-out documents between validation and test. If no file name marks training files, or none marks held-out
+files (or the corpus is a single file), the hash divides all documents into 95 % training, 2.5 % validation and 2.5 %
+test. The hash gives identical documents the same split.
 
-Documents are UTF-8. In JSONL files, each line's field `text` is a document. In other files, a document ends at a line
-`<|endoftext|>` (mode `endoftext`), at an empty line (`paragraph`) or at each line's end (`line`), and at the end of the
-file.
+Documents are UTF-8. In JSON Lines and Parquet files, the field `text` of each line or row is a document. In other
+files, a document ends at a line `<|endoftext|>` (mode `endoftext`), at an empty line (`paragraph`) or at each line's
+end (`line`), and at the end of the file.
 """
 
 import functools
+import gzip
 import hashlib
 import json
+import os
 import pathlib
 import re
 import tarfile
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
-from etils import epath
 
+from ilm_jax import paths
 from ilm_jax.data import storage
 from ilm_jax.types import UserError
 
@@ -33,13 +37,22 @@ END = '<|endoftext|>'
 BYTE_ORDER_MARK = b'\xef\xbb\xbf'  # the UTF-8 byte order mark, which some editors write at the start of a file
 SHARES = 40  # number of hash buckets for documents: one for validation, one for test, 38 for training
 
+WORD = r'(?<![^\W\d_])(%s)((set|data)s?)?(?![^\W\d_])'  # pattern of a whole word, such as test in test_2 and testset
 NAMES = {  # split -> pattern of the names of its files or folders; the first matching pattern wins
-  'test': re.compile(r'(?<![a-z])test(?![a-z])'),
-  'validation': re.compile(r'valid|held[-_ ]?out|(?<![a-z])(val|dev|eval)(?![a-z])'),
-  'train': re.compile(r'train'),
+  'test': re.compile(WORD % 'test(ing)?'),
+  'validation': re.compile(WORD % 'valid(ation)?|held[-_ ]?out|val|dev|eval(uation)?'),
+  'train': re.compile(WORD % 'train(ing)?'),
 }
-CORPUS_FILE = re.compile(r'\.(txt|tokens|jsonl)$|-\d+-of-\d+$')
-CACHE_FILES = ('dataset_info.json', 'ilm_tokenizer.json')  # a folder with one of these is a cache, not a corpus
+CORPUS_FILE = re.compile(r'(\.(txt|tokens|jsonl|ndjson|parquet)(-\d+-of-\d+)?|-\d+-of-\d+)(\.gz)?$', re.I)
+READABLE = '*.txt, *.tokens, *.jsonl, *.ndjson, *.parquet or shards NAME-00001-of-00100, also compressed (*.gz)'
+NOT_TEXT = ('.json', '.tar', '.tar.gz', '.tgz', '.zip')  # endings of single files that would give wrong documents
+CODE = ('.py', '.ipynb', '.sh', '.yaml', '.yml', '.toml', '.cfg', '.ini', '.log')  # endings of code, settings and logs
+# A folder inside the corpus folder is skipped if it holds one of these files, which mark a run, prepared data, a
+# tokenizer or a virtual environment, or if it is an entry of a cache folder.
+SKIPPED_WITH = {'run.json', 'dataset_info.json', 'ilm_tokenizer.json', 'pyvenv.cfg'}
+CACHE_ENTRY = re.compile(
+  r'(^|/)((text-(train|validation|test)|sentencepiece|unpacked)-[0-9a-f]{16,}|downloads/(tinystories|lm1b))/$'
+)
 
 
 class File(NamedTuple):
@@ -64,21 +77,25 @@ class Corpus(NamedTuple):
 
 def find(path: str) -> Corpus:
   """Find the files of a corpus and assign them to splits."""
-  root = epath.Path(path).expanduser()
+  root = paths.resolve(path, 'data.path')
   try:
     if not root.exists():
-      raise UserError(f'data.path={path} does not exist: expected a file, or a folder of *.txt, *.tokens or *.jsonl')
-    files = list(_walk(root)) if root.is_dir() else [File(root, root.name, *storage.size_and_time(root))]
+      raise UserError(f'data.path={path} does not exist: expected a file, or a folder of {READABLE}')
+    is_folder = root.is_dir()
+    found = dict(sorted((name, file) for file, name in (_walk(root) if is_folder else [(root, root.name)])))
+    files = [File(file, name, *storage.size_and_time(file)) for name, file in found.items()
+             if not is_folder or CORPUS_FILE.search(name)]  # fmt: skip
   except UserError:
     raise
   except Exception as error:  # each storage service has its own types of errors
     if not isinstance(error, OSError | ImportError) and not storage.is_remote(path):
       raise
     raise UserError(f'data.path={path} cannot be read: {_reason(error)}') from None
-  files = sorted((file for file in files if file.size), key=lambda file: file.name)
-  if not files:
-    raise UserError(f'data.path={path} holds no text: expected a file that is not empty, or a folder of *.txt, '
-                    '*.tokens, *.jsonl or shards NAME-00001-of-00100')  # fmt: skip
+  if not is_folder and root.name.lower().endswith(NOT_TEXT):
+    raise UserError(f'data.path={path} is not a text file: expected a folder, or a file such as {READABLE}')
+  # Of a file and its compressed copy, only the file is read.
+  files = [file for file in files if file.size and not (file.name.endswith('.gz') and file.name[:-3] in found)]
+  _check_unread(path, sorted(found.keys() - {file.name for file in files}), files)
   named = {split: [file for file in files if split_named(file.name) == split] for split in SPLITS}
   if not named['train'] or not (named['validation'] or named['test']):
     if len(files) > 1 and any(named.values()):
@@ -103,23 +120,62 @@ def log_once(line: str, level: int = logging.INFO) -> None:
 
 def split_named(name: str) -> str | None:
   """Return the split indicated by a file's name, or else by the innermost folder whose name indicates one, or None."""
-  for part in reversed(pathlib.PurePosixPath(name.lower()).parts):
+  separated = re.sub('(?<=[a-z])(?=[A-Z])', ' ', name)  # 'myTrain.txt' -> 'my Train.txt'
+  for part in reversed(pathlib.PurePosixPath(separated.lower()).parts):
     for split, pattern in NAMES.items():
       if pattern.search(part):
         return split
   return None
 
 
-def _walk(folder, prefix: str = ''):
-  """Yield the corpus files in a folder and its subfolders, except hidden files and cache folders."""
-  for path in folder.iterdir():
-    if path.name.startswith('.'):
+def _check_unread(path: str, unread: list[str], files: list[File]) -> None:
+  """Warn of files that are not read; raise UserError if no file is read, or if an unread one is named as training text.
+
+  The error is not raised for code, nor for a file whose name extends that of a file that is read (train.txt.md5).
+  """
+  names = ', '.join(unread[:5]) + f', ... ({len(unread)} files)' * (len(unread) > 5)
+  if not files:
+    raise UserError(f'data.path={path} holds no text: expected a file that is not empty, or a folder of {READABLE}'
+                    + (f'; found {names}' if unread else ''))  # fmt: skip
+  # A folder's name counts only if it is the training folder of a corpus whose other folders or files are held out.
+  splits = {split_named(file.name) for file in files}
+  by_folder = 'train' not in splits and not splits <= {None}
+  for name in unread:
+    is_other = name.lower().endswith(CODE) or name.startswith(tuple(file.name for file in files))
+    if split_named(name if by_folder else name.rpartition('/')[2]) == 'train' and not is_other:
+      raise UserError(f'data.path={path}: {name} is named as training text, but is empty or has an unknown ending: '
+                      f'expected {READABLE}; convert, rename or remove it')  # fmt: skip
+  if unread:
+    log_once(f'data.path={path}: these files are empty or have unknown endings and are not read: {names}; expected '
+             f'{READABLE}', logging.WARNING)  # fmt: skip
+
+
+def _walk(root):
+  """Yield (path, name relative to `root`) of the files in a folder and its subfolders, except runs and caches.
+
+  Each folder is visited once, although links may lead to it several times; links to folders are followed at the end.
+  """
+  folders, links, seen = [(root, '')], [], set()
+  while folders or links:
+    folder, prefix = folders.pop() if folders else links.pop(0)
+    real = str(folder) if storage.is_remote(folder) else os.path.realpath(folder)
+    if real in seen or CACHE_ENTRY.search(prefix):
       continue
-    if path.is_dir():
-      if not any((path / name).exists() for name in CACHE_FILES):
-        yield from _walk(path, f'{prefix}{path.name}/')
-    elif CORPUS_FILE.search(path.name):
-      yield File(path, prefix + path.name, *storage.size_and_time(path))
+    seen.add(real)
+    entries = {path.name: path for path in folder.iterdir()}
+    if prefix and not SKIPPED_WITH.isdisjoint(entries):
+      continue
+    for name, path in sorted(entries.items()):
+      is_link = os.path.islink(path)
+      if name.startswith('.') or (name == 'checkpoints' and 'run.json' in entries):
+        continue
+      if path.is_dir():
+        (links if is_link else folders).append((path, f'{prefix}{name}/'))
+      elif is_link and not path.exists() and ('.' not in name or CORPUS_FILE.search(name)):
+        raise UserError(f'data.path={root}: the link {prefix}{name} points to {os.readlink(path)}, which does not '
+                        'exist: correct or remove the link')  # fmt: skip
+      else:
+        yield path, prefix + name
 
 
 def _reason(error: Exception) -> str:
@@ -188,14 +244,16 @@ def sample_uniformly(found, count: int, seed: int) -> list:
 
 
 def read(file: File, mode: str):
-  """Yield (byte offset of the document's end, text) for the documents of a file."""
+  """Yield (number of bytes read from the file so far, text) for the documents of a file."""
+  match = CORPUS_FILE.search(file.name)
+  kind = ((match and match[2]) or 'txt').lower()
+  parse = {'jsonl': _json_lines, 'ndjson': _json_lines, 'parquet': _parquet}.get(kind)
   try:
-    with file.path.open('rb') as stream:
-      if file.path.suffix == '.jsonl':
-        yield from _json_lines(file.path, stream)
-      else:
-        yield from _texts(file.path, stream, mode)
-  except OSError as error:
+    with file.path.open('rb') as raw:
+      stream = gzip.GzipFile(fileobj=raw) if file.name.lower().endswith('.gz') else raw
+      for text in parse(file.path, stream) if parse else _texts(file.path, stream, mode):
+        yield raw.tell(), text
+  except (OSError, EOFError, zlib.error) as error:
     raise UserError(f'{file.path} cannot be read: {_reason(error)}') from None
 
 
@@ -210,25 +268,25 @@ def _lines(stream):
 
 
 def _texts(path, stream, mode: str):
-  """Yield (byte offset of the document's end, text) for the documents of a text file."""
-  pending, end = [], 0  # lines of the current document; byte offset of its end
+  """Yield the documents of a text file."""
+  pending = []  # lines of the current document
   for start, line in _lines(stream):
-    end, text = start + len(line), decode(line, path, start)
+    text = decode(line, path, start)
     if mode == 'line':
       if text := text.strip():
-        yield end, text
+        yield text
     elif (text.strip() == END) if mode == 'endoftext' else not text.strip():
       if document := '\n'.join(pending).strip():
-        yield end, document
+        yield document
       pending = []
     else:
       pending.append(text)
   if document := '\n'.join(pending).strip():
-    yield end, document
+    yield document
 
 
 def _json_lines(path, stream):
-  """Yield (byte offset of the document's end, text) for the documents of a JSONL file."""
+  """Yield the documents of a JSON Lines file."""
   for number, (start, line) in enumerate(_lines(stream), 1):
     if not line.strip():
       continue
@@ -242,7 +300,27 @@ def _json_lines(path, stream):
       raise UserError(f'{path}, line {number}: "text" contains an unpaired surrogate: remove it') from None
     except (KeyError, TypeError, ValueError, RecursionError):
       raise UserError(f'{path}, line {number}: expected JSON with "text", a string, got {text.strip()[:80]}') from None
-    yield start + len(line), found.strip()
+    yield found.strip()
+
+
+def _parquet(path, stream):
+  """Yield the documents of a Parquet file, the values of its column `text`."""
+  try:
+    import pyarrow
+    from pyarrow import parquet
+  except ImportError:
+    raise UserError(f"{path}: Parquet needs the package pyarrow: pip install 'ilm_jax[parquet]'") from None
+  try:
+    table = parquet.ParquetFile(stream)
+    if 'text' not in (columns := table.schema_arrow.names):
+      raise UserError(f'{path}: expected a column "text", found the columns {", ".join(columns)}')
+    values = (value for batch in table.iter_batches(1_000, columns=['text']) for value in batch.column(0).to_pylist())
+    for number, value in enumerate(values, 1):
+      if not isinstance(value, str):
+        raise UserError(f'{path}, row {number}: expected a string in the column "text", got {repr(value)[:80]}')
+      yield value.strip()
+  except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    raise UserError(f'{path} is not a readable Parquet file: {_reason(error)}') from None
 
 
 def decode(content: bytes, path, start: int) -> str:
@@ -253,8 +331,6 @@ def decode(content: bytes, path, start: int) -> str:
     offset = start + error.start
     raise UserError(f'{path} is not UTF-8: byte {offset} is {content[error.start]:#04x}') from None
 
-
-# --- the One Billion Word corpus --------------------------------------------------------------------------------------
 
 ARCHIVE = '1-billion-word-language-modeling-benchmark-r13output'
 DETOKENIZATION = (  # (pattern, replacement): pairs that remove the spaces inserted when LM1B was tokenized
@@ -280,8 +356,6 @@ def detokenize(text: str) -> str:
     text = pattern.sub(replacement, text)
   return text
 
-
-# --- downloads --------------------------------------------------------------------------------------------------------
 
 STORIES = 'https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/'
 SOURCES = {  # name of a corpus -> URLs of its files
@@ -310,7 +384,7 @@ def fetch(name: str, cache: str) -> str:
 
 def unpack(archive: str, cache: str) -> str:
   """Return the cache folder with the unpacked content of a *.tar.gz archive, unpacking it first if necessary."""
-  path = epath.Path(archive).expanduser()
+  path = paths.resolve(archive, 'data.path')
   try:
     size, _ = storage.size_and_time(path)
     path.open('rb').close()

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import re
 import tempfile
 
@@ -18,6 +19,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from ilm_jax import paths
 from ilm_jax.data import builders, storage
 from ilm_jax.data import tokenizers as tokenizer_lib
 from ilm_jax.special_tokens import BOS, CLS
@@ -60,7 +62,7 @@ def _scratch() -> tempfile.TemporaryDirectory:
 
 def _cache(cfg) -> str:
   """Return the cache folder, `task.cache` or a temporary folder."""
-  return cfg.cache or _scratch().name
+  return os.fspath(paths.resolve(cfg.cache, 'task.cache')) if cfg.cache else _scratch().name
 
 
 def corpus_of(cfg) -> corpora.Corpus:
@@ -70,8 +72,8 @@ def corpus_of(cfg) -> corpora.Corpus:
   if not path and not cfg.source:
     raise UserError('data.path is empty: set --config.data.path=PATH to a file, or to a folder of *.txt or *.jsonl')
   if not path:
-    path = corpora.fetch(cfg.source, cfg.cache)
-  elif str(path).endswith(('.tar.gz', '.tgz')):
+    path = corpora.fetch(cfg.source, cfg.cache and _cache(cfg))
+  elif str(path).lower().endswith(('.tar.gz', '.tgz')):
     path = corpora.unpack(path, _cache(cfg))
   return corpora.find(path)
 
@@ -217,7 +219,9 @@ def tokenizer(cfg) -> tokenizer_lib.Tokenizer:
 def given(cfg) -> tokenizer_lib.Tokenizer | None:
   """Return the tokenizer at `tokenizer.path`, or None if the path is empty."""
   path = cfg.tokenizer.path
-  return tokenizer_lib.read(path, lowercase=cfg.tokenizer.lowercase) if path else None
+  if not path:
+    return None
+  return tokenizer_lib.read(paths.resolve(path, 'task.tokenizer.path'), lowercase=cfg.tokenizer.lowercase)
 
 
 def trained(cfg) -> tokenizer_lib.Tokenizer:
@@ -260,7 +264,11 @@ def resolve_assets(cfg, folder) -> None:
   if cfg.tokenizer.fingerprint not in ('', words.fingerprint):
     raise UserError(f'the tokenizer in {own} has fingerprint {words.fingerprint}, but the checkpoints next to it were '
                     f'trained with {cfg.tokenizer.fingerprint}: restore that tokenizer')  # fmt: skip
-  if path and epath.Path(path).expanduser().exists() and (other := given(cfg).fingerprint) != words.fingerprint:
+  try:
+    is_there = path and paths.resolve(path, 'task.tokenizer.path').exists()
+  except (UserError, OSError):
+    is_there = False  # a run that has its tokenizer does not need to reach the one that was given at its start
+  if is_there and (other := given(cfg).fingerprint) != words.fingerprint:
     raise UserError(f'task.tokenizer.path={path} has fingerprint {other}, but the checkpoints in {folder} were trained '
                     f'with a tokenizer with fingerprint {words.fingerprint}: omit task.tokenizer.path, or choose '
                     'another --workdir')  # fmt: skip

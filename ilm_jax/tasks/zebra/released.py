@@ -9,6 +9,7 @@ import gc
 import pathlib
 import pickle
 
+from ilm_jax import paths
 from ilm_jax.tasks.zebra.clues import DIGITS, Puzzle, from_words
 from ilm_jax.types import UserError
 
@@ -47,7 +48,10 @@ class _Unpickler(pickle.Unpickler):
 
 def find_files(path: str) -> dict[str, pathlib.Path]:
   """Return {'all': path} for a single file, or {'train': path, 'test': path} for a folder with the released files."""
-  place = pathlib.Path(path).expanduser()
+  place = paths.resolve(path, 'task.path')
+  if '://' in str(place):
+    raise UserError(f'task.path={path}: the released puzzles can be read from a local folder only; copy them there')
+  place = pathlib.Path(place)
   if place.is_file():
     return {'all': place}
   if not place.is_dir():

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
+from ilm_jax import paths
 from ilm_jax.data import builders, storage
 from ilm_jax.data.tokenizers import WordTokenizer
 from ilm_jax.special_tokens import BOS, CLS
@@ -75,7 +76,8 @@ class Source:
       name = self._recipe.folder_name(self.size)
       make = functools.partial(generate, self._recipe, self.size, cfg.num_workers)
     if cfg.cache:
-      self._stored = builders.open_or_prepare_sequences(cfg.cache, name, make)
+      cache = os.fspath(paths.resolve(cfg.cache, 'task.cache'))
+      self._stored = builders.open_or_prepare_sequences(cache, name, make)
     elif cfg.path:
       self._stored = [ids.tobytes() for ids in make()]  # bytes objects need less memory than arrays
     if self._stored is not None:

@@ -72,7 +72,7 @@ def test_a_zebra_example_lists_the_clues_and_then_the_cells(order):
   'change',
   [{'min_houses': 2}, {'max_houses': 7}, {'min_attributes': 5}, {'max_attributes': 2}, {'order': 'random'},
    {'num_workers': -1}, {'num_train': 0, 'cache': 'somewhere'},
-   {'path': '/nowhere'}, {'cache': __file__}],
+   {'path': '/nowhere'}, {'path': 'gss://b'}, {'path': 'gs://b'}, {'cache': 'gss://b'}, {'cache': __file__}],
 )  # fmt: skip
 def test_invalid_settings_of_the_zebra_task_are_refused_in_one_line(change):
   with pytest.raises(UserError) as error:
