@@ -131,9 +131,8 @@ def read_references(values, count: int) -> list[str]:
     if not texts:
       raise UserError(f'--reference={path} contains no texts')
     return texts
-  documents = corpora.read_split(
-    path, values.split, values.documents, detokenised=values.detokenize, flag='--reference'
-  )  # fmt: skip
+  options = {'detokenised': values.detokenize, 'flag': '--reference'}
+  documents = corpora.read_split(path, values.split, values.documents, **options)
   texts = corpora.sample_uniformly(documents, count, values.seed)
   if not texts:
     raise UserError(f'--reference={path} contains no documents in its {values.split} split')

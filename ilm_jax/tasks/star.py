@@ -102,9 +102,7 @@ def encode(graph: Graph, backwards: bool = False) -> dict[str, np.ndarray]:
   """Encode a graph as an example; tokens up to and including [BOS] are fixed. `backwards` reverses the answer."""
   prompt = _prompt_ids(graph.edges, graph.path[0], graph.path[-1])
   answer = [FIRST_NODE_ID + node for edge in itertools.pairwise(graph.path) for node in edge]
-  if backwards:
-    answer.reverse()
-  tokens = np.array(prompt + answer, np.int32)
+  tokens = np.array(prompt + (answer[::-1] if backwards else answer), np.int32)
   return {'tokens': tokens, 'fixed': np.arange(len(tokens)) < len(prompt)}
 
 
