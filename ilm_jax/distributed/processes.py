@@ -21,7 +21,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ilm_jax.console import fail
+from ilm_jax.console import exit_code, fail
 from ilm_jax.types import UserError
 
 FILE_TIMEOUT = 60  # seconds to wait until a file that process 0 writes is visible to all processes
@@ -252,9 +252,10 @@ def is_peer_lost(error: BaseException | None) -> bool:
 
 def _exit(code: int) -> None:
   """End this process at once; a normal exit would wait for the other processes."""
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
+  lost = exit_code(sys.stdout.flush)
+  with contextlib.suppress(OSError):
+    sys.stderr.flush()
+  os._exit(code or lost)
 
 
 def end_together(call) -> int:
