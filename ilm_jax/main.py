@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from ilm_jax import console
+from ilm_jax import console, paths
 from ilm_jax.configs.list import FOLDER, NAMES
 from ilm_jax.types import UserError
 
@@ -111,7 +111,7 @@ def run(values: flags.FlagValues) -> int:
   from ilm_jax.distributed import processes
   from ilm_jax.training import loop
 
-  cfg, workdir = values.config, values.workdir or default_workdir(values)
+  cfg, workdir = values.config, os.fspath(paths.resolve(values.workdir or default_workdir(values), '--workdir'))
   given = (values[name].value for name in processes.FLAGS)
   processes.start(*given, saving=values.mode == 'train', **cfg.get('distributed', {}))
   call = {'train': loop.train, 'eval': loop.evaluate_run}[values.mode]
