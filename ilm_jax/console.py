@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sys
-import traceback
 import warnings
 
 from absl import flags, logging
@@ -68,12 +67,10 @@ def exit_code(call) -> int:
     return fail(error)
   except KeyboardInterrupt:
     return 130
-  except Exception as error:
-    if not is_device_error(error):
+  except Exception:
+    if not (problem := device_problem()):
       raise
-    reason = str(error).removeprefix('Unable to initialize backend ').partition(' (set JAX_PLATFORMS')[0]
-    return fail(f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}: JAX cannot use this device '
-                f'({reason or "not found"}): expected cpu, or cuda or tpu with its package installed')  # fmt: skip
+    return fail(problem)
 
 
 def guard(call) -> int:
@@ -93,10 +90,16 @@ def guard(call) -> int:
   return code or lost
 
 
-def is_device_error(error: Exception) -> bool:
-  """Return whether JAX raised the error because it cannot use the devices that it was told to use."""
-  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-  return frame.f_globals.get('__name__') == 'jax._src.xla_bridge'
+def device_problem() -> str | None:
+  """Return an error message if JAX cannot use the devices that JAX_PLATFORMS names; None if it can, or names none."""
+  if (wanted := os.environ.get('JAX_PLATFORMS')) and (jax := sys.modules.get('jax')):
+    try:
+      jax.devices()
+    except Exception as error:  # only a RuntimeError has a helpful message
+      reason = str(error).partition(' (set JAX_PLATFORMS')[0] if isinstance(error, RuntimeError) else 'not found'
+      return (f'JAX_PLATFORMS={wanted}: JAX cannot use this device ({reason}): expected cpu, or cuda or tpu with its '
+              'package installed')  # fmt: skip
+  return None
 
 
 def wants_help(argv) -> bool:

@@ -18,8 +18,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from ilm_jax import console, paths
+from ilm_jax.configs import default
 from ilm_jax.configs.list import FOLDER, NAMES
-from ilm_jax.types import UserError
+from ilm_jax.types import UserError, check_seed
 
 
 def define(values: flags.FlagValues) -> None:
@@ -44,17 +45,27 @@ def command(doc: str, define, run, argv=None) -> int:
 
 def parse(values: flags.FlagValues, argv) -> list[str]:
   """Parse the arguments of a command with --config; return those that are not flags."""
-  argv = locate_config(argv)
+  from ilm_jax.runs.run_file import as_json, flatten
+
+  unset = re.compile(rf'--?config\.({"|".join(map(re.escape, default.optional_settings()))})=None')
+  given, argv = argv, locate_config(word for word in argv if not unset.fullmatch(word))
   try:
     rest = values(argv)
+    if values.config is None:
+      raise UserError('--config is missing: expected a config, such as star:tiny; `ilm-jax configs` lists them')
+    for match in filter(None, map(unset.fullmatch, given)):
+      section, _, name = match[1].partition('.')
+      values.config[section][name] = None
+    settings = flatten(as_json(values.config))
   except UserError:
     raise
   except (AttributeError, KeyError) as error:
     raise UserError(unknown_setting(plain(error), argv)) from error
   except Exception as error:  # a config file is code, and may raise anything
     raise UserError(f'flags: {plain(error)}') from error
-  if values.config is None:
-    raise UserError('--config is missing: expected a config, such as --config=star:tiny; `ilm-jax configs` lists them')
+  for name in settings:
+    if name == 'seed' or name.endswith('.seed'):
+      check_seed(settings[name], f'config.{name}')
   return rest[1:]
 
 
