@@ -49,6 +49,7 @@ def parse(values: flags.FlagValues, argv) -> list[str]:
 
   unset = re.compile(rf'--?config\.({"|".join(map(re.escape, default.optional_settings()))})=None')
   given, argv = argv, locate_config(word for word in argv if not unset.fullmatch(word))
+  sys.modules.pop('config_config', None)  # the module of another config file, whose functions would stay defined
   try:
     rest = values(argv)
     if values.config is None:
