@@ -162,12 +162,17 @@ def quiet() -> None:
   sys.unraisablehook = print_unraisable
   # Orbax never awaits the coroutines of a failed write, but raises the failure itself.
   warnings.filterwarnings('ignore', "coroutine '.*' was never awaited")
-  if (cache := os.environ.get('JAX_COMPILATION_CACHE_DIR')) is None:
-    homes = os.environ.get('XDG_CACHE_HOME', ''), os.path.expanduser('~/.cache')  # ~ stays if there is no home folder
-    cache = next((os.path.join(home, 'ilm_jax', 'xla') for home in homes if os.path.isabs(home)), '')
-  if cache:
+  if cache := compilation_cache():
     jax.config.update('jax_compilation_cache_dir', cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def compilation_cache() -> str:
+  """Return the folder of JAX's persistent compilation cache; '' if it is switched off or there is no home folder."""
+  if (folder := os.environ.get('JAX_COMPILATION_CACHE_DIR')) is not None:
+    return folder
+  homes = os.environ.get('XDG_CACHE_HOME', ''), os.path.expanduser('~/.cache')  # ~ stays if no home folder is known
+  return next((os.path.join(home, 'ilm_jax', 'xla') for home in homes if os.path.isabs(home)), '')
 
 
 def is_relevant(record) -> bool:

@@ -81,14 +81,15 @@ def locate_config(argv) -> list[str]:
       index += 1
       value = argv[index] if index < len(argv) else ''
     path, colon, variant = value.partition(':')
-    if os.path.isfile(path):
-      continue
-    if path not in NAMES:
+    file = os.path.expanduser(path)  # a shell does not expand the ~ in --config=~/file.py
+    if not os.path.isfile(file) and path in NAMES:
+      file = FOLDER / f'{path}.py'
+    elif not os.path.isfile(file):
       raise UserError(
         f'--config={value}: there is no file {path} in {os.getcwd()}, and no packaged config of this name: expected a '
         f'path, or one of {", ".join(sorted(NAMES))}'
       )
-    argv[index] = f'{"--config=" if equals else ""}{FOLDER / path}.py{colon}{variant}'
+    argv[index] = f'{"--config=" if equals else ""}{file}{colon}{variant}'
   return argv
 
 
