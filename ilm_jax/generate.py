@@ -15,10 +15,9 @@ standard input. A file of requests has one request per line, either a prompt as 
     "truth", "fillings"  optional: the original text and the original fillings; copied to the result
 
 Results are written as soon as they finish, so they may be out of order. A line that cannot be served is reported on
-standard error; the other lines are still served, and the exit code is then 1.
-
-Several devices (--mesh=data=-1) or several processes can share the work, without any effect on the results. Start all
-processes with the same command; each writes its share to its own file: completions-00000-of-00002.jsonl, ...
+standard error; the other lines are still served, and the exit code is then 1. Several devices (--mesh=data=-1) or
+several processes can share the work, without any effect on the results. Start all processes with the same command; each
+writes its share to its own file: completions-00000-of-00002.jsonl, ...
 """
 
 import contextlib

@@ -83,10 +83,9 @@ def start(
     raise UserError(f'--coordinator={coordinator}: expected HOST:PORT of process 0')
   elif process_id:
     wait_for_port(coordinator, initialization_timeout)
-  options = {}
   if given:
-    options = {'coordinator_address': coordinator, 'num_processes': num_processes, 'process_id': process_id}
-    options['cluster_detection_method'] = 'deactivate'
+    given['coordinator_address'] = given.pop('coordinator')
+    given['cluster_detection_method'] = 'deactivate'
   jax.config.update('jax_enable_preemption_service', saving)
   address = coordinator or 'the coordinator that the environment names'
   timed_out = PeerLost(f'the processes did not all connect to {address} within {initialization_timeout} s: is every '
@@ -97,7 +96,7 @@ def start(
   timer.start()
   try:
     jax.distributed.initialize(
-      **options,
+      **given,
       initialization_timeout=initialization_timeout + 60,
       heartbeat_timeout_seconds=heartbeat_timeout,
       shutdown_timeout_seconds=2 * heartbeat_timeout,
@@ -157,7 +156,7 @@ def gather(text: str) -> list[str]:
   """Return the texts of all processes, in order; every process must call it (a collective operation)."""
   if jax.process_count() == 1:
     return [text]
-  raw = np.frombuffer(text.encode(), np.uint8)
+  raw = np.frombuffer(text.encode(errors='backslashreplace'), np.uint8)
   lengths = multihost_utils.process_allgather(np.array([len(raw)], np.int32)).reshape(-1)
   rows = multihost_utils.process_allgather(np.pad(raw, (0, int(lengths.max()) - len(raw)))[None])
   rows = rows.reshape(len(lengths), -1)
