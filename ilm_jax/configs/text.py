@@ -4,9 +4,10 @@ small   documents of up to 256 tokens, 1.9M parameters, batch 32, for two CPU co
 full    documents of up to 1,024 tokens, with the model and learning rate that the paper uses for stories. Not yet
         trained.
 
-PATH is a file or a folder, local or in a bucket, of *.txt, *.tokens or *.jsonl files (field `text` of each line). File
-names that contain train, valid, heldout or test select the split; otherwise, a hash of each document selects it. In a
-*.txt file, a document ends with a line <|endoftext|> or with the file; see `task.documents`.
+PATH is a file or a folder, local or in a bucket, of *.txt, *.tokens, *.jsonl, *.ndjson or *.parquet files (field `text`
+of each line or row), also compressed (*.gz). File names with the word train, valid, heldout or test select the split;
+otherwise, a hash of each document selects it. In a *.txt file, a document ends with a line <|endoftext|> or with the
+file; `--config.task.documents=paragraph` or `line` changes that.
 
 The tokenizer is a SentencePiece model that is trained on the corpus, or the one at `--config.task.tokenizer.path=`: a
 SentencePiece model, a WordPiece vocabulary (the paper uses bert-base-uncased's vocab.txt), or a folder with either.
