@@ -5,7 +5,7 @@ import os
 import sys
 from typing import NamedTuple
 
-from ilm_jax.console import fail, wants_help
+from ilm_jax.console import guard, wants_help
 from ilm_jax.types import UserError
 
 
@@ -41,8 +41,13 @@ First steps: ilm-jax configs; ilm-jax train --config=star:tiny; ilm-jax generate
 
 
 def main(argv=None) -> int:
-  """Run a subcommand; returns the exit code."""
+  """Run `ilm-jax`; returns the exit code."""
   _, *arguments = sys.argv if argv is None else argv
+  return guard(lambda: run(arguments))
+
+
+def run(arguments: list[str]) -> int:
+  """Run the subcommand that the arguments name; returns the exit code."""
   name = arguments[0] if arguments else '--help'
   if name == '--version':
     from ilm_jax import __version__
@@ -53,7 +58,7 @@ def main(argv=None) -> int:
     print(HELP.format('\n'.join(f'  {name:<12} {command.help}' for name, command in SUBCOMMANDS.items())))
     return 0
   if name not in SUBCOMMANDS:
-    return fail(UserError(f'ilm-jax {name}: expected one of {", ".join(SUBCOMMANDS)}; see ilm-jax --help'))
+    raise UserError(f'ilm-jax {name}: expected one of {", ".join(SUBCOMMANDS)}; see ilm-jax --help')
   command = SUBCOMMANDS[name]
   if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())  # find the user's own families and tasks; last, so that they shadow nothing

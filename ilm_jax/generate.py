@@ -15,16 +15,16 @@ standard input. A file of requests has one request per line, either a prompt as 
     "truth", "fillings"  optional: the original text and the original fillings; copied to the result
 
 Results are written as soon as they finish, so they may be out of order. A line that cannot be served is reported on
-standard error; the other lines are still served, and the exit code is then 1.
-
-Several devices (--mesh=data=-1) or several processes can share the work, without any effect on the results. Start all
-processes with the same command; each writes its share to its own file: completions-00000-of-00002.jsonl, ...
+standard error; the other lines are still served, and the exit code is then 1. Several devices (--mesh=data=-1) or
+several processes can share the work, without any effect on the results. Start all processes with the same command; each
+writes its share to its own file: completions-00000-of-00002.jsonl, ...
 """
 
 import contextlib
 import functools
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,8 @@ from typing import Any, NamedTuple
 from absl import flags
 from etils import epath
 
-from ilm_jax.console import command, define_processes, fail, quiet
+from ilm_jax import paths
+from ilm_jax.console import command, define_processes, define_seed, fail, quiet
 from ilm_jax.runs import run_file
 from ilm_jax.tasks.text import corpora
 from ilm_jax.types import UserError
@@ -64,7 +65,7 @@ def define(values: flags.FlagValues) -> None:
   string('out', None, 'File for the results; standard output by default.')
   string('trace', None, 'File for an HTML page that animates the insertions.')
   string('checkpoint', 'best', "Checkpoint: 'best', 'latest' or a step.")
-  integer('seed', 0, 'Random seed of sampling.')
+  define_seed(values)
   integer('batch_size', 64, 'Number of requests decoded at a time (slots).', lower_bound=1)
   string('mesh', None, 'Device mesh, such as data=-1 (all devices) or data=2,tensor=4; by default the first device, or '
          'all devices if there are several processes.')  # fmt: skip
@@ -102,10 +103,8 @@ def read_requests(values) -> tuple[list[Request], list[UserError]]:
     kind = 'prompt' if values.prompt else 'infill'
     return [Request(i, kind, text, f'--{kind} {i + 1}', limits) for i, text in enumerate(texts)], []
   name = values.prompts or 'standard input'
-  try:
-    content = epath.Path(values.prompts).read_bytes() if values.prompts else sys.stdin.buffer.read()
-  except (OSError, ImportError) as error:  # ImportError: epath lacks a package for this kind of bucket
-    raise UserError(f'--prompts={name}: {getattr(error, "strerror", None) or error}') from None
+  with naming(f'--prompts={name}'):
+    content = epath.Path(name).read_bytes() if values.prompts else sys.stdin.buffer.read()
   lines, json_only, next_offset = content.split(b'\n'), name.endswith('.jsonl'), 0
   requests, errors, lines_of_ids = [], [], {}
   for number, line in enumerate(lines):
@@ -114,7 +113,7 @@ def read_requests(values) -> tuple[list[Request], list[UserError]]:
       offset, line = len(corpora.BYTE_ORDER_MARK), line[len(corpora.BYTE_ORDER_MARK) :]
     where = f'{name}, line {number + 1}'
     try:
-      if text := corpora.decode(line, where, offset).strip():
+      if (text := corpora.decode(line, where, offset).removesuffix('\r')).strip():
         request = read_line(text, number, where, limits, json_only=json_only)
         if request.id in lines_of_ids:
           raise UserError(f'{where}: id {request.id} is already used on line {lines_of_ids[request.id]}: change it')
@@ -129,7 +128,7 @@ def read_requests(values) -> tuple[list[Request], list[UserError]]:
 
 def read_line(text: str, number: int, where: str, limits: dict, *, json_only: bool = False) -> Request:
   """Return the request of a line: JSON, or a prompt as plain text unless `json_only`."""
-  if not text.startswith('{') and not json_only:
+  if not text.lstrip().startswith('{') and not json_only:
     return Request(number, 'prompt', text, where, limits)
   try:
     record = json.loads(text)
@@ -160,18 +159,41 @@ def check_files(values, out: str | None = None) -> None:
   `out` is the results file that this process writes, if it differs from --out.
   """
   named = {name: values[name].value for name in ('prompts', 'out', 'trace')} | ({'out': out} if out else {})
-  paths = {name: Path(value).resolve() for name, value in named.items() if value}
-  for one, other in itertools.combinations(paths, 2):
-    if paths[one] == paths[other]:
-      raise UserError(f'--{one} and --{other} are the same file, {paths[one]}: choose another')
-  if 'trace' in paths and not paths['trace'].parent.is_dir():
-    raise UserError(f'--trace={values.trace}: the folder {paths["trace"].parent} does not exist')
+  files = {name: value if '://' in value else os.path.realpath(value) for name, value in named.items() if value}
+  for one, other in itertools.combinations(files, 2):
+    if files[one] == files[other]:
+      raise UserError(f'--{one} and --{other} are the same file, {files[one]}: choose another')
+  folder = os.path.dirname(files.get('trace', ''))
+  if folder and '://' not in folder and not os.path.isdir(folder):
+    raise UserError(f'--trace={values.trace}: the folder {folder} does not exist')
+
+
+@contextlib.contextmanager
+def naming(setting: str):
+  """Context manager: an error of a file or bucket becomes a UserError that names the setting, such as --out=FILE."""
+  try:
+    yield
+  except (OSError, ImportError) as error:  # ImportError: a bucket needs another package
+    raise UserError(f'{setting}: {getattr(error, "strerror", None) or error}') from None
+
+
+@contextlib.contextmanager
+def output(name: str | None):
+  """Context manager: the open file for the results, or standard output; errors of closing it are UserErrors, too."""
+  if not name:
+    yield sys.stdout
+    return
+  with naming(f'--out={name}'), epath.Path(name).open('w') as file:
+    yield file
 
 
 def run(values) -> int:
   """Serve the requests given by the flags; returns the exit code, 1 if a request could not be served."""
   if not values.workdir:
     raise UserError('--workdir is missing: expected the folder of a run, such as --workdir=runs/star-tiny')
+  for name in ('workdir', 'prompts', 'out', 'trace'):
+    if values[name].value:
+      values[name].value = os.fspath(paths.resolve(values[name].value, f'--{name}'))
   check_files(values)
   if values.prompt and (values.least is not None or values.most is not None):
     raise UserError('--least and --most apply only to gaps: use them with --infill')
@@ -221,25 +243,20 @@ def serve(values, requests: list[Request], errors: list[UserError]) -> int:
   jobs = [(request, argument, sample) for request, argument in valid for sample in range(values.n or 1)]
   ids = [api.request_number(request.id, sample) for request, _, sample in jobs]
   results = {}
-  with contextlib.ExitStack() as stack:
-    try:
-      out = stack.enter_context(epath.Path(out_name).open('w')) if out_name else sys.stdout
-    except (OSError, ImportError) as error:
-      raise UserError(f'--out={out_name}: {getattr(error, "strerror", None) or error}') from None
+  with output(out_name) as out:
     for job, result in lm.stream([argument for _, argument, _ in jobs], seed=values.seed, ids=ids):
       if job % count != index:
         continue
       request, _, sample = jobs[job]
       record = {'id': request.id, **({} if values.n is None else {'sample': sample}), request.kind: request.content}
       record |= result._asdict() | ({} if request.truth is None else {'truth': request.truth})
-      write(record, out, out_name)
+      print(json.dumps(record), file=out, flush=True)
       if values.trace:
         results[job] = result
   if values.trace:
-    try:
-      Path(values.trace).write_text(lm.page([results[job] for job in sorted(results)]), encoding='utf-8')
-    except OSError as error:
-      raise UserError(f'--trace={values.trace}: {error.strerror}') from None
+    page = lm.page([results[job] for job in sorted(results)])
+    with naming(f'--trace={values.trace}'):
+      epath.Path(values.trace).write_text(page, encoding='utf-8')
   return 1 if errors else 0
 
 
@@ -262,16 +279,6 @@ def shard(name: str | None, index: int, count: int) -> str | None:
     return name
   stem, dot, suffix = name.rpartition('.') if '.' in Path(name).name else (name, '', '')
   return f'{stem}-{index:05d}-of-{count:05d}{dot}{suffix}'
-
-
-def write(record: dict, out, name) -> None:
-  """Write a result as a line of JSON to the open file `out`; error messages name it `name`."""
-  try:
-    print(json.dumps(record), file=out, flush=True)
-  except BrokenPipeError:
-    raise
-  except OSError as error:
-    raise UserError(f'cannot write to {name or "standard output"}: {error.strerror or error}') from None
 
 
 def main(argv=None) -> int:

@@ -17,9 +17,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from ilm_jax import console
+from ilm_jax import console, paths
+from ilm_jax.configs import default
 from ilm_jax.configs.list import FOLDER, NAMES
-from ilm_jax.types import UserError
+from ilm_jax.types import UserError, check_seed
 
 
 def define(values: flags.FlagValues) -> None:
@@ -44,17 +45,28 @@ def command(doc: str, define, run, argv=None) -> int:
 
 def parse(values: flags.FlagValues, argv) -> list[str]:
   """Parse the arguments of a command with --config; return those that are not flags."""
-  argv = locate_config(argv)
+  from ilm_jax.runs.run_file import as_json, flatten
+
+  unset = re.compile(rf'--?config\.({"|".join(map(re.escape, default.optional_settings()))})=None')
+  given, argv = argv, locate_config(word for word in argv if not unset.fullmatch(word))
+  sys.modules.pop('config_config', None)  # the module of another config file, whose functions would stay defined
   try:
     rest = values(argv)
+    if values.config is None:
+      raise UserError('--config is missing: expected a config, such as star:tiny; `ilm-jax configs` lists them')
+    for match in filter(None, map(unset.fullmatch, given)):
+      section, _, name = match[1].partition('.')
+      values.config[section][name] = None
+    settings = flatten(as_json(values.config))
   except UserError:
     raise
   except (AttributeError, KeyError) as error:
     raise UserError(unknown_setting(plain(error), argv)) from error
   except Exception as error:  # a config file is code, and may raise anything
     raise UserError(f'flags: {plain(error)}') from error
-  if values.config is None:
-    raise UserError('--config is missing: expected a config, such as --config=star:tiny; `ilm-jax configs` lists them')
+  for name in settings:
+    if name == 'seed' or name.endswith('.seed'):
+      check_seed(settings[name], f'config.{name}')
   return rest[1:]
 
 
@@ -69,14 +81,15 @@ def locate_config(argv) -> list[str]:
       index += 1
       value = argv[index] if index < len(argv) else ''
     path, colon, variant = value.partition(':')
-    if os.path.isfile(path):
-      continue
-    if path not in NAMES:
+    file = os.path.expanduser(path)  # a shell does not expand the ~ in --config=~/file.py
+    if not os.path.isfile(file) and path in NAMES:
+      file = FOLDER / f'{path}.py'
+    elif not os.path.isfile(file):
       raise UserError(
         f'--config={value}: there is no file {path} in {os.getcwd()}, and no packaged config of this name: expected a '
         f'path, or one of {", ".join(sorted(NAMES))}'
       )
-    argv[index] = f'{"--config=" if equals else ""}{FOLDER / path}.py{colon}{variant}'
+    argv[index] = f'{"--config=" if equals else ""}{file}{colon}{variant}'
   return argv
 
 
@@ -111,7 +124,7 @@ def run(values: flags.FlagValues) -> int:
   from ilm_jax.distributed import processes
   from ilm_jax.training import loop
 
-  cfg, workdir = values.config, values.workdir or default_workdir(values)
+  cfg, workdir = values.config, os.fspath(paths.resolve(values.workdir or default_workdir(values), '--workdir'))
   given = (values[name].value for name in processes.FLAGS)
   processes.start(*given, saving=values.mode == 'train', **cfg.get('distributed', {}))
   call = {'train': loop.train, 'eval': loop.evaluate_run}[values.mode]

@@ -20,6 +20,7 @@ A batch is a dict of arrays from `data.pipeline`. A segment is one corrupted exa
     noise_BxS                          noise level of the example, for families whose model is conditioned on it
 """
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 Array = Any  # jax.Array or np.ndarray
@@ -32,6 +33,15 @@ class UserError(Exception):
 
   code = 1  # exit code of the command
   everywhere = False  # whether all processes of the run raise this error
+
+
+SEED_LIMIT = 2**32  # JAX uses 32 bits of a seed
+
+
+def check_seed(seed, setting: str = 'seed') -> None:
+  """Raise UserError unless the seed is an integer whose bits all count: 0 <= seed < SEED_LIMIT."""
+  if not isinstance(seed, Integral) or not 0 <= seed < SEED_LIMIT:
+    raise UserError(f'{setting}={seed}: expected an integer from 0 to {SEED_LIMIT - 1}')
 
 
 class Outputs(NamedTuple):

@@ -22,7 +22,13 @@
 # Last real run: 2026-11-21, star.py:tiny star.py:mini without oracle, on two CPU cores (RESULTS.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/common.sh
 
+script=table.sh dry_run=${DRY_RUN:-}
+case ${1:-} in
+  -h | --help) usage ;;
+  '' | -*) fail "${1:-no config}: expected configs, such as: launch/table.sh star.py:tiny star.py:mini (see --help)" ;;
+esac
 RUNS=${RUNS:-runs/table}
 FAMILIES=${FAMILIES:-ilm arm oracle mdm it}
 SEEDS=${SEEDS:-0 1 2}
@@ -30,19 +36,13 @@ STEPS=${STEPS-6000}
 FLAGS=${FLAGS:-}
 MDM_STEPS=${MDM_STEPS:-32}
 PYTHON=${PYTHON:-python}
-DRY_RUN=${DRY_RUN:-}
-[ $# -gt 0 ] || { echo "expected configs, such as: launch/table.sh star.py:tiny star.py:mini" >&2; exit 1; }
 
 # Run a command, and repeat it while it exits with 75 (preempted); in a dry run, print it.
-run() {
-  if [ -n "$DRY_RUN" ]; then
-    echo "$*"
-    return 0
-  fi
+repeat() {
   local code=75
   while [ "$code" = 75 ]; do
     code=0
-    "$@" || code=$?
+    run "$@" || code=$?
   done
   return "$code"
 }
@@ -59,11 +59,11 @@ for config in "$@"; do
       [ "$family" = mdm ] && flags+=(--config.sampling.token.temperature=1 --config.sampling.max_steps="$MDM_STEPS")
       [ -n "$STEPS" ] && flags+=(--config.steps="$STEPS")
       # shellcheck disable=SC2086 # FLAGS may hold several flags, separated by spaces
-      run "$PYTHON" -m ilm_jax.main --config="configs/$config" --workdir="$workdir" "${flags[@]}" $FLAGS
+      repeat "$PYTHON" -m ilm_jax.main --config="configs/$config" --workdir="$workdir" "${flags[@]}" $FLAGS
     done
   done
 done
-if [ -n "${TABLE:-}" ] && [ -z "$DRY_RUN" ]; then
+if [ -n "${TABLE:-}" ] && [ -z "$dry_run" ]; then
   "$PYTHON" -m ilm_jax.cli report "${workdirs[@]}" > "$TABLE.part"
   mv "$TABLE.part" "$TABLE"
 else

@@ -1,5 +1,6 @@
 """The `ilm-jax` command: its help, the packaged configs, and the one-line messages for user errors."""
 
+import concurrent.futures
 import pathlib
 import re
 
@@ -8,8 +9,8 @@ import pytest
 import small
 
 from ilm_jax import cli, main
+from ilm_jax.configs import default, star
 from ilm_jax.configs import list as packaged
-from ilm_jax.configs import star
 from ilm_jax.evaluation import convert
 from ilm_jax.runs import run_file
 from ilm_jax.training import experiment
@@ -63,6 +64,9 @@ def test_a_packaged_config_is_found_by_its_name(tmp_path, monkeypatch):
     '--config.steps=5',
   ]
   assert main.locate_config(['x', '-config', 'star'])[2] == file
+  monkeypatch.setenv('HOME', str(tmp_path))
+  (tmp_path / 'own.py').write_text('')
+  assert main.locate_config(['x', '--config=~/own.py:a'])[1] == f'--config={tmp_path}/own.py:a'
   (tmp_path / 'star').write_text('')  # a file named like the config takes precedence
   assert main.locate_config(['x', '--config=star:tiny'])[1] == '--config=star:tiny'
 
@@ -86,6 +90,35 @@ def test_a_config_that_sets_a_renamed_setting_is_refused():
     UserError, match=r'config\.optimizer\.accumulate was renamed: set config.optimizer.accumulation_steps'
   ):
     experiment.build(config)
+
+
+def parse(*arguments):
+  """Return the config that the arguments of `ilm-jax train` give."""
+  configs = []
+  assert main.command('', lambda values: None, lambda values: configs.append(values.config), ['x', *arguments]) == 0
+  return configs[0]
+
+
+def test_every_optional_setting_can_be_unset_on_the_command_line():
+  names = default.optional_settings()
+  assert {'model.preset', 'model.d_ff', 'model.residual', 'sampling.max_steps'} < set(names) and len(names) == 9
+  sizes = {
+    name: 3 for name in names if parse('--config=star:tiny')[name.split('.')[0]].get_type(name.split('.')[1]) is int
+  }
+  cfg = parse('--config=star:tiny', *(f'--config.{name}={sizes.get(name, "none")}' for name in names))
+  assert [cfg[name.split('.')[0]][name.split('.')[1]] for name in names] == [sizes.get(name, 'none') for name in names]
+  cfg = parse('--config=star:tiny', *(f'--config.{name}=None' for name in names))
+  assert all(cfg[name.split('.')[0]][name.split('.')[1]] is None for name in names)
+
+
+def test_a_second_command_in_the_same_process_does_not_see_the_flags_of_the_first(tmp_path, capsys):
+  assert parse('--config=star:tiny', '--config.model.num_layers=7', '--config.seed=5').model.num_layers == 7
+  (tmp_path / 'own.py').write_text('from ilm_jax.configs.star import get_config as get\n')
+  assert main.main(['x', f'--config={tmp_path}/own.py']) == 1  # defines no get_config
+  assert "has no attribute 'get_config'" in capsys.readouterr().err
+  with concurrent.futures.ThreadPoolExecutor() as threads:
+    cfg = threads.submit(parse, '--config=star:tiny').result()
+  assert (cfg.model.num_layers, cfg.seed) == (4, 0)
 
 
 def test_eval_evaluates_whatever_mode_is_given(monkeypatch):

@@ -113,6 +113,14 @@ TINY = '--config=configs/star.py:tiny'
     ([TINY, '--config.modle.d_model=3'], r'flags: .*modle.* Did you mean "model"'),
     ([TINY, '--config.steps=many'], r"flags: flag --config.steps=many: .*'many'"),
     ([TINY, '--wrokdir=runs/a'], "flags: Unknown command line flag 'wrokdir'. Did you mean: workdir"),
+    ([TINY, '--config.seed=4294967296'], 'config.seed=4294967296: expected an integer from 0 to 4294967295'),
+    ([TINY, '--config.seed=-1'], 'config.seed=-1: expected an integer from 0'),
+    ([TINY, f'--config.task.seed={2**63}'], f'config.task.seed={2**63}: expected an integer from 0'),
+    (['--config=configs/text.py:small', '--config.task.tokenizer.seed=-3'], 'config.task.tokenizer.seed=-3: expected'),
+    ([TINY, '--config.model.d_ff=None'], 'model.d_ff is not set: set it, or choose a model.preset'),
+    ([TINY, '--config.steps=None'], "flags: flag --config.steps=None: .*'None'"),
+    ([TINY, '--workdir=gss://runs/a'], '--workdir=gss://runs/a: unknown scheme gss://'),
+    ([TINY, '--workdir=~nobody9/runs/a'], '--workdir=~nobody9/runs/a: the home folder of ~nobody9 is unknown'),
     ([TINY, '--mode=dance'], r'flags: flag --mode=dance: value should be one of <train\|eval>'),
     ([TINY, 'runs/a'], "flags: .*'runs/a': every argument"),
     ([TINY, '--config.family=gpt'], "config.family='gpt': expected one of"),
@@ -266,6 +274,14 @@ EXPECTED_JSON = r'line 1: expected JSON with either "prompt" \(a text\) or "infi
     (['--prompt=1,2/1,2', '--checkpoint=first'], '', "checkpoint 'first': expected 'best', 'latest' or a step"),
     (['--prompt=1,2/1,2', '--temperature=0', '--top_p=0.5'], '', '--top_p=0.5 has no effect at temperature 0: set --t'),
     (['--prompt=1,2/1,2', '--stop_threshold=2'], '', r'flags: flag --stop_threshold=2: .*not .*\[0.0, 1.0\]'),
+    (['--prompt=1,2/1,2', '--seed=4294967296'], '', r'flags: flag --seed=4294967296: .*\[0, 4294967295\]'),
+    (['--prompt=1,2/1,2', '--seed=-1'], '', r'flags: flag --seed=-1: .*\[0, 4294967295\]'),
+    *[
+      (['--prompt=1,2/1,2', f'--{name}=gss://b/x'], '', f'--{name}=gss://b/x: unknown scheme gss://')
+      for name in ('workdir', 'out', 'trace')
+    ],
+    (['--prompts=gss://b/x'], '', '--prompts=gss://b/x: unknown scheme gss://'),
+    (['--prompt=1,2/1,2', '--out=/dev/full'], '', '--out=/dev/full: No space left on device'),
     (['--prompt=1,2/1,2', '--temprature=0'], '', "flags: Unknown command line flag 'temprature'"),
     (['1,2/1,2'], '', "flags: .*'1,2/1,2'"),
   ],
@@ -373,6 +389,35 @@ def test_flags_files_and_standard_input_give_the_same_results(generate, three, t
   ):
     for result, expected in zip(found, three, strict=True):
       assert_same_result(result, expected)
+
+
+def test_a_prompt_line_is_read_exactly(generate, tmp_path):
+  prompts = [f'  {PROMPTS[0]}', f'{PROMPTS[1]} ', f'\t{PROMPTS[2]}']
+  (tmp_path / 'prompts.txt').write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(prompts).encode())
+  results = results_of(generate('--prompts=prompts.txt'))
+  assert [result['prompt'] for result in results] == prompts
+  assert results_of(generate(stdin=f'  {json.dumps({"prompt": prompts[0]})} '))[0]['prompt'] == prompts[0]
+
+
+def test_a_tilde_in_a_flag_is_the_home_folder(generate, trained, monkeypatch, tmp_path):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  (tmp_path / 'runs').symlink_to(trained.parent)
+  (tmp_path / 'in').write_text(PROMPTS[0])
+  flags = [f'--workdir=~/runs/{trained.name}', '--prompts=~/in', '--out=~/out', '--trace=~/trace.html']
+  assert results_of(generate(*flags)) == []
+  assert {path.name for path in tmp_path.iterdir()} == {'in', 'runs', 'out', 'trace.html'}
+
+
+def test_generate_fails_if_it_cannot_write_its_results_or_read_its_prompts(generate, monkeypatch, capsys):
+  with monkeypatch.context() as patch:
+    patch.setattr(sys, 'stdout', os.fdopen(os.open('/dev/full', os.O_WRONLY), 'w'))
+    code, _, err = generate(f'--prompt={PROMPTS[0]}')
+  assert code == 1 and re.fullmatch('error: standard output cannot be written.*No space left on device\n', err)
+  code, out, err = generate(f'--prompt={PROMPTS[0]}', '--trace=/dev/full')
+  assert (code, out.count('\n'), err) == (1, 1, 'error: --trace=/dev/full: No space left on device\n')
+  monkeypatch.setattr(sys, 'stdin', None)
+  assert generate_command.main(['generate', '--workdir=runs/x']) == 1
+  assert capsys.readouterr().err == 'error: standard input contains no prompt: expected one per line\n'
 
 
 def test_sampling_flags_of_generate_override_the_settings_of_the_run(generate, trained, load_once, monkeypatch):

@@ -4,7 +4,7 @@ A comment that begins with families (ilm, arm, it, mdm) marks a setting that onl
 """
 
 import ml_collections
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 SECTIONS = ('model', 'corrupt', 'loss', 'data', 'optimizer', 'mesh', 'distributed', 'sampling', 'eval')
 
@@ -100,6 +100,15 @@ def get_config() -> ml_collections.ConfigDict:
   config.checkpoint_every = 1_000  # training steps between checkpoints
   config.keep = 2  # number of latest checkpoints to keep, besides the best
   return config
+
+
+def optional_settings() -> list[str]:
+  """Return the names of the settings that may be None, such as model.num_layers."""
+  names = []
+  for section, settings in ((section, get_config()[section]) for section in SECTIONS):
+    fields = settings.items(preserve_field_references=True)
+    names += [f'{section}.{name}' for name, value in fields if isinstance(value, FieldReference)]
+  return names
 
 
 def rule(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> ml_collections.ConfigDict:

@@ -21,7 +21,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ilm_jax.console import fail
+from ilm_jax.console import exit_code, fail
 from ilm_jax.types import UserError
 
 FILE_TIMEOUT = 60  # seconds to wait until a file that process 0 writes is visible to all processes
@@ -83,10 +83,9 @@ def start(
     raise UserError(f'--coordinator={coordinator}: expected HOST:PORT of process 0')
   elif process_id:
     wait_for_port(coordinator, initialization_timeout)
-  options = {}
   if given:
-    options = {'coordinator_address': coordinator, 'num_processes': num_processes, 'process_id': process_id}
-    options['cluster_detection_method'] = 'deactivate'
+    given['coordinator_address'] = given.pop('coordinator')
+    given['cluster_detection_method'] = 'deactivate'
   jax.config.update('jax_enable_preemption_service', saving)
   address = coordinator or 'the coordinator that the environment names'
   timed_out = PeerLost(f'the processes did not all connect to {address} within {initialization_timeout} s: is every '
@@ -97,7 +96,7 @@ def start(
   timer.start()
   try:
     jax.distributed.initialize(
-      **options,
+      **given,
       initialization_timeout=initialization_timeout + 60,
       heartbeat_timeout_seconds=heartbeat_timeout,
       shutdown_timeout_seconds=2 * heartbeat_timeout,
@@ -157,7 +156,7 @@ def gather(text: str) -> list[str]:
   """Return the texts of all processes, in order; every process must call it (a collective operation)."""
   if jax.process_count() == 1:
     return [text]
-  raw = np.frombuffer(text.encode(), np.uint8)
+  raw = np.frombuffer(text.encode(errors='backslashreplace'), np.uint8)
   lengths = multihost_utils.process_allgather(np.array([len(raw)], np.int32)).reshape(-1)
   rows = multihost_utils.process_allgather(np.pad(raw, (0, int(lengths.max()) - len(raw)))[None])
   rows = rows.reshape(len(lengths), -1)
@@ -252,9 +251,10 @@ def is_peer_lost(error: BaseException | None) -> bool:
 
 def _exit(code: int) -> None:
   """End this process at once; a normal exit would wait for the other processes."""
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
+  lost = exit_code(sys.stdout.flush)
+  with contextlib.suppress(OSError):
+    sys.stderr.flush()
+  os._exit(code or lost)
 
 
 def end_together(call) -> int:

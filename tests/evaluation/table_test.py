@@ -38,11 +38,6 @@ def test_a_dry_run_prints_the_commands_of_all_runs_and_the_report():
   assert lines[8].startswith('python -m ilm_jax.cli report r/star-tiny-6000-ilm-0 ') and lines[8].count('r/star') == 8
 
 
-def test_table_sh_without_a_config_gives_an_error():
-  done = run_script()
-  assert done.returncode == 1 and done.stderr.startswith('expected configs') and not done.stdout
-
-
 @pytest.mark.long
 def test_table_sh_trains_every_family_once_and_prints_a_row_for_each(tmp_path):
   settings = {'RUNS': str(tmp_path / 'runs'), 'STEPS': '20', 'FLAGS': smoke_flags()}

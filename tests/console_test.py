@@ -1,0 +1,148 @@
+"""The frame of all commands: standard streams that fail, devices that JAX cannot use, and the compilation cache."""
+
+import io
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import small
+
+from ilm_jax import cli, console
+from ilm_jax.types import UserError, check_seed
+
+NO_SPACE = 'error: standard output cannot be written, so results are missing: No space left on device\n'
+
+
+def broken_pipe():
+  """Return a text stream to a pipe that nobody reads."""
+  reader, writer = os.pipe()
+  os.close(reader)
+  return os.fdopen(writer, 'w')
+
+
+def full_disk(buffering: int = -1):
+  """Return a text stream to a full disk; with buffering=1, print() itself fails, and not only the next flush."""
+  return os.fdopen(os.open('/dev/full', os.O_WRONLY), 'w', buffering)
+
+
+@pytest.mark.parametrize('name', ['', 'help', '--version', *cli.SUBCOMMANDS])
+@pytest.mark.parametrize(
+  ('stream', 'result'),
+  [
+    (broken_pipe, (141, '')),
+    (full_disk, (1, NO_SPACE)),
+    (lambda: full_disk(buffering=1), (1, NO_SPACE)),
+    (lambda: None, (1, 'error: standard output is closed: redirect it to a file or to /dev/null\n')),
+  ],
+  ids=['broken pipe', 'full disk', 'full disk, line buffered', 'closed'],
+)
+def test_a_command_fails_if_its_output_is_lost(name, stream, result, monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'stdout', stream())
+  arguments = [name, '--help'] if name in cli.SUBCOMMANDS else [name] if name else []
+  assert (cli.main(['ilm-jax', *arguments]), capsys.readouterr().err) == result
+  if sys.stdout:
+    sys.stdout.flush()  # as Python does when it exits
+
+
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+@pytest.mark.parametrize('redirect, code, message', [('| true', 141, ''), ('> /dev/full', 1, NO_SPACE)])
+def test_python_adds_no_traceback_when_it_exits(redirect, code, message, unbuffered):
+  command = f'"$0" -m ilm_jax.main --help {redirect}; exit ${{PIPESTATUS[0]}}'
+  done = subprocess.run(
+    ['bash', '-c', command, sys.executable], cwd=small.ROOT, capture_output=True, text=True,
+    env={**os.environ, 'PYTHONUNBUFFERED': unbuffered},
+  )  # fmt: skip
+  assert (done.returncode, done.stderr) == (code, message)
+
+
+def test_a_message_that_standard_error_cannot_take_does_not_change_the_exit_code(monkeypatch, capsys):
+  for stream in (lambda: full_disk(buffering=1), lambda: None):
+    monkeypatch.setattr(sys, 'stderr', stream())
+    assert cli.main(['ilm-jax', 'trian']) == 1
+    assert capsys.readouterr().out == ''
+
+
+def test_an_error_of_a_command_takes_precedence_over_lost_output(monkeypatch, capsys):
+  def call():
+    print('result')
+    raise UserError('too late')
+
+  monkeypatch.setattr(sys, 'stdout', broken_pipe())
+  assert console.guard(call) == 1 and capsys.readouterr().err == 'error: too late\n'
+
+
+def test_an_error_of_another_file_is_not_taken_for_lost_output(monkeypatch):
+  def call():
+    print('result')
+    full_disk(buffering=1).write('x\n')
+
+  monkeypatch.setattr(sys, 'stdout', io.StringIO())
+  with pytest.raises(OSError, match='No space left'):
+    console.guard(call)
+
+
+@pytest.mark.parametrize(('encoding', 'expected'), [('ascii', rb'\xe9\u2019'), ('latin-1', b'\xe9\\u2019')])
+def test_characters_that_the_encoding_of_the_output_lacks_are_escaped(encoding, expected, monkeypatch):
+  raw = io.BytesIO()
+  monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(raw, encoding=encoding))
+  assert console.guard(lambda: print('\xe9\u2019')) == 0
+  assert raw.getvalue() == expected + b'\n'
+
+
+def test_devices_that_jax_cannot_use_give_a_one_line_error(monkeypatch, capsys):
+  def devices():
+    raise errors.pop()
+
+  monkeypatch.setenv('JAX_PLATFORMS', 'cuda')
+  monkeypatch.setitem(sys.modules, 'jax', types.SimpleNamespace(devices=devices))
+  for reason in ('not found', 'no driver'):
+    errors = [RuntimeError("no driver (set JAX_PLATFORMS='' ...)") if reason == 'no driver' else AssertionError()]
+    assert console.guard(lambda: 1 / 0) == 1
+    line = f'error: JAX_PLATFORMS=cuda: JAX cannot use this device ({reason}): expected cpu, or cuda or tpu with its '
+    assert capsys.readouterr().err == f'{line}package installed\n'
+  monkeypatch.setitem(sys.modules, 'jax', types.SimpleNamespace(devices=list))
+  with pytest.raises(ZeroDivisionError):
+    console.guard(lambda: 1 / 0)
+
+
+def test_an_error_that_jax_raises_inside_a_compiled_function_counts_too(tmp_path):
+  arguments = ['convert', f'--check={small.ROOT / "tests" / "golden"}']
+  code, _, err = small.run(arguments, tmp_path, module='ilm_jax.cli', before='export JAX_PLATFORMS=xpu;')
+  assert code == 1 and err.startswith('error: JAX_PLATFORMS=xpu: JAX cannot use') and err.count('\n') == 1, err
+
+
+def test_every_command_has_help_without_docstrings():
+  program = 'from ilm_jax import cli; print([cli.main(["ilm-jax", name, "--help"]) for name in cli.SUBCOMMANDS])'
+  done = subprocess.run([sys.executable, '-OO', '-c', program], cwd=small.ROOT, capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (0, '') and done.stdout.count('  --workdir: ') >= 4
+  assert done.stdout.splitlines()[-1] == str([0] * len(cli.SUBCOMMANDS))
+
+
+@pytest.mark.parametrize(
+  ('variables', 'folder'),
+  [
+    ({}, '/home/a/.cache/ilm_jax/xla'),
+    ({'XDG_CACHE_HOME': ''}, '/home/a/.cache/ilm_jax/xla'),
+    ({'XDG_CACHE_HOME': 'relative'}, '/home/a/.cache/ilm_jax/xla'),
+    ({'XDG_CACHE_HOME': '/big'}, '/big/ilm_jax/xla'),
+    ({'HOME': None}, ''),  # and the user id has no name: no folder called ~
+    ({'JAX_COMPILATION_CACHE_DIR': ''}, ''),
+  ],
+)
+def test_the_compilation_cache_is_in_the_cache_folder_of_the_user(variables, folder, monkeypatch):
+  for name in ('XDG_CACHE_HOME', 'JAX_COMPILATION_CACHE_DIR'):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr('pwd.getpwuid', {}.__getitem__)  # raises KeyError
+  for name, value in {'HOME': '/home/a', **variables}.items():
+    monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
+  assert console.compilation_cache() == folder
+
+
+def test_a_seed_has_32_bits():
+  for seed in (0, 2**31, 2**32 - 1):
+    check_seed(seed)
+  for seed in (-1, 2**32, 2**63, 1.5, None):
+    with pytest.raises(UserError, match=r'^config.seed=.*: expected an integer from 0 to 4294967295$'):
+      check_seed(seed, 'config.seed')
