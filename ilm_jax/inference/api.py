@@ -265,7 +265,23 @@ class LanguageModel:
 
   def page(self, made: list) -> str:
     """Return an HTML page that animates the insertions of Generations and Infillings, as `trace` does."""
-    return traces.page([traces.record(result, self.tokenizer.spell(result.tokens)) for result in made])
+    ids_of_pieces = {piece: i for i, piece in enumerate(self.tokenizer.pieces(range(self.tokenizer.vocab_size)))}
+    return traces.page([self._record(result, ids_of_pieces) for result in made])
+
+  def _record(self, result, ids_of_pieces: dict[str, int]) -> dict:
+    """Return the data of the trace page for one Generation or Infilling."""
+    tokens, order = np.array([ids_of_pieces[piece] for piece in result.tokens]), np.array(result.order)
+    if not isinstance(result, Infilling):
+      is_star, backwards = self.cfg.task.name == 'star', self.cfg.task.get('order') == 'oracle'
+      graph = traces.star_graph(result, backwards) if is_star else None
+      return traces.record(result, ['', ''], lambda present: [self.task.decode(tokens[present], self.cfg.task)], graph)
+    edges = [0, *(offset for span in result.spans for offset in span), len(result.text)]
+    gaps = infilling.Gaps([result.text[i:j] for i, j in zip(edges[::2], edges[1::2], strict=True)], [], [])
+
+    def decode(present):
+      return infilling.decode(gaps, {'tokens': tokens[present], 'order': order[present]}, self.tokenizer).fillings
+
+    return traces.record(result, gaps.parts, decode)
 
   # --- likelihood -----------------------------------------------------------------------------------------------------
 
