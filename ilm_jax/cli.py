@@ -5,7 +5,7 @@ import os
 import sys
 from typing import NamedTuple
 
-from ilm_jax.console import fail, wants_help
+from ilm_jax.console import guard, wants_help
 from ilm_jax.types import UserError
 
 
@@ -30,24 +30,24 @@ SUBCOMMANDS = {
   'convert': Subcommand('ilm_jax.evaluation.convert', "exchange weights with the authors' code, or compare with it"),
 }
 
+HELP = """Insertion language models in JAX.
 
-def table_of_contents() -> str:
-  """Return the text that `ilm-jax --help` prints."""
-  lines = [f'  {name:<12} {command.help}' for name, command in SUBCOMMANDS.items()]
-  return '\n'.join(
-    [
-      'Insertion language models in JAX.\n',
-      'usage: ilm-jax SUBCOMMAND [--flag=value ...]\n',
-      *lines,
-      '\n`ilm-jax SUBCOMMAND --help` lists the flags of a subcommand.',
-      'First steps: ilm-jax configs; ilm-jax train --config=star:tiny; ilm-jax generate --workdir=runs/star-tiny',
-    ]
-  )
+usage: ilm-jax SUBCOMMAND [--flag=value ...]
+
+{}
+
+`ilm-jax SUBCOMMAND --help` lists the flags of a subcommand.
+First steps: ilm-jax configs; ilm-jax train --config=star:tiny; ilm-jax generate --workdir=runs/star-tiny"""
 
 
 def main(argv=None) -> int:
-  """Run a subcommand; returns the exit code."""
+  """Run `ilm-jax`; returns the exit code."""
   _, *arguments = sys.argv if argv is None else argv
+  return guard(lambda: run(arguments))
+
+
+def run(arguments: list[str]) -> int:
+  """Run the subcommand that the arguments name; returns the exit code."""
   name = arguments[0] if arguments else '--help'
   if name == '--version':
     from ilm_jax import __version__
@@ -55,10 +55,10 @@ def main(argv=None) -> int:
     print(f'ilm_jax {__version__}')
     return 0
   if name == 'help' or (name.startswith('-') and wants_help(['ilm-jax', name])):
-    print(table_of_contents())
+    print(HELP.format('\n'.join(f'  {name:<12} {command.help}' for name, command in SUBCOMMANDS.items())))
     return 0
   if name not in SUBCOMMANDS:
-    return fail(UserError(f'ilm-jax {name}: expected one of {", ".join(SUBCOMMANDS)}; see ilm-jax --help'))
+    raise UserError(f'ilm-jax {name}: expected one of {", ".join(SUBCOMMANDS)}; see ilm-jax --help')
   command = SUBCOMMANDS[name]
   if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())  # find the user's own families and tasks; last, so that they shadow nothing

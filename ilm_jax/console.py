@@ -1,20 +1,102 @@
 """Code shared by all commands: flags, one-line errors, exit codes, log format and the compilation cache."""
 
+import contextlib
 import os
 import sys
+import traceback
 import warnings
 
 from absl import flags, logging
 
-from ilm_jax.types import UserError
+from ilm_jax.types import SEED_LIMIT, UserError
 
 HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+BROKEN_PIPE = 141  # exit code if nobody reads standard output any more, as of a command that SIGPIPE ends
 
 
 def fail(message) -> int:
   """Print an error as one line on standard error; returns the exit code: the `code` of a UserError, else 1."""
-  print('error: ' + ' '.join(str(message).split()), file=sys.stderr)
-  return message.code if isinstance(message, UserError) else 1
+  code = message.code if isinstance(message, UserError) else 1
+  if code != BROKEN_PIPE:  # who closed the pipe, as `head` does, wants no message
+    with contextlib.suppress(OSError):
+      print('error: ' + ' '.join(str(message).split()), file=sys.stderr)
+  return code
+
+
+class OutputLost(UserError):
+  """Standard output cannot be written."""
+
+  def __init__(self, error: OSError):
+    super().__init__(f'standard output cannot be written, so results are missing: {error.strerror or error}')
+    self.code = BROKEN_PIPE if isinstance(error, BrokenPipeError) else 1
+
+
+class Output:
+  """Standard output that raises OutputLost if it cannot be written, so that an OSError always means another file."""
+
+  def __init__(self, stream):
+    self.stream = stream
+
+  def __getattr__(self, name):
+    return getattr(self.stream, name)
+
+  def write(self, text: str) -> int:
+    """Write a text."""
+    return self._attempt(self.stream.write, text)
+
+  def flush(self) -> None:
+    """Write out all buffered text."""
+    self._attempt(self.stream.flush)
+
+  def _attempt(self, call, *arguments):
+    try:
+      return call(*arguments)
+    except OSError as error:
+      with contextlib.suppress(OSError):  # Python flushes the stream when it exits, and would then print a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+      raise OutputLost(error) from error
+
+
+def exit_code(call) -> int:
+  """Return call(), or 0 if it returns None; an expected error gives one line on standard error and its exit code.
+
+  Expected are mistakes of the user, an unwritable standard output, Ctrl-C, and devices that JAX cannot use.
+  """
+  try:
+    return call() or 0
+  except UserError as error:
+    return fail(error)
+  except KeyboardInterrupt:
+    return 130
+  except Exception as error:
+    if not is_device_error(error):
+      raise
+    reason = str(error).removeprefix('Unable to initialize backend ').partition(' (set JAX_PLATFORMS')[0]
+    return fail(f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}: JAX cannot use this device '
+                f'({reason or "not found"}): expected cpu, or cuda or tpu with its package installed')  # fmt: skip
+
+
+def guard(call) -> int:
+  """Return `exit_code(call)` for a whole command; the code is not 0 if standard output is closed or not all written."""
+  # Python sets a stream that is closed at the start to None.
+  sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+  sys.stderr = sys.stderr or open(os.devnull, 'w')  # noqa: SIM115
+  if sys.stdout is None:
+    return fail('standard output is closed: redirect it to a file or to /dev/null')
+  if hasattr(sys.stdout, 'reconfigure'):
+    sys.stdout.reconfigure(errors='backslashreplace')  # for characters that its encoding lacks
+  sys.stdout = Output(stream := sys.stdout)
+  try:
+    code, lost = exit_code(call), exit_code(sys.stdout.flush)
+  finally:
+    sys.stdout = stream
+  return code or lost
+
+
+def is_device_error(error: Exception) -> bool:
+  """Return whether JAX raised the error because it cannot use the devices that it was told to use."""
+  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+  return frame.f_globals.get('__name__') == 'jax._src.xla_bridge'
 
 
 def wants_help(argv) -> bool:
@@ -22,43 +104,39 @@ def wants_help(argv) -> bool:
   return not {'-h', '-help', '--help', '--helpfull'}.isdisjoint(argv[1:])
 
 
-def usage(doc: str, values: flags.FlagValues, names) -> int:
-  """Print the description of a command and its flags; returns exit code 0."""
-  print(doc.strip() + '\n')
-  for name in names:
-    print(f'  --{name}: {values[name].help}')
-  return 0
-
-
-def command(doc: str, define, run, argv=None, *, positional: bool = False) -> int:
-  """Run a command that has its own flags; a user's mistake gives one line on standard error and exit code 1.
-
-  Args:
-    doc: printed by --help, before the flags.
-    define: function that defines the command's flags in the FlagValues that it is given.
-    run: function from the parsed flags to the exit code; raises UserError for a user's mistake.
-    argv: the arguments; sys.argv by default.
-    positional: accept arguments that are not flags, and pass their list to `run` as its second argument.
-  """
-  values = flags.FlagValues()
-  define(values)
-  argv = sys.argv if argv is None else argv
-  if wants_help(argv):
-    return usage(doc, values, [name for name in values if name not in ('flagfile', 'undefok')])
+def parse_flags(values: flags.FlagValues, argv) -> list[str]:
+  """Parse the arguments of a command; return those that are not flags."""
   try:
-    try:
-      _, *rest = values(argv, known_only=False)
-    except flags.Error as error:
-      raise UserError(f'flags: {error}') from None
+    return values(argv)[1:]
+  except flags.Error as error:
+    raise UserError(f'flags: {error}') from None
+
+
+def command(doc: str | None, define, run, argv=None, *, positional: bool = False, parse=parse_flags) -> int:
+  """Run a command and return its exit code; see `guard` for its errors.
+
+  `--help` prints `doc` and the flags that `define` adds to the FlagValues given to it. `run` maps the parsed flags to
+  the exit code. With `positional`, it also gets the list of arguments that are not flags, which are otherwise refused.
+  """
+
+  def call() -> int:
+    values, words = flags.FlagValues(), sys.argv if argv is None else argv
+    define(values)
+    if wants_help(words):
+      own = [f'  --{name}: {values[name].help}' for name in values if name not in ('flagfile', 'undefok')]
+      print('\n'.join([(doc or 'The description is missing, because python -OO removes it.').strip(), '', *own]))
+      return 0
+    rest = parse(values, words)
     if rest and not positional:
       raise UserError(f'flags: unexpected argument {rest[0]!r}: every argument must have the form --name=value')
     return run(values, rest) if positional else run(values)
-  except UserError as error:
-    return fail(error)
-  except BrokenPipeError:
-    return 1
-  except KeyboardInterrupt:
-    return 130
+
+  return guard(call)
+
+
+def define_seed(values: flags.FlagValues, text: str = 'Random seed of sampling.') -> None:
+  """Define the flag --seed."""
+  flags.DEFINE_integer('seed', 0, text, lower_bound=0, upper_bound=SEED_LIMIT - 1, flag_values=values)
 
 
 def define_processes(values: flags.FlagValues) -> None:
@@ -82,7 +160,8 @@ def quiet() -> None:
   # Orbax never awaits the coroutines of a failed write, but raises the failure itself.
   warnings.filterwarnings('ignore', "coroutine '.*' was never awaited")
   if (cache := os.environ.get('JAX_COMPILATION_CACHE_DIR')) is None:
-    cache = os.path.join(os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache')), 'ilm_jax', 'xla')
+    homes = os.environ.get('XDG_CACHE_HOME', ''), os.path.expanduser('~/.cache')  # ~ stays if there is no home folder
+    cache = next((os.path.join(home, 'ilm_jax', 'xla') for home in homes if os.path.isabs(home)), '')
   if cache:
     jax.config.update('jax_compilation_cache_dir', cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
@@ -114,7 +193,6 @@ class ShortFormatter(logging.PythonFormatter):
   """Formats a log record as time and message; warnings and errors also show their level."""
 
   def format(self, record):
-    """Return a log record as one line of text."""
     stamp = self.formatTime(record, '%H:%M:%S')
     level = '' if record.levelno <= 20 else record.levelname.lower() + ': '
     return f'{stamp} {level}{record.getMessage().removeprefix("Setting work unit notes: ")}'

@@ -4,10 +4,9 @@
     ilm-jax generate --workdir=runs/stories --infill='Tom had a ___ . He was ___ .' --n=3 --trace=trace.html
     ilm-jax generate --workdir=runs/stories --prompts=requests.jsonl > completions.jsonl
 
-`python -m ilm_jax.generate` is the same command.
-
-Without --prompt, --infill or --prompts, requests are read from standard input. A file of requests has one request per
-line, either a prompt as plain text or a JSON object (in a *.jsonl file, every line is JSON) with these keys:
+`python -m ilm_jax.generate` is the same command. Without --prompt, --infill or --prompts, requests are read from
+standard input. A file of requests has one request per line, either a prompt as plain text or a JSON object (in a
+*.jsonl file, every line is JSON) with these keys:
 
     "prompt"             the prompt; "" asks for an unconditional sample
     "infill"             instead of "prompt": a text with markers, or a list of the parts around the gaps
@@ -15,20 +14,18 @@ line, either a prompt as plain text or a JSON object (in a *.jsonl file, every l
     "least", "most"      optional: limits on the number of tokens in a gap; a number, or a list with one for each gap
     "truth", "fillings"  optional: the original text and the original fillings; copied to the result
 
-Results are written as soon as they finish, so they may be out of order; their "id" identifies the request. A line
-that cannot be served is reported on standard error; the other lines are still served, and the exit code is then 1.
+Results are written as soon as they finish, so they may be out of order. A line that cannot be served is reported on
+standard error; the other lines are still served, and the exit code is then 1.
 
-Several devices or several processes can share the work, without any effect on the results:
-
-    python -m ilm_jax.generate --workdir=gs://... --prompts=requests.jsonl --out=completions.jsonl --mesh=data=-1
-
-Start all processes with the same command. Each process writes its share to a file of its own:
-completions-00000-of-00002.jsonl, ...
+Several devices (--mesh=data=-1) or several processes can share the work, without any effect on the results. Start all
+processes with the same command; each writes its share to its own file: completions-00000-of-00002.jsonl, ...
 """
 
 import contextlib
+import functools
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +33,8 @@ from typing import Any, NamedTuple
 from absl import flags
 from etils import epath
 
-from ilm_jax.console import command, define_processes, fail, quiet
+from ilm_jax import paths
+from ilm_jax.console import command, define_processes, define_seed, fail, quiet
 from ilm_jax.runs import run_file
 from ilm_jax.tasks.text import corpora
 from ilm_jax.types import UserError
@@ -47,44 +45,41 @@ SAMPLING_FLAGS = ('stop_threshold', 'stop_temperature', 'max_length', 'gaps', 'g
 # Flags whose values must be equal in all processes.
 SHARED_FLAGS = ('workdir', 'checkpoint', 'seed', 'n', 'marker', 'batch_size', 'mesh', *SAMPLING_FLAGS,
                 *TOKEN_RULE_FLAGS)  # fmt: skip
+BY_DEFAULT = "the run's setting by default"  # of flags that override a sampling setting
 KEYS = ('id', 'prompt', 'infill', 'least', 'most', 'truth', 'fillings')  # keys of a JSON request
 
 
 def define(values: flags.FlagValues) -> None:
   """Define this command's flags."""
-  flags.DEFINE_string('workdir', None, 'Folder of the run whose model to use.', flag_values=values)
-  flags.DEFINE_multi_string('prompt', [], 'A prompt; may be repeated.', flag_values=values)
-  flags.DEFINE_multi_string('infill', [], 'A text with a marker at each gap; may be repeated.', flag_values=values)
-  flags.DEFINE_string('prompts', None, 'File of requests, one per line: plain text or JSON.', flag_values=values)
-  flags.DEFINE_string('marker', '___', 'String that marks a gap.', flag_values=values)
-  flags.DEFINE_integer('least', None, 'Minimum number of tokens in a gap; 1 by default.', lower_bound=0,
-                       flag_values=values)  # fmt: skip
-  flags.DEFINE_integer('most', None, 'Maximum number of tokens in a gap.', lower_bound=0, flag_values=values)
-  flags.DEFINE_integer('n', None, 'Number of samples for each request.', lower_bound=1, flag_values=values)
-  flags.DEFINE_string('out', None, 'File for the results; standard output by default.', flag_values=values)
-  flags.DEFINE_string('trace', None, 'File for an HTML page that animates the insertions.', flag_values=values)
-  flags.DEFINE_string('checkpoint', 'best', "Checkpoint: 'best', 'latest' or a step.", flag_values=values)
-  flags.DEFINE_integer('seed', 0, 'Random seed of sampling.', flag_values=values)
-  flags.DEFINE_integer('batch_size', 64, 'Number of requests decoded at a time (slots).', lower_bound=1,
-                       flag_values=values)  # fmt: skip
-  flags.DEFINE_string('mesh', None, 'Device mesh, such as data=-1 (all devices) or data=2,tensor=4; by default the '
-                      'first device, or all devices if there are several processes.', flag_values=values)  # fmt: skip
-  flags.DEFINE_integer('max_length', None, "Maximum length of a text, in tokens; the run's setting by default.",
-                       lower_bound=3, flag_values=values)  # fmt: skip
-  flags.DEFINE_integer('gaps', None, 'Number of gaps filled in a decoding step, one token each; 0: all gaps; the '
-                       "run's setting by default.", lower_bound=0, flag_values=values)  # fmt: skip
-  flags.DEFINE_float('stop_threshold', None, 'Stop as soon as p(stop) reaches this threshold; 0: sample whether to '
-                     "stop; the run's setting by default.", lower_bound=0.0, upper_bound=1.0,
-                     flag_values=values)  # fmt: skip
-  flags.DEFINE_float('stop_temperature', None, "Temperature of p(stop); the run's setting by default.", lower_bound=0.0,
-                     flag_values=values)  # fmt: skip
-  flags.DEFINE_float('gap_threshold', None, 'With several gaps in a step: skip gaps less probable than this fraction '
-                     "of the best gap's probability; the run's setting by default.", lower_bound=0.0, upper_bound=1.0,
-                     flag_values=values)  # fmt: skip
-  flags.DEFINE_float('temperature', None, "Temperature of tokens, 0: greedy; the run's setting by default.",
-                     lower_bound=0.0, flag_values=values)  # fmt: skip
-  flags.DEFINE_float('top_p', None, "Nucleus sampling (top-p); 1: off; the run's setting by default.", lower_bound=0.0,
-                     upper_bound=1.0, flag_values=values)  # fmt: skip
+  string, strings, integer, number = (
+    functools.partial(kind, flag_values=values)
+    for kind in (flags.DEFINE_string, flags.DEFINE_multi_string, flags.DEFINE_integer, flags.DEFINE_float)
+  )
+  string('workdir', None, 'Folder of the run whose model to use.')
+  strings('prompt', [], 'A prompt; may be repeated.')
+  strings('infill', [], 'A text with a marker at each gap; may be repeated.')
+  string('prompts', None, 'File of requests, one per line: plain text or JSON.')
+  string('marker', '___', 'String that marks a gap.')
+  integer('least', None, 'Minimum number of tokens in a gap; 1 by default.', lower_bound=0)
+  integer('most', None, 'Maximum number of tokens in a gap.', lower_bound=0)
+  integer('n', None, 'Number of samples for each request.', lower_bound=1)
+  string('out', None, 'File for the results; standard output by default.')
+  string('trace', None, 'File for an HTML page that animates the insertions.')
+  string('checkpoint', 'best', "Checkpoint: 'best', 'latest' or a step.")
+  define_seed(values)
+  integer('batch_size', 64, 'Number of requests decoded at a time (slots).', lower_bound=1)
+  string('mesh', None, 'Device mesh, such as data=-1 (all devices) or data=2,tensor=4; by default the first device, or '
+         'all devices if there are several processes.')  # fmt: skip
+  integer('max_length', None, f'Maximum length of a text, in tokens; {BY_DEFAULT}.', lower_bound=3)
+  integer('gaps', None, f'Number of gaps filled in a decoding step, one token each; 0: all gaps; {BY_DEFAULT}.',
+          lower_bound=0)  # fmt: skip
+  number('stop_threshold', None, 'Stop as soon as p(stop) reaches this threshold; 0: sample whether to stop; '
+         f'{BY_DEFAULT}.', lower_bound=0.0, upper_bound=1.0)  # fmt: skip
+  number('stop_temperature', None, f'Temperature of p(stop); {BY_DEFAULT}.', lower_bound=0.0)
+  number('gap_threshold', None, 'With several gaps in a step: skip gaps less probable than this fraction of the best '
+         f"gap's probability; {BY_DEFAULT}.", lower_bound=0.0, upper_bound=1.0)  # fmt: skip
+  number('temperature', None, f'Temperature of tokens, 0: greedy; {BY_DEFAULT}.', lower_bound=0.0)
+  number('top_p', None, f'Nucleus sampling (top-p); 1: off; {BY_DEFAULT}.', lower_bound=0.0, upper_bound=1.0)
   define_processes(values)
 
 
@@ -105,15 +100,12 @@ def read_requests(values) -> tuple[list[Request], list[UserError]]:
   if len(given) > 1:
     raise UserError(f'--{given[0]} and --{given[1]}: expected one of them, got both')
   limits = {name: values[name].value for name in ('least', 'most') if values[name].value is not None}
-  if values.prompt or values.infill:
+  if texts := values.prompt or values.infill:
     kind = 'prompt' if values.prompt else 'infill'
-    texts = values.prompt or values.infill
     return [Request(i, kind, text, f'--{kind} {i + 1}', limits) for i, text in enumerate(texts)], []
   name = values.prompts or 'standard input'
-  try:
-    content = epath.Path(values.prompts).read_bytes() if values.prompts else sys.stdin.buffer.read()
-  except (OSError, ImportError) as error:  # ImportError: epath lacks a package for this kind of bucket
-    raise UserError(f'--prompts={name}: {getattr(error, "strerror", None) or error}') from None
+  with naming(f'--prompts={name}'):
+    content = epath.Path(name).read_bytes() if values.prompts else sys.stdin.buffer.read()
   lines, json_only, next_offset = content.split(b'\n'), name.endswith('.jsonl'), 0
   requests, errors, lines_of_ids = [], [], {}
   for number, line in enumerate(lines):
@@ -122,7 +114,7 @@ def read_requests(values) -> tuple[list[Request], list[UserError]]:
       offset, line = len(corpora.BYTE_ORDER_MARK), line[len(corpora.BYTE_ORDER_MARK) :]
     where = f'{name}, line {number + 1}'
     try:
-      if text := corpora.decode(line, where, offset).strip():
+      if (text := corpora.decode(line, where, offset).removesuffix('\r')).strip():
         request = read_line(text, number, where, limits, json_only=json_only)
         if request.id in lines_of_ids:
           raise UserError(f'{where}: id {request.id} is already used on line {lines_of_ids[request.id]}: change it')
@@ -137,7 +129,7 @@ def read_requests(values) -> tuple[list[Request], list[UserError]]:
 
 def read_line(text: str, number: int, where: str, limits: dict, *, json_only: bool = False) -> Request:
   """Return the request of a line: JSON, or a prompt as plain text unless `json_only`."""
-  if not text.startswith('{') and not json_only:
+  if not text.lstrip().startswith('{') and not json_only:
     return Request(number, 'prompt', text, where, limits)
   try:
     record = json.loads(text)
@@ -165,23 +157,44 @@ def read_line(text: str, number: int, where: str, limits: dict, *, json_only: bo
 def check_files(values, out: str | None = None) -> None:
   """Raise UserError if two of --prompts, --out and --trace are the same file, or the folder of --trace does not exist.
 
-  Args:
-    values: the flags.
-    out: the results file that this process writes, if it differs from --out.
+  `out` is the results file that this process writes, if it differs from --out.
   """
   named = {name: values[name].value for name in ('prompts', 'out', 'trace')} | ({'out': out} if out else {})
-  paths = {name: Path(value).resolve() for name, value in named.items() if value}
-  for one, other in itertools.combinations(paths, 2):
-    if paths[one] == paths[other]:
-      raise UserError(f'--{one} and --{other} are the same file, {paths[one]}: choose another')
-  if 'trace' in paths and not paths['trace'].parent.is_dir():
-    raise UserError(f'--trace={values.trace}: the folder {paths["trace"].parent} does not exist')
+  files = {name: value if '://' in value else os.path.realpath(value) for name, value in named.items() if value}
+  for one, other in itertools.combinations(files, 2):
+    if files[one] == files[other]:
+      raise UserError(f'--{one} and --{other} are the same file, {files[one]}: choose another')
+  folder = os.path.dirname(files.get('trace', ''))
+  if folder and '://' not in folder and not os.path.isdir(folder):
+    raise UserError(f'--trace={values.trace}: the folder {folder} does not exist')
+
+
+@contextlib.contextmanager
+def naming(setting: str):
+  """Context manager: an error of a file or bucket becomes a UserError that names the setting, such as --out=FILE."""
+  try:
+    yield
+  except (OSError, ImportError) as error:  # ImportError: a bucket needs another package
+    raise UserError(f'{setting}: {getattr(error, "strerror", None) or error}') from None
+
+
+@contextlib.contextmanager
+def output(name: str | None):
+  """Context manager: the open file for the results, or standard output; errors of closing it are UserErrors, too."""
+  if not name:
+    yield sys.stdout
+    return
+  with naming(f'--out={name}'), epath.Path(name).open('w') as file:
+    yield file
 
 
 def run(values) -> int:
   """Serve the requests given by the flags; returns the exit code, 1 if a request could not be served."""
   if not values.workdir:
     raise UserError('--workdir is missing: expected the folder of a run, such as --workdir=runs/star-tiny')
+  for name in ('workdir', 'prompts', 'out', 'trace'):
+    if values[name].value:
+      values[name].value = os.fspath(paths.resolve(values[name].value, f'--{name}'))
   check_files(values)
   if values.prompt and (values.least is not None or values.most is not None):
     raise UserError('--least and --most apply only to gaps: use them with --infill')
@@ -194,15 +207,9 @@ def run(values) -> int:
 
 
 def serve(values, requests: list[Request], errors: list[UserError]) -> int:
-  """Load the model, serve the requests and write the results.
+  """Load the model and serve the requests; each process writes the results of its share.
 
-  Args:
-    values: the flags.
-    requests: all requests; each process writes the results of its share.
-    errors: an error for each invalid line of the file of requests.
-
-  Returns:
-    The exit code: 1 if a request could not be served, else 0.
+  `errors` has one error for each invalid line of the file of requests; the exit code is 1 if there is any, else 0.
   """
   from ilm_jax.distributed import processes
   from ilm_jax.inference import api
@@ -213,7 +220,8 @@ def serve(values, requests: list[Request], errors: list[UserError]) -> int:
     if values.trace or not values.out:
       raise UserError(f'{count} processes write one file each: --out is needed, and --trace is not possible')
     check_files(values, out_name)
-    processes.agree({**run_file.code(), 'requests': processes.digest(requests), **shared_flags(values)})
+    shared = {name: values[name].value for name in SHARED_FLAGS}
+    processes.agree({**run_file.code(), 'requests': processes.digest(requests), **shared})
   settings = sampling_settings(values)
   mesh = values.mesh or ('data=-1' if count > 1 else None)
   lm = api.load(values.workdir, values.checkpoint, mesh=mesh, batch_size=values.batch_size, **settings)
@@ -236,25 +244,20 @@ def serve(values, requests: list[Request], errors: list[UserError]) -> int:
   jobs = [(request, argument, sample) for request, argument in valid for sample in range(values.n or 1)]
   ids = [api.request_number(request.id, sample) for request, _, sample in jobs]
   results = {}
-  with contextlib.ExitStack() as stack:
-    try:
-      out = stack.enter_context(epath.Path(out_name).open('w')) if out_name else sys.stdout
-    except (OSError, ImportError) as error:
-      raise UserError(f'--out={out_name}: {getattr(error, "strerror", None) or error}') from None
+  with output(out_name) as out:
     for job, result in lm.stream([argument for _, argument, _ in jobs], seed=values.seed, ids=ids):
       if job % count != index:
         continue
       request, _, sample = jobs[job]
       record = {'id': request.id, **({} if values.n is None else {'sample': sample}), request.kind: request.content}
       record |= result._asdict() | ({} if request.truth is None else {'truth': request.truth})
-      write(record, out, out_name)
+      print(json.dumps(record), file=out, flush=True)
       if values.trace:
         results[job] = result
   if values.trace:
-    try:
-      Path(values.trace).write_text(lm.page([results[job] for job in sorted(results)]), encoding='utf-8')
-    except OSError as error:
-      raise UserError(f'--trace={values.trace}: {error.strerror}') from None
+    page = lm.page([results[job] for job in sorted(results)])
+    with naming(f'--trace={values.trace}'):
+      epath.Path(values.trace).write_text(page, encoding='utf-8')
   return 1 if errors else 0
 
 
@@ -271,27 +274,12 @@ def sampling_settings(values) -> dict:
   return settings
 
 
-def shared_flags(values) -> dict:
-  """Return the flags whose values must be equal in all processes."""
-  return {name: values[name].value for name in SHARED_FLAGS}
-
-
 def shard(name: str | None, index: int, count: int) -> str | None:
   """Return the output file of process `index` of `count`, such as results-00000-of-00002.jsonl for results.jsonl."""
   if not name or count == 1:
     return name
   stem, dot, suffix = name.rpartition('.') if '.' in Path(name).name else (name, '', '')
   return f'{stem}-{index:05d}-of-{count:05d}{dot}{suffix}'
-
-
-def write(record: dict, out, name) -> None:
-  """Write a result to the open file `out` as a line of JSON; `name` is the file's name for error messages."""
-  try:
-    print(json.dumps(record), file=out, flush=True)
-  except BrokenPipeError:
-    raise
-  except OSError as error:
-    raise UserError(f'cannot write to {name or "standard output"}: {error.strerror or error}') from None
 
 
 def main(argv=None) -> int:

@@ -17,35 +17,45 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from ilm_jax.console import define_processes, fail, quiet, usage, wants_help
+from ilm_jax import console, paths
+from ilm_jax.configs.list import FOLDER, NAMES
 from ilm_jax.types import UserError
 
-MODES = ('train', 'eval')
-PACKAGED = Path(__file__).parent / 'configs'
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'Config file or packaged config, with a variant, such as star:tiny.'
-)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/CONFIG-VARIANT.')
-_MODE = flags.DEFINE_enum('mode', 'train', MODES, 'Train (or resume), or evaluate a run on the test split.')
-define_processes(flags.FLAGS)
+
+def define(values: flags.FlagValues) -> None:
+  """Define the flags besides --config."""
+  flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/CONFIG-VARIANT.', flag_values=values)
+  flags.DEFINE_enum('mode', 'train', ('train', 'eval'), 'Train (or resume), or evaluate a run on the test split.',
+                    flag_values=values)  # fmt: skip
+  console.define_processes(values)
 
 
-def parse(argv) -> list[str]:
-  """Parse the flags; raises UserError with a one-line message for every mistake in them."""
+def command(doc: str, define, run, argv=None) -> int:
+  """Run a command that takes --config and the flags that `define` adds; see `console.command`."""
+  argv = sys.argv if argv is None else argv
+
+  def define_all(values):
+    text = 'Config file or packaged config, with a variant, such as star:tiny.'
+    config_flags.DEFINE_config_file('config', None, text, flag_values=values, sys_argv=argv)
+    define(values)
+
+  return console.command(doc, define_all, run, argv, parse=parse)
+
+
+def parse(values: flags.FlagValues, argv) -> list[str]:
+  """Parse the arguments of a command with --config; return those that are not flags."""
   argv = locate_config(argv)
   try:
-    rest = flags.FLAGS(argv)
+    rest = values(argv)
   except UserError:
     raise
   except (AttributeError, KeyError) as error:
     raise UserError(unknown_setting(plain(error), argv)) from error
   except Exception as error:  # a config file is code, and may raise anything
     raise UserError(f'flags: {plain(error)}') from error
-  if _CONFIG.value is None:
+  if values.config is None:
     raise UserError('--config is missing: expected a config, such as --config=star:tiny; `ilm-jax configs` lists them')
-  if len(rest) > 1:
-    raise UserError(f'flags: unexpected argument {rest[1]!r}: every argument must have the form --name=value')
-  return rest
+  return rest[1:]
 
 
 def locate_config(argv) -> list[str]:
@@ -61,22 +71,13 @@ def locate_config(argv) -> list[str]:
     path, colon, variant = value.partition(':')
     if os.path.isfile(path):
       continue
-    packaged = PACKAGED / f'{path}.py'
-    if not re.fullmatch(r'[a-z]\w*', path) or not packaged.is_file() or not is_config(packaged):
-      names = ', '.join(sorted(file.stem for file in PACKAGED.glob('*.py') if is_config(file)))
+    if path not in NAMES:
       raise UserError(
         f'--config={value}: there is no file {path} in {os.getcwd()}, and no packaged config of this name: expected a '
-        f'path, or one of {names}'
+        f'path, or one of {", ".join(sorted(NAMES))}'
       )
-    argv[index] = f'--config={packaged}{colon}{variant}' if equals else f'{packaged}{colon}{variant}'
+    argv[index] = f'{"--config=" if equals else ""}{FOLDER / path}.py{colon}{variant}'
   return argv
-
-
-def is_config(file: Path) -> bool:
-  """Return whether a file in ilm_jax/configs is a config that --config accepts by name."""
-  from ilm_jax.configs.list import NAMES
-
-  return file.stem in NAMES
 
 
 def unknown_setting(text: str, argv) -> str:
@@ -98,51 +99,28 @@ def plain(error: Exception) -> str:
   return re.split(r'\b\w*(?:Error|Exception): ', text)[-1] if 'Traceback' in text else text
 
 
-def default_workdir() -> str:
+def default_workdir(values: flags.FlagValues) -> str:
   """Return the default --workdir: `runs/star-tiny` for --config=star:tiny and for --config=configs/star.py:tiny."""
-  name, _, argument = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
-  argument = argument or (flags.FLAGS['config'].config_filename.partition(':')[2])
-  return str(Path('runs') / '-'.join(part for part in (Path(name).stem, argument) if part))
+  name, _, variant = config_flags.get_config_filename(values['config']).partition(':')
+  return str(Path('runs') / '-'.join(part for part in (Path(name).stem, variant) if part))
 
 
-def run() -> int:
+def run(values: flags.FlagValues) -> int:
   """Train or evaluate, as --mode says; returns the exit code."""
-  quiet()
+  console.quiet()
   from ilm_jax.distributed import processes
   from ilm_jax.training import loop
 
-  cfg = _CONFIG.value
-  given = (flags.FLAGS[name].value for name in processes.FLAGS)
-  processes.start(*given, saving=_MODE.value == 'train', **cfg.get('distributed', {}))
-  workdir = _WORKDIR.value or default_workdir()
-  call = {'train': loop.train, 'eval': loop.evaluate_run}[_MODE.value]
+  cfg, workdir = values.config, os.fspath(paths.resolve(values.workdir or default_workdir(values), '--workdir'))
+  given = (values[name].value for name in processes.FLAGS)
+  processes.start(*given, saving=values.mode == 'train', **cfg.get('distributed', {}))
+  call = {'train': loop.train, 'eval': loop.evaluate_run}[values.mode]
   return processes.end_together(lambda: call(cfg, workdir))
-
-
-def command(doc: str, names, call, argv=None) -> int:
-  """Run a command that takes a config; a user's mistake gives one line on standard error and exit code 1.
-
-  Args:
-    doc: printed by --help, before the flags.
-    names: names of the flags that --help prints.
-    call: function that runs the command after the flags are parsed, and returns the exit code.
-    argv: the arguments; sys.argv by default.
-  """
-  argv = sys.argv if argv is None else argv
-  if wants_help(argv):
-    return usage(doc, flags.FLAGS, names)
-  try:
-    parse(argv)
-    return call()
-  except UserError as error:
-    return fail(error)
-  except KeyboardInterrupt:
-    return 130
 
 
 def main(argv=None) -> int:
   """Run `ilm-jax train` or `ilm-jax eval`; returns the exit code."""
-  return command(__doc__, ('config', 'workdir', 'mode', 'coordinator', 'num_processes', 'process_id'), run, argv)
+  return command(__doc__, define, run, argv)
 
 
 if __name__ == '__main__':

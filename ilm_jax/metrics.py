@@ -20,17 +20,12 @@ def means(pairs: Metrics) -> dict[str, float]:
 
 
 def order_statistics(steps, landmark: int | None = None) -> Metrics:
-  """Describe the order in which the tokens of an answer were inserted.
+  """Describe the insertion order of an answer, given the decoding step of each token in reading order.
 
-  Args:
-    steps: decoding step of each token of the answer, in reading order; tokens of one forward pass share a step.
-    landmark: index of the token whose place in the insertion order is reported as `order_junction`.
-
-  Returns:
-    (total, weight) pairs; a statistic that is undefined for the answer is missing:
+  Undefined statistics are left out.
     order_tau: Kendall's tau between step and position; 1 is left to right, pairs inserted in the same step count as 0.
     order_adjacent: share of tokens that were inserted directly next to the token of the previous step.
-    order_junction: step that inserted the landmark token, divided by the last step.
+    order_junction: step that inserted the token with index `landmark`, divided by the last step.
   """
   n, pairs = len(steps), {}
   if n > 1:

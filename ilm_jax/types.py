@@ -6,15 +6,13 @@ Arrays carry shape suffixes, axes joined by `x` (`tokens_BxL`):
     L positions       D width          K head dim    N blocks       S segments of a row
     M decoding steps of a request      G gaps filled in a step      P shards of the vocabulary, of V entries each
 
-A batch is a plain dict of arrays, made on the host by `data.pipeline` and read by the losses of `families`. A segment
-is one corrupted example in a packed row:
+A batch is a dict of arrays from `data.pipeline`. A segment is one corrupted example in a packed row:
 
     tokens_BxL, position_BxL           the tokens kept by the corruption; positions restart in each segment
     segment_BxL                        number of each token's segment, 1..S; 0 for padding
     open_BxL                           whether a token may be inserted to the right of each token
     target_gap_BxT, target_token_BxT   position (in the row) after which a dropped token belongs, and its token id
-    target_segment_BxT                 segment of the target, 1..S; 0 in unused entries
-    target_weight_BxT                  weight of the target in the loss; 0 in unused entries
+    target_segment_BxT, target_weight_BxT  segment (1..S) and weight in the loss of a target; 0 in unused entries
     cls_BxS                            position (in the row) of each segment's [CLS]
     segment_weight_BxS                 weight of the segment's example in the loss; 0 for unused segments
     example_id_BxS                     global index of the example; -1 for unused segments
@@ -22,6 +20,7 @@ is one corrupted example in a packed row:
     noise_BxS                          noise level of the example, for families whose model is conditioned on it
 """
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 Array = Any  # jax.Array or np.ndarray
@@ -30,17 +29,19 @@ Metrics = dict[str, tuple[Array, Array]]  # name -> (total, weight)
 
 
 class UserError(Exception):
-  """A mistake of the user. Commands print its message as one line and exit with its code.
+  """A mistake of the user. Its message, one line, says what is wrong, what was expected and how to fix it."""
 
-  The message says what is wrong, what was expected and how to fix it.
+  code = 1  # exit code of the command
+  everywhere = False  # whether all processes of the run raise this error
 
-  Attributes:
-    code: exit code of the command.
-    everywhere: whether all processes of the run raise this error.
-  """
 
-  code = 1
-  everywhere = False
+SEED_LIMIT = 2**32  # JAX uses 32 bits of a seed
+
+
+def check_seed(seed, setting: str = 'seed') -> None:
+  """Raise UserError unless the seed is an integer whose bits all count: 0 <= seed < SEED_LIMIT."""
+  if not isinstance(seed, Integral) or not 0 <= seed < SEED_LIMIT:
+    raise UserError(f'{setting}={seed}: expected an integer from 0 to {SEED_LIMIT - 1}')
 
 
 class Outputs(NamedTuple):
@@ -87,16 +88,12 @@ class Score(NamedTuple):
 
 
 class Sampled(NamedTuple):
-  """Output of a sampler: the completed rows, with their tokens in reading order.
-
-  Log-probabilities are those of the model at temperature 1 over the allowed (gap, token) pairs, whatever the sampling
-  rule is.
-  """
+  """Output of a sampler: the completed rows, with their tokens in reading order."""
 
   tokens_BxL: Array
   length_B: Array
   order_BxL: Array  # decoding step (0, 1, ...) that inserted each token; -1 for prompt tokens and padding
-  log_prob_BxM: Array  # log-probability of each step's insertion; 0 after the last step
+  log_prob_BxM: Array  # log-probability of each step's insertion at temperature 1; 0 after the last step
   stop_prob_BxM: Array  # p(stop) at each forward pass, including the last one; 0 after it
   steps_B: Array  # number of decoding steps that inserted a token
   stopped_B: Array  # whether the model ended the row; False if a length or step limit did

@@ -24,9 +24,14 @@ from ilm_jax import main as entry
 from ilm_jax.console import quiet
 from ilm_jax.types import UserError
 
-_TOPOLOGY = flags.DEFINE_string('topology', None, 'Chip and slice, such as v5e:2x4; cpu:8 for eight CPU devices.')
-_VOCAB = flags.DEFINE_integer('vocab_size', None, "Vocabulary size; the config's by default.")
-_SLOTS = flags.DEFINE_integer('slots', 0, 'Number of rows in the compiled decoding step; 0: eight per device.')
+
+def define(values: flags.FlagValues) -> None:
+  """Define the flags besides --config."""
+  flags.DEFINE_string('topology', None, 'Chip and slice, such as v5e:2x4; cpu:8 for eight CPU devices.',
+                      flag_values=values)  # fmt: skip
+  flags.DEFINE_integer('vocab_size', None, "Vocabulary size; the config's by default.", flag_values=values)
+  flags.DEFINE_integer('slots', 0, 'Number of rows in the compiled decoding step; 0: eight per device.',
+                       flag_values=values)  # fmt: skip
 
 
 def devices_of(topology: str):
@@ -152,8 +157,9 @@ def compile_and_print(lowered, devices, chip, log: Path, more=None) -> None:
   print('\n'.join(lines + (more(compiled) if more and chip else [])), flush=True)
 
 
-def run(cfg, topology: str | None, log: Path) -> int:
+def run(values: flags.FlagValues, log: Path) -> int:
   """Compile the training step and a decoding step of a config, and print their costs; returns the exit code."""
+  cfg, topology = values.config, values.topology
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', '')
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -169,7 +175,7 @@ def run(cfg, topology: str | None, log: Path) -> int:
   from ilm_jax.training.experiment import build
 
   devices, chip = devices_of(topology), CHIPS.get(topology.partition(':')[0])
-  exp = build(cfg, devices=devices, vocab_size=_VOCAB.value or vocab_of(cfg))
+  exp = build(cfg, devices=devices, vocab_size=values.vocab_size or vocab_of(cfg))
   data, sizes = cfg.data, exp.model_cfg
   shape = data.rows, data.row_length, data.targets or 2 * data.row_length
   flops, useful = training_flops(sizes, *shape), training_flops(sizes, *shape, again=False)
@@ -179,7 +185,7 @@ def run(cfg, topology: str | None, log: Path) -> int:
         f'{flops / len(devices) / 1e9:,.3g} GFLOP per device', flush=True)  # fmt: skip
   predict = functools.partial(roofline, flops=flops, useful=useful, devices=len(devices), chip=chip)
   compile_and_print(lower_training(exp), devices, chip, log, predict)
-  slots = _SLOTS.value or 8 * sharding.num_row_shards(exp.mesh)
+  slots = values.slots or 8 * sharding.num_row_shards(exp.mesh)
   lowered = lower_sampling(exp, slots)
   if lowered is None:
     print(f'decoding step not compiled: family={cfg.family} does not support continuous batching')
@@ -192,11 +198,11 @@ def run(cfg, topology: str | None, log: Path) -> int:
 def main(argv=None) -> int:
   """Run `ilm-jax compile`; returns the exit code."""
 
-  def call() -> int:
+  def call(values) -> int:
     with compiler_log() as log:
-      return run(flags.FLAGS.config, _TOPOLOGY.value, log)
+      return run(values, log)
 
-  return entry.command(__doc__, ('config', 'topology', 'vocab_size', 'slots'), call, argv)
+  return entry.command(__doc__, define, call, argv)
 
 
 if __name__ == '__main__':

@@ -6,17 +6,18 @@ A comment that begins with families (ilm, arm, it, mdm) marks a setting that onl
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+SECTIONS = ('model', 'corrupt', 'loss', 'data', 'optimizer', 'mesh', 'distributed', 'sampling', 'eval')
+
 
 def get_config() -> ml_collections.ConfigDict:
   """Return a config without a task; each config file adds its task and the batch shape for it."""
-  config = ml_collections.ConfigDict()
+  config = ml_collections.ConfigDict({section: {} for section in SECTIONS})
   config.seed = 0
   config.family = 'ilm'
   config.steps = 50_000
   config.stop_at = 0.0  # stop training early when eval.metric reaches this value on validation; 0: never
   config.init_from = ''  # workdir of another run whose weights initialize this one
 
-  config.model = ml_collections.ConfigDict()
   config.model.preset = placeholder(str)
   config.model.preset = 'small'  # small, tiny, tiny2, xtiny2, 1b or 8b; the sizes below override it
   config.model.num_layers = placeholder(int)
@@ -36,7 +37,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.d_cond = placeholder(int)  # mdm: width of the noise level embedding; 128 by default
   config.model.residual = placeholder(str)  # mdm: attention's skip connection: input, or modulated (authors' code)
 
-  config.corrupt = ml_collections.ConfigDict()
   config.corrupt.close_prompt = False  # ilm, it: exclude gaps within the prompt from the training softmax
   config.corrupt.infill_rate = 0.0  # ilm, it: fraction of examples trained as infilling, with 1 to 3 gaps to fill
   config.corrupt.fim_rate = 0.0  # arm: fraction of examples rearranged for fill-in-the-middle
@@ -44,13 +44,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.corrupt.length = 0  # mdm: pad examples to this length and train to predict the [PAD]s; 0: no padding
   config.corrupt.noise_eps = 1e-3  # mdm: fraction of tokens that stay unmasked at the end of the noise schedule
 
-  config.loss = ml_collections.ConfigDict()
   config.loss.stop_weight = 1.0  # ilm: weight of the stop head's loss
   config.loss.length_weight = 'none'  # ilm: none (as in the paper), or elbo: minimize an upper bound on the NLL
   config.loss.mdm = 'mean_masked'  # mdm: mean_masked (weighted mean over masked tokens, as the authors), or nelbo
   config.loss.vocab_chunk = 2048  # vocabulary entries per chunk of the chunked softmax
 
-  config.data = ml_collections.ConfigDict()
   config.data.batch_size = 64  # examples per training step
   config.data.groups = 1  # groups of a batch's examples that are packed separately; each process reads whole groups
   config.data.rows = 64  # packed rows per training step
@@ -60,7 +58,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.num_workers = 0  # worker processes that prepare batches; 0: a thread of this process
   config.data.prefetch = 8  # batches prepared in advance
 
-  config.optimizer = ml_collections.ConfigDict()
   config.optimizer.learning_rate = 1e-4
   config.optimizer.schedule = 'constant'  # or cosine or linear: decay to final_fraction of the peak at the last step
   config.optimizer.warmup_steps = 0
@@ -73,16 +70,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.ema_decay = 0.9999  # decay of the moving average of the weights; 0: no average
   config.optimizer.accumulation_steps = 1  # gradient accumulation: microbatches per training step
 
-  config.mesh = ml_collections.ConfigDict()
   config.mesh.data = -1  # number of devices along each mesh axis; -1: all remaining devices
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
 
-  config.distributed = ml_collections.ConfigDict()  # for runs with several processes
-  config.distributed.initialization_timeout = 300  # seconds to wait for all processes at the start
+  config.distributed.initialization_timeout = 300  # seconds to wait for all processes of a run at the start
   config.distributed.heartbeat_timeout = 30  # seconds without a heartbeat after which a process counts as lost
 
-  config.sampling = ml_collections.ConfigDict()
   config.sampling.max_length = 128  # tokens of prompt and completion together
   config.sampling.max_steps = placeholder(int)  # maximum decoding steps; by default limited only by max_length
   config.sampling.stop_threshold = 0.9  # ilm: stop when p(stop) exceeds this; 0: stop with probability p(stop)
@@ -100,7 +94,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.sampling.length = 'predicted'  # mdm: predicted (sample [PAD]s up to max_length), or given with each prompt
   config.sampling.score_draws = 32  # forward passes per example to estimate a bound on its likelihood
 
-  config.eval = ml_collections.ConfigDict()
   config.eval.every = 1_000  # training steps between validations
   config.eval.batch_size = 100  # prompts per sampling batch
   config.eval.metric = 'exact_match'  # validation metric that selects the best checkpoint

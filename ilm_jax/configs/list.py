@@ -10,20 +10,13 @@ FOLDER = Path(__file__).parent
 NAMES = ('star', 'zebra', 'tinystories', 'lm1b', 'text')
 
 
-def lines() -> list[str]:
-  """Return a line for each packaged config: its name for --config, and a description."""
-  modules = {name: importlib.import_module(f'ilm_jax.configs.{name}') for name in NAMES}
-  rows = [
-    (f'{name}:{variant}', about) for name, module in modules.items() for variant, about in module.VARIANTS.items()
-  ]
-  width = max(len(name) for name, _ in rows)
-  return [f'{name:<{width}}  {about}' for name, about in rows]
-
-
 def run(values) -> int:
-  """Print the list of packaged configs."""
+  """Print a line for each packaged config: its name for --config, and a description."""
   del values
-  print('\n'.join(lines()))
+  modules = {name: importlib.import_module(f'ilm_jax.configs.{name}') for name in NAMES}
+  about = {f'{name}:{key}': text for name, module in modules.items() for key, text in module.VARIANTS.items()}
+  width = max(map(len, about))
+  print('\n'.join(f'{name:<{width}}  {text}' for name, text in about.items()))
   print(f'\nUse a config by its name: --config=star:tiny. The files are in {FOLDER}; use an edited copy by its path:')
   print('--config=path/to/file.py:tiny.')
   return 0

@@ -1,11 +1,10 @@
 """One Billion Word benchmark. Variants: full, small.
 
-full    `python -m ilm_jax.main --config=configs/lm1b.py --workdir=runs/lm1b`: the paper's model (small, 85M parameters
-        in the blocks), batch size (512), learning rate, length (128 tokens) and million steps, for a GPU or TPU. The
-        paper uses the vocabulary of bert-base-uncased: `--config.task.tokenizer.path=vocab.txt`. Not yet trained.
-small   `python -m ilm_jax.main --config=configs/lm1b.py:small`: 1.9M parameters, batch 64, for two CPU cores. After
-        1,000 of its 5,000 steps on 11,600 sentences (9 minutes on two cores), the upper bound on the negative
-        log-likelihood of held-out sentences is 5.85 nats per token (docs/measured.md).
+full    the paper's model (small, 85M parameters in the blocks), batch size (512), learning rate, length (128 tokens)
+        and million steps, for a GPU or TPU. The paper uses the vocabulary of bert-base-uncased:
+        `--config.task.tokenizer.path=vocab.txt`. Not yet trained.
+small   1.9M parameters, batch 64, for two CPU cores: upper bound on the NLL of held-out sentences 5.85 nats per token
+        after 1,000 of 5,000 steps on 11,600 sentences (9 minutes; docs/measured.md).
 
 The corpus (1.8 GB) is downloaded; `--config.data.path=PATH` reads its archive, its shards (*.en-*-of-*) or *.tokens
 files instead. Each line is a sentence, and is detokenized. Our rules join more tokens than those of earlier papers

@@ -1,18 +1,18 @@
 """Star graphs: find the path from source to goal. Variants: tiny, mini, easy, medium, hard.
 
-tiny    `make train`, or `python -m ilm_jax.main --config=configs/star.py:tiny`: 0.86M parameters, batch 32. On two CPU
-        cores, solves 99.5 to 99.9 % of 1,000 test graphs after 3,500 to 4,000 steps, 4 min (3 seeds, docs/measured.md).
+tiny    0.86M parameters, batch 32: on two CPU cores, solves 99.5 to 99.9 % of 1,000 test graphs after 3,500 to 4,000
+        steps, 4 minutes (3 seeds, docs/measured.md).
 mini    Three arms of four nodes, otherwise as tiny: solves 93.9, 97.9 and 16.2 % of 1,000 test graphs after 6,000
         steps, all still rising (3 seeds, RESULTS.md; 11 minutes on an idle core).
 easy, medium, hard
-        `python -m ilm_jax.main --config=configs/star.py:hard --workdir=runs/hard`: the paper's task, model size (small,
-        85M parameters in the blocks), learning rate, batch size and 50,000 steps, for a GPU or TPU. hard, with
-        --config.model.compute=bfloat16 on one H200: 98.67 % of 300 test graphs after 9,000 steps, 3.5 min (seed 0).
-        On two CPU cores, a model of tiny's size solves easy (100 % of 1,000 test graphs, 26 min) with
-        `--config.model.num_layers=4 --config.model.num_heads=4 --config.model.d_model=128 --config.model.d_ff=512
-        --config.model.final_norm=True --config.model.dropout=0 --config.model.attention_dropout=0
-        --config.data.batch_size=128 --config.data.rows=64 --config.optimizer.learning_rate=1e-3
-        --config.optimizer.warmup_steps=100 --config.eval.every=500 --config.stop_at=0.998`.
+        The paper's task, model size (small, 85M parameters in the blocks), learning rate, batch size and 50,000 steps,
+        for a GPU or TPU. hard, with --config.model.compute=bfloat16 on one H200: 98.67 % of 300 test graphs after 9,000
+        steps, 3.5 minutes (seed 0). On two CPU cores, a model of tiny's size solves easy (100 % of 1,000 test graphs,
+        26 minutes) with `--config.model.num_layers=4 --config.model.num_heads=4 --config.model.d_model=128
+        --config.model.d_ff=512 --config.model.final_norm=True --config.model.dropout=0
+        --config.model.attention_dropout=0 --config.data.batch_size=128 --config.data.rows=64
+        --config.optimizer.learning_rate=1e-3 --config.optimizer.warmup_steps=100 --config.eval.every=500
+        --config.stop_at=0.998`.
 """
 
 import ml_collections
@@ -33,6 +33,11 @@ GRAPHS = {  # (arms, shortest arm, longest arm, minimum nodes after the junction
   'medium': (3, 3, 6, 2, 20, 10),
   'hard': (5, 6, 12, 5, 56, 200),
 }
+BATCH = {  # enough rows to hold all examples of a batch
+  'easy': {'rows': 32, 'row_length': 72, 'segments': 2},
+  'medium': {'rows': 20, 'row_length': 128, 'segments': 8},
+  'hard': {'rows': 16, 'row_length': 512, 'segments': 8},
+}
 
 
 def get_config(name: str = 'tiny') -> ml_collections.ConfigDict:
@@ -52,14 +57,8 @@ def get_config(name: str = 'tiny') -> ml_collections.ConfigDict:
   config.sampling.max_length = config.corrupt.length = longest
   config.sampling.max_steps = steps
 
-  # The rows are enough to hold all examples of a batch.
-  if name == 'hard':
-    config.data.update({'rows': 16, 'row_length': 512, 'segments': 8})
-  elif name == 'medium':
-    config.data.update({'rows': 20, 'row_length': 128, 'segments': 8})
-  elif name == 'easy':
-    config.data.update({'rows': 32, 'row_length': 72, 'segments': 2})
-  if name not in ('tiny', 'mini'):
+  if name in BATCH:
+    config.data.update(BATCH[name])
     config.model.update({'final_norm': False, 'init': 'reference'})  # as in the reference implementation
   else:
     config.steps = 12_000

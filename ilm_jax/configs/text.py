@@ -1,14 +1,12 @@
 """Your own text: `--config=configs/text.py:small --config.data.path=PATH`. Variants: small, full.
 
-small   `python -m ilm_jax.main --config=configs/text.py:small --config.data.path=PATH`: documents of up to 256 tokens,
-        1.9M parameters, batch 32, for two CPU cores.
-full    `python -m ilm_jax.main --config=configs/text.py:full --config.data.path=PATH --workdir=runs/text`: documents of
-        up to 1,024 tokens, with the model and learning rate that the paper uses for stories. Not yet trained.
+small   documents of up to 256 tokens, 1.9M parameters, batch 32, for two CPU cores.
+full    documents of up to 1,024 tokens, with the model and learning rate that the paper uses for stories. Not yet
+        trained.
 
 PATH is a file or a folder, local or in a bucket, of *.txt, *.tokens or *.jsonl files (field `text` of each line). File
 names that contain train, valid, heldout or test select the split; otherwise, a hash of each document selects it. In a
-*.txt file, a document ends with a line <|endoftext|> or with the file; `--config.task.documents=paragraph` or `line`
-changes that.
+*.txt file, a document ends with a line <|endoftext|> or with the file; see `task.documents`.
 
 The tokenizer is a SentencePiece model that is trained on the corpus, or the one at `--config.task.tokenizer.path=`: a
 SentencePiece model, a WordPiece vocabulary (the paper uses bert-base-uncased's vocab.txt), or a folder with either.
@@ -32,13 +30,7 @@ def get_config(name: str = 'small') -> ml_collections.ConfigDict:
 
 
 def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigDict:
-  """Return the config of a text corpus, with the sizes of the paper (full) or smaller ones (small).
-
-  Args:
-    label: name of the corpus and of its file, configs/LABEL.py.
-    name: the variant, 'small' or 'full'.
-    length: maximum number of tokens of an example in the full variant.
-  """
+  """Return variant `name` for the corpus of the file configs/LABEL.py; the full one has `length` tokens an example."""
   if name not in VARIANTS:
     raise ValueError(f'configs/{label}.py:{name}: expected one of {", ".join(VARIANTS)} after the colon')
   full = name == 'full'
@@ -72,9 +64,8 @@ def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigD
   config.eval.batch_size = 16
   config.eval.perplexity_model = ''  # model that scores test samples: workdir of an ARM run, or hf:NAME
   config.optimizer.warmup_steps = 1_000
-  # `data.rows` is large enough even if every document has the full length: in 10,000 sampled batches, no example was
-  # left out for lack of space. Autoregressive models (family=arm), which drop no tokens, need almost twice as many
-  # rows.
+  # These rows held all examples of 10,000 sampled batches, even if every document has the full length. family=arm drops
+  # no tokens and needs almost twice as many.
   if full:
     config.steps = 100_000
     config.model.update({'final_norm': False, 'init': 'reference'})  # as in the reference implementation

@@ -1,14 +1,12 @@
 """TinyStories. Variants: full, small.
 
-full    `python -m ilm_jax.main --config=configs/tinystories.py --workdir=runs/tinystories`: the paper's model (small,
-        85M parameters in the blocks), batch size (512), learning rate and length (1,024 tokens), for a GPU or TPU. The
-        paper uses the vocabulary of bert-base-uncased: `--config.task.tokenizer.path=vocab.txt`. Not yet trained.
-small   `python -m ilm_jax.main --config=configs/tinystories.py:small`: stories of up to 256 tokens, 1.9M parameters,
-        batch 32, for two CPU cores. After 1,000 of its 5,000 steps on 14,000 stories (40 minutes on one shared core),
-        the upper bound on the negative log-likelihood of held-out stories is 3.60 nats per token (docs/measured.md).
+full    the paper's model (small, 85M parameters in the blocks), batch size (512), learning rate and length (1,024
+        tokens), for a GPU or TPU. The paper uses the vocabulary of bert-base-uncased:
+        `--config.task.tokenizer.path=vocab.txt`. Not yet trained.
+small   stories of up to 256 tokens, 1.9M parameters, batch 32, for two CPU cores: upper bound on the NLL of held-out
+        stories 3.60 nats per token after 1,000 of 5,000 steps on 14,000 stories (40 minutes; docs/measured.md).
 
-The stories (TinyStoriesV2-GPT4-train.txt and -valid.txt, 2.2 GB) are downloaded; `--config.data.path=PATH` reads a file
-or folder instead.
+The stories (2.2 GB) are downloaded; `--config.data.path=PATH` reads a file or folder instead.
 """
 
 import ml_collections

@@ -1,15 +1,11 @@
 """Zebra puzzles: deduce a table from clues. Variants: small, full.
 
-small   `python -m ilm_jax.main --config=configs/zebra.py:small`: 3 to 4 houses and attributes, 2.0M parameters, batch
-        64, for two CPU cores. Generates 21,200 puzzles once, in about a minute, and stores them in data/. Not yet
-        trained.
-full    `python -m ilm_jax.main --config=configs/zebra.py:full --workdir=runs/zebra`: the paper's task, model (tiny2,
-        43M parameters in the blocks), learning rate, batch size and loss: 3 to 6 houses and attributes, for a GPU or
-        TPU. The paper trains for 300 epochs over 1.5M puzzles, 1.76M steps; `steps` is 200,000 here. Generating 1.5M
-        puzzles takes about 4 hours on one core, less with `--config.task.num_workers`; `--config.task.path=FOLDER`
-        reads the released puzzles instead. Not yet trained.
-
-`--config.task.order=sorted` sorts the cells of an answer instead of listing them in the order of a solver.
+small   3 to 4 houses and attributes, 2.0M parameters, batch 64, for two CPU cores. Generates 21,200 puzzles once, in
+        about a minute, and stores them in data/. Not yet trained.
+full    the paper's task (3 to 6 houses and attributes), model (tiny2, 43M parameters in the blocks), learning rate,
+        batch size and loss, for a GPU or TPU. The paper trains for 300 epochs over 1.5M puzzles, 1.76M steps; `steps`
+        is 200,000 here. Generating 1.5M puzzles takes about 4 hours on one core, less with
+        `--config.task.num_workers`; `--config.task.path=FOLDER` reads the released puzzles instead. Not yet trained.
 """
 
 import ml_collections

@@ -21,18 +21,16 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ilm_jax.console import fail
+from ilm_jax.console import exit_code, fail
 from ilm_jax.types import UserError
 
 FILE_TIMEOUT = 60  # seconds to wait until a file that process 0 writes is visible to all processes
 PEER_LOST = 134  # exit code after losing contact with another process, the same as when the JAX runtime aborts
-PEER_LOST_SIGNS = (  # parts of the JAX runtime's error messages after losing contact with another process
-  *('closed by peer', 'remote process exited', 'reset by peer', 'heartbeat'),
-  *('coordination service', 'tasks are unhealthy'),
-)
+# Parts of the JAX runtime's error messages after losing contact with another process.
+PEER_LOST_SIGNS = ('closed by peer', 'remote process exited', 'reset by peer', 'heartbeat', 'coordination service',
+                   'tasks are unhealthy')  # fmt: skip
 FLAGS = ('coordinator', 'num_processes', 'process_id')
-# Environment variables that list the hosts of a TPU slice.
-TPU_HOSTS = ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES')
+TPU_HOSTS = ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES')  # environment variables that list a TPU slice's hosts
 PROCESS_COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')  # set by Slurm and Open MPI: number of processes
 
 
@@ -45,9 +43,7 @@ class PeerLost(UserError):
 def environment_names_peers(env=os.environ, devices=('/dev/accel0', '/dev/vfio/0')) -> bool:
   """Return whether the environment may describe the processes of this run (Slurm, Open MPI, TPU VMs, GKE with TPUs).
 
-  Args:
-    env: the environment variables.
-    devices: device files; a TPU VM has at least one of them.
+  `devices` are device files of which a TPU VM has at least one.
   """
   if any(env.get(name, '1') not in ('', '1') for name in PROCESS_COUNTS):
     return True
@@ -59,28 +55,18 @@ def environment_names_peers(env=os.environ, devices=('/dev/accel0', '/dev/vfio/0
 
 
 def start(
-  coordinator: str | None = None,
-  num_processes: int | None = None,
-  process_id: int | None = None,
-  *,
-  saving: bool = True,
-  initialization_timeout: int = 300,
-  heartbeat_timeout: int = 30,
-) -> None:
+  coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None, *,
+  saving: bool = True, initialization_timeout: int = 300, heartbeat_timeout: int = 30,
+) -> None:  # fmt: skip
   """Connect to the other processes of the run, if there are any. Call it before JAX uses a device.
 
   Args:
-    coordinator: HOST:PORT of process 0. Without it, environment variables are used; if they name no other processes,
-      this is the only one.
+    coordinator: HOST:PORT of process 0; by default, environment variables tell whether there are other processes.
     num_processes: number of processes of the run.
     process_id: index of this process, 0 ... num_processes - 1.
     saving: whether this process will call `stop_requested` at every training step. If not, SIGTERM ends it at once.
     initialization_timeout: seconds to wait for the other processes.
     heartbeat_timeout: seconds without a heartbeat until a process counts as dead and the JAX runtime ends the others.
-
-  Raises:
-    UserError: if only some of the first three arguments are given, their values are invalid, or the coordinator
-      cannot be reached.
   """
   given = dict(zip(FLAGS, (coordinator, num_processes, process_id), strict=True))
   missing = [name for name, value in given.items() if value is None]
@@ -97,16 +83,14 @@ def start(
     raise UserError(f'--coordinator={coordinator}: expected HOST:PORT of process 0')
   elif process_id:
     wait_for_port(coordinator, initialization_timeout)
-  names = {'coordinator': 'coordinator_address'}
-  options = {names.get(name, name): value for name, value in given.items()}
+  options = {}
   if given:
+    options = {'coordinator_address': coordinator, 'num_processes': num_processes, 'process_id': process_id}
     options['cluster_detection_method'] = 'deactivate'
   jax.config.update('jax_enable_preemption_service', saving)
   address = coordinator or 'the coordinator that the environment names'
-  timed_out = PeerLost(
-    f'the processes did not all connect to {address} within {initialization_timeout} s: is every process started, and '
-    'can each reach that address?'
-  )
+  timed_out = PeerLost(f'the processes did not all connect to {address} within {initialization_timeout} s: is every '
+                       'process started, and can each reach that address?')  # fmt: skip
   # The JAX runtime would abort this process without a clear message, so this timer ends it first.
   timer = threading.Timer(initialization_timeout, lambda: _exit(fail(timed_out)))
   timer.daemon = True
@@ -190,16 +174,16 @@ def raised_by_all(error: UserError) -> UserError:
 def raise_on_all():
   """Context manager: if one process raises a UserError in the body, all processes raise it after the body.
 
-  Without it, the other processes would wait for the failed one forever. The body must not contain collective
-  operations, because other processes would match them with the one at the end of this function.
+  Otherwise, the other processes would wait forever. The body must not contain collective operations, because other
+  processes would match them with the one at the end of this function.
   """
   own_error = None
   try:
     yield
   except UserError as error:
     own_error = error
-  messages = gather('' if own_error is None else str(own_error))
-  if own_error is not None:
+  messages = gather(str(own_error or ''))
+  if own_error:
     raise raised_by_all(own_error)
   for process, message in enumerate(messages):
     if message:
@@ -207,12 +191,9 @@ def raise_on_all():
 
 
 def agree(what: dict, error=UserError, advice: str = 'start all with the same command and code') -> None:
-  """Raise an error in all processes if a value differs between them.
+  """Raise an error of class `error` in all processes if a value of `what`, a dict of JSON values, differs between them.
 
-  Args:
-    what: dict of JSON values that must be the same in every process.
-    error: class of the error.
-    advice: end of the error message, which tells the user what to do.
+  `advice` ends the error message: what the user should do.
   """
   first, *others = (json.loads(text) for text in gather(json.dumps(what)))
   for process, other in enumerate(others, 1):
@@ -242,12 +223,8 @@ def check_shared(folder) -> None:
   if is_first():
     path.unlink(missing_ok=True)
   if blind:
-    raise raised_by_all(
-      UserError(
-        f'--workdir={folder}: process {", ".join(blind)} does not see the files that process 0 writes there: give a '
-        'folder that all hosts share, or a bucket (gs://...)'
-      )
-    )
+    message = f'--workdir={folder}: process {", ".join(blind)} does not see the files that process 0 writes there'
+    raise raised_by_all(UserError(f'{message}: give a folder that all hosts share, or a bucket (gs://...)'))
 
 
 def barrier(name: str) -> None:
@@ -257,7 +234,7 @@ def barrier(name: str) -> None:
 
 
 def stop_requested(step: int) -> bool:
-  """Return whether a process has received SIGTERM or a preemption notice; all processes return True at the same step.
+  """Return whether a process has received SIGTERM or a preemption notice, in all processes at the same step.
 
   Every process must call this once per training step.
   """
@@ -275,16 +252,16 @@ def is_peer_lost(error: BaseException | None) -> bool:
 
 def _exit(code: int) -> None:
   """End this process at once; a normal exit would wait for the other processes."""
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
+  lost = exit_code(sys.stdout.flush)
+  with contextlib.suppress(OSError):
+    sys.stderr.flush()
+  os._exit(code or lost)
 
 
 def end_together(call) -> int:
   """Return call(); if it fails in this process only, end the process at once.
 
-  A normal exit would wait for the other processes, which wait for this one; after an abrupt exit, the JAX runtime ends
-  them.
+  A normal exit would wait for the other processes, which wait for this one. The JAX runtime ends those.
   """
   if jax.process_count() == 1:
     return call()

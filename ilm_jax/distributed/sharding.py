@@ -1,7 +1,6 @@
 """The device mesh, the table from logical axis names to mesh axes, and the sharding of parameters and batches.
 
-The mesh axes (data, fsdp, tensor) always exist, with size 1 when unused, so that one code path serves a laptop and a
-pod.
+The mesh axes (data, fsdp, tensor) always exist, with size 1 if unused, so that the same code serves any device count.
 """
 
 import functools
@@ -29,17 +28,11 @@ RULES = {
 }
 
 
-# --- logical axis names -----------------------------------------------------------------------------------------------
-
-
 def spec_of(names, shape, mesh, whole: str | None = None) -> P:
-  """Return the PartitionSpec of an array.
+  """Return the PartitionSpec of an array from the logical name (or None) of each axis.
 
-  Args:
-    names: logical axis name, or None, of each axis.
-    shape: shape of the array. A mesh axis is left out if its size does not divide the array's dimension.
-    mesh: a Mesh or an AbstractMesh.
-    whole: a mesh axis to leave out; the array is then replicated over it.
+  A mesh axis is left out if its size does not divide the array's dimension. The array is replicated over the mesh axis
+  `whole`.
   """
   entries = []
   for size, name in zip(shape, names, strict=False):
@@ -58,9 +51,7 @@ def state_shardings(boxed, mesh: Mesh):
     return hasattr(leaf, 'names') and hasattr(leaf, 'value')
 
   def sharding(leaf):
-    if is_box(leaf):
-      return NamedSharding(mesh, spec_of(leaf.names, leaf.value.shape, mesh))
-    return replicated(mesh)
+    return NamedSharding(mesh, spec_of(leaf.names, leaf.value.shape, mesh) if is_box(leaf) else P())
 
   return jax.tree.map(sharding, boxed, is_leaf=is_box)
 
@@ -73,9 +64,6 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
   """Return the sharding that puts a full copy of an array on every device."""
   return NamedSharding(mesh, P())
-
-
-# --- inside a jitted function -----------------------------------------------------------------------------------------
 
 
 def with_mesh(mesh: Mesh | None):
@@ -106,22 +94,16 @@ def on_several_devices() -> bool:
   return not mesh.empty and mesh.size > 1
 
 
-def constrain(x, names):
-  """Constrain the sharding of x by its logical axis names; return x unchanged without a mesh of several devices."""
+def constrain(x, names, whole: str | None = None):
+  """Constrain the sharding of x as in `spec_of`; return x unchanged without a mesh of several devices."""
   if not on_several_devices():
     return x
-  return jax.lax.with_sharding_constraint(x, spec_of(names, x.shape, jax.sharding.get_abstract_mesh()))
+  return jax.lax.with_sharding_constraint(x, spec_of(names, x.shape, jax.sharding.get_abstract_mesh(), whole))
 
 
 def gather(x, names):
   """All-gather a parameter over the mesh axis fsdp before its use; it stays sharded over the mesh axis tensor."""
-  if not on_several_devices():
-    return x
-  spec = spec_of(names, x.shape, jax.sharding.get_abstract_mesh(), whole='fsdp')
-  return jax.lax.with_sharding_constraint(x, spec)
-
-
-# --- meshes -----------------------------------------------------------------------------------------------------------
+  return constrain(x, names, whole='fsdp')
 
 
 def read_mesh(text: str) -> dict[str, int]:
@@ -138,14 +120,9 @@ def read_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(cfg, devices=None) -> Mesh:
-  """Build the mesh of cfg.data x cfg.fsdp x cfg.tensor devices; one size may be -1 (all remaining devices).
+  """Build the mesh of data x fsdp x tensor devices from the sizes in the mapping cfg; -1: all remaining devices.
 
-  Args:
-    cfg: mapping with the keys data, fsdp and tensor.
-    devices: the devices of the mesh; by default all.
-
-  Raises:
-    UserError: if the sizes do not fit the number of devices or of TPU slices.
+  Raises UserError if the sizes do not fit the number of devices or of TPU slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [cfg[axis] for axis in AXES]
@@ -180,8 +157,7 @@ def make_mesh(cfg, devices=None) -> Mesh:
 def by_host(devices):
   """Reorder a device array by host, so that the rows of a batch that one host holds are contiguous.
 
-  Groups of devices along the last axis (tensor) stay together. Within a host, devices keep their order, which
-  follows the physical links.
+  Devices along the last axis (tensor) stay together; those of a host keep their order, which follows physical links.
   """
   groups = devices.reshape(-1, devices.shape[-1])
   order = sorted(range(len(groups)), key=lambda group: min(device.process_index for device in groups[group]))
@@ -198,14 +174,9 @@ def slices_of(devices) -> list[list]:
 
 
 def check_model(cfg, mesh: Mesh) -> str | None:
-  """Check that a model's sizes divide evenly over a mesh; return a warning if the vocabulary does not, else None.
+  """Raise UserError if a model's num_heads, d_ff or d_model does not divide over its mesh axis.
 
-  Args:
-    cfg: an object with attributes `num_heads`, `d_ff`, `d_model` and `vocab_size`.
-    mesh: the device mesh.
-
-  Raises:
-    UserError: if num_heads, d_ff or d_model is not divisible by the size of its mesh axis.
+  Return a warning if its vocab_size does not, else None.
   """
   for name, axis in (('num_heads', 'tensor'), ('d_ff', 'tensor'), ('d_model', 'fsdp')):
     size, count = getattr(cfg, name), mesh.shape[axis]
@@ -227,7 +198,7 @@ def check_model(cfg, mesh: Mesh) -> str | None:
 
 
 def describe_placement(tree) -> list[str]:
-  """Describe the sharding of a training state, in one line for all arrays of the same name in different blocks.
+  """Describe the sharding of a training state, with one line for the arrays of the same name in all blocks.
 
   A line gives the number of these arrays, their name, shape and PartitionSpec, and the bytes per device of one array.
   """
@@ -247,9 +218,6 @@ def bytes_per_device(array) -> int:
   return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
-# --- batches ----------------------------------------------------------------------------------------------------------
-
-
 def num_row_shards(mesh: Mesh) -> int:
   """Return the number of shards that the rows of a batch are split into."""
   return math.prod(mesh.shape[axis] for axis in RULES['rows'])
@@ -267,10 +235,7 @@ def check_rows(rows: int, mesh: Mesh, name: str) -> None:
 def process_shard(mesh: Mesh) -> tuple[int, int]:
   """Return (index, count): this process's devices hold part `index` of the `count` equal parts of a batch's rows.
 
-  Processes that share one tensor axis group hold the same rows and get the same index.
-
-  Raises:
-    UserError: if the rows of this process are not contiguous.
+  Processes that share a group of the tensor axis hold the same rows. Raises UserError if the rows are not contiguous.
   """
   shards = num_row_shards(mesh)
   where = rows_sharding(mesh).addressable_devices_indices_map((shards,))
