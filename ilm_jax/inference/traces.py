@@ -4,7 +4,6 @@ import difflib
 import html
 import importlib.resources
 import json
-import os.path
 
 
 def edits(old: str, new: str, start: int) -> list[tuple[int, int, str]]:
@@ -12,8 +11,7 @@ def edits(old: str, new: str, start: int) -> list[tuple[int, int, str]]:
 
   An insertion that is possible at several offsets ('a' into 'aa') is made as close to the offset `start` as possible.
   """
-  shortest, prefix = min(len(old), len(new)), len(os.path.commonprefix([old, new]))
-  suffix = len(os.path.commonprefix([old[::-1], new[::-1]]))
+  shortest, prefix, suffix = min(len(old), len(new)), common_prefix(old, new), common_prefix(old[::-1], new[::-1])
   at = min(max(start, shortest - suffix), prefix)
   suffix = min(suffix, shortest - at)
   old, new = old[at : len(old) - suffix], new[at : len(new) - suffix]
@@ -21,6 +19,12 @@ def edits(old: str, new: str, start: int) -> list[tuple[int, int, str]]:
     return [(at, 0, new)]
   codes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
   return [(at + i, j - i, new[k:end]) for tag, i, j, k, end in reversed(codes) if tag != 'equal']
+
+
+def common_prefix(one: str, other: str) -> int:
+  """Return the number of equal characters at the start of two strings."""
+  pairs = enumerate(zip(one, other, strict=False))
+  return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def record(result, parts: list[str], decode, graph: dict | None = None) -> dict:
