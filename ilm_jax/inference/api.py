@@ -140,8 +140,9 @@ class LanguageModel:
       is_partial_rule = name in settings_lib.RULES and isinstance(value, dict)
       settings[name] = {**(settings.get(name) or {}), **value} if is_partial_rule else value
     self.sample_cfg = families.make_sample_config(
-      self.family, cfg, settings, suppressed_tokens=self.tokenizer.special_ids, compute=model_cfg.compute
-    )
+      self.family, cfg, settings, suppressed_tokens=self.tokenizer.special_ids, byte_ids=self.tokenizer.byte_ids,
+      compute=model_cfg.compute,
+    )  # fmt: skip
     self.batch_size = batch_size
     self.sampler = continuous_batching.ContinuousSampler(model_cfg, self.family, self.sample_cfg, batch_size, mesh=mesh)
     replicated = {} if mesh is None else {'out_shardings': sharding.replicated(mesh)}
