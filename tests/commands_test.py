@@ -441,7 +441,7 @@ def test_the_reported_probabilities_equal_those_of_the_model_at_each_decoding_st
       gap = int((order[:at] < step).sum()) - 1
       steps.append((gap, ids[at], bos, probability, result['stop_probabilities'][step]))
   tokens_BxL = np.stack([np.pad(row, (0, 20 - len(row))) for row in rows])
-  forward = jax.jit(lambda *args: transformer.apply_rows(lm.model_cfg, lm.params, *args))
+  forward = jax.jit(lambda *args: transformer.Forward(lm.model_cfg, lm.params)(*args))
   out = forward(tokens_BxL, np.array([len(row) for row in rows]))
   logits_BxLxV = np.array(out.hidden_BxLxD, np.float64) @ np.array(out.unembed_VxD, np.float64).T
   for i, (gap, token, bos, probability, stop_probability) in enumerate(steps):

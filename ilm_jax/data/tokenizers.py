@@ -50,6 +50,7 @@ class Tokenizer:
   kind: str
   vocab_size: int
   special_ids = tuple(range(len(SPECIAL)))
+  byte_ids: tuple[int, ...] = ()  # ids of the tokens that are only a part of a character in UTF-8
 
   def files(self) -> dict[str, bytes]:
     """Return the files (name -> content) that `save` writes and from which the tokenizer can be rebuilt."""
@@ -156,6 +157,11 @@ class SentencePiece(Tokenizer):
     for our_id, model_id in enumerate(ordinary, len(SPECIAL)):
       self._from_model[model_id] = our_id
     self.vocab_size = len(self._to_model)
+    # The pieces <0x00> to <0x7F> are whole characters, such as a line break.
+    bytes_ = {
+      i: int(sp.id_to_piece(model_id)[3:5], 16) for i, model_id in enumerate(self._to_model) if sp.is_byte(model_id)
+    }
+    self.byte_ids = tuple(i for i, value in bytes_.items() if value >= 0x80)
 
   def files(self) -> dict[str, bytes]:
     return {'sentencepiece.model': self._model}

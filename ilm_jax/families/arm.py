@@ -6,10 +6,11 @@ Sampling generates one token per forward pass with a key-value cache. Every stri
     log p(x | prompt) = sum_t log p(x_t | prompt, x_<t) + log p([EOS] | prompt, x)
 
 With corrupt.fim_rate > 0 the model can also fill one gap in a text (fill-in-the-middle; Bavarian et al. 2022, arXiv
-2207.14255). It then reads `prefix [MASK] suffix [MASK]` as its prompt and generates the middle. The names of the two
-token orders are model order (`prefix [MASK] suffix [MASK] middle`) and reading order (`prefix middle suffix`).
+2207.14255). It reads its tokens in model order, `prefix [MASK] suffix [MASK] middle`, and generates the middle; reading
+order is `prefix middle suffix`.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from ilm_jax.families import corruption as _corrupt
 from ilm_jax.families import drawing, growing
 from ilm_jax.families.contract import Family
 from ilm_jax.families.growing import Rows, record
-from ilm_jax.families.settings import sample_config
+from ilm_jax.families.settings import never_generated, sample_config
 from ilm_jax.models import numerics, vocabulary
 from ilm_jax.special_tokens import EOS, MASK
 from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, Score, UserError
@@ -28,19 +29,8 @@ from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled
 corrupt = _corrupt.arm
 
 
-def model_settings(cfg) -> dict:
-  """Return the ModelConfig fields that this family sets: a causal model without a stop head."""
-  del cfg
-  return {'causal': True, 'stop_head': False}
-
-
-def sample_settings(cfg) -> dict:
-  """Return the SampleConfig field `fim`: whether `cfg.corrupt` trains the model with fill-in-the-middle."""
-  return {'fim': cfg.corrupt.get('fim_rate', 0.0) > 0}
-
-
 def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
-  """Return the largest (tokens, targets) of an example; fill-in-the-middle adds two [MASK]s, and [EOS] is a target."""
+  """Return (tokens, targets) of the largest example; fill-in-the-middle adds two [MASK]s, and [EOS] is a target."""
   if not 0 <= cfg.corrupt.fim_rate <= 1:
     raise UserError(f'corrupt.fim_rate={cfg.corrupt.fim_rate}: expected a fraction from 0 to 1')
   return longest + 2 * (cfg.corrupt.fim_rate > 0), answer + 1
@@ -49,27 +39,14 @@ def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def target_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', chunk: int = 2048):
-  """Return the cross-entropy (BxT, in nats) of each target token, predicted from position `target_gap_BxT`."""
-  lse_BxL = vocabulary.vocab_logsumexp(outputs.hidden_BxLxD, outputs.unembed_VxD, chunk=chunk, compute=compute)
-  gap_BxT, token_BxT = batch['target_gap_BxT'], batch['target_token_BxT']
-  z_BxT = vocabulary.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, gap_BxT, token_BxT, compute=compute)
-  return jnp.take_along_axis(lse_BxL, gap_BxT, axis=1) - z_BxT
-
-
 def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
-  """Return the training loss and the loss per string, both in nats.
+  """Return (total, weight) pairs in nats: `loss` per target token, and `string_loss` per string.
 
-  Args:
-    outputs: model outputs for the batch.
-    batch: a packed batch, with the fields listed in `types`.
-    cfg: settings of the vocabulary head, `compute` and `vocab_chunk`.
-
-  Returns:
-    (total, weight) pairs: `loss` is the mean cross-entropy per target token, `string_loss` the mean per string of the
-    cross-entropy summed over its tokens and its [EOS].
+  Both are cross-entropies; the loss of a string is the sum over its tokens and its [EOS].
   """
-  ce_BxT = target_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
+  ce_BxT = vocabulary.target_nll(
+    outputs, batch['target_gap_BxT'], batch['target_token_BxT'], chunk=cfg.vocab_chunk, compute=cfg.compute
+  )
   valid_BxT = (batch['target_segment_BxT'] > 0).astype(jnp.float32)
   total, count = (ce_BxT * valid_BxT).sum(), valid_BxT.sum()
   return {'loss': (total, count), 'string_loss': (total, batch['segment_weight_BxS'].sum())}
@@ -87,6 +64,8 @@ class SampleConfig(NamedTuple):
   force_first: bool = False  # do not allow [EOS] as the first generated token
   fim: bool = False  # whether the model was trained with fill-in-the-middle
   suppressed_tokens: tuple[int, ...] = ()  # ids of tokens that are never generated
+  byte_ids: tuple[int, ...] = ()  # ids of tokens that are only a part of a character; `score` includes them
+  bytes: bool = False  # whether tokens of byte_ids may be generated; they may give invalid UTF-8
   min_buffer: int = 64  # initial cache length in tokens; it doubles up to `capacity` as rows grow
   compute: str = 'float32'  # precision of the matrix products in the vocabulary head
   vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
@@ -115,28 +94,11 @@ def check_prompt(given: dict, cfg: SampleConfig) -> None:
     )
 
 
-def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
-  """Continue each prompt until [EOS], with a key-value cache.
-
-  The prompt takes one forward pass, and so does each generated token. With `cfg.fim`, a prompt that has a gap before
-  its last token is filled at this gap instead of being continued.
-
-  Args:
-    forward: a `transformer.Forward`: `empty_cache(rows, size)` makes an empty cache, and `apply_cached(tokens_BxN,
-      start_B, cache)` returns (Outputs, updated cache).
-    rng: the key shared by all requests; step t of request r draws with fold_in(fold_in(rng, r), t).
-    prompt: the given tokens, and the gap of each row where tokens are generated.
-    cfg: sampling settings.
-
-  Returns:
-    Sampled: `stop_prob_BxM` is the probability of [EOS] at each forward pass, `order_BxL` numbers the generated tokens
-    from left to right.
-  """
-  return growing.sample(GROWTH, forward, rng, prompt, cfg)
-
-
 def begin(forward, rng, prompt: Prompt, cfg: SampleConfig, size: int) -> Rows:
-  """Return the initial rows: prompts in model order, with their keys and values in the cache."""
+  """Return the initial rows: prompts in model order, with their keys and values in the cache.
+
+  With `cfg.fim`, a prompt that has a gap before its last token is filled at this gap instead of being continued.
+  """
   memo = ()
   if cfg.fim:
     open_BxL, length_B = jnp.asarray(prompt.open_BxL, bool), jnp.asarray(prompt.length_B, jnp.int32)
@@ -184,35 +146,30 @@ class Layout(NamedTuple):
     """Return the layout after `count_B` tokens were appended to the middle."""
     return self._replace(end_B=self.end_B + count_B, length_B=self.length_B + count_B)
 
-  def suffix_length_B(self):
-    """Return the number of tokens after the middle, in reading order."""
-    return self.length_B - self.masks_B - self.end_B
+  def model_index(self, size: int):
+    """Return the model-order index of each token of the first `size` in reading order, and whether it is in the row."""
+    index_1xL = jnp.arange(size)[None]
+    start_Bx1, end_Bx1, masks_Bx1 = self.start_B[:, None], self.end_B[:, None], self.masks_B[:, None]
+    suffix_Bx1 = (self.length_B - self.masks_B - self.end_B)[:, None]
+    moved_BxL = index_1xL + jnp.where(index_1xL < end_Bx1, 2 + suffix_Bx1, 1 + start_Bx1 - end_Bx1)
+    unmoved_BxL = (index_1xL < start_Bx1) | (masks_Bx1 == 0)
+    return jnp.where(unmoved_BxL, index_1xL, moved_BxL), index_1xL < (self.length_B - self.masks_B)[:, None]
 
   def arrange(self, tokens_BxL):
     """Reorder tokens from reading order to model order; the result is two positions longer."""
-    index_1xL = jnp.arange(tokens_BxL.shape[1] + 2)[None]
-    first_mask_Bx1, masks_Bx1 = self.start_B[:, None], self.masks_B[:, None]
-    suffix_Bx1 = self.suffix_length_B()[:, None]
-    second_mask_Bx1 = first_mask_Bx1 + 1 + suffix_Bx1
-    # Reading-order index of the token at each model-order position, for positions in the suffix or in the middle.
-    from_suffix_BxL = index_1xL + (self.end_B - self.start_B - 1)[:, None]
-    from_middle_BxL = index_1xL - 2 - suffix_Bx1
-    from_BxL = jnp.where(index_1xL < second_mask_Bx1, from_suffix_BxL, from_middle_BxL)
-    from_BxL = jnp.where((index_1xL < first_mask_Bx1) | (masks_Bx1 == 0), index_1xL, from_BxL)
-    moved_BxL = jnp.take_along_axis(tokens_BxL, from_BxL.clip(0, tokens_BxL.shape[1] - 1), axis=1)
-    is_mask_BxL = (masks_Bx1 > 0) & ((index_1xL == first_mask_Bx1) | (index_1xL == second_mask_Bx1))
-    return jnp.where(index_1xL < self.length_B[:, None], jnp.where(is_mask_BxL, MASK, moved_BxL), 0)
+    rows, size = tokens_BxL.shape
+    to_BxL, valid_BxL = self.model_index(size)
+    row_Bx1, beyond = jnp.arange(rows)[:, None], size + 2
+    first_mask_B = jnp.where(self.masks_B > 0, self.start_B, beyond)
+    second_mask_B = jnp.where(self.masks_B > 0, self.start_B + 1 + self.length_B - self.masks_B - self.end_B, beyond)
+    out_BxL = jnp.zeros((rows, size + 2), tokens_BxL.dtype)
+    out_BxL = out_BxL.at[row_Bx1, jnp.where(valid_BxL, to_BxL, beyond)].set(tokens_BxL, mode='drop')
+    return out_BxL.at[row_Bx1, jnp.stack([first_mask_B, second_mask_B], axis=1)].set(MASK, mode='drop')
 
   def restore(self, array_BxL, fill: int):
     """Reorder an array from model order to reading order, two positions shorter, with `fill` after each row's end."""
-    index_1xL = jnp.arange(array_BxL.shape[1] - 2)[None]
-    # Model-order index of the entry at each reading-order position, for positions in the middle or in the suffix.
-    from_middle_BxL = index_1xL + (2 + self.suffix_length_B())[:, None]
-    from_suffix_BxL = index_1xL - (self.end_B - self.start_B - 1)[:, None]
-    from_BxL = jnp.where(index_1xL < self.end_B[:, None], from_middle_BxL, from_suffix_BxL)
-    unmoved_BxL = (index_1xL < self.start_B[:, None]) | (self.masks_B[:, None] == 0)
-    from_BxL = jnp.where(unmoved_BxL, index_1xL, from_BxL).clip(0, array_BxL.shape[1] - 1)
-    valid_BxL = index_1xL < (self.length_B - self.masks_B)[:, None]
+    from_BxL, valid_BxL = self.model_index(array_BxL.shape[1] - 2)
+    from_BxL = from_BxL.clip(0, array_BxL.shape[1] - 1)
     return jnp.where(valid_BxL, jnp.take_along_axis(array_BxL, from_BxL, axis=1), fill)
 
 
@@ -254,11 +211,12 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
 
 
 GROWTH = growing.Growth(begin, step, finish=finish)
+sample = functools.partial(growing.sample, GROWTH)
 
 
 def logits(hidden, unembed_VxD, cfg: SampleConfig):
-  """Return vocabulary logits, with NEG_INF for the tokens in `cfg.suppressed_tokens`, which are never generated."""
-  bias_V = vocabulary.suppressed_bias(unembed_VxD.shape[0], cfg.suppressed_tokens)
+  """Return vocabulary logits, with NEG_INF for the tokens that are never generated."""
+  bias_V = vocabulary.suppressed_bias(unembed_VxD.shape[0], never_generated(cfg))
   return vocabulary.vocab_logits(hidden, unembed_VxD, bias_V, compute=cfg.compute)
 
 
@@ -267,7 +225,6 @@ def logits(hidden, unembed_VxD, cfg: SampleConfig):
 
 def check_score(kind: str | None, longest: int) -> None:
   """Raise UserError unless `kind` is None or 'exact', the only score of this family."""
-  del longest
   if kind not in (None, 'exact'):
     raise UserError(f"score: kind={kind!r}: expected 'exact' for family=arm")
 
@@ -276,19 +233,9 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
           longest: int = 0) -> Score:  # fmt: skip
   """Return the exact -log p of each row's free tokens and [EOS], under the distribution of `sample` at temperature 1.
 
-  Tokens in `cfg.suppressed_tokens` are never generated, so they have probability 0.
-
-  Args:
-    forward: (tokens_BxL, length_B) -> Outputs.
-    rng: not used.
-    tokens_BxL: complete rows in reading order, starting with [CLS].
-    fixed_BxL: True for given tokens, which precede the free tokens or, with `cfg.fim`, surround them.
-    length_B: number of tokens per row.
-    cfg: sampling settings, of which `suppressed_tokens`, `fim`, `compute` and `vocab_chunk` are used.
-    kind: None or 'exact'.
-    longest: not used.
+  The given tokens precede the free tokens or, with `cfg.fim`, surround them. Tokens in `cfg.suppressed_tokens` are
+  never generated, so they have probability 0. `rng` and `longest` are not used.
   """
-  del rng
   check_score(kind, longest)
   if cfg.fim:
     free_BxL = ~fixed_BxL & (jnp.arange(tokens_BxL.shape[1])[None] < length_B[:, None])
@@ -307,36 +254,15 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
 
 
 def next_losses(forward, tokens_BxL, length_B, cfg: SampleConfig):
-  """Return -log p (BxL, in nats) of the token after each position; [EOS] follows the last token of a row.
-
-  Args:
-    forward: (tokens_BxL, length_B) -> Outputs.
-    tokens_BxL: complete rows in model order.
-    length_B: number of tokens per row, in model order.
-    cfg: sampling settings, of which `suppressed_tokens`, `compute` and `vocab_chunk` are used.
-  """
-  outputs = forward(tokens_BxL, length_B)
-  bias_V = vocabulary.suppressed_bias(outputs.unembed_VxD.shape[0], cfg.suppressed_tokens)
-  lse_BxL = vocabulary.vocab_logsumexp(
-    outputs.hidden_BxLxD, outputs.unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute
-  )
+  """Return -log p (BxL, in nats) of the token after each position in model order; [EOS] ends each row."""
   index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
   next_BxL = jnp.where(index_BxL == length_B[:, None] - 1, EOS, jnp.roll(tokens_BxL, -1, axis=1))
-  z_BxL = vocabulary.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, index_BxL, next_BxL, compute=cfg.compute)
-  return jnp.where(bias_V[next_BxL] < 0, jnp.inf, lse_BxL - z_BxL)
+  head = {'chunk': cfg.vocab_chunk, 'compute': cfg.compute}
+  return vocabulary.target_nll(forward(tokens_BxL, length_B), index_BxL, next_BxL, cfg.suppressed_tokens, **head)
 
 
 FAMILY = Family(
-  name='arm',
-  corrupt=corrupt,
-  loss=loss,
-  sample=sample,
-  SampleConfig=SampleConfig,
-  model_settings=model_settings,
-  sizes=sizes,
-  score=score,
-  check_score=check_score,
-  sample_settings=sample_settings,
-  check_prompt=check_prompt,
-  growth=GROWTH,
-)
+  name='arm', corrupt=corrupt, loss=loss, sample=sample, SampleConfig=SampleConfig,
+  model_settings=lambda cfg: {'causal': True, 'stop_head': False}, sizes=sizes, score=score, check_score=check_score,
+  sample_settings=lambda cfg: {'fim': cfg.corrupt.get('fim_rate', 0.0) > 0}, check_prompt=check_prompt, growth=GROWTH,
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The interface of a model family: what its module must define so that a model can be trained, sampled and evaluated.
+"""The contract of a model family: what its module must define so that a model can be trained, sampled and evaluated.
 
 `Family` lists everything that the rest of the package calls in a family. Its fields without a default are required.
 docs/extending.md builds a family step by step.
@@ -22,11 +22,8 @@ class Corrupt(Protocol):
   def __call__(self, rng: np.random.Generator, example: Example, cfg: ConfigDict, u: float | None = None) -> dict:
     """Return a corrupted example: a dict with the fields that `families.corruption` describes.
 
-    Args:
-      rng: random generator of this example; every random choice must use it.
-      example: the tokens, and which of them are given.
-      cfg: the `corrupt` section of the config.
-      u: a number in [0, 1) that sets the corruption level, for validation; None: the level is drawn at random.
+    Every random choice must use `rng`. `cfg` is the `corrupt` section of the config. For validation, `u` in [0, 1)
+    sets the corruption level, which is otherwise drawn at random.
     """
     ...
 
@@ -37,10 +34,8 @@ class Loss(Protocol):
   def __call__(self, outputs: Outputs, batch: Batch, cfg: ConfigDict) -> Metrics:
     """Return metrics as name -> (total, weight); training minimizes total / weight of the metric 'loss'.
 
-    Args:
-      outputs: the model's outputs for the batch.
-      batch: packed rows, with the fields listed in `types`.
-      cfg: the `loss` section of the config, with `compute` and `mean_weight` added.
+    The batch holds packed rows, with the fields listed in `types`. `cfg` is the `loss` section of the config, with
+    `compute` and `mean_weight` (the mean over the data of the number of free tokens plus 1) added.
     """
     ...
 
@@ -51,11 +46,8 @@ class Sample(Protocol):
   def __call__(self, forward: Callable[..., Outputs], rng, prompt: Prompt, cfg: Any) -> Sampled:
     """Return the completed rows.
 
-    Args:
-      forward: (tokens_BxL, length_B) -> Outputs.
-      rng: RNG key of the call; a row's randomness may depend only on this key and its number in `prompt.request_B`.
-      prompt: the given tokens, and the gaps where tokens may be inserted.
-      cfg: an instance of the family's `SampleConfig`.
+    `forward` maps (tokens_BxL, length_B) to Outputs; `cfg` is an instance of the family's SampleConfig. A row's
+    randomness may depend only on `rng` and its number in `prompt.request_B`.
     """
     ...
 
@@ -67,15 +59,9 @@ class Likelihood(Protocol):
                kind: str | None = None, longest: int = 0) -> Score:  # fmt: skip
     """Return the score of each row in nats.
 
-    Args:
-      forward: (tokens_BxL, length_B) -> Outputs, as for `Sample`.
-      rng: RNG key, for scores that are random estimates.
-      tokens_BxL: complete rows.
-      fixed_BxL: which tokens are given.
-      length_B: number of tokens of each row.
-      cfg: an instance of the family's `SampleConfig`.
-      kind: 'exact', 'bound' or 'importance-weighted'; None selects the family's default.
-      longest: the largest number of free tokens in a row, for scores that need it.
+    `forward` and `cfg` are those of `Sample`. Rows are complete and have `length_B` tokens, of which those in
+    `fixed_BxL` are given. `rng` is for random estimates. `kind` is 'exact', 'bound' or 'importance-weighted'; None
+    selects the family's default. `longest` is the largest number of free tokens in a row.
     """
     ...
 
@@ -83,35 +69,22 @@ class Likelihood(Protocol):
 class Growth(Protocol):
   """Decoding functions of a family whose rows grow token by token; `growing.Growth` implements this protocol."""
 
-  @property
-  def begin(self) -> Callable:
-    """Return the function (forward, rng, prompt, SampleConfig, buffer size) -> initial rows that hold the prompts."""
+  def begin(self, forward, rng, prompt: Prompt, cfg, size: int, /) -> Any:
+    """Return the initial rows: the prompts in a buffer of `size` positions."""
 
-  @property
-  def step(self) -> Callable:
-    """Return the function (forward, SampleConfig, rows) -> rows after one decoding step."""
+  def step(self, forward, cfg, rows, /) -> Any:
+    """Return the rows after one decoding step."""
 
-  @property
-  def needed(self) -> Callable:
-    """Return the function (length_B, SampleConfig) -> upper bound on each row's length after the next step."""
+  def needed(self, length_B, cfg, /) -> Any:
+    """Return an upper bound on each row's length after the next step."""
 
-  @property
-  def finish(self) -> Callable:
-    """Return the function (rows, SampleConfig) -> Sampled, the final result of decoding."""
+  def finish(self, rows, cfg, /) -> Sampled:
+    """Return the final result of decoding."""
 
 
 def no_likelihood(kind: str | None, longest: int) -> None:
   """Raise UserError because the family has no likelihood: the default of `Family.check_score`."""
   raise UserError('this family has no likelihood: use eval.score=none')
-
-
-def accept_prompt(given: dict, cfg: Any) -> None:
-  """Accept every prompt: the default of `Family.check_prompt`."""
-
-
-def no_settings(cfg: ConfigDict) -> dict:
-  """Return no settings: the default of `Family.sample_settings`."""
-  return {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,8 +121,8 @@ class Family:
   sizes: Callable[[ConfigDict, int, int], tuple[int, int]]
   score: Likelihood | None = None
   check_score: Callable[[str | None, int], None] = no_likelihood
-  sample_settings: Callable[[ConfigDict], dict] = no_settings
-  check_prompt: Callable[[dict, Any], None] = accept_prompt
+  sample_settings: Callable[[ConfigDict], dict] = lambda cfg: {}
+  check_prompt: Callable[[dict, Any], None] = lambda given, cfg: None
   fills: Literal['limits', 'free', 'masks'] = 'limits'
   growth: Growth | None = None
   open_gap_embedding: bool = False

@@ -24,19 +24,15 @@ SHORTEST_TIME = 1e-3  # smallest diffusion time t drawn for family=mdm; it bound
 
 
 def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
-  """Drop a uniformly random subset of n of the L free tokens, with n uniform on {0, ..., L}.
+  """Drop a uniformly random subset of n of the L free tokens, with n uniform on {0, ..., L}, or set by `u` in [0, 1).
 
   Worked example: dropping b and c from `CLS p BOS a b c d` leaves `CLS p BOS a d`, with target_gap [3, 3] and
   target_token [b, c].
 
-  Args:
-    rng: the example's random generator.
-    example: the tokens, and which of them are fixed; see the module docstring.
-    cfg: the `corrupt` section. `close_prompt` excludes the gaps inside the prompt from the training softmax (the
-      reference implementation includes them). `infill_rate` is the fraction of infilling examples, in which only one to
-      three spans are free, and the softmax excludes all gaps outside these spans. (The reference implementation
-      excludes every gap without dropped tokens, but a sampler does not know these gaps.)
-    u: a number in [0, 1) that determines n instead of a random draw, for stratified validation on complete texts.
+  `cfg.close_prompt` excludes the gaps inside the prompt from the training softmax (the reference implementation
+  includes them). `cfg.infill_rate` is the fraction of infilling examples, in which only one to three spans are free,
+  and the softmax excludes all gaps outside these spans. (The reference implementation excludes every gap without
+  dropped tokens, but a sampler does not know these gaps.)
   """
   tokens, fixed = example['tokens'], example['fixed']
   share = cfg.get('infill_rate', 0.0)
@@ -68,16 +64,9 @@ def arm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
   Worked example: `CLS a b c d` with middle b, c becomes `CLS a MASK d MASK b c`. The targets are a, d, b, c and EOS,
   each predicted from the token to its left.
 
-  Args:
-    rng: the example's random generator.
-    example: the tokens, and which of them are fixed; see the module docstring.
-    cfg: the `corrupt` section. `fim_rate` is the fraction of examples that are rearranged for fill-in-the-middle; the
-      middle then lies between two uniformly random cuts of the free tokens. An example with fixed tokens after free
-      tokens is always rearranged, with its free tokens as the middle.
-    u: any number for a validation example, whose tokens are not rearranged at random; None for a training example.
-
-  Raises:
-    UserError: fixed tokens follow free tokens, and `fim_rate` is 0 or the free tokens are not contiguous.
+  A fraction `cfg.fim_rate` of the training examples (`u` is None) is rearranged, with a middle between two uniformly
+  random cuts of the free tokens. An example with fixed tokens after free tokens is always rearranged, with its free
+  tokens as the middle; UserError if `fim_rate` is 0 or these tokens are not contiguous.
   """
   tokens, fixed = example['tokens'], example['fixed']
   free = np.flatnonzero(~fixed)
@@ -111,8 +100,7 @@ def arm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
 def rearrange(tokens: np.ndarray, first: int, past: int) -> tuple[np.ndarray, np.ndarray]:
   """Move tokens[first:past] (the middle) to the end; put a [MASK] in its old place and a second [MASK] before it.
 
-  Returns:
-    (rearranged tokens, the index in them of each original token).
+  Returns (rearranged tokens, the index in them of each original token).
   """
   prefix, middle, suffix = np.split(tokens, [first, past])
   mask = np.array([MASK], tokens.dtype)
@@ -125,13 +113,7 @@ def it(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
   """Drop tokens as `ilm` does, and list at least one target for every open gap.
 
   In a gap with c > 0 dropped tokens, each of these is a target with weight 1 / (c + 1). In a gap without dropped
-  tokens, [EOS] is the target, with weight eos_weight.
-
-  Args:
-    rng: the example's random generator.
-    example: the tokens, and which of them are fixed; see the module docstring.
-    cfg: the `corrupt` section: the settings of `ilm`, and `eos_weight`.
-    u: a number in [0, 1) that determines how many tokens are dropped, or None, as for `ilm`.
+  tokens, [EOS] is the target, with weight `cfg.eos_weight`.
   """
   out = ilm(rng, example, cfg, u)
   count = np.bincount(out['target_gap'], minlength=len(out['tokens']))
@@ -145,11 +127,7 @@ def it(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
 
 
 def choose_spans(rng: np.random.Generator, free: np.ndarray, most: int = 3) -> np.ndarray:
-  """Choose one to `most` disjoint, nonadjacent spans of the free tokens by uniformly random cuts.
-
-  Returns:
-    A mask that is true inside the spans.
-  """
+  """Return a mask of one to `most` disjoint, nonadjacent spans of the free tokens, cut uniformly at random."""
   where, chosen = np.flatnonzero(free), np.zeros(len(free), bool)
   number = min(int(rng.integers(1, most + 1)), (len(where) + 1) // 2)
   cuts = np.sort(rng.permutation(len(where) + 1)[: 2 * number])
@@ -168,18 +146,12 @@ def open_gaps(fixed: np.ndarray) -> np.ndarray:
 def mdm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
   """Replace each free token by [MASK] with probability (1 - eps) t, for a diffusion time t ~ U(SHORTEST_TIME, 1].
 
-  The schedule is log-linear: at noise level sigma(t) = -log(1 - (1 - eps) t), a token is masked with probability
-  1 - exp(-sigma(t)). The loss weight of every target is sigma'(t) / (exp(sigma(t)) - 1) = 1 / t.
+  The schedule is log-linear: a token is masked with probability 1 - exp(-sigma(t)) at noise level sigma(t) =
+  -log(1 - (1 - eps) t), and the loss weight of every target is sigma'(t) / (exp(sigma(t)) - 1) = 1 / t. eps is
+  `cfg.noise_eps`; `u` in [0, 1) sets t (0 gives t = 1).
 
-  Args:
-    rng: the example's random generator.
-    example: the tokens, and which of them are fixed; see the module docstring.
-    cfg: the `corrupt` section. `length` is the number of tokens to which the example is padded with [PAD]s, which count
-      as free tokens (0: no padding); `noise_eps` is eps.
-    u: a number in [0, 1) that determines t instead of a random draw, for stratified validation; 0 gives t = 1.
-
-  Raises:
-    UserError: the example is longer than `length`.
+  The example is padded with [PAD]s, which count as free tokens, to `cfg.length` tokens (0: no padding); UserError if it
+  is longer.
   """
   tokens, fixed = example['tokens'], example['fixed']
   before = {'length': len(tokens), 'free': int((~fixed).sum())}

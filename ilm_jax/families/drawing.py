@@ -6,8 +6,6 @@ import jax.numpy as jnp
 from ilm_jax.models import numerics, vocabulary
 from ilm_jax.types import Outputs, Rule
 
-# --- drawing ----------------------------------------------------------------------------------------------------------
-
 
 def choose(rng_B, logits_BxN, rule: Rule):
   """Draw one index per row under the sampling rule, with the row's own RNG key.
@@ -15,31 +13,26 @@ def choose(rng_B, logits_BxN, rule: Rule):
   The noise added to an entry depends only on the key and the entry's index, so appending entries of logit NEG_INF to a
   row does not change its draw. Nucleus sampling includes the entry that crosses top_p.
   """
-  if _is_greedy(rule):
-    return jnp.argmax(logits_BxN, axis=-1)
-  return jnp.argmax(_perturbed(rng_B, logits_BxN, rule), axis=-1)
+  score_BxN = logits_BxN if rule.greedy else _perturbed(rng_B, logits_BxN, rule)
+  return jnp.argmax(score_BxN, axis=-1).astype(jnp.int32)
 
 
 def choose_several(rng_B, logits_BxN, rule: Rule, *, count: int):
   """Draw `count` different indices per row under the sampling rule, without replacement.
 
   The `count` largest sums of logit and Gumbel noise are a draw without replacement (the Gumbel top-k trick), so the
-  first index equals that of `choose` with the same key.
-
-  Returns:
-    (index_BxG, ok_BxG): the indices in the order of the draws; ok is false once all entries that the rule allows in a
-    row have been drawn.
+  first index equals that of `choose` with the same key. Returns (index_BxG, ok_BxG) in the order of the draws; ok is
+  false once all entries that the rule allows in a row have been drawn.
   """
-  score_BxN = logits_BxN if _is_greedy(rule) else _perturbed(rng_B, logits_BxN, rule)
+  score_BxN = logits_BxN if rule.greedy else _perturbed(rng_B, logits_BxN, rule)
   value_BxG, index_BxG = jax.lax.top_k(score_BxN, count)
   return index_BxG, value_BxG > numerics.NEG_INF / 2
 
 
 def draw_token(rng_B, outputs: Outputs, gap_B, bias_V, rule: Rule, *, compute: str):
-  """Draw a token to insert into one gap of each row; gap_B is the position to the left of the gap.
+  """Draw a token for the gap right of position gap_B of each row.
 
-  Returns:
-    (token_B, logit_B): the drawn token, and its logit before temperature, top-k and top-p are applied.
+  Returns (token_B, logit_B); the logit is that before temperature, top-k and top-p are applied.
   """
   hidden_BxD = jnp.take_along_axis(outputs.hidden_BxLxD, gap_B[:, None, None], axis=1)[:, 0]
   logits_BxV = vocabulary.vocab_logits(hidden_BxD, outputs.unembed_VxD, bias_V, compute=compute)
@@ -47,14 +40,12 @@ def draw_token(rng_B, outputs: Outputs, gap_B, bias_V, rule: Rule, *, compute: s
   return token_B, jnp.take_along_axis(logits_BxV, token_B[:, None], axis=1)[:, 0]
 
 
-def _is_greedy(rule: Rule) -> bool:
-  return rule.temperature == 0.0 or rule.top_k == 1
-
-
 def _perturbed(rng_B, logits_BxN, rule: Rule):
   """Apply the rule to the logits and add Gumbel noise; entries that the rule excludes become NEG_INF."""
-  logits = restrict(logits_BxN.astype(jnp.float32) / rule.temperature, rule)
-  gumbel = jax.vmap(lambda rng: jax.random.gumbel(rng, logits.shape[1:]))(rng_B)
+  logits_BxN = logits_BxN.astype(jnp.float32)
+  allowed_BxN = logits_BxN > numerics.NEG_INF / 2  # tested before the division: a high temperature would hide NEG_INF
+  logits = restrict(jnp.where(allowed_BxN, logits_BxN / rule.temperature, numerics.NEG_INF), rule)
+  gumbel = jax.vmap(lambda rng: jax.random.gumbel(rng, logits.shape[1:], jnp.float32))(rng_B)
   return jnp.where(logits > numerics.NEG_INF / 2, logits + gumbel, numerics.NEG_INF)
 
 
@@ -92,9 +83,6 @@ def _sort_key(x):
 def _from_sort_key(key):
   """Map the int32 keys of `_sort_key` back to float32."""
   return jax.lax.bitcast_convert_type(jnp.where(key < 0, key ^ 0x7FFFFFFF, key), jnp.float32)
-
-
-# --- inserting --------------------------------------------------------------------------------------------------------
 
 
 def insert(array_BxL, gap_B, value_B, go_B):

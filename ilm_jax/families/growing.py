@@ -1,14 +1,11 @@
 """The decoding loop shared by the families that generate by adding tokens to a row (ilm, it, arm).
 
-A family describes its decoding with four functions, collected in a `Growth`:
+A family collects the four functions that describe its decoding in a `Growth`:
 
     begin(forward, rng, prompt, cfg, size) -> Rows     initial rows: the prompts in a buffer of `size` positions
     step(forward, cfg, rows)               -> Rows     one decoding step: a forward pass, then the new tokens
     needed(length_B, cfg)                  -> int[B]   upper bound on each row's length after the next step
     finish(rows, cfg)                      -> Sampled  the result, from rows in a buffer of any size
-
-`sample` decodes one batch completely in a single jit; `inference.continuous_batching` uses the same functions, but
-replaces finished rows by new requests.
 """
 
 import functools
@@ -38,6 +35,10 @@ class Rows(NamedTuple):
   stop_prob_BxM: jax.Array  # the model's probability of stopping at each step
   cache: Any = ()  # key/value cache of a causal model; its arrays have positions as their second axis
   memo: Any = ()  # further per-row state that only one family uses
+
+
+# The arrays whose second axis is the row's buffer, with the value of its unused positions.
+FILL = {'tokens_BxL': 0, 'order_BxL': -1, 'max_left_BxL': 0, 'min_left_BxL': 0, 'gap_BxL': 0}
 
 
 def most_steps(cfg) -> int:
@@ -77,15 +78,16 @@ def begin(rng, prompt: Prompt, cfg, size: int, *, cache=(), memo=()) -> Rows:
   count = prompt.tokens_BxL.shape[0]
   trace_BxM = jnp.zeros((count, most_steps(cfg) + 1), jnp.float32)
   open_BxL = jnp.asarray(prompt.open_BxL, bool).at[:, 0].set(False)
-  gap_BxL = jnp.cumsum(open_BxL, axis=1)
-  max_left_BxL = jnp.full(open_BxL.shape, UNLIMITED) if prompt.most_BxL is None else jnp.asarray(prompt.most_BxL)
-  min_left_BxL = jnp.zeros(open_BxL.shape, jnp.int32) if prompt.least_BxL is None else jnp.asarray(prompt.least_BxL)
+
+  def where_open(value_BxL):
+    return pad_or_cut(jnp.where(open_BxL, value_BxL, 0).astype(jnp.int32), size, 0)
+
   return Rows(
     tokens_BxL=pad_or_cut(jnp.asarray(prompt.tokens_BxL, jnp.int32), size, 0),
     order_BxL=jnp.full((count, size), -1, jnp.int32),
-    max_left_BxL=pad_or_cut(jnp.where(open_BxL, max_left_BxL, 0).astype(jnp.int32), size, 0),
-    min_left_BxL=pad_or_cut(jnp.where(open_BxL, min_left_BxL, 0).astype(jnp.int32), size, 0),
-    gap_BxL=pad_or_cut(jnp.where(open_BxL, gap_BxL, 0).astype(jnp.int32), size, 0),
+    max_left_BxL=where_open(UNLIMITED if prompt.most_BxL is None else prompt.most_BxL),
+    min_left_BxL=where_open(0 if prompt.least_BxL is None else prompt.least_BxL),
+    gap_BxL=where_open(jnp.cumsum(open_BxL, axis=1)),
     length_B=jnp.asarray(prompt.length_B, jnp.int32),
     active_B=jnp.asarray(prompt.length_B) > 0,
     steps_B=jnp.zeros(count, jnp.int32),
@@ -99,25 +101,21 @@ def begin(rng, prompt: Prompt, cfg, size: int, *, cache=(), memo=()) -> Rows:
 
 
 def begin_without_cache(forward, rng, prompt: Prompt, cfg, size: int) -> Rows:
-  """Start decoding for a model that needs neither a cache nor a forward pass over the prompt."""
-  del forward
+  """Return the initial rows of a model that needs neither a cache nor a forward pass over the prompt."""
   return begin(rng, prompt, cfg, size)
 
 
 def advance(rows: Rows, *, go_B, stops_B, inserted_B, log_prob_B, stop_prob_B, **arrays) -> Rows:
-  """Return the rows after a decoding step.
+  """Return the rows after a decoding step; `arrays` are new values of further fields of `Rows`.
 
-  Args:
-    rows: the rows before the step.
-    go_B: whether the step inserts into the row; rows without an insertion become inactive.
-    stops_B: whether the model ends the row.
-    inserted_B: number of tokens that the step inserts into the row.
-    log_prob_B: log-probability of the step's insertions, recorded in the rows with `go_B`.
-    stop_prob_B: probability of stopping, recorded in the rows that were active.
-    **arrays: new values of other fields of `Rows`.
+  Rows become inactive unless the step inserts tokens (`go_B`); `stops_B`: the model ends the row. `log_prob_B` is
+  recorded where `go_B` is true, and `stop_prob_B` in the rows that were active.
   """
+  # With jax_enable_x64, sums and indices are int64; a loop requires that no type changes.
+  old = {name: getattr(rows, name) for name in arrays}
+  arrays = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), arrays, old)
   return rows._replace(
-    length_B=rows.length_B + inserted_B,
+    length_B=rows.length_B + jnp.asarray(inserted_B, jnp.int32),
     active_B=go_B,
     steps_B=rows.steps_B + go_B,
     stopped_B=rows.stopped_B | stops_B,
@@ -129,30 +127,14 @@ def advance(rows: Rows, *, go_B, stops_B, inserted_B, log_prob_B, stop_prob_B, *
 
 def resize(rows: Rows, size: int) -> Rows:
   """Pad or cut the rows to a buffer of `size` positions."""
-  return rows._replace(
-    tokens_BxL=pad_or_cut(rows.tokens_BxL, size, 0),
-    order_BxL=pad_or_cut(rows.order_BxL, size, -1),
-    max_left_BxL=pad_or_cut(rows.max_left_BxL, size, 0),
-    min_left_BxL=pad_or_cut(rows.min_left_BxL, size, 0),
-    gap_BxL=pad_or_cut(rows.gap_BxL, size, 0),
-    cache=jax.tree.map(lambda array: pad_or_cut(array, size, 0), rows.cache),
-  )
+  arrays = {name: pad_or_cut(getattr(rows, name), size, fill) for name, fill in FILL.items()}
+  return rows._replace(**arrays, cache=jax.tree.map(lambda array: pad_or_cut(array, size, 0), rows.cache))
 
 
 def finish(rows: Rows, cfg) -> Sampled:
   """Return the rows as a `Sampled`, with tokens and order padded or cut to max_length positions."""
-  fields = {name: getattr(rows, name) for name in Sampled._fields}
-  cut = {
-    'tokens_BxL': pad_or_cut(rows.tokens_BxL, cfg.max_length, 0),
-    'order_BxL': pad_or_cut(rows.order_BxL, cfg.max_length, -1),
-  }
-  return Sampled(**{**fields, **cut})
-
-
-def one_more(length_B, cfg):
-  """Return the length of each row after a step that inserts one token."""
-  del cfg
-  return length_B + 1
+  rows = resize(rows._replace(cache=()), cfg.max_length)
+  return Sampled(**{name: getattr(rows, name) for name in Sampled._fields})
 
 
 class Growth(NamedTuple):
@@ -160,14 +142,15 @@ class Growth(NamedTuple):
 
   begin: Callable[..., Rows]
   step: Callable[..., Rows]
-  needed: Callable[..., Any] = one_more
+  needed: Callable[..., Any] = lambda length_B, cfg: length_B + 1
   finish: Callable[..., Sampled] = finish
 
 
 def sample(growth: Growth, forward, rng, prompt: Prompt, cfg) -> Sampled:
   """Decode until no row is active: one while loop for each buffer size, without synchronizing with the host.
 
-  A loop ends when no row is active, or when an active row might outgrow the buffer in its next step.
+  Step t of request r draws with the key fold_in(fold_in(rng, r), t). The prompt's buffer may be shorter than
+  cfg.max_length. A loop ends when no row is active, or when an active row might outgrow the buffer in its next step.
   """
   sizes = buffers(prompt.tokens_BxL.shape[1] + cfg.capacity - cfg.max_length, cfg)
   rows = growth.begin(forward, rng, prompt, cfg, sizes[0])

@@ -10,6 +10,7 @@ Decoding step: run a forward pass; end the row if the stop head decides to stop;
 insert the token into the gap.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -20,31 +21,16 @@ from ilm_jax.families import corruption as _corrupt
 from ilm_jax.families import drawing, growing, likelihood
 from ilm_jax.families.contract import Family
 from ilm_jax.families.growing import Rows
-from ilm_jax.families.settings import sample_config
+from ilm_jax.families.settings import never_generated, sample_config
 from ilm_jax.models import numerics, vocabulary
-from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, UserError
+from ilm_jax.types import GREEDY, LEAST_TEMPERATURE, Batch, Metrics, Outputs, Rule, UserError
 
 corrupt = _corrupt.ilm
 score, check_score = likelihood.score, likelihood.check_score
 
 
-def model_settings(cfg) -> dict:
-  """Return the ModelConfig fields that this family sets: a bidirectional model with a stop head."""
-  del cfg
-  return {'causal': False, 'stop_head': True}
-
-
 def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
-  """Return the largest (tokens, targets) of a corrupted example.
-
-  Args:
-    cfg: the whole config.
-    longest: tokens of the longest example, which the model reads in full if none of them is dropped.
-    answer: largest number of free tokens of an example, all of which may be dropped.
-
-  Raises:
-    UserError: corrupt.infill_rate is not between 0 and 1.
-  """
+  """Return (tokens, targets) of the largest corrupted example: either no free token is dropped, or all are."""
   if not 0 <= cfg.corrupt.infill_rate <= 1:
     raise UserError(f'corrupt.infill_rate={cfg.corrupt.infill_rate}: expected a fraction from 0 to 1')
   return longest, answer
@@ -54,16 +40,14 @@ def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
 
 
 def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', chunk: int = 2048):
-  """Return the token loss and the stop loss of each example, without weights.
+  """Return the unweighted (token_BxS, stop_BxS, dropped_BxS) of each example.
 
-  Returns:
-    (token_BxS, stop_BxS, dropped_BxS): cross-entropy of the insertions (0 if no token was dropped), cross-entropy of
-    the stop head, number of dropped tokens.
+  These are the cross-entropy of its insertions (0 without dropped tokens) and of the stop head in nats, and its
+  number of dropped tokens.
   """
   segments = batch['cls_BxS'].shape[1]
   lse_BxL = vocabulary.vocab_logsumexp(outputs.hidden_BxLxD, outputs.unembed_VxD, chunk=chunk, compute=compute)
   log_z_BxS = numerics.segment_logsumexp(lse_BxL, batch['segment_BxL'], batch['open_BxL'], segments)
-
   gap_BxT, token_BxT = batch['target_gap_BxT'], batch['target_token_BxT']
   z_BxT = vocabulary.target_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, gap_BxT, token_BxT, compute=compute)
   used_BxT = (batch['target_segment_BxT'] > 0).astype(jnp.float32)
@@ -71,7 +55,6 @@ def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', 
   z_BxS = numerics.segment_sum(z_BxT * used_BxT, batch['target_segment_BxT'], segments)
   some_BxS = dropped_BxS > 0
   token_BxS = jnp.where(some_BxS, log_z_BxS - z_BxS / jnp.maximum(dropped_BxS, 1), 0.0)
-
   log_stop_BxSx2 = jax.nn.log_softmax(outputs.stop_BxSx2, axis=-1)
   stop_BxS = -jnp.where(some_BxS, log_stop_BxSx2[..., 1], log_stop_BxSx2[..., 0])
   return token_BxS, stop_BxS, dropped_BxS
@@ -80,35 +63,28 @@ def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', 
 def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
   """Return the training loss and its parts as (total, weight) pairs over the examples of a batch.
 
-  Args:
-    outputs: the model's outputs for the batch.
-    batch: a packed batch, with the fields listed in `types`.
-    cfg: the `loss` section, plus `compute`, `vocab_chunk` and `mean_weight`. `stop_weight` multiplies the stop loss.
-      With length_weight='elbo', the loss of an example with L free tokens is multiplied by (L + 1) / mean_weight, where
-      mean_weight is the mean of L + 1 over the data; if also stop_weight=1, the loss is an upper bound on -log p(x), up
-      to constants. length_weight='none' gives the paper's loss.
+  `cfg.stop_weight` multiplies the stop loss. With length_weight='elbo', the loss of an example with L free tokens is
+  multiplied by (L + 1) / mean_weight, the mean of L + 1 over the data; with stop_weight=1 it is then an upper bound on
+  -log p(x), up to constants. length_weight='none' gives the paper's loss.
 
-  Returns:
-    'loss'; its parts 'token_loss' and 'stop_loss', without stop_weight and length weight; 'string_bound', an estimate
-    in nats of the upper bound on -log p(x) (see `likelihood`): (L + 1) (token loss + stop loss) - log L!, under the
-    training softmax; 'stop_accuracy', the fraction of correct stop decisions.
+  `token_loss` and `stop_loss` lack these weights. `string_bound` estimates, in nats and under the training softmax,
+  the upper bound on -log p(x) (see `likelihood`): (L + 1) (token loss + stop loss) - log L!.
   """
   token_BxS, stop_BxS, dropped_BxS = example_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
-  weight_BxS = batch['segment_weight_BxS']
-  weight = weight_BxS.sum()
-  token, stop = (weight_BxS * token_BxS).sum(), (weight_BxS * stop_BxS).sum()
-  sizes_BxS = batch['free_BxS'] + 1.0  # an example with L free tokens has L + 1 possible numbers of dropped tokens
+  sizes_BxS = (
+    jnp.asarray(batch['free_BxS'], jnp.float32) + 1.0
+  )  # an example with L free tokens has L + 1 possible numbers of dropped tokens
   bound_BxS = sizes_BxS * (token_BxS + stop_BxS) - jax.scipy.special.gammaln(sizes_BxS)
-  length_BxS = sizes_BxS / cfg.mean_weight if cfg.length_weight == 'elbo' else jnp.ones_like(sizes_BxS)
-  total = (weight_BxS * length_BxS * (token_BxS + cfg.stop_weight * stop_BxS)).sum()
-  right_BxS = (outputs.stop_BxSx2[..., 1] > outputs.stop_BxSx2[..., 0]) == (dropped_BxS > 0)
-  return {
-    'loss': (total, weight),
-    'token_loss': (token, weight),
-    'stop_loss': (stop, weight),
-    'string_bound': ((weight_BxS * bound_BxS).sum(), weight),
-    'stop_accuracy': ((weight_BxS * right_BxS).sum(), weight),
+  length_BxS = sizes_BxS / cfg.mean_weight if cfg.length_weight == 'elbo' else 1.0
+  parts = {
+    'loss': length_BxS * (token_BxS + cfg.stop_weight * stop_BxS),
+    'token_loss': token_BxS,
+    'stop_loss': stop_BxS,
+    'string_bound': bound_BxS,
+    'stop_accuracy': (outputs.stop_BxSx2[..., 1] > outputs.stop_BxSx2[..., 0]) == (dropped_BxS > 0),
   }
+  weight_BxS = batch['segment_weight_BxS']
+  return {name: ((weight_BxS * part_BxS).sum(), weight_BxS.sum()) for name, part_BxS in parts.items()}
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -128,6 +104,8 @@ class SampleConfig(NamedTuple):
   stop_temperature: float = 1.0  # divides the logits of the stop head
   force_first: bool = False  # insert at least one token before stopping
   suppressed_tokens: tuple[int, ...] = ()  # token ids that are never inserted (special tokens)
+  byte_ids: tuple[int, ...] = ()  # ids of tokens that are only a part of a character; `score` includes them
+  bytes: bool = False  # whether tokens of byte_ids may be generated; they may give invalid UTF-8
   min_buffer: int = 64  # initial buffer length in tokens; it doubles up to max_length as rows grow
   compute: str = 'float32'  # precision of the matrix products in the vocabulary head
   vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
@@ -143,36 +121,12 @@ class SampleConfig(NamedTuple):
     if sampling.get('stop_threshold') == 0:
       sampling = {**sampling, 'stop_threshold': None}
     made = sample_config(cls, sampling, **others)
-    if made.stop_threshold is not None and not 0 < made.stop_threshold <= 1:
-      raise UserError(
-        f'sampling.stop_threshold={made.stop_threshold}: expected a probability, or 0 to stop at random with '
-        'probability p(stop)'
-      )
-    if made.gaps < 0:
-      raise UserError(f'sampling.gaps={made.gaps}: expected a number of gaps, or 0 for all gaps')
-    if not 0 <= made.gap_threshold <= 1:
-      raise UserError(f'sampling.gap_threshold={made.gap_threshold}: expected a fraction from 0 to 1')
     if made.gaps != 1 and made.joint is not None:
       raise UserError(
         f'sampling.gaps={made.gaps} cannot be combined with sampling.joint, which draws one (gap, token) pair per '
         'step: use sampling.gaps=1 or remove sampling.joint'
       )
     return made
-
-
-def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
-  """Insert tokens until every row has stopped or reached a limit, in one jit without synchronizing with the host.
-
-  Args:
-    forward: (tokens_BxL, length_B, open_BxL=) -> Outputs with S = 1.
-    rng: the key shared by all requests; step t of request r draws with fold_in(fold_in(rng, r), t).
-    prompt: the given tokens of each row; its buffer may be shorter than max_length.
-    cfg: sampling settings.
-
-  Returns:
-    Sampled with L = max_length, and M = the maximum number of steps plus one for the forward pass that ends a row.
-  """
-  return growing.sample(GROWTH, forward, rng, prompt, cfg)
 
 
 def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
@@ -184,7 +138,11 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   gap_rng_B, token_rng_B, stop_rng_B = growing.step_keys(rows, 3)
   open_BxL = growing.open_gaps(rows)
   outputs = forward(rows.tokens_BxL, rows.length_B, open_BxL=open_BxL)
-  stop_prob_B, wants_stop_B = _stop_decision(outputs, stop_rng_B, cfg)
+  stop_prob_B = jax.nn.softmax(outputs.stop_BxSx2[:, 0] / max(cfg.stop_temperature, LEAST_TEMPERATURE), axis=-1)[:, 0]
+  threshold = cfg.stop_threshold
+  if threshold is None:
+    threshold = jax.vmap(lambda rng: 1.0 - jax.random.uniform(rng, (), jnp.float32))(stop_rng_B)  # uniform in (0, 1]
+  wants_stop_B = stop_prob_B >= threshold
 
   left_B = jnp.minimum(cfg.max_length - rows.length_B, growing.most_steps(cfg) - rows.steps_B)
   lacking_BxL = open_BxL & (rows.min_left_BxL > 0)
@@ -199,40 +157,23 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
     stops_B &= rows.steps_B > 0
   go_B = rows.active_B & ~stops_B & (left_B > 0) & open_BxL.any(axis=1)
 
-  if cfg.gaps == 1:
-    gap_B, token_B, log_prob_B = choose_pair(outputs, open_BxL, cfg, gap_rng_B, token_rng_B)
-    gap_BxG, token_BxG, go_BxG = gap_B[:, None], token_B[:, None], go_B[:, None]
-  else:
-    gap_BxG, token_BxG, log_prob_BxG, ok_BxG = choose_pairs(outputs, open_BxL, cfg, gap_rng_B, token_rng_B)
-    go_BxG = _within_limits(rows, gap_BxG, ok_BxG, limit_BxL, lack_B, cfg) & go_B[:, None]
-    log_prob_B = jnp.where(go_BxG, log_prob_BxG, 0.0).sum(axis=1)
-
+  gap_BxG, token_BxG, log_prob_BxG, ok_BxG = choose_pairs(outputs, open_BxL, cfg, gap_rng_B, token_rng_B)
+  go_BxG = go_B[:, None] & (ok_BxG if cfg.gaps == 1 else _within_limits(rows, gap_BxG, ok_BxG, limit_BxL, lack_B, cfg))
   return growing.advance(
     rows,
     go_B=go_B,
     stops_B=rows.active_B & stops_B,
     inserted_B=go_BxG.sum(axis=1),
-    log_prob_B=log_prob_B,
+    log_prob_B=jnp.where(go_BxG, log_prob_BxG, 0.0).sum(axis=1),
     stop_prob_B=stop_prob_B,
     **_insert(rows, gap_BxG, token_BxG, go_BxG),
   )
 
 
-def needed(length_B, cfg: SampleConfig):
-  """Return an upper bound on each row's length after the next step."""
-  return length_B + cfg.gaps if cfg.gaps else 2 * length_B
-
-
-GROWTH = growing.Growth(growing.begin_without_cache, step, needed)
-
-
-def _stop_decision(outputs: Outputs, rng_B, cfg: SampleConfig):
-  """Return (p(stop), whether the stop head ends the row) for each row."""
-  stop_prob_B = jax.nn.softmax(outputs.stop_BxSx2[:, 0] / cfg.stop_temperature, axis=-1)[:, 0]
-  threshold = cfg.stop_threshold
-  if threshold is None:
-    threshold = jax.vmap(lambda rng: 1.0 - jax.random.uniform(rng))(rng_B)  # uniform in (0, 1]
-  return stop_prob_B, stop_prob_B >= threshold
+GROWTH = growing.Growth(
+  growing.begin_without_cache, step, lambda length_B, cfg: length_B + cfg.gaps if cfg.gaps else 2 * length_B
+)
+sample = functools.partial(growing.sample, GROWTH)
 
 
 def _within_limits(rows: Rows, gap_BxG, ok_BxG, limit_BxL, lack_B, cfg: SampleConfig):
@@ -241,7 +182,6 @@ def _within_limits(rows: Rows, gap_BxG, ok_BxG, limit_BxL, lack_B, cfg: SampleCo
   same_gap_BxGxG = (number_BxG[:, :, None] == number_BxG[:, None, :]) & ok_BxG[:, None, :]
   before_BxG = (same_gap_BxGxG & jnp.tri(gap_BxG.shape[1], k=-1, dtype=bool)[None]).sum(axis=2)
   ok_BxG &= before_BxG < jnp.take_along_axis(limit_BxL, gap_BxG, axis=1)
-
   # Insertions beyond the minimum of their gap may not use the space that other gaps need to reach their minimum.
   required_BxG = before_BxG < jnp.take_along_axis(rows.min_left_BxL, gap_BxG, axis=1)
   spare_B = cfg.max_length - rows.length_B - lack_B
@@ -250,7 +190,7 @@ def _within_limits(rows: Rows, gap_BxG, ok_BxG, limit_BxL, lack_B, cfg: SampleCo
 
 
 def _insert(rows: Rows, gap_BxG, token_BxG, go_BxG) -> dict:
-  """Insert the step's tokens where go_BxG is true; return the updated BxL arrays of `rows`."""
+  """Insert the tokens where go_BxG is true; return the new BxL arrays of `rows`."""
 
   def insert(array_BxL, value_BxG):
     if gap_BxG.shape[1] == 1:
@@ -274,74 +214,53 @@ def _insert(rows: Rows, gap_BxG, token_BxG, go_BxG) -> dict:
   }
 
 
-def _gap_logits(outputs: Outputs, open_BxL, bias_V, cfg: SampleConfig):
-  """Return the log-sum-exp of the token logits of each gap (BxL), NEG_INF for gaps that accept no insertion."""
+def choose_pairs(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_rng_B):
+  """Draw (gap, token) pairs per row, among the open gaps and the tokens that are not suppressed.
+
+  With gaps=1, this is one pair; otherwise it is up to `cfg.gaps` different gaps under the rule `cfg.gap`, without
+  replacement, and a token for each.
+
+  Returns (gap_BxG, token_BxG, log_prob_BxG, ok_BxG), best gap first. log_prob is the pair's log-probability at
+  temperature 1, without top-k and top-p. ok is false for entries to ignore: their gap is closed or below
+  `cfg.gap_threshold`.
+  """
+  vocab = outputs.unembed_VxD.shape[0]
+  bias_V = vocabulary.suppressed_bias(vocab, never_generated(cfg))
   lse_BxL = vocabulary.vocab_logsumexp(
     outputs.hidden_BxLxD, outputs.unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute
   )
-  return jnp.where(open_BxL, lse_BxL, numerics.NEG_INF)
-
-
-def choose_pair(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_rng_B):
-  """Draw one (gap, token) pair per row, among the open gaps and the tokens that are not suppressed.
-
-  Returns:
-    (gap_B, token_B, log_prob_B): log_prob is the pair's log-probability at temperature 1, without top-k and top-p.
-  """
-  vocab = outputs.unembed_VxD.shape[0]
-  bias_V = vocabulary.suppressed_bias(vocab, cfg.suppressed_tokens)
-  lse_BxL = _gap_logits(outputs, open_BxL, bias_V, cfg)
-
-  if cfg.joint is None:
-    gap_B = drawing.choose(gap_rng_B, lse_BxL, cfg.gap)
-    token_B, logit_B = drawing.draw_token(token_rng_B, outputs, gap_B, bias_V, cfg.token, compute=cfg.compute)
-  else:
+  lse_BxL = jnp.where(open_BxL, lse_BxL, numerics.NEG_INF)
+  log_z_Bx1 = jax.nn.logsumexp(lse_BxL, axis=1, keepdims=True)
+  if cfg.joint is not None:
     logits_BxLxV = vocabulary.vocab_logits(outputs.hidden_BxLxD, outputs.unembed_VxD, bias_V, compute=cfg.compute)
     logits_BxLxV = jnp.where(open_BxL[..., None], logits_BxLxV, numerics.NEG_INF)
     flat_BxLV = logits_BxLxV.reshape(open_BxL.shape[0], -1)
-    pair_B = drawing.choose(gap_rng_B, flat_BxLV, cfg.joint)
-    gap_B, token_B = pair_B // vocab, pair_B % vocab
-    logit_B = jnp.take_along_axis(flat_BxLV, pair_B[:, None], axis=1)[:, 0]
-  return gap_B, token_B, logit_B - jax.nn.logsumexp(lse_BxL, axis=1)
+    pair_Bx1 = drawing.choose(gap_rng_B, flat_BxLV, cfg.joint)[:, None]
+    logit_Bx1 = jnp.take_along_axis(flat_BxLV, pair_Bx1, axis=1)
+    return pair_Bx1 // vocab, pair_Bx1 % vocab, logit_Bx1 - log_z_Bx1, jnp.ones(pair_Bx1.shape, bool)
 
+  def draw(keys_and_gaps):
+    rng_B, gap_B = keys_and_gaps
+    return drawing.draw_token(rng_B, outputs, gap_B, bias_V, cfg.token, compute=cfg.compute)
 
-def choose_pairs(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token_rng_B):
-  """Draw up to `cfg.gaps` different gaps per row under the rule `cfg.gap`, without replacement, and a token for each.
-
-  Returns:
-    (gap_BxG, token_BxG, log_prob_BxG, ok_BxG): best gap first. log_prob is a pair's log-probability at temperature 1,
-    without top-k and top-p. ok is false for entries to ignore: their gap is not open or below `cfg.gap_threshold`.
-  """
-  bias_V = vocabulary.suppressed_bias(outputs.unembed_VxD.shape[0], cfg.suppressed_tokens)
-  lse_BxL = _gap_logits(outputs, open_BxL, bias_V, cfg)
+  if cfg.gaps == 1:
+    gap_B = drawing.choose(gap_rng_B, lse_BxL, cfg.gap)
+    token_B, logit_B = draw((token_rng_B, gap_B))
+    return gap_B[:, None], token_B[:, None], logit_B[:, None] - log_z_Bx1, jnp.ones((len(gap_B), 1), bool)
   count = min(cfg.gaps or open_BxL.shape[1], open_BxL.shape[1])
   candidate_BxL = lse_BxL
   if cfg.gap_threshold:
     least_Bx1 = lse_BxL.max(axis=1, keepdims=True) + math.log(cfg.gap_threshold)
     candidate_BxL = jnp.where(lse_BxL >= least_Bx1, lse_BxL, numerics.NEG_INF)
   gap_BxG, ok_BxG = drawing.choose_several(gap_rng_B, candidate_BxL, cfg.gap, count=count)
-
-  def draw(keys_and_gaps):  # one gap of each row at a time: the logits of all gaps would need too much memory
-    rng_B, gap_B = keys_and_gaps
-    return drawing.draw_token(rng_B, outputs, gap_B, bias_V, cfg.token, compute=cfg.compute)
-
   more = jax.vmap(lambda number: jax.vmap(jax.random.fold_in, (0, None))(token_rng_B, number))(jnp.arange(1, count))
   rng_GxB = jnp.concatenate([token_rng_B[None], more])  # the first gap uses the same key as with gaps=1
-  token_GxB, logit_GxB = jax.lax.map(draw, (rng_GxB, gap_BxG.T))
-  return gap_BxG, token_GxB.T, logit_GxB.T - jax.nn.logsumexp(lse_BxL, axis=1, keepdims=True), ok_BxG
+  token_GxB, logit_GxB = jax.lax.map(draw, (rng_GxB, gap_BxG.T))  # the logits of all gaps would need too much memory
+  return gap_BxG, token_GxB.T, logit_GxB.T - log_z_Bx1, ok_BxG
 
 
 FAMILY = Family(
-  name='ilm',
-  corrupt=corrupt,
-  loss=loss,
-  sample=sample,
-  SampleConfig=SampleConfig,
-  model_settings=model_settings,
-  sizes=sizes,
-  score=score,
-  check_score=check_score,
-  growth=GROWTH,
-  open_gap_embedding=True,
-  length_weights=('none', 'elbo'),
-)
+  name='ilm', corrupt=corrupt, loss=loss, sample=sample, SampleConfig=SampleConfig,
+  model_settings=lambda cfg: {'causal': False, 'stop_head': True}, sizes=sizes, score=score, check_score=check_score,
+  growth=GROWTH, open_gap_embedding=True, length_weights=('none', 'elbo'),
+)  # fmt: skip

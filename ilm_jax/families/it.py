@@ -17,27 +17,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ilm_jax.families import arm, drawing, growing, settings
 from ilm_jax.families import corruption as _corrupt
+from ilm_jax.families import drawing, growing, settings
 from ilm_jax.families.contract import Family
 from ilm_jax.families.growing import Rows
 from ilm_jax.models import numerics, vocabulary
 from ilm_jax.special_tokens import EOS
-from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, UserError
+from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Rule, UserError
 
 corrupt = _corrupt.it
-
-
-def model_settings(cfg) -> dict:
-  """Return the ModelConfig fields that this family sets: a bidirectional model without a stop head."""
-  del cfg
-  return {'causal': False, 'stop_head': False}
-
-
-def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
-  """Return the largest (tokens, targets) of an example; per token, at most one target: the token itself or [EOS]."""
-  del cfg, answer
-  return longest, longest
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -46,18 +34,14 @@ def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
 def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
   """Return the mean loss per gap, and its parts from token targets and from [EOS] targets, as (total, weight) pairs.
 
-  Args:
-    outputs: the model's outputs for the batch.
-    batch: a packed batch, with the fields listed in `types`; `target_weight_BxT` is eos_weight for an [EOS] target, and
-      1 / (c + 1) for each of the c tokens dropped from a gap.
-    cfg: the `loss` section, plus `compute` and `vocab_chunk`.
+  `target_weight_BxT` of the batch is eos_weight for an [EOS] target, and 1 / (c + 1) for each of c tokens of a gap.
   """
-  ce_BxT = arm.target_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
+  ce_BxT = vocabulary.target_nll(
+    outputs, batch['target_gap_BxT'], batch['target_token_BxT'], chunk=cfg.vocab_chunk, compute=cfg.compute
+  )
   ce_BxT = ce_BxT * batch['target_weight_BxT']
-  gaps = batch['open_BxL'].sum().astype(jnp.float32)
-  end_BxT = batch['target_token_BxT'] == EOS
-  end = jnp.where(end_BxT, ce_BxT, 0.0).sum()
-  token = jnp.where(end_BxT, 0.0, ce_BxT).sum()
+  gaps, end_BxT = batch['open_BxL'].sum().astype(jnp.float32), batch['target_token_BxT'] == EOS
+  end, token = jnp.where(end_BxT, ce_BxT, 0.0).sum(), jnp.where(end_BxT, 0.0, ce_BxT).sum()
   return {'loss': (token + end, gaps), 'token_loss': (token, gaps), 'stop_loss': (end, gaps)}
 
 
@@ -72,11 +56,12 @@ class SampleConfig(NamedTuple):
   gap: Rule = GREEDY  # with parallel=False: rule for drawing a gap by the log-sum-exp of its token logits
   token: Rule = GREEDY  # rule for drawing the token to insert into a gap
   parallel: bool = False  # whether a step inserts a token into every unfinished gap, instead of into one gap
-  end_threshold: float | None = (
-    None  # a gap is finished if p([EOS]) > this; None (0 in a config): if [EOS] is the argmax
-  )
+  # A gap is finished if p([EOS]) > end_threshold; None (0 in a config): if [EOS] is the most probable token.
+  end_threshold: float | None = None
   force_first: bool = False  # insert at least one token before stopping
   suppressed_tokens: tuple[int, ...] = ()  # token ids that are never inserted (special tokens)
+  byte_ids: tuple[int, ...] = ()  # ids of tokens that are only a part of a character; `score` includes them
+  bytes: bool = False  # whether tokens of byte_ids may be generated; they may give invalid UTF-8
   min_buffer: int = 64  # initial buffer length in tokens; it doubles up to max_length as rows grow
   compute: str = 'float32'  # precision of the matrix products in the vocabulary head
   vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
@@ -92,42 +77,18 @@ class SampleConfig(NamedTuple):
     if sampling.get('end_threshold') == 0:
       sampling = {**sampling, 'end_threshold': None}
     others['suppressed_tokens'] = tuple({*others.get('suppressed_tokens', ()), EOS})
-    made = settings.sample_config(cls, sampling, **others)
-    if made.end_threshold is not None and not 0 < made.end_threshold < 1:
-      raise UserError(
-        f'sampling.end_threshold={made.end_threshold}: expected a probability between 0 and 1, or 0 to finish a gap '
-        'when [EOS] is its most probable token'
-      )
-    return made
-
-
-def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
-  """Insert tokens until every open gap of every row is finished, in one jit without synchronizing with the host.
-
-  Args:
-    forward: (tokens_BxL, length_B, open_BxL=) -> Outputs.
-    rng: the key shared by all requests; step t of request r draws with fold_in(fold_in(rng, r), t).
-    prompt: the given tokens of each row, and the gaps where tokens may be inserted.
-    cfg: sampling settings.
-
-  Returns:
-    Sampled; `log_prob_BxM` is the sum of log p(token | gap, not [EOS]) over the tokens of a step, `stop_prob_BxM` is
-    the smallest p([EOS]) among the open gaps.
-  """
-  return growing.sample(GROWTH, forward, rng, prompt, cfg)
-
-
-def needed(length_B, cfg: SampleConfig):
-  """Return an upper bound on each row's length after the next step; a parallel step may double a row."""
-  return 2 * length_B if cfg.parallel else length_B + 1
+    return settings.sample_config(cls, sampling, **others)
 
 
 def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
-  """Run one decoding step: a forward pass, then a token in one gap (or in every unfinished gap) of each active row."""
+  """Run one decoding step: a forward pass, then a token in one gap (or in every unfinished gap) of each active row.
+
+  It records log p(token | gap, not [EOS]), summed over the tokens, and as p(stop) the least p([EOS]) of an open gap.
+  """
   gap_rng_B, token_rng_B = growing.step_keys(rows, 2)
   open_BxL = growing.open_gaps(rows)
   outputs = forward(rows.tokens_BxL, rows.length_B, open_BxL=open_BxL)
-  closed_V = vocabulary.suppressed_bias(outputs.unembed_VxD.shape[0], cfg.suppressed_tokens)
+  closed_V = vocabulary.suppressed_bias(outputs.unembed_VxD.shape[0], settings.never_generated(cfg))
   total_BxL, end_prob_BxL, finished_BxL = _gap_states(outputs, closed_V, cfg)
   if cfg.force_first:
     finished_BxL &= rows.steps_B[:, None] > 0
@@ -162,15 +123,17 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   )
 
 
-GROWTH = growing.Growth(growing.begin_without_cache, step, needed)
+GROWTH = growing.Growth(
+  growing.begin_without_cache, step, lambda length_B, cfg: 2 * length_B if cfg.parallel else length_B + 1
+)
+sample = functools.partial(growing.sample, GROWTH)
 
 
 def _gap_states(outputs: Outputs, closed_V, cfg: SampleConfig):
   """Evaluate the softmax of every gap, over the tokens that may be inserted and [EOS].
 
-  Returns:
-    (total_BxL, end_prob_BxL, finished_BxL): log-sum-exp of the logits without [EOS]; p([EOS]); whether p([EOS]) is
-    high enough for the gap to be finished.
+  Returns (total_BxL, end_prob_BxL, finished_BxL): log-sum-exp of the logits without [EOS]; p([EOS]); whether p([EOS])
+  is high enough for the gap to be finished.
   """
   hidden_BxLxD, unembed_VxD = outputs.hidden_BxLxD, outputs.unembed_VxD
   head = {'chunk': cfg.vocab_chunk, 'compute': cfg.compute}
@@ -204,22 +167,13 @@ def check_prompt(given: dict, cfg: SampleConfig) -> None:
 
 def check_score(kind: str | None, longest: int) -> None:
   """Raise UserError: this family defines no likelihood."""
-  raise UserError(
-    'family=it has no likelihood: it defines a distribution over tokens for each gap, but no distribution over gaps'
-  )
+  raise UserError('family=it has no likelihood, because it defines no distribution over gaps')
 
 
 FAMILY = Family(
-  name='it',
-  corrupt=corrupt,
-  loss=loss,
-  sample=sample,
-  SampleConfig=SampleConfig,
-  model_settings=model_settings,
-  sizes=sizes,
-  check_score=check_score,
-  check_prompt=check_prompt,
-  fills='free',
-  growth=GROWTH,
+  name='it', corrupt=corrupt, loss=loss, sample=sample, SampleConfig=SampleConfig,
+  model_settings=lambda cfg: {'causal': False, 'stop_head': False}, check_score=check_score,
+  # For each token at most one target: the token itself, or the [EOS] of the gap to its right.
+  sizes=lambda cfg, longest, answer: (longest, longest), check_prompt=check_prompt, fills='free', growth=GROWTH,
   open_gap_embedding=True,
-)
+)  # fmt: skip

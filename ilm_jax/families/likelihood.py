@@ -46,7 +46,6 @@ def _evaluate(forward, tokens_BxL, fixed_BxL, length_B, keep_BxL, cfg) -> _Parti
   open_BxL = jnp.take_along_axis((~fixed_BxL | next_free_BxL).at[:, 0].set(False), order_BxL, axis=1)
   open_BxL &= index_BxL < count_B[:, None]
   outputs = forward(jnp.where(index_BxL < count_B[:, None], kept_BxL, 0), count_B, open_BxL=open_BxL)
-
   bias_V = vocabulary.suppressed_bias(outputs.unembed_VxD.shape[0], cfg.suppressed_tokens)
   lse_BxL = vocabulary.vocab_logsumexp(
     outputs.hidden_BxLxD, outputs.unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute
@@ -61,13 +60,10 @@ def _evaluate(forward, tokens_BxL, fixed_BxL, length_B, keep_BxL, cfg) -> _Parti
 
 
 def _random_ranks(rng, free_BxL):
-  """Draw a uniformly random order of each row's free tokens; return their ranks 0, 1, ..., and L at other positions.
-
-  Row b uses the key fold_in(rng, b).
-  """
+  """Draw a uniformly random order of each row's free tokens; return their ranks 0, 1, ..., and L at other positions."""
   rows, size = free_BxL.shape
   rng_B = jax.vmap(lambda b: jax.random.fold_in(rng, b))(jnp.arange(rows))
-  noise_BxL = jnp.where(free_BxL, jax.vmap(lambda key: jax.random.uniform(key, (size,)))(rng_B), 2.0)
+  noise_BxL = jnp.where(free_BxL, jax.vmap(lambda key: jax.random.uniform(key, (size,), jnp.float32))(rng_B), 2.0)
   rank_BxL = jnp.argsort(jnp.argsort(noise_BxL, axis=1), axis=1)
   return jnp.where(free_BxL, rank_BxL, size)
 
@@ -75,7 +71,16 @@ def _random_ranks(rng, free_BxL):
 def _free(tokens_BxL, fixed_BxL, length_B):
   """Return (free_BxL, free_B): a mask of the free tokens and their number in each row."""
   free_BxL = ~fixed_BxL & (jnp.arange(tokens_BxL.shape[1])[None] < length_B[:, None])
-  return free_BxL, free_BxL.sum(axis=1)
+  return free_BxL, free_BxL.sum(axis=1, dtype=jnp.int32)
+
+
+def _sum_steps(term, free_B):
+  """Return the sum of term(n), one number per row, over n = 0 .. free_B."""
+
+  def add(n, total_B):
+    return total_B + jnp.where(n <= free_B, term(n), 0.0).astype(jnp.float32)
+
+  return jax.lax.fori_loop(0, free_B.max() + 1, add, jnp.zeros(free_B.shape, jnp.float32))
 
 
 def _standard_error(value_KxB, samples: int):
@@ -86,30 +91,21 @@ def _standard_error(value_KxB, samples: int):
 
 
 def bound(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int = 2) -> Score:
-  """Return an unbiased estimate of the upper bound on -log p(x).
+  """Return an unbiased estimate of the upper bound on -log p(x), the mean over `samples` samples.
 
-  Each sample draws one random set of missing tokens of every size n = 0 .. L, which takes L + 1 forward passes.
-
-  Args:
-    forward: (tokens_BxL, length_B, open_BxL=) -> Outputs.
-    rng: RNG key for drawing the sets of missing tokens.
-    tokens_BxL: complete rows, starting with [CLS].
-    fixed_BxL: true for given tokens, false for the free tokens to be scored.
-    length_B: number of tokens of each row.
-    cfg: a SampleConfig, of which `suppressed_tokens`, `compute` and `vocab_chunk` are used.
-    samples: number of samples to average; a standard error needs at least 2.
+  A sample draws one random set of missing tokens of every size n = 0 .. L, which takes L + 1 forward passes. A standard
+  error needs at least 2 samples. `rng` draws the sets; of `cfg`, the settings of the vocabulary head are used.
   """
   free_BxL, free_B = _free(tokens_BxL, fixed_BxL, length_B)
 
   def once(k):
-    def add(n, total_B):
+    def term(n):
       missing_BxL = _random_ranks(jax.random.fold_in(jax.random.fold_in(rng, k), n), free_BxL) < n
       partial = _evaluate(forward, tokens_BxL, fixed_BxL, length_B, ~missing_BxL, cfg)
       pair_B = jnp.where(missing_BxL, partial.log_pair_BxL, 0.0).sum(axis=1) / jnp.maximum(n, 1)
-      term_B = jnp.where(n == 0, -partial.log_stop_B, -partial.log_go_B - pair_B - jnp.log(jnp.maximum(n, 1)))
-      return total_B + jnp.where(n <= free_B, term_B, 0.0)
+      return jnp.where(n == 0, -partial.log_stop_B, -partial.log_go_B - pair_B - jnp.log(jnp.maximum(n, 1)))
 
-    return jax.lax.fori_loop(0, free_B.max() + 1, add, jnp.zeros(free_B.shape, jnp.float32))
+    return _sum_steps(term, free_B)
 
   nll_KxB = jax.lax.map(once, jnp.arange(samples))
   return Score('bound', nll_KxB.mean(axis=0), _standard_error(nll_KxB, samples), free_B)
@@ -118,21 +114,19 @@ def bound(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int = 2) 
 def importance(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int = 16) -> Score:
   """Estimate -log p(x) as minus the log of the mean of L! p(x, order) over `samples` random orders.
 
-  In expectation, the estimate lies between the exact value and the upper bound. Its standard error is computed to first
-  order (delta method). The arguments are those of `bound`.
+  Its expectation lies between the exact value and the upper bound; its standard error is of first order (delta method).
   """
   free_BxL, free_B = _free(tokens_BxL, fixed_BxL, length_B)
 
   def once(k):
     rank_BxL = _random_ranks(jax.random.fold_in(rng, k), free_BxL)
 
-    def add(t, total_B):  # add the term of the decoding step at which t free tokens have been inserted
+    def term(t):  # the decoding step at which t free tokens have been inserted
       partial = _evaluate(forward, tokens_BxL, fixed_BxL, length_B, ~(free_BxL & (rank_BxL >= t)), cfg)
       pair_B = jnp.where(rank_BxL == t, partial.log_pair_BxL, 0.0).sum(axis=1)
-      term_B = jnp.where(t == free_B, partial.log_stop_B, partial.log_go_B + pair_B)
-      return total_B + jnp.where(t <= free_B, term_B, 0.0)
+      return jnp.where(t == free_B, partial.log_stop_B, partial.log_go_B + pair_B)
 
-    return jax.lax.fori_loop(0, free_B.max() + 1, add, jnp.zeros(free_B.shape, jnp.float32))
+    return _sum_steps(term, free_B)
 
   log_KxB = jax.lax.map(once, jnp.arange(samples)) + jax.scipy.special.gammaln(free_B + 1.0)[None]
   mean_B = jax.nn.logsumexp(log_KxB, axis=0) - jnp.log(samples)
@@ -143,18 +137,9 @@ def importance(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int 
 def exact(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, most: int = MOST_EXACT) -> Score:
   """Compute -log p(x) exactly, by dynamic programming over subsets of the free tokens: those already inserted.
 
-  This takes 2^most forward passes. A subset is encoded as an integer with one bit per free token.
-
-  Args:
-    forward: (tokens_BxL, length_B, open_BxL=) -> Outputs.
-    rng: not used.
-    tokens_BxL: complete rows, starting with [CLS].
-    fixed_BxL: true for given tokens, false for the free tokens to be scored.
-    length_B: number of tokens of each row.
-    cfg: a SampleConfig, of which `suppressed_tokens`, `compute` and `vocab_chunk` are used.
-    most: maximum number of free tokens per row (static); rows with more free tokens score NaN.
+  This takes 2^most forward passes; rows with more than `most` free tokens score NaN. The bits of an integer encode a
+  subset.
   """
-  del rng
   free_BxL, free_B = _free(tokens_BxL, fixed_BxL, length_B)
   bit_BxL = jnp.where(free_BxL, jnp.cumsum(free_BxL, axis=1) - 1, most)
   at_BxF = jnp.argsort(bit_BxL, axis=1, stable=True)[:, :most]  # positions of the free tokens
@@ -166,9 +151,7 @@ def exact(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, most: int = MOST_E
     return partial.log_stop_B, partial.log_go_B[:, None] + pair_BxF
 
   subsets = 2**most
-  log_stop_AxB, log_pair_AxBxF = jax.lax.map(
-    evaluate, jnp.arange(subsets)
-  )  # axis A: subsets of the tokens to generate, axis F: these tokens
+  log_stop_AxB, log_pair_AxBxF = jax.lax.map(evaluate, jnp.arange(subsets))  # axes: A subsets, F free tokens
 
   def reach(subset, log_AxB):
     """Set the log-probability of reaching a subset: a sum over the token that was inserted last."""
@@ -190,12 +173,7 @@ KINDS = {'bound': bound, 'importance-weighted': importance, 'exact': exact}
 
 
 def check_score(kind: str | None, longest: int) -> None:
-  """Raise UserError if `kind` is unknown, or if it is 'exact' and `longest` exceeds MOST_EXACT.
-
-  Args:
-    kind: one of KINDS, or None for the default.
-    longest: largest number of free tokens of a row.
-  """
+  """Raise UserError if `kind` is unknown, or if it is 'exact' and a text has `longest` > MOST_EXACT free tokens."""
   if kind not in (None, *KINDS):
     raise UserError(f'score: kind={kind!r}: expected one of {", ".join(KINDS)} for family=ilm')
   if kind == 'exact' and longest > MOST_EXACT:
@@ -207,18 +185,7 @@ def check_score(kind: str | None, longest: int) -> None:
 
 def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, *, kind: str | None = None, longest: int = MOST_EXACT,
           **options) -> Score:  # fmt: skip
-  """Return the negative log-likelihood in nats of each row's free tokens, or an estimate or upper bound of it.
-
-  The array arguments are those of `bound`.
-
-  Args:
-    kind: one of KINDS; None is 'bound'.
-    longest: largest number of free tokens of a row; kind='exact' runs 2^longest forward passes.
-    **options: further arguments of the function KINDS[kind], such as `samples`.
-
-  Raises:
-    UserError: `check_score` rejects `kind` and `longest`.
-  """
+  """Score each row by the function KINDS[kind] (None: 'bound'), which gets the `options`, such as `samples`."""
   check_score(kind, longest)
   kind = kind or 'bound'
   if kind == 'exact':

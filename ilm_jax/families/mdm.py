@@ -6,12 +6,11 @@ The loss at time t has weight sigma'(t) / (exp(sigma(t)) - 1) = 1 / t:
 
     -log p(x) <= NELBO = integral over t of  1/t  E_{z_t} sum_{j masked} -log p(x_j | z_t)
 
-The config key `loss.mdm` selects the training loss: 'nelbo' is the NELBO per string, restricted to t > SHORTEST_TIME;
-'mean_masked' divides the same weighted sum by the number of [MASK]s in the batch. The reference implementation trains
-with 'mean_masked', which is not a bound on -log p(x).
+The training loss `loss.mdm` is 'nelbo', the NELBO per string for t > SHORTEST_TIME, or 'mean_masked', the same weighted
+sum divided by the number of [MASK]s in the batch, which is not a bound; the reference implementation trains with it.
 
-The config key `sampling.length` says whether the length of a string is given or predicted. A model that predicts the
-length is trained on strings padded to a fixed length, with [PAD]s that are masked and predicted like other tokens.
+With sampling.length='predicted', the model is trained on strings padded to a fixed length, with [PAD]s that are masked
+and predicted like other tokens; with 'given', each prompt says how many tokens to generate.
 
 Sampling starts from a fully masked answer. The order 'ancestral' divides the time from 1 to 0 into equal steps. A step
 from t to s reveals each [MASK] with probability (t - s) / t, and the last step reveals all remaining [MASK]s. The other
@@ -27,8 +26,8 @@ import jax.numpy as jnp
 from ilm_jax.families import corruption as _corrupt
 from ilm_jax.families import drawing
 from ilm_jax.families.contract import Family
-from ilm_jax.families.growing import pad_or_cut
-from ilm_jax.families.settings import sample_config
+from ilm_jax.families.growing import pad_or_cut, request_keys
+from ilm_jax.families.settings import never_generated, sample_config
 from ilm_jax.models import numerics, vocabulary
 from ilm_jax.special_tokens import MASK, PAD
 from ilm_jax.types import Batch, Metrics, Outputs, Prompt, Rule, Sampled, Score, UserError
@@ -46,11 +45,6 @@ def model_settings(cfg) -> dict:
   conditioning = cfg.model.get('conditioning') or 'adaln'
   norm = {'final_norm': True} if conditioning == 'adaln' else {}
   return {'causal': False, 'stop_head': False, 'conditioning': conditioning, **norm}
-
-
-def sample_settings(cfg) -> dict:
-  """Return the SampleConfig field `noise_eps`, the eps of the training noise schedule in `cfg.corrupt`."""
-  return {'noise_eps': cfg.corrupt.noise_eps}
 
 
 def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
@@ -88,35 +82,24 @@ def noise_level(time, eps: float):
 
 
 def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', chunk: int = 2048):
-  """Return the cross-entropy of each segment, summed over its [MASK]s, and the number of its [MASK]s.
+  """Return (weighted_BxS, plain_BxS, masks_BxS) of each segment.
 
-  Returns:
-    (weighted_BxS, plain_BxS, masks_BxS): the cross-entropy in nats weighted by `target_weight_BxT`, the unweighted
-    cross-entropy, and the number of [MASK]s.
+  These are its cross-entropy in nats, summed over its [MASK]s with and without the weights `target_weight_BxT`, and the
+  number of its [MASK]s.
   """
-  segments = batch['cls_BxS'].shape[1]
-  hidden_BxLxD, unembed_VxD = outputs.hidden_BxLxD, outputs.unembed_VxD
-  gap_BxT, segment_BxT = batch['target_gap_BxT'], batch['target_segment_BxT']
-  lse_BxL = vocabulary.vocab_logsumexp(hidden_BxLxD, unembed_VxD, chunk=chunk, compute=compute)
-  z_BxT = vocabulary.target_logits(hidden_BxLxD, unembed_VxD, gap_BxT, batch['target_token_BxT'], compute=compute)
-  loss_BxT = jnp.take_along_axis(lse_BxL, gap_BxT, axis=1) - z_BxT
+  segments, segment_BxT = batch['cls_BxS'].shape[1], batch['target_segment_BxT']
+  loss_BxT = vocabulary.target_nll(
+    outputs, batch['target_gap_BxT'], batch['target_token_BxT'], chunk=chunk, compute=compute
+  )
   sums = [numerics.segment_sum(x, segment_BxT, segments) for x in (loss_BxT * batch['target_weight_BxT'], loss_BxT)]
   return *sums, numerics.segment_sum((segment_BxT > 0).astype(jnp.float32), segment_BxT, segments)
 
 
 def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
-  """Return the training loss, the NELBO per string and the cross-entropy per [MASK], in nats.
+  """Return `loss` (`cfg.mdm`, one of LOSSES), `string_bound` and, per [MASK], `token_loss`: (total, weight), in nats.
 
   `string_bound` is an unbiased estimate of the NELBO integral over the training times, from SHORTEST_TIME to 1. Only
   `score` includes the rest of the integral, which is about SHORTEST_TIME times the loss of a single [MASK].
-
-  Args:
-    outputs: model outputs for the batch.
-    batch: a packed batch, with the fields listed in `types`.
-    cfg: `mdm`, the name of the training loss (one of LOSSES), and `compute` and `vocab_chunk` of the vocabulary head.
-
-  Returns:
-    (total, weight) pairs `loss`, `string_bound` and `token_loss`.
   """
   weighted_BxS, plain_BxS, masks_BxS = example_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
   weight_BxS = batch['segment_weight_BxS']
@@ -141,6 +124,8 @@ class SampleConfig(NamedTuple):
   length: str = 'predicted'  # 'predicted', or 'given': Prompt.free_B is the number of tokens to generate
   token: Rule = Rule()  # rule for drawing each token: temperature, top-k, top-p
   suppressed_tokens: tuple[int, ...] = (MASK,)  # ids of tokens that are never generated
+  byte_ids: tuple[int, ...] = ()  # ids of tokens that are only a part of a character; `score` includes them
+  bytes: bool = False  # whether tokens of byte_ids may be generated; they may give invalid UTF-8
   noise_eps: float = 1e-3  # eps of the noise schedule in training
   score_draws: int = 32  # number of random maskings that `score` averages for the upper bound on a string's -log p
   min_buffer: int = 64  # minimum length of the prompt buffer
@@ -149,7 +134,7 @@ class SampleConfig(NamedTuple):
 
   @classmethod
   def create(cls, sampling, *, suppressed_tokens=(), **others) -> 'SampleConfig':
-    """Build a SampleConfig from the `sampling` section of a config.
+    """Build a SampleConfig from the `sampling` section of a config; raise UserError for values out of range.
 
     [MASK] is never generated; [PAD] can be generated with length='predicted', where it marks the end of the text.
     """
@@ -159,8 +144,6 @@ class SampleConfig(NamedTuple):
         raise UserError(f'sampling.{name}={getattr(made, name)!r}: expected one of {", ".join(allowed)}')
     if made.max_steps is not None and made.max_steps < 1:
       raise UserError(f'sampling.max_steps={made.max_steps}: expected at least 1')
-    if made.score_draws < 2 or made.score_draws % 2:
-      raise UserError(f'sampling.score_draws={made.score_draws}: expected an even number of at least 2')
     closed = {*suppressed_tokens, MASK} - ({PAD} if made.length == 'predicted' else set())
     return made._replace(suppressed_tokens=tuple(sorted(closed)))
 
@@ -191,23 +174,14 @@ class _State(NamedTuple):
 
 
 def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
-  """Replace all [MASK]s of every row by tokens, in at most max_steps forward passes.
+  """Replace all [MASK]s of every row by tokens, in at most max_steps forward passes, in one loop on the device.
 
   A prompt can contain [MASK]s. If the gap after its last token is open, [MASK]s are appended: up to max_length or, with
-  length='given', Prompt.free_B of them (none for free_B = -1). Generated [PAD]s are removed at the end. All steps run
-  in one `lax.while_loop` on the device.
+  length='given', Prompt.free_B of them (none for free_B = -1). Generated [PAD]s are removed at the end. Step t of
+  request r draws with the key fold_in(fold_in(rng, r), t).
 
-  Args:
-    forward: (tokens_BxL, length_B, noise_BxS) -> Outputs, with S = 1.
-    rng: the key shared by all requests; step t of request r draws with fold_in(fold_in(rng, r), t).
-    prompt: given tokens, in a buffer that may be shorter than max_length.
-    cfg: sampling settings.
-
-  Returns:
-    Sampled, with L = max_length and M = max_steps. Tokens revealed in the same step have the same order. log_prob_BxM
-    sums over the tokens of a step, including [PAD]s. steps_B counts the forward passes until the last token is
-    revealed, including ancestral steps that reveal nothing. stop_prob_BxM is 0, and stopped_B is True for every
-    non-empty row.
+  log_prob_BxM sums over all tokens of a step, including [PAD]s. steps_B counts the forward passes until the last token
+  is revealed, also those that reveal nothing. stop_prob_BxM is 0, and stopped_B is true for every non-empty row.
   """
   size, limit = cfg.max_length, cfg.max_length if cfg.max_steps is None else cfg.max_steps
   index_1xL = jnp.arange(size)[None]
@@ -224,9 +198,8 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
   tokens_BxL = jnp.where(given_BxL, pad_or_cut(prompt.tokens_BxL.astype(jnp.int32), size, PAD), MASK)
   tokens_BxL = jnp.where(inside_BxL, tokens_BxL, PAD)
 
-  request_rng_B = jax.vmap(functools.partial(jax.random.fold_in, rng))(prompt.request_B)
   masks_B = (tokens_BxL == MASK).sum(axis=1)
-  step = functools.partial(_step, forward, request_rng_B, cfg, limit, input_length_B, masks_B, given_BxL)
+  step = functools.partial(_step, forward, request_keys(rng, prompt), cfg, limit, input_length_B, masks_B, given_BxL)
   start = _State(
     step=jnp.zeros((), jnp.int32),
     tokens_BxL=tokens_BxL,
@@ -238,7 +211,7 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
 
   keep_BxL = inside_BxL & ~((end.tokens_BxL == PAD) & (end.order_BxL >= 0))
   keep_first_BxL = jnp.argsort(~keep_BxL, axis=1, stable=True)
-  length_B = keep_BxL.sum(axis=1)
+  length_B = keep_BxL.sum(axis=1, dtype=jnp.int32)
   inside_BxL = index_1xL < length_B[:, None]
   return Sampled(
     tokens_BxL=jnp.where(inside_BxL, jnp.take_along_axis(end.tokens_BxL, keep_first_BxL, axis=1), PAD),
@@ -260,12 +233,11 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, length_B, masks
   else:
     time_B = remaining_B / jnp.maximum(masks_B, 1)
   outputs = forward(state.tokens_BxL, length_B, noise_level(time_B, cfg.noise_eps)[:, None])
-
   rng_B = jax.vmap(jax.random.fold_in, (0, None))(request_rng_B, state.step)
   reveal_rng_B, token_rng_B = jax.vmap(jax.random.split, out_axes=1)(rng_B)
   token_BxL, log_prob_BxL, certainty_BxL = choose_tokens(outputs, cfg, token_rng_B, given_BxL)
   if cfg.order == 'ancestral':
-    draw_BxL = jax.vmap(lambda rng: jax.random.uniform(rng, masked_BxL.shape[1:]))(reveal_rng_B)
+    draw_BxL = jax.vmap(lambda rng: jax.random.uniform(rng, masked_BxL.shape[1:], jnp.float32))(reveal_rng_B)
     reveal_BxL = masked_BxL & (draw_BxL < 1.0 / (limit - state.step))  # (t - s) / t; 1 in the last step
   else:
     steps_B = jnp.clip(masks_B, 1, limit)  # each step reveals at least one [MASK]
@@ -287,13 +259,12 @@ def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B, given_BxL):
 
   A [MASK] in the prompt (where `given_BxL`) stands for exactly one token, so it is never filled with [PAD].
 
-  Returns:
-    (token_BxL, log_prob_BxL, certainty_BxL). log_prob is that of the drawn token at temperature 1. Certainty depends on
-    the model's distribution but not on the drawn token: its largest log-probability ('top_probability', 'ancestral'),
-    the difference of its two largest probabilities ('margin'), or its negative entropy ('entropy').
+  Returns (token_BxL, log_prob_BxL, certainty_BxL); log_prob is that of the token at temperature 1. Certainty depends
+  only on the model's distribution: its largest log-probability ('top_probability', 'ancestral'), the difference of its
+  two largest probabilities ('margin'), or its negative entropy ('entropy').
   """
   unembed_VxD = outputs.unembed_VxD
-  bias_V = vocabulary.suppressed_bias(unembed_VxD.shape[0], (*cfg.suppressed_tokens, MASK))
+  bias_V = vocabulary.suppressed_bias(unembed_VxD.shape[0], (*never_generated(cfg), MASK))
 
   def draw(position_inputs):
     hidden_BxD, position, given_B = position_inputs
@@ -321,7 +292,6 @@ def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B, given_BxL):
 
 def check_score(kind: str | None, longest: int) -> None:
   """Raise UserError unless `kind` is None or 'bound', the only score of this family."""
-  del longest
   if kind not in (None, 'bound'):
     raise UserError(f"score: kind={kind!r}: expected 'bound' for family=mdm")
 
@@ -338,25 +308,12 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
 
   which equals the integral in the module docstring over all of (0, 1], but has no weight 1/t that diverges at 0. The
   estimate divides n into equal strata and makes two draws in each. Tokens are masked with probability t, as in the
-  sampler, not (1 - eps) t as in training; eps only enters the noise level given to the model.
+  sampler; eps only enters the noise level given to the model.
 
-  With length='predicted', strings are padded to max_length, and the [PAD]s are free tokens that mark the end: nll_B
-  includes their cost, tokens_B does not count them. The sampler also yields the same string from rows with [PAD]s in
-  other places; ignoring these rows keeps the bound valid. With length='given', the result bounds -log p(x | length).
-
-  Args:
-    forward: (tokens_BxL, length_B, noise_BxS) -> Outputs, with S = 1.
-    rng: RNG key; each row draws with its own key, derived from `rng` and the row index.
-    tokens_BxL: complete rows, starting with [CLS].
-    fixed_BxL: True for given tokens, False for the free tokens to be scored.
-    length_B: number of tokens per row; 0 for an empty row, whose score is 0.
-    cfg: sampling settings.
-    kind: None or 'bound'.
-    longest: not used.
-
-  Returns:
-    Score of kind 'bound', infinite for strings that cannot be sampled. The field `kind` is a string, which a jitted
-    function cannot return; such a function can return only the other fields.
+  With length='predicted', the [PAD]s up to max_length are free tokens that mark the end: nll_B includes their cost,
+  tokens_B does not count them. (The sampler also yields the same string from rows with [PAD]s in other places; ignoring
+  these rows keeps the bound valid.) With length='given', the result bounds -log p(x | length). Strings that cannot be
+  sampled score infinity, and empty rows 0.
   """
   check_score(kind, longest)
   rows, size = tokens_BxL.shape
@@ -376,19 +333,18 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
   def draw(number):
     number_rng_B = jax.vmap(jax.random.fold_in, (0, None))(rng_B, number)
     size_rng_B, time_rng_B = jax.vmap(jax.random.split, out_axes=1)(number_rng_B)
-    quantile_B = (number // 2 + jax.vmap(jax.random.uniform)(size_rng_B)) / strata
+    quantile_B = (number // 2 + jax.vmap(lambda rng: jax.random.uniform(rng, (), jnp.float32))(size_rng_B)) / strata
     masks_B = jnp.clip(1 + (quantile_B * free_B).astype(jnp.int32), 0, free_B)
-    time_BxL = jax.vmap(lambda rng: jax.random.uniform(rng, (size,)))(time_rng_B)
+    time_BxL = jax.vmap(lambda rng: jax.random.uniform(rng, (size,), jnp.float32))(time_rng_B)
     rank_BxL = jnp.argsort(jnp.argsort(jnp.where(free_BxL, time_BxL, 2.0), axis=1, stable=True), axis=1)
     masked_BxL = free_BxL & (rank_BxL < masks_B[:, None])
     time_B = jnp.where(masked_BxL, time_BxL, 0.0).max(axis=1)
-
     noise_Bx1 = noise_level(time_B, cfg.noise_eps)[:, None]
-    hidden_BxLxD, unembed_VxD, _ = forward(jnp.where(masked_BxL, MASK, tokens_BxL), total_B, noise_Bx1)
-    bias_V = vocabulary.suppressed_bias(unembed_VxD.shape[0], (*cfg.suppressed_tokens, MASK))
-    lse_BxL = vocabulary.vocab_logsumexp(hidden_BxLxD, unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute)
-    z_BxL = vocabulary.target_logits(hidden_BxLxD, unembed_VxD, index_BxL, tokens_BxL, compute=cfg.compute)
-    loss_BxL = jnp.where(bias_V[tokens_BxL] < 0, jnp.inf, lse_BxL - z_BxL)
+    outputs, closed = (
+      forward(jnp.where(masked_BxL, MASK, tokens_BxL), total_B, noise_Bx1),
+      (*cfg.suppressed_tokens, MASK),
+    )
+    loss_BxL = vocabulary.target_nll(outputs, index_BxL, tokens_BxL, closed, chunk=cfg.vocab_chunk, compute=cfg.compute)
     return jnp.where(masked_BxL, loss_BxL, 0.0).sum(axis=1) * free_B / jnp.maximum(masks_B, 1)
 
   nelbo_HxPxB = jax.lax.map(draw, jnp.arange(2 * strata)).reshape(strata, 2, rows)
@@ -403,16 +359,7 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
 
 
 FAMILY = Family(
-  name='mdm',
-  corrupt=corrupt,
-  loss=loss,
-  sample=sample,
-  SampleConfig=SampleConfig,
-  model_settings=model_settings,
-  sizes=sizes,
-  score=score,
-  check_score=check_score,
-  sample_settings=sample_settings,
-  check_prompt=check_prompt,
-  fills='masks',
-)
+  name='mdm', corrupt=corrupt, loss=loss, sample=sample, SampleConfig=SampleConfig, model_settings=model_settings,
+  sizes=sizes, score=score, check_score=check_score, sample_settings=lambda cfg: {'noise_eps': cfg.corrupt.noise_eps},
+  check_prompt=check_prompt, fills='masks',
+)  # fmt: skip

@@ -116,8 +116,9 @@ class LanguageModel:
       is_partial_rule = name in settings_lib.RULES and isinstance(value, dict)
       settings[name] = {**(settings.get(name) or {}), **value} if is_partial_rule else value
     self.sample_cfg = families.make_sample_config(
-      self.family, cfg, settings, suppressed_tokens=self.tokenizer.special_ids, compute=model_cfg.compute
-    )
+      self.family, cfg, settings, suppressed_tokens=self.tokenizer.special_ids, byte_ids=self.tokenizer.byte_ids,
+      compute=model_cfg.compute,
+    )  # fmt: skip
     check_whole('batch_size', batch_size, least=1)
     check_memory(self.sample_cfg, model_cfg, batch_size, 1 if mesh is None else mesh.size)
     self.batch_size = batch_size

@@ -83,15 +83,10 @@ class ModelConfig:
 
   @classmethod
   def create(cls, vocab_size: int, **settings) -> 'ModelConfig':
-    """Build a ModelConfig from the `model` section of an experiment config.
+    """Build a ModelConfig from the `model` section of an experiment config, whose `preset` names an entry of PRESETS.
 
-    Args:
-      vocab_size: number of token ids.
-      **settings: fields of ModelConfig, and `preset`, a key of PRESETS whose sizes the fields override. A field that
-        is None takes its value from the preset or the default.
-
-    Raises:
-      UserError: if a setting's name or value is not allowed, or a size is missing.
+    The other settings are fields of ModelConfig and override the preset; a field that is None keeps the value of the
+    preset or the default. Raises UserError if a setting's name or value is not allowed, or a size is missing.
     """
     preset = settings.pop('preset', None)
     if preset is not None and preset not in PRESETS:

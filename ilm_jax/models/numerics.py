@@ -16,39 +16,42 @@ def expand(x, ndim: int):
   return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
-# --- matrix products in a chosen compute type -------------------------------------------------------------------------
-
-
 def einsum(spec: str, x, y, compute: str, names=None):
-  """Contract two operands in the given compute type.
+  """Contract two operands in a compute type: 'float32', 'bfloat16' or 'mixed'.
 
-  Args:
-    spec: einsum specification, x,y->result. For compute='mixed', every axis letter of an operand must also
-      occur in the other operand or in the result.
-    x: left operand.
-    y: right operand.
-    compute: 'float32'; 'bfloat16' (operands and result); or 'mixed' (operands rounded to bfloat16, products
-      accumulated and returned in float32, in the backward pass too).
-    names: logical axis names of y if y is a sharded parameter. It is all-gathered over fsdp in the forward pass and
-      again in the backward pass, so that a device stores only its shard in between.
+  'bfloat16' rounds operands and result. 'mixed' rounds operands to bfloat16 but accumulates and returns float32, in the
+  backward pass too; every axis letter of an operand must then occur in the other operand or in the result.
 
-  Returns:
-    The product: float32 if compute is 'float32' or 'mixed', else bfloat16.
+  If y is a sharded parameter, `names` are its logical axis names. It is all-gathered over fsdp in the forward pass and
+  again in the backward pass, so that a device stores only its shard in between.
   """
   if compute == 'mixed':
-    return _mixed_einsum(spec, x.astype(jnp.float32), y.astype(jnp.float32), names)
+    return _einsum(_bf16_einsum, spec, x.astype(jnp.float32), y.astype(jnp.float32), names)
   x, y = x.astype(compute), y.astype(compute)
   if names is None or not sharding.on_several_devices():
     return jnp.einsum(spec, x, y)
-  return _gathering_einsum(spec, x, y, names)
+  return _einsum(jnp.einsum, spec, x, y, names)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 4))
+def _einsum(product, spec, x, y, names):
+  """Return product(spec, x, y), with y gathered as in `einsum`; the backward pass uses `product`, too."""
+  return _einsum_fwd(product, spec, x, y, names)[0]
 
 
 def _gather(y, names):
   return y if names is None else sharding.gather(y, names)
 
 
+def _einsum_fwd(product, spec, x, y, names):
+  if product is _bf16_einsum:
+    # The barrier makes the backward pass reuse the rounded operands; without it, XLA rounds them again each time.
+    x, y = jax.lax.optimization_barrier((x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)))
+  y = y if names is None else sharding.constrain(y, names)  # save only the shard: the backward pass gathers y again
+  return product(spec, x, _gather(y, names)), (x, y)
+
+
 def _einsum_bwd(product, spec, names, saved, grad):
-  """Return the gradients of `product(spec, x, y)` with respect to x and y, also computed by `product`."""
   x, y = saved
   operands, result = spec.split('->')
   left, right = operands.split(',')
@@ -56,38 +59,7 @@ def _einsum_bwd(product, spec, names, saved, grad):
   return grad_x, product(f'{left},{result}->{right}', x, grad)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _gathering_einsum(spec, x, y, names):
-  """Einsum with a sharded parameter y, all-gathered in the forward pass and again in the backward pass."""
-  return _gathering_einsum_fwd(spec, x, y, names)[0]
-
-
-def _gathering_einsum_fwd(spec, x, y, names):
-  y = sharding.constrain(y, names)
-  return jnp.einsum(spec, x, _gather(y, names)), (x, y)
-
-
-_gathering_einsum.defvjp(_gathering_einsum_fwd, functools.partial(_einsum_bwd, jnp.einsum))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _mixed_einsum(spec, x, y, names):
-  """Einsum of operands rounded to bfloat16, accumulated and returned in float32, forward and backward."""
-  return _mixed_einsum_fwd(spec, x, y, names)[0]
-
-
-def _mixed_einsum_fwd(spec, x, y, names):
-  # The barrier makes the backward pass reuse the rounded operands; without it, XLA rounds them again for each product.
-  x, y = jax.lax.optimization_barrier((x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)))
-  y = y if names is None else sharding.constrain(y, names)  # save only the shard: the backward pass gathers y again
-  return _bf16_einsum(spec, x, _gather(y, names)), (x, y)
-
-
-def _mixed_einsum_bwd(spec, names, saved, grad):
-  return _einsum_bwd(_bf16_einsum, spec, names, saved, grad)
-
-
-_mixed_einsum.defvjp(_mixed_einsum_fwd, _mixed_einsum_bwd)
+_einsum.defvjp(_einsum_fwd, _einsum_bwd)
 
 
 def _bf16_einsum(spec, x, y):
@@ -125,9 +97,6 @@ def _bf16_einsum_cpu(spec, x, y):
   return _bf16_einsum_default(f'{left},{right}->{result}', x, y)
 
 
-# --- dropout ----------------------------------------------------------------------------------------------------------
-
-
 def _mix_bits(x):
   """Hash uint32 words by xor-shifts and odd multiplications, so that every input bit affects every output bit."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
@@ -149,17 +118,11 @@ def hash_bits(rng, shape):
 
 
 def dropout(x, rate: float, rng):
-  """Zero each entry of x with probability `rate` and scale the others by 1 / (1 - rate).
-
-  Returns x unchanged if `rng` is None or the rate is 0.
-  """
+  """Zero each entry of x with probability `rate` and scale the others by 1 / (1 - rate); no-op if `rng` is None."""
   if rng is None or rate == 0.0:
     return x
   keep = hash_bits(rng, x.shape) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
   return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros((), x.dtype))
-
-
-# --- reductions over segments -----------------------------------------------------------------------------------------
 
 
 def segment_logsumexp(value_BxL, segment_BxL, mask_BxL, num_segments: int):

@@ -61,9 +61,6 @@ NOISE = {
 }
 
 
-# --- parameter names and shapes in PyTorch and here -------------------------------------------------------------------
-
-
 def _names(num_layers: int, *, final_norm: bool, stop_head: bool, noise: bool) -> dict[str, list[str]]:
   """Map each PyTorch parameter name to our paths. With noise conditioning, the LayerNorms have no bias."""
   names = dict(EMBEDDING)
@@ -89,11 +86,6 @@ def _reference_shape(path: str, shape) -> tuple[int, ...]:
   return int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs]))
 
 
-def _stacked(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-  """Return the shape of arrays concatenated along their first axis."""
-  return (sum(shape[0] for shape in shapes), *shapes[0][1:])
-
-
 def _inverse_frequencies(dim: int) -> np.ndarray:
   """Return the dim / 2 frequencies of a rotary embedding with base 10000."""
   return 1.0 / np.float32(10_000.0) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
@@ -103,24 +95,14 @@ NOISE_BUFFER = 'sigma_map.freqs'  # PyTorch buffer that holds the frequencies of
 NOISE_FREQUENCIES = _inverse_frequencies(2 * layers.NOISE_FREQUENCIES)
 
 
-# --- conversion -------------------------------------------------------------------------------------------------------
-
-
 def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None) -> tuple[ModelConfig, dict]:
-  """Convert the state_dict of the reference implementation to our parameters.
+  """Convert the state_dict of the reference implementation to (ModelConfig, nested dicts of float32 NumPy arrays).
 
   Args:
     state_dict: maps names to arrays or tensors, or is a checkpoint with such a mapping under 'state_dict'. The prefix
-      `model.` is removed from names. Rotary buffers (`*.inv_freq`), `sigma_map.freqs` and the unused
-      `type_embeddings.*` are not converted.
+      `model.` is removed; rotary buffers (`*.inv_freq`), `sigma_map.freqs` and `type_embeddings.*` are not converted.
     family: 'ilm' (has a stop head), 'arm' (causal) or 'mdm' (conditioned on a noise level).
     num_heads: number of attention heads; required if the rotary buffers do not determine it, else checked against them.
-
-  Returns:
-    (cfg, params): a ModelConfig and nested dicts of float32 NumPy arrays.
-
-  Raises:
-    UserError: if names, shapes or frequencies do not match the family.
   """
   if family not in FAMILIES:
     raise UserError(f'family={family!r}: expected one of {", ".join(FAMILIES)}')
@@ -146,17 +128,19 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
     raise UserError(f'family={family!r} has {wanted}, but the weights have {found}: pass the right family=')
   num_layers = max(1, len(layer_ids))
   names = _names(num_layers, final_norm=final_norm, stop_head=stop_head, noise=noise)
-  missing = [name for name in names if name not in arrays]
-  unexpected = [name for name in arrays if name not in names]
-  if missing or unexpected:
-    parts = [f'missing {_first_few(missing)}'] if missing else []
-    parts += [f'unexpected {_first_few(unexpected)}'] if unexpected else []
-    raise UserError(f'these are not the weights of the {family} transformer: {"; ".join(parts)}')
+  missing, unexpected = ([name for name in a if name not in b] for a, b in ((names, arrays), (arrays, names)))
+  kinds = {'missing': missing, 'unexpected': unexpected}
+  if problems := [f'{kind} {_first_few(found)}' for kind, found in kinds.items() if found]:
+    raise UserError(f'these are not the weights of the {family} transformer: {"; ".join(problems)}')
 
   for name in ('embed_tokens.weight', 'encoder.0.mlp.0.weight', *(['sigma_map.mlp.2.weight'] if noise else [])):
     if arrays[name].ndim != 2 or not arrays[name].size:
       raise UserError(f'{name}: expected a non-empty matrix, got shape {arrays[name].shape}')
   vocab_size, d_model = arrays['embed_tokens.weight'].shape
+  conditioning: dict = {}
+  if noise:
+    d_cond = len(arrays['sigma_map.mlp.2.weight'])
+    conditioning = {'conditioning': 'adaln', 'residual': 'modulated', 'd_cond': d_cond}
   cfg = ModelConfig(
     vocab_size=vocab_size,
     num_layers=num_layers,
@@ -167,14 +151,13 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
     final_norm=final_norm,
     stop_head=stop_head,
     rotary_dim=ROTARY_DIM,
-    **(
-      {'conditioning': 'adaln', 'residual': 'modulated', 'd_cond': arrays['sigma_map.mlp.2.weight'].shape[0]}
-      if noise
-      else {}
-    ),
+    **conditioning,
   )
   shapes = _shapes(cfg)
-  expected = {name: _stacked([_reference_shape(path, shapes[path]) for path in paths]) for name, paths in names.items()}
+  expected = {}
+  for name, paths in names.items():
+    first, *others = (_reference_shape(path, shapes[path]) for path in paths)
+    expected[name] = (first[0] + sum(other[0] for other in others), *first[1:])
   if wrong := [name for name in names if arrays[name].shape != expected[name]]:
     lines = [f'{name}: expected shape {expected[name]}, got {arrays[name].shape}' for name in wrong]
     raise UserError(_first_few(lines, '; '))
@@ -191,17 +174,9 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
 
 
 def to_reference(cfg: ModelConfig, params) -> dict[str, np.ndarray]:
-  """Convert our parameters to the reference implementation's state_dict; the inverse of `from_reference`.
+  """Convert unboxed parameters to the reference's state_dict of float32 NumPy arrays; the inverse of `from_reference`.
 
-  Args:
-    cfg: settings of the model.
-    params: nested dicts of arrays, without boxes (`transformer.unbox`).
-
-  Returns:
-    A dict from PyTorch names, including the rotary buffers, to float32 NumPy arrays.
-
-  Raises:
-    UserError: if the reference implementation does not support the architecture.
+  Raises UserError if the reference implementation does not support the architecture.
   """
   rotated = min(ROTARY_DIM, cfg.head_dim)
   if min(cfg.rotary_dim, cfg.head_dim) != rotated:
@@ -268,25 +243,15 @@ def _first_few(items: list[str], separator: str = ', ') -> str:
   return separator.join(items[:3]) + (f'{separator}... ({len(items)} in all)' if len(items) > 3 else '')
 
 
-# --- reading files ----------------------------------------------------------------------------------------------------
-
-
 def load_state_dict(path) -> dict[str, np.ndarray]:
-  """Read a weights file (.npz, .safetensors, or PyTorch's .pt, .pth, .ckpt) without running code from it.
+  """Read a weights file (.npz, .safetensors, .pt, .pth, .ckpt) as float32 arrays, without running code from it.
 
-  Args:
-    path: local or remote file. If names in an .npz file start with `param/`, only those are read, without the prefix.
-
-  Returns:
-    A dict from parameter names to float32 NumPy arrays.
-
-  Raises:
-    UserError: if the file cannot be read, or the package that reads this format is not installed.
+  If names in an .npz file start with `param/`, only those are read, without the prefix. Raises UserError if the file
+  cannot be read, or the package that reads this format is not installed.
   """
   path = epath.Path(path)
-  readers = {'.npz': _read_npz, '.safetensors': _read_safetensors} | dict.fromkeys(
-    ('.pt', '.pth', '.ckpt'), _read_torch
-  )
+  readers = {'.npz': _read_npz, '.safetensors': _read_safetensors}
+  readers |= dict.fromkeys(('.pt', '.pth', '.ckpt'), _read_torch)
   if path.suffix not in readers:
     raise UserError(f'{path}: expected a file that ends in {", ".join(readers)}')
   try:
@@ -309,9 +274,8 @@ def _read_safetensors(data: bytes):
   try:
     import safetensors
   except ImportError as error:
-    raise UserError(
-      "reading .safetensors files needs the safetensors package: pip install 'ilm_jax[convert]'"
-    ) from error
+    advice = "pip install 'ilm_jax[convert]'"
+    raise UserError(f'reading .safetensors files needs the safetensors package: {advice}') from error
   # safetensors.numpy supports bfloat16 only from version 0.5 on.
   types = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16, 'I64': np.int64}
   arrays = {}

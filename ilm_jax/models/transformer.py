@@ -14,25 +14,11 @@ import jax.numpy as jnp
 from ilm_jax.distributed import sharding
 from ilm_jax.models import attention, numerics, vocabulary
 from ilm_jax.models.attention import Cache
-from ilm_jax.models.config import CHOICES, PRESETS, ModelConfig
+from ilm_jax.models.config import CHOICES as CHOICES
+from ilm_jax.models.config import PRESETS as PRESETS
+from ilm_jax.models.config import ModelConfig
 from ilm_jax.models.layers import LayerNorm, Linear, Modulation, NoiseEmbedding, StopHead, modulate, uniform_init
 from ilm_jax.types import Batch, Outputs
-
-__all__ = [
-  'CHOICES',
-  'PRESETS',
-  'Cache',
-  'Forward',
-  'ModelConfig',
-  'Outputs',
-  'Transformer',
-  'abstract_params',
-  'apply',
-  'apply_batch',
-  'apply_rows',
-  'init',
-  'unbox',
-]
 
 FEATURES = ('rows', None, None)  # logical axis names of BxLxD activations
 OPEN_TABLE = (None, 'embed')  # logical axis names of the table of model.open_gap_embedding
@@ -48,18 +34,10 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxLxD, segment_BxL, position_BxL, noise_BxSxC, rngs=None, cache=None):
-    """Apply the block.
+    """Return (features, cache); `rngs` are the keys from `dropout_rngs`, or None to disable dropout.
 
-    Args:
-      x_BxLxD: features.
-      segment_BxL: segment of each token, 0 for padding; ignored with a cache.
-      position_BxL: position of each token in its segment.
-      noise_BxSxC: noise embeddings, or None without conditioning.
-      rngs: the RNG keys from `dropout_rngs`, or None to disable dropout.
-      cache: the block's `Cache`; attention is then causal and covers the cached positions.
-
-    Returns:
-      (features, cache): the cache includes the keys and values of this call; it is None if no cache is given.
+    With a cache (the block's `Cache`), attention is causal and covers the cached positions, segments are ignored, and
+    the result's cache includes the keys and values of this call.
     """
     cfg = self.cfg
     D, H, K, F = cfg.d_model, cfg.num_heads, cfg.head_dim, cfg.d_ff
@@ -108,17 +86,8 @@ class Block(nn.Module):
 def scan_blocks(cfg: ModelConfig, params, rngs, x_BxLxD, *args):
   """Apply all blocks as one `lax.scan` over their stacked parameters: XLA compiles one block, whatever the depth.
 
-  The stack is a temporary copy of the blocks' parameters; their layout in the parameter tree does not change.
-
-  Args:
-    cfg: settings of the model.
-    params: list of the blocks' parameters.
-    rngs: list of the blocks' dropout keys (`Block.dropout_rngs`); without dropout, a list of None.
-    x_BxLxD: features that enter the first block.
-    *args: segments, positions and noise embeddings, passed to every block.
-
-  Returns:
-    BxLxD, the features after the last block.
+  `params` and `rngs` list the blocks' parameters and dropout keys (None without dropout); `args` go to every block. The
+  stack is a temporary copy of the blocks' parameters; their layout in the parameter tree does not change.
   """
 
   def step(x_BxLxD, layer):
@@ -140,21 +109,18 @@ class Transformer(nn.Module):
     self, tokens_BxL, position_BxL, segment_BxL, cls_BxS, noise_BxS=None, open_BxL=None, *, train: bool = False,
     cache=None,
   ):  # fmt: skip
-    """Compute features, output embedding and stop logits.
+    """Compute `Outputs`: features, output embedding and stop logits; with a cache, return (Outputs, caches).
 
     Args:
       tokens_BxL: token ids.
       position_BxL: rotary position of each token; may differ from its index in the row.
       segment_BxL: segment of each token, 0 for padding. Tokens attend within their segment.
-      cls_BxS: index in the row of each segment's [CLS], the input of the stop head; ignored without a stop head.
+      cls_BxS: index in the row of each segment's [CLS], the input of the stop head.
       noise_BxS: noise level of each segment; ignored without conditioning.
       open_BxL: whether a token may be inserted right of each token; ignored without open_gap_embedding.
       train: enable dropout (needs an RNG named 'dropout').
-      cache: list of one `Cache` per block, for causal models. Each token then attends to all cached positions up to
-        its own, and segments are ignored.
-
-    Returns:
-      `Outputs`; with a cache, (Outputs, caches), where the caches include these tokens.
+      cache: one `Cache` per block of a causal model. Tokens then attend to all cached positions up to their own;
+        segments are ignored; the returned caches include these tokens.
     """
     cfg = self.cfg
     conditioned = cfg.conditioning == 'adaln'
@@ -177,9 +143,7 @@ class Transformer(nn.Module):
         raise ValueError(
           'model.open_gap_embedding needs open_BxL, whether a token may be inserted right of each token: pass it'
         )
-      init = nn.with_logical_partitioning(
-        lambda rng, shape, dtype: jax.random.normal(rng, shape, dtype) * std, OPEN_TABLE
-      )
+      init = nn.with_logical_partitioning(nn.initializers.normal(std), OPEN_TABLE)
       open_2xD = self.param('open', init, (2, cfg.d_model), jnp.float32)
       x_BxLxD += jnp.take(sharding.gather(open_2xD, OPEN_TABLE), open_BxL.astype(jnp.int32), axis=0).astype(dtype)
     x_BxLxD = sharding.constrain(x_BxLxD, FEATURES)
@@ -209,8 +173,6 @@ class Transformer(nn.Module):
     return outputs if cache is None else (outputs, caches)
 
 
-# --- parameters -------------------------------------------------------------------------------------------------------
-
 unbox = nn.unbox
 
 
@@ -221,9 +183,9 @@ def init(cfg: ModelConfig, rng) -> Any:
 
 
 def abstract_params(cfg: ModelConfig, mesh=None):
-  """Return the parameters as `jax.ShapeDtypeStruct`s with shardings, the target for restoring a checkpoint.
+  """Return the parameters as `jax.ShapeDtypeStruct`s with shardings on the mesh, the target for restoring a checkpoint.
 
-  The shardings are for the given mesh; without a mesh, all parameters are on this process's first device.
+  Without a mesh, all parameters are on this process's first device.
   """
   boxed = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
   if mesh is None:
@@ -232,9 +194,6 @@ def abstract_params(cfg: ModelConfig, mesh=None):
   else:
     shardings = sharding.state_shardings(boxed, mesh)
   return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), unbox(boxed), shardings)
-
-
-# --- running the model ------------------------------------------------------------------------------------------------
 
 
 def apply(
@@ -252,14 +211,6 @@ def apply_batch(cfg: ModelConfig, params, batch: Batch, *, rng=None) -> Outputs:
   return apply(cfg, params, *(batch[name] for name in names), batch.get('open_BxL'), rng=rng)
 
 
-def apply_rows(cfg: ModelConfig, params, tokens_BxL, length_B, noise_BxS=None, open_BxL=None) -> Outputs:
-  """Run the transformer on rows that hold one sequence each: [CLS] first, then padding after `length_B` tokens."""
-  index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
-  segment_BxL = (index_BxL < length_B[:, None]).astype(jnp.int32)
-  cls_Bx1 = jnp.zeros((tokens_BxL.shape[0], 1), jnp.int32)
-  return apply(cfg, params, tokens_BxL, index_BxL, segment_BxL, cls_Bx1, noise_BxS, open_BxL)
-
-
 class Forward(NamedTuple):
   """A model with its parameters, passed as `forward` to the functions that sample and score."""
 
@@ -267,23 +218,20 @@ class Forward(NamedTuple):
   params: Any
 
   def __call__(self, tokens_BxL, length_B, noise_BxS=None, open_BxL=None) -> Outputs:
-    """Run the model on rows that hold one sequence each, [CLS] first (S = 1); see `apply_rows`."""
-    return apply_rows(self.cfg, self.params, tokens_BxL, length_B, noise_BxS, open_BxL)
+    """Run the model on rows that hold one sequence each (S = 1): [CLS] first, then padding after `length_B` tokens."""
+    index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
+    segment_BxL = (index_BxL < length_B[:, None]).astype(jnp.int32)
+    cls_Bx1 = jnp.zeros((tokens_BxL.shape[0], 1), jnp.int32)
+    return apply(self.cfg, self.params, tokens_BxL, index_BxL, segment_BxL, cls_Bx1, noise_BxS, open_BxL)
 
   def empty_cache(self, rows: int, size: int) -> list[Cache]:
     """Return one empty key-value cache per block, for sequences of at most `size` tokens."""
     return [attention.empty_cache(self.cfg, rows, size) for _ in range(self.cfg.num_layers)]
 
   def apply_cached(self, tokens_BxN, start_B, cache) -> tuple[Outputs, list[Cache]]:
-    """Run a causal model on the next N tokens of each row; the cache holds the earlier ones.
+    """Run a causal model on the next N tokens of each row, at positions start_B to start_B + N - 1.
 
-    Args:
-      tokens_BxN: tokens at positions start_B to start_B + N - 1.
-      start_B: position of each row's first new token.
-      cache: one `Cache` per block.
-
-    Returns:
-      (outputs of the new tokens, caches that include them).
+    `cache` holds the earlier tokens, in one `Cache` per block. Returns (outputs of the new tokens, updated caches).
     """
     position_BxN = start_B[:, None] + jnp.arange(tokens_BxN.shape[1])[None]
     args = tokens_BxN, position_BxN, jnp.ones_like(tokens_BxN), jnp.zeros_like(tokens_BxN[:, :1])

@@ -13,6 +13,7 @@ import numpy as np
 
 from ilm_jax.distributed import sharding
 from ilm_jax.models import numerics
+from ilm_jax.types import Outputs
 
 TABLE = ('vocab', None)  # logical axis names of the VxD input and output embeddings
 
@@ -25,9 +26,6 @@ def suppressed_bias(vocab: int, tokens):
 def head_compute(compute: str) -> str:
   """Return the compute type of the vocabulary head: 'mixed' for a bfloat16 model, as logits are always float32."""
   return 'mixed' if compute == 'bfloat16' else compute
-
-
-# --- all logits, target logits ----------------------------------------------------------------------------------------
 
 
 def vocab_logits(hidden, unembed_VxD, bias_V, *, compute: str = 'float32'):
@@ -56,23 +54,21 @@ def target_logits(hidden_BxLxD, unembed_VxD, gap_BxT, token_BxT, *, compute: str
   return _reduce_shards(logits_of, lambda z: z.sum(axis=0), shards_PxVxD, jnp.arange(count) * size)
 
 
-# --- reductions over the vocabulary, in chunks ------------------------------------------------------------------------
+def target_nll(outputs: Outputs, gap_BxT, token_BxT, suppressed=(), *, chunk: int = 2048, compute: str = 'float32'):
+  """Return -log p (BxT, in nats) of the targets, given as (gap, token) pairs; infinite for suppressed tokens."""
+  hidden_BxLxD, unembed_VxD, _ = outputs
+  bias_V = suppressed_bias(unembed_VxD.shape[0], suppressed)
+  lse_BxL = vocab_logsumexp(hidden_BxLxD, unembed_VxD, bias_V, chunk=chunk, compute=compute)
+  z_BxT = target_logits(hidden_BxLxD, unembed_VxD, gap_BxT, token_BxT, compute=compute)
+  nll_BxT = jnp.take_along_axis(lse_BxL, gap_BxT, axis=1) - z_BxT
+  return jnp.where(bias_V[token_BxT] < 0, jnp.inf, nll_BxT) if suppressed else nll_BxT
 
 
 def vocab_logsumexp(hidden, unembed_VxD, bias_V=None, *, chunk: int = 2048, compute: str = 'float32'):
-  """Return the log-sum-exp over the vocabulary of hidden @ unembed.T + bias, computed in chunks of the vocabulary.
+  """Return the float32 log-sum-exp over the vocabulary of hidden @ unembed.T + bias, where hidden is ...xD.
 
-  The backward pass recomputes the logits of each chunk, so that at most hidden.size / D * chunk logits are stored.
-
-  Args:
-    hidden: features, ...xD.
-    unembed_VxD: output embedding.
-    bias_V: 0 or NEG_INF for each token (`suppressed_bias`); its gradient is zero.
-    chunk: vocabulary entries per chunk.
-    compute: compute type of the model.
-
-  Returns:
-    A float32 array with the shape of `hidden` without the last axis.
+  It is computed in chunks of `chunk` vocabulary entries. The backward pass recomputes the logits of each chunk, so that
+  at most hidden.size / D * chunk logits are stored. The gradient of bias_V (see `suppressed_bias`) is zero.
   """
   if bias_V is None:
     bias_V = jnp.zeros(unembed_VxD.shape[0], jnp.float32)
@@ -89,17 +85,10 @@ def vocab_logsumexp(hidden, unembed_VxD, bias_V=None, *, chunk: int = 2048, comp
 def vocab_max(hidden, unembed_VxD, bias_V, *, chunk: int = 2048, compute: str = 'float32'):
   """Return the largest entry of hidden @ unembed.T + bias over the vocabulary, computed in chunks; no gradient."""
   shards_PxVxD, bias_PxV = _shards(unembed_VxD), bias_V.reshape(_num_shards(unembed_VxD), -1)
-  chunk, compute = min(chunk, shards_PxVxD.shape[1]), head_compute(compute)
-
-  def max_of(shard_VxD, bias_V):
-    def step(top, window):
-      logits, _ = _chunk_logits(hidden, shard_VxD, bias_V, window, chunk, compute)
-      return jnp.maximum(top, logits.max(-1)), None
-
-    start = jnp.full(hidden.shape[:-1], numerics.NEG_INF, jnp.float32)
-    return jax.lax.scan(step, start, _windows(shard_VxD.shape[0], chunk))[0]
-
-  return _reduce_shards(max_of, lambda top: top.max(axis=0), shards_PxVxD, bias_PxV)
+  settings = min(chunk, shards_PxVxD.shape[1]), head_compute(compute)
+  return _reduce_shards(
+    lambda shard, bias: _scan(hidden, shard, bias, *settings)[0], lambda top: top.max(axis=0), shards_PxVxD, bias_PxV
+  )
 
 
 def _windows(vocab: int, chunk: int):
@@ -129,6 +118,14 @@ def _vocab_logsumexp(hidden, unembed_VxD, bias_V, chunk, compute):
 
 
 def _vocab_logsumexp_fwd(hidden, unembed_VxD, bias_V, chunk, compute):
+  top, total = _scan(hidden, unembed_VxD, bias_V, chunk, compute)
+  lse = top + jnp.log(total)
+  return lse, (hidden, unembed_VxD, bias_V, lse)
+
+
+def _scan(hidden, unembed_VxD, bias_V, chunk, compute):
+  """Return the largest logit over the vocabulary, and the sum of exp(logit - largest logit)."""
+
   def step(carry, window):
     top, total = carry
     logits, _ = _chunk_logits(hidden, unembed_VxD, bias_V, window, chunk, compute)
@@ -137,9 +134,7 @@ def _vocab_logsumexp_fwd(hidden, unembed_VxD, bias_V, chunk, compute):
     return (new_top, total), None
 
   start = jnp.full(hidden.shape[:-1], numerics.NEG_INF, jnp.float32), jnp.zeros(hidden.shape[:-1], jnp.float32)
-  (top, total), _ = jax.lax.scan(step, start, _windows(unembed_VxD.shape[0], chunk))
-  lse = top + jnp.log(total)
-  return lse, (hidden, unembed_VxD, bias_V, lse)
+  return jax.lax.scan(step, start, _windows(unembed_VxD.shape[0], chunk))[0]
 
 
 def _vocab_logsumexp_bwd(chunk, compute, saved, grad):
@@ -161,9 +156,6 @@ def _vocab_logsumexp_bwd(chunk, compute, saved, grad):
 
 
 _vocab_logsumexp.defvjp(_vocab_logsumexp_fwd, _vocab_logsumexp_bwd)
-
-
-# --- shards of the vocabulary -----------------------------------------------------------------------------------------
 
 
 def _num_shards(unembed_VxD) -> int:
