@@ -240,6 +240,7 @@ def serve(values, requests: list[Request], errors: list[UserError]) -> int:
   for error in errors if index == 0 else ():
     fail(error)
 
+  api.check_samples(len(valid) * (values.n or 1), f'--n={values.n}')
   jobs = [(request, argument, sample) for request, argument in valid for sample in range(values.n or 1)]
   ids = [api.request_number(request.id, sample) for request, _, sample in jobs]
   results = {}

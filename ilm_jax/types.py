@@ -67,12 +67,20 @@ class Prompt(NamedTuple):
   most_BxL: Array | None = None  # maximum number of tokens to insert to the right of each token with open_BxL
 
 
+LEAST_TEMPERATURE = 1e-6  # below it, sampling is greedy
+
+
 class Rule(NamedTuple):
   """How to sample an index from logits: temperature 0 is greedy; top_k 0 and top_p 1 keep all candidates."""
 
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+
+  @property
+  def greedy(self) -> bool:
+    """Whether the rule selects the largest logit; at tiny temperatures, logits / temperature would overflow."""
+    return self.temperature < LEAST_TEMPERATURE or self.top_k == 1
 
 
 GREEDY = Rule(temperature=0.0)

@@ -40,7 +40,7 @@ def test_the_wheel_contains_the_package_and_nothing_else(site):
   assert {name for name in top if not name.endswith('.dist-info')} == {'ilm_jax'}
   files = {str(path.relative_to(small.ROOT)) for path in (small.ROOT / 'ilm_jax').rglob('*.py')}
   assert {str(path.relative_to(site)) for path in site.rglob('*.py')} == files
-  assert (site / 'ilm_jax' / 'py.typed').exists()
+  assert (site / 'ilm_jax' / 'py.typed').exists() and (site / 'ilm_jax' / 'inference' / 'trace.html').exists()
   (info,) = site.glob('*.dist-info')
   assert 'ilm-jax = ilm_jax.cli:main' in (info / 'entry_points.txt').read_text()
 

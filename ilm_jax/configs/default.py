@@ -78,6 +78,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.sampling.gaps = 1  # ilm: insertions per decoding step, into the most probable gaps; 0: all gaps
   config.sampling.gap_threshold = 0.0  # ilm: with gaps != 1, skip gaps less probable than this fraction of the best
   config.sampling.force_first = False  # ilm: insert at least one token before stopping
+  config.sampling.bytes = False  # generate tokens that are only a part of a character, whose text may hold U+FFFD
   config.sampling.gap = rule(temperature=0.0)  # ilm: sampling rule for the gap to insert into
   config.sampling.token = rule(temperature=0.0)  # sampling rule for the token
   config.sampling.two_stage = True  # ilm: sample the gap, then the token; False: sample (gap, token) pairs by `joint`

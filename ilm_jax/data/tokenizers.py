@@ -46,6 +46,7 @@ class Tokenizer:
   kind: str
   words: tuple[str, ...]  # the piece of each id
   special_ids = tuple(range(len(SPECIAL)))
+  byte_ids: tuple[int, ...] = ()  # ids of the tokens that are only a part of a character in UTF-8
 
   @property
   def vocab_size(self) -> int:
@@ -142,6 +143,9 @@ class SentencePiece(Tokenizer):
     for our_id, model_id in enumerate(ordinary, len(SPECIAL)):
       self._from_model[model_id] = our_id
     self.words = (*SPECIAL, *map(sp.id_to_piece, ordinary))
+    # The pieces <0x00> to <0x7F> are whole characters, such as a line break.
+    bytes_only = [i for i, model_id in enumerate(self._to_model) if sp.is_byte(model_id)]
+    self.byte_ids = tuple(i for i in bytes_only if int(self.words[i][3:5], 16) >= 0x80)
 
   def files(self) -> dict[str, bytes]:
     return {'sentencepiece.model': self._model}

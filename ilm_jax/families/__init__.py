@@ -18,9 +18,16 @@ def get(name: str) -> Family:
   return find(name, table=FAMILIES, attribute='FAMILY', kind=Family, setting='config.family')
 
 
-def make_sample_config(family: Family, cfg, sampling, *, suppressed_tokens, compute: str):
-  """Build a family's SampleConfig from a config, with `sampling` in place of the config's `sampling` section."""
+def make_sample_config(family: Family, cfg, sampling, *, suppressed_tokens, byte_ids=(), compute: str):
+  """Build a family's SampleConfig from a config, with `sampling` in place of the config's `sampling` section.
+
+  A SampleConfig without a field `byte_ids` gets these ids, which are only parts of characters, as suppressed tokens.
+  """
   decided = family.sample_settings(cfg)
+  if 'byte_ids' in family.SampleConfig._fields:
+    decided = {**decided, 'byte_ids': tuple(byte_ids)}
+  elif not sampling.get('bytes'):
+    suppressed_tokens = (*suppressed_tokens, *byte_ids)
   return family.SampleConfig.create(
     sampling, suppressed_tokens=suppressed_tokens, compute=compute, vocab_chunk=cfg.loss.vocab_chunk, **decided
   )

@@ -21,7 +21,7 @@ from ilm_jax.families import corruption as _corrupt
 from ilm_jax.families import drawing, growing
 from ilm_jax.families.contract import Family
 from ilm_jax.families.growing import Rows, record
-from ilm_jax.families.settings import sample_config
+from ilm_jax.families.settings import never_generated, sample_config
 from ilm_jax.models import numerics, vocabulary
 from ilm_jax.special_tokens import EOS, MASK
 from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Prompt, Rule, Sampled, Score, UserError
@@ -64,6 +64,8 @@ class SampleConfig(NamedTuple):
   force_first: bool = False  # do not allow [EOS] as the first generated token
   fim: bool = False  # whether the model was trained with fill-in-the-middle
   suppressed_tokens: tuple[int, ...] = ()  # ids of tokens that are never generated
+  byte_ids: tuple[int, ...] = ()  # ids of tokens that are only a part of a character; `score` includes them
+  bytes: bool = False  # whether tokens of byte_ids may be generated; they may give invalid UTF-8
   min_buffer: int = 64  # initial cache length in tokens; it doubles up to `capacity` as rows grow
   compute: str = 'float32'  # precision of the matrix products in the vocabulary head
   vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
@@ -213,8 +215,8 @@ sample = functools.partial(growing.sample, GROWTH)
 
 
 def logits(hidden, unembed_VxD, cfg: SampleConfig):
-  """Return vocabulary logits, with NEG_INF for the tokens in `cfg.suppressed_tokens`, which are never generated."""
-  bias_V = vocabulary.suppressed_bias(unembed_VxD.shape[0], cfg.suppressed_tokens)
+  """Return vocabulary logits, with NEG_INF for the tokens that are never generated."""
+  bias_V = vocabulary.suppressed_bias(unembed_VxD.shape[0], never_generated(cfg))
   return vocabulary.vocab_logits(hidden, unembed_VxD, bias_V, compute=cfg.compute)
 
 

@@ -13,9 +13,8 @@ def choose(rng_B, logits_BxN, rule: Rule):
   The noise added to an entry depends only on the key and the entry's index, so appending entries of logit NEG_INF to a
   row does not change its draw. Nucleus sampling includes the entry that crosses top_p.
   """
-  if _is_greedy(rule):
-    return jnp.argmax(logits_BxN, axis=-1)
-  return jnp.argmax(_perturbed(rng_B, logits_BxN, rule), axis=-1)
+  score_BxN = logits_BxN if rule.greedy else _perturbed(rng_B, logits_BxN, rule)
+  return jnp.argmax(score_BxN, axis=-1).astype(jnp.int32)
 
 
 def choose_several(rng_B, logits_BxN, rule: Rule, *, count: int):
@@ -25,7 +24,7 @@ def choose_several(rng_B, logits_BxN, rule: Rule, *, count: int):
   first index equals that of `choose` with the same key. Returns (index_BxG, ok_BxG) in the order of the draws; ok is
   false once all entries that the rule allows in a row have been drawn.
   """
-  score_BxN = logits_BxN if _is_greedy(rule) else _perturbed(rng_B, logits_BxN, rule)
+  score_BxN = logits_BxN if rule.greedy else _perturbed(rng_B, logits_BxN, rule)
   value_BxG, index_BxG = jax.lax.top_k(score_BxN, count)
   return index_BxG, value_BxG > numerics.NEG_INF / 2
 
@@ -41,14 +40,12 @@ def draw_token(rng_B, outputs: Outputs, gap_B, bias_V, rule: Rule, *, compute: s
   return token_B, jnp.take_along_axis(logits_BxV, token_B[:, None], axis=1)[:, 0]
 
 
-def _is_greedy(rule: Rule) -> bool:
-  return rule.temperature == 0.0 or rule.top_k == 1
-
-
 def _perturbed(rng_B, logits_BxN, rule: Rule):
   """Apply the rule to the logits and add Gumbel noise; entries that the rule excludes become NEG_INF."""
-  logits = restrict(logits_BxN.astype(jnp.float32) / rule.temperature, rule)
-  gumbel = jax.vmap(lambda rng: jax.random.gumbel(rng, logits.shape[1:]))(rng_B)
+  logits_BxN = logits_BxN.astype(jnp.float32)
+  allowed_BxN = logits_BxN > numerics.NEG_INF / 2  # tested before the division: a high temperature would hide NEG_INF
+  logits = restrict(jnp.where(allowed_BxN, logits_BxN / rule.temperature, numerics.NEG_INF), rule)
+  gumbel = jax.vmap(lambda rng: jax.random.gumbel(rng, logits.shape[1:], jnp.float32))(rng_B)
   return jnp.where(logits > numerics.NEG_INF / 2, logits + gumbel, numerics.NEG_INF)
 
 

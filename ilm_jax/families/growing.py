@@ -111,8 +111,11 @@ def advance(rows: Rows, *, go_B, stops_B, inserted_B, log_prob_B, stop_prob_B, *
   Rows become inactive unless the step inserts tokens (`go_B`); `stops_B`: the model ends the row. `log_prob_B` is
   recorded where `go_B` is true, and `stop_prob_B` in the rows that were active.
   """
+  # With jax_enable_x64, sums and indices are int64; a loop requires that no type changes.
+  old = {name: getattr(rows, name) for name in arrays}
+  arrays = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), arrays, old)
   return rows._replace(
-    length_B=rows.length_B + inserted_B,
+    length_B=rows.length_B + jnp.asarray(inserted_B, jnp.int32),
     active_B=go_B,
     steps_B=rows.steps_B + go_B,
     stopped_B=rows.stopped_B | stops_B,

@@ -21,9 +21,9 @@ from ilm_jax.families import corruption as _corrupt
 from ilm_jax.families import drawing, growing, likelihood
 from ilm_jax.families.contract import Family
 from ilm_jax.families.growing import Rows
-from ilm_jax.families.settings import sample_config
+from ilm_jax.families.settings import never_generated, sample_config
 from ilm_jax.models import numerics, vocabulary
-from ilm_jax.types import GREEDY, Batch, Metrics, Outputs, Rule, UserError
+from ilm_jax.types import GREEDY, LEAST_TEMPERATURE, Batch, Metrics, Outputs, Rule, UserError
 
 corrupt = _corrupt.ilm
 score, check_score = likelihood.score, likelihood.check_score
@@ -71,7 +71,9 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
   the upper bound on -log p(x) (see `likelihood`): (L + 1) (token loss + stop loss) - log L!.
   """
   token_BxS, stop_BxS, dropped_BxS = example_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
-  sizes_BxS = batch['free_BxS'] + 1.0  # an example with L free tokens has L + 1 possible numbers of dropped tokens
+  sizes_BxS = (
+    jnp.asarray(batch['free_BxS'], jnp.float32) + 1.0
+  )  # an example with L free tokens has L + 1 possible numbers of dropped tokens
   bound_BxS = sizes_BxS * (token_BxS + stop_BxS) - jax.scipy.special.gammaln(sizes_BxS)
   length_BxS = sizes_BxS / cfg.mean_weight if cfg.length_weight == 'elbo' else 1.0
   parts = {
@@ -102,6 +104,8 @@ class SampleConfig(NamedTuple):
   stop_temperature: float = 1.0  # divides the logits of the stop head
   force_first: bool = False  # insert at least one token before stopping
   suppressed_tokens: tuple[int, ...] = ()  # token ids that are never inserted (special tokens)
+  byte_ids: tuple[int, ...] = ()  # ids of tokens that are only a part of a character; `score` includes them
+  bytes: bool = False  # whether tokens of byte_ids may be generated; they may give invalid UTF-8
   min_buffer: int = 64  # initial buffer length in tokens; it doubles up to max_length as rows grow
   compute: str = 'float32'  # precision of the matrix products in the vocabulary head
   vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
@@ -134,10 +138,10 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   gap_rng_B, token_rng_B, stop_rng_B = growing.step_keys(rows, 3)
   open_BxL = growing.open_gaps(rows)
   outputs = forward(rows.tokens_BxL, rows.length_B, open_BxL=open_BxL)
-  stop_prob_B = jax.nn.softmax(outputs.stop_BxSx2[:, 0] / cfg.stop_temperature, axis=-1)[:, 0]
+  stop_prob_B = jax.nn.softmax(outputs.stop_BxSx2[:, 0] / max(cfg.stop_temperature, LEAST_TEMPERATURE), axis=-1)[:, 0]
   threshold = cfg.stop_threshold
   if threshold is None:
-    threshold = jax.vmap(lambda rng: 1.0 - jax.random.uniform(rng))(stop_rng_B)  # uniform in (0, 1]
+    threshold = jax.vmap(lambda rng: 1.0 - jax.random.uniform(rng, (), jnp.float32))(stop_rng_B)  # uniform in (0, 1]
   wants_stop_B = stop_prob_B >= threshold
 
   left_B = jnp.minimum(cfg.max_length - rows.length_B, growing.most_steps(cfg) - rows.steps_B)
@@ -221,7 +225,7 @@ def choose_pairs(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token
   `cfg.gap_threshold`.
   """
   vocab = outputs.unembed_VxD.shape[0]
-  bias_V = vocabulary.suppressed_bias(vocab, cfg.suppressed_tokens)
+  bias_V = vocabulary.suppressed_bias(vocab, never_generated(cfg))
   lse_BxL = vocabulary.vocab_logsumexp(
     outputs.hidden_BxLxD, outputs.unembed_VxD, bias_V, chunk=cfg.vocab_chunk, compute=cfg.compute
   )

@@ -60,6 +60,8 @@ class SampleConfig(NamedTuple):
   end_threshold: float | None = None
   force_first: bool = False  # insert at least one token before stopping
   suppressed_tokens: tuple[int, ...] = ()  # token ids that are never inserted (special tokens)
+  byte_ids: tuple[int, ...] = ()  # ids of tokens that are only a part of a character; `score` includes them
+  bytes: bool = False  # whether tokens of byte_ids may be generated; they may give invalid UTF-8
   min_buffer: int = 64  # initial buffer length in tokens; it doubles up to max_length as rows grow
   compute: str = 'float32'  # precision of the matrix products in the vocabulary head
   vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
@@ -86,7 +88,7 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
   gap_rng_B, token_rng_B = growing.step_keys(rows, 2)
   open_BxL = growing.open_gaps(rows)
   outputs = forward(rows.tokens_BxL, rows.length_B, open_BxL=open_BxL)
-  closed_V = vocabulary.suppressed_bias(outputs.unembed_VxD.shape[0], cfg.suppressed_tokens)
+  closed_V = vocabulary.suppressed_bias(outputs.unembed_VxD.shape[0], settings.never_generated(cfg))
   total_BxL, end_prob_BxL, finished_BxL = _gap_states(outputs, closed_V, cfg)
   if cfg.force_first:
     finished_BxL &= rows.steps_B[:, None] > 0

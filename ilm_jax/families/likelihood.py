@@ -63,7 +63,7 @@ def _random_ranks(rng, free_BxL):
   """Draw a uniformly random order of each row's free tokens; return their ranks 0, 1, ..., and L at other positions."""
   rows, size = free_BxL.shape
   rng_B = jax.vmap(lambda b: jax.random.fold_in(rng, b))(jnp.arange(rows))
-  noise_BxL = jnp.where(free_BxL, jax.vmap(lambda key: jax.random.uniform(key, (size,)))(rng_B), 2.0)
+  noise_BxL = jnp.where(free_BxL, jax.vmap(lambda key: jax.random.uniform(key, (size,), jnp.float32))(rng_B), 2.0)
   rank_BxL = jnp.argsort(jnp.argsort(noise_BxL, axis=1), axis=1)
   return jnp.where(free_BxL, rank_BxL, size)
 
@@ -71,14 +71,14 @@ def _random_ranks(rng, free_BxL):
 def _free(tokens_BxL, fixed_BxL, length_B):
   """Return (free_BxL, free_B): a mask of the free tokens and their number in each row."""
   free_BxL = ~fixed_BxL & (jnp.arange(tokens_BxL.shape[1])[None] < length_B[:, None])
-  return free_BxL, free_BxL.sum(axis=1)
+  return free_BxL, free_BxL.sum(axis=1, dtype=jnp.int32)
 
 
 def _sum_steps(term, free_B):
   """Return the sum of term(n), one number per row, over n = 0 .. free_B."""
 
   def add(n, total_B):
-    return total_B + jnp.where(n <= free_B, term(n), 0.0)
+    return total_B + jnp.where(n <= free_B, term(n), 0.0).astype(jnp.float32)
 
   return jax.lax.fori_loop(0, free_B.max() + 1, add, jnp.zeros(free_B.shape, jnp.float32))
 

@@ -27,7 +27,7 @@ from ilm_jax.families import corruption as _corrupt
 from ilm_jax.families import drawing
 from ilm_jax.families.contract import Family
 from ilm_jax.families.growing import pad_or_cut, request_keys
-from ilm_jax.families.settings import sample_config
+from ilm_jax.families.settings import never_generated, sample_config
 from ilm_jax.models import numerics, vocabulary
 from ilm_jax.special_tokens import MASK, PAD
 from ilm_jax.types import Batch, Metrics, Outputs, Prompt, Rule, Sampled, Score, UserError
@@ -124,6 +124,8 @@ class SampleConfig(NamedTuple):
   length: str = 'predicted'  # 'predicted', or 'given': Prompt.free_B is the number of tokens to generate
   token: Rule = Rule()  # rule for drawing each token: temperature, top-k, top-p
   suppressed_tokens: tuple[int, ...] = (MASK,)  # ids of tokens that are never generated
+  byte_ids: tuple[int, ...] = ()  # ids of tokens that are only a part of a character; `score` includes them
+  bytes: bool = False  # whether tokens of byte_ids may be generated; they may give invalid UTF-8
   noise_eps: float = 1e-3  # eps of the noise schedule in training
   score_draws: int = 32  # number of random maskings that `score` averages for the upper bound on a string's -log p
   min_buffer: int = 64  # minimum length of the prompt buffer
@@ -209,7 +211,7 @@ def sample(forward, rng, prompt: Prompt, cfg: SampleConfig) -> Sampled:
 
   keep_BxL = inside_BxL & ~((end.tokens_BxL == PAD) & (end.order_BxL >= 0))
   keep_first_BxL = jnp.argsort(~keep_BxL, axis=1, stable=True)
-  length_B = keep_BxL.sum(axis=1)
+  length_B = keep_BxL.sum(axis=1, dtype=jnp.int32)
   inside_BxL = index_1xL < length_B[:, None]
   return Sampled(
     tokens_BxL=jnp.where(inside_BxL, jnp.take_along_axis(end.tokens_BxL, keep_first_BxL, axis=1), PAD),
@@ -235,7 +237,7 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, length_B, masks
   reveal_rng_B, token_rng_B = jax.vmap(jax.random.split, out_axes=1)(rng_B)
   token_BxL, log_prob_BxL, certainty_BxL = choose_tokens(outputs, cfg, token_rng_B, given_BxL)
   if cfg.order == 'ancestral':
-    draw_BxL = jax.vmap(lambda rng: jax.random.uniform(rng, masked_BxL.shape[1:]))(reveal_rng_B)
+    draw_BxL = jax.vmap(lambda rng: jax.random.uniform(rng, masked_BxL.shape[1:], jnp.float32))(reveal_rng_B)
     reveal_BxL = masked_BxL & (draw_BxL < 1.0 / (limit - state.step))  # (t - s) / t; 1 in the last step
   else:
     steps_B = jnp.clip(masks_B, 1, limit)  # each step reveals at least one [MASK]
@@ -262,7 +264,7 @@ def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B, given_BxL):
   two largest probabilities ('margin'), or its negative entropy ('entropy').
   """
   unembed_VxD = outputs.unembed_VxD
-  bias_V = vocabulary.suppressed_bias(unembed_VxD.shape[0], (*cfg.suppressed_tokens, MASK))
+  bias_V = vocabulary.suppressed_bias(unembed_VxD.shape[0], (*never_generated(cfg), MASK))
 
   def draw(position_inputs):
     hidden_BxD, position, given_B = position_inputs
@@ -331,9 +333,9 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
   def draw(number):
     number_rng_B = jax.vmap(jax.random.fold_in, (0, None))(rng_B, number)
     size_rng_B, time_rng_B = jax.vmap(jax.random.split, out_axes=1)(number_rng_B)
-    quantile_B = (number // 2 + jax.vmap(jax.random.uniform)(size_rng_B)) / strata
+    quantile_B = (number // 2 + jax.vmap(lambda rng: jax.random.uniform(rng, (), jnp.float32))(size_rng_B)) / strata
     masks_B = jnp.clip(1 + (quantile_B * free_B).astype(jnp.int32), 0, free_B)
-    time_BxL = jax.vmap(lambda rng: jax.random.uniform(rng, (size,)))(time_rng_B)
+    time_BxL = jax.vmap(lambda rng: jax.random.uniform(rng, (size,), jnp.float32))(time_rng_B)
     rank_BxL = jnp.argsort(jnp.argsort(jnp.where(free_BxL, time_BxL, 2.0), axis=1, stable=True), axis=1)
     masked_BxL = free_BxL & (rank_BxL < masks_B[:, None])
     time_B = jnp.where(masked_BxL, time_BxL, 0.0).max(axis=1)

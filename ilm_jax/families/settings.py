@@ -1,15 +1,19 @@
 """Build a family's SampleConfig from the `sampling` section of a config, and describe a SampleConfig in words."""
 
-from ilm_jax.types import Rule, UserError
+import numbers
+import sys
+
+from ilm_jax.types import LEAST_TEMPERATURE, Rule, UserError
 
 RULES = ('gap', 'token', 'joint')  # settings whose value is a Rule
 # The sampling settings of all families; a family ignores those that its SampleConfig lacks.
 KNOWN = frozenset([
-  *['max_length', 'max_steps', 'min_buffer', 'force_first', 'two_stage', *RULES],
+  *['max_length', 'max_steps', 'min_buffer', 'force_first', 'bytes', 'two_stage', *RULES],
   *['stop_threshold', 'stop_temperature', 'gaps', 'gap_threshold', 'parallel', 'end_threshold'],
   *['order', 'length', 'score_draws'],
 ])  # fmt: skip
-ALLOWED = {  # setting -> (whether a value is allowed, the allowed values in words)
+WHOLE = ('max_length', 'max_steps', 'min_buffer', 'gaps', 'score_draws', 'top_k')  # settings that are whole numbers
+ALLOWED = {  # setting, or field of a Rule -> (whether a finite number is allowed, the allowed values in words)
   'max_length': (lambda x: x >= 3, 'at least 3'),
   'max_steps': (lambda x: x >= 0, 'at least 0'),
   'min_buffer': (lambda x: x >= 1, 'at least 1'),
@@ -22,7 +26,22 @@ ALLOWED = {  # setting -> (whether a value is allowed, the allowed values in wor
   'gaps': (lambda x: x >= 0, 'a number of gaps, or 0 for all gaps'),
   'gap_threshold': (lambda x: 0 <= x <= 1, 'a fraction from 0 to 1'),
   'score_draws': (lambda x: x >= 2 and x % 2 == 0, 'an even number of at least 2'),
+  'temperature': (lambda x: x >= 0, 'a number of at least 0 (0: greedy)'),
+  'top_k': (lambda x: x >= 0, 'at least 0 (0: no limit)'),
+  'top_p': (lambda x: 0 < x <= 1, 'a probability above 0 (1: no limit)'),
 }
+
+
+def check(settings: dict, prefix: str) -> None:
+  """Raise UserError if a setting in ALLOWED is not a finite (whole) number in its range; None means not set."""
+  for name, (allowed, expected) in ALLOWED.items():
+    if (value := settings.get(name)) is None:
+      continue
+    kind, word = (numbers.Integral, 'a whole number') if name in WHOLE else (numbers.Real, 'a finite number')
+    if not isinstance(value, kind) or not abs(value) <= sys.float_info.max:  # false for NaN
+      raise UserError(f'{prefix}{name}={value!r}: expected {word}')
+    if not allowed(value):
+      raise UserError(f'{prefix}{name}={value}: expected {expected}')
 
 
 def sample_config(cls, sampling, **others):
@@ -44,9 +63,7 @@ def sample_config(cls, sampling, **others):
   for name in RULES:
     if settings.get(name) is not None:
       settings[name] = make_rule(settings[name], f'sampling.{name}')
-  for name, (allowed, expected) in ALLOWED.items():
-    if settings.get(name) is not None and not allowed(settings[name]):
-      raise UserError(f'sampling.{name}={settings[name]}: expected {expected}')
+  check(settings, 'sampling.')
   return cls(**{name: value for name, value in settings.items() if name in cls._fields}, **others)
 
 
@@ -55,13 +72,14 @@ def make_rule(value, name: str) -> Rule:
   fields = value._asdict() if isinstance(value, Rule) else dict(value)
   if unknown := sorted(set(fields) - set(Rule._fields)):
     raise UserError(f'unknown setting {name}.{unknown[0]}: expected one of {", ".join(Rule._fields)}')
+  check(fields, f'{name}.')
   rule = Rule(**fields)
-  if rule.temperature < 0 or rule.top_k < 0 or not 0 < rule.top_p <= 1:
-    raise UserError(
-      f'{name} has temperature={rule.temperature}, top_k={rule.top_k}, top_p={rule.top_p}: expected a temperature of '
-      'at least 0 (0: greedy), top_k of at least 0 (0: no limit), and top_p above 0 and at most 1 (1: no limit)'
-    )
-  return rule
+  return rule._replace(temperature=0.0) if rule.temperature < LEAST_TEMPERATURE else rule
+
+
+def never_generated(cfg) -> tuple[int, ...]:
+  """Return the ids that the sampler closes: special tokens and, unless `cfg.bytes`, those of parts of characters."""
+  return cfg.suppressed_tokens + (() if cfg.bytes else cfg.byte_ids)
 
 
 def describe(cfg) -> str:
@@ -70,12 +88,12 @@ def describe(cfg) -> str:
   def words(value):
     if not isinstance(value, Rule):
       return 'sampled' if value is None else str(value)
-    if value.temperature == 0 or value.top_k == 1:
+    if value.greedy:
       return 'greedy'
     rest = f', top {value.top_k}' if value.top_k else ''
     return f'temperature {value.temperature}{rest}' + (f', nucleus {value.top_p}' if value.top_p < 1 else '')
 
-  hidden = {'suppressed_tokens', 'score_draws', 'min_buffer', 'compute', 'vocab_chunk'}
+  hidden = {'suppressed_tokens', 'byte_ids', 'score_draws', 'min_buffer', 'compute', 'vocab_chunk'}
   if getattr(cfg, 'joint', None) is not None:
     hidden |= {'gap', 'token'}
   shown_if_none = ('stop_threshold',)  # None means that stops are sampled; in other settings, None means "not used"

@@ -8,16 +8,16 @@ lm.trace('Tom had a ___ .', path='trace.html')             an HTML page that ani
 """
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
-from etils import epath
 from ml_collections import ConfigDict
 
-from ilm_jax import families, tasks
-from ilm_jax.distributed import sharding
+from ilm_jax import families, paths, tasks
+from ilm_jax.distributed import memory, sharding
 from ilm_jax.families import growing
 from ilm_jax.families import settings as settings_lib
 from ilm_jax.inference import continuous_batching, infilling, static_batching, traces
@@ -25,7 +25,9 @@ from ilm_jax.models import transformer
 from ilm_jax.runs import checkpoint as checkpoint_lib
 from ilm_jax.runs import run_file
 from ilm_jax.special_tokens import PAD, UNK
-from ilm_jax.types import UserError
+from ilm_jax.types import UserError, check_seed
+
+SAMPLE_BYTES = 1_000  # lower bound of the memory of a sample: its text, its tokens as strings and their probabilities
 
 
 class Generation(NamedTuple):
@@ -61,6 +63,7 @@ class TextScore(NamedTuple):
   kind: str  # 'exact', 'bound' or 'importance-weighted'
 
 
+@jax.enable_x64(False)
 def load(workdir, checkpoint='best', *, mesh=None, **sampling_settings) -> 'LanguageModel':
   """Load the trained model of a run for generation, infilling and scoring.
 
@@ -72,8 +75,10 @@ def load(workdir, checkpoint='best', *, mesh=None, **sampling_settings) -> 'Lang
       rule: token={'top_p': 0.2}. Also `batch_size`, the number of texts decoded at a time.
 
   Raises:
-    UserError: the run or the checkpoint does not exist, or a sampling setting is unknown.
+    UserError: the run or the checkpoint does not exist, or a sampling setting is unknown, out of range or needs more
+      memory than there is.
   """
+  workdir = paths.resolve(workdir, 'workdir')
   if isinstance(mesh, str):
     mesh = sharding.make_mesh(sharding.read_mesh(mesh))
   cfg = ConfigDict(run_file.read_config(workdir))
@@ -111,8 +116,11 @@ class LanguageModel:
       is_partial_rule = name in settings_lib.RULES and isinstance(value, dict)
       settings[name] = {**(settings.get(name) or {}), **value} if is_partial_rule else value
     self.sample_cfg = families.make_sample_config(
-      self.family, cfg, settings, suppressed_tokens=self.tokenizer.special_ids, compute=model_cfg.compute
-    )
+      self.family, cfg, settings, suppressed_tokens=self.tokenizer.special_ids, byte_ids=self.tokenizer.byte_ids,
+      compute=model_cfg.compute,
+    )  # fmt: skip
+    check_whole('batch_size', batch_size, least=1)
+    check_memory(self.sample_cfg, model_cfg, batch_size, 1 if mesh is None else mesh.size)
     self.batch_size = batch_size
     self.sampler = continuous_batching.ContinuousSampler(model_cfg, self.family, self.sample_cfg, batch_size, mesh=mesh)
     replicated = {} if mesh is None else {'out_shardings': sharding.replicated(mesh)}
@@ -160,12 +168,12 @@ class LanguageModel:
       UserError: a text has no gap or is too long, the limits contradict each other, or the family cannot fill the gaps.
     """
     single, count = isinstance(texts, str), 1 if n is None else n
+    check_whole('n', count, least=1)
     requests = [
       self.gaps(text, marker=marker, least=least, most=most, number=number)
       for number, text in enumerate([texts] if single else texts)
     ]
-    if count < 1:
-      raise UserError(f'n={n}: expected at least 1')
+    check_samples(len(requests) * count, f'n={n}')
     ids = [request_number(i, j) for i in range(len(requests)) for j in range(count)]
     results = dict(self.stream([request for request in requests for _ in range(count)], seed=seed, ids=ids))
     lists = [[results[i * count + j] for j in range(count)] for i in range(len(requests))]
@@ -184,8 +192,9 @@ class LanguageModel:
     Yields:
       (index of the request, Generation or Infilling), in the order in which requests finish.
     """
+    check_seed(seed)
     requests = list(requests)
-    if ids is not None and (len(ids) != len(requests) or not all(0 <= number < 2**31 for number in ids)):
+    if ids is not None and not (len(ids) == len(requests) and all(is_whole(number, 0, 2**31) for number in ids)):
       raise UserError(
         f'ids: expected a number from 0 to 2**31 - 1 for each of {len(requests)} requests, got {list(ids)[:8]}'
       )
@@ -248,10 +257,12 @@ class LanguageModel:
     Args:
       text: a prompt, or a text with markers at its gaps; or a list of these, in which a text with gaps may also be a
         list of the parts around its gaps.
-      path: file to which the page is also written, if given. The page needs no network access.
+      path: file to which the page is also written, if given. The page needs no network access, and shows exactly the
+        characters of the result's `text`.
       marker: string that marks a gap.
       seed: random seed of sampling.
     """
+    path = None if path is None else paths.resolve(path, 'path')
     texts = [text] if isinstance(text, str) else list(text)
     requests = [
       t if isinstance(t, str) and marker not in t else self.gaps(t, marker=marker, number=i)
@@ -260,12 +271,31 @@ class LanguageModel:
     results = dict(self.stream(requests, seed=seed))
     page = self.page([results[i] for i in range(len(requests))])
     if path is not None:
-      epath.Path(path).write_text(page)
+      try:
+        path.write_text(page, encoding='utf-8')
+      except OSError as error:
+        raise UserError(f'path={path}: the page could not be written: {error.strerror or error}') from None
     return page
 
   def page(self, made: list) -> str:
     """Return an HTML page that animates the insertions of Generations and Infillings, as `trace` does."""
-    return traces.page([traces.record(result, self.tokenizer.spell(result.tokens)) for result in made])
+    ids_of_pieces = {piece: i for i, piece in enumerate(self.tokenizer.pieces(range(self.tokenizer.vocab_size)))}
+    return traces.page([self._record(result, ids_of_pieces) for result in made])
+
+  def _record(self, result, ids_of_pieces: dict[str, int]) -> dict:
+    """Return the data of the trace page for one Generation or Infilling."""
+    tokens, order = np.array([ids_of_pieces[piece] for piece in result.tokens]), np.array(result.order)
+    if not isinstance(result, Infilling):
+      is_star, backwards = self.cfg.task.name == 'star', self.cfg.task.get('order') == 'oracle'
+      graph = traces.star_graph(result, backwards) if is_star else None
+      return traces.record(result, ['', ''], lambda present: [self.task.decode(tokens[present], self.cfg.task)], graph)
+    edges = [0, *(offset for span in result.spans for offset in span), len(result.text)]
+    gaps = infilling.Gaps([result.text[i:j] for i, j in zip(edges[::2], edges[1::2], strict=True)], [], [])
+
+    def decode(present):
+      return infilling.decode(gaps, {'tokens': tokens[present], 'order': order[present]}, self.tokenizer).fillings
+
+    return traces.record(result, gaps.parts, decode)
 
   # --- likelihood -----------------------------------------------------------------------------------------------------
 
@@ -284,6 +314,7 @@ class LanguageModel:
     """
     if isinstance(texts, str):
       raise UserError('score: expected a list of texts, got one string')
+    check_seed(seed)
     if self.task.score is not None:
       raise UserError(f'score: the task {self.cfg.task.name} has prompts and answers: use --mode=eval with eval.score')
     limit = self.sample_cfg.max_length
@@ -300,16 +331,16 @@ class LanguageModel:
     out, batch_size = [], min(self.batch_size, 16)
     for first in range(0, len(rows), batch_size):
       chunk = rows[first : first + batch_size]
-      # Rows are padded to one of the sampler's few buffer lengths, so that few shapes are compiled.
-      size = next(size for size in growing.buffers(1, self.sample_cfg) if size >= max(map(len, chunk)))
+      size = static_batching.buffer_for(max(map(len, chunk)), self.sample_cfg)
       tokens_BxL, fixed_BxL = np.full((batch_size, size), PAD, np.int32), np.ones((batch_size, size), bool)
       length_B = np.full(batch_size, 2, np.int32)
       tokens_BxL[:, :2] = rows[0][:2]  # [CLS] and [BOS], also in padding rows
       for i, row in enumerate(chunk):
         tokens_BxL[i, : len(row)], length_B[i] = row, len(row)
         fixed_BxL[i, 2 : len(row)] = False
-      rng = jax.random.fold_in(jax.random.key(seed), first)
-      scored = self._scorer(self.params, rng, tokens_BxL, fixed_BxL, length_B, **options)
+      with jax.enable_x64(False):
+        rng = jax.random.fold_in(jax.random.key(seed), first)
+        scored = self._scorer(self.params, rng, tokens_BxL, fixed_BxL, length_B, **options)
       nll_B, error_B, tokens_B = jax.device_get(scored)
       score_kind = self._score_kinds[kind, options['longest']]
       out += [TextScore(float(nll_B[i]), float(error_B[i]), int(tokens_B[i]), score_kind) for i in range(len(chunk))]
@@ -321,6 +352,42 @@ class LanguageModel:
     scored = self.family.score(forward, rng, *rows, self.sample_cfg, kind=kind, longest=longest)
     self._score_kinds[kind, longest] = scored.kind
     return scored[1:]
+
+
+def is_whole(value, least: int, below: float = math.inf) -> bool:
+  """Return whether a value is an integer, and least <= value < below."""
+  return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value < below
+
+
+def check_whole(name: str, value, *, least: int) -> None:
+  """Raise UserError unless the value of an argument is an integer of at least `least`."""
+  if not is_whole(value, least):
+    raise UserError(f'{name}={value!r}: expected a whole number, at least {least}')
+
+
+def check_memory(cfg, model_cfg, batch_size: int, num_devices: int) -> None:
+  """Raise UserError if a lower bound of the memory of the sampler's rows exceeds that of the devices.
+
+  A row has a token and its step for each position, two probabilities for each step, and, in the shortest buffer, at
+  least 20 bytes of state and one activation of the transformer for each position.
+  """
+  positions = min(getattr(cfg, 'min_buffer', cfg.max_length), cfg.max_length)
+  row = 8 * (cfg.max_length + growing.most_steps(cfg) + 1) + positions * (20 + 2 * model_cfg.d_model)
+  needed, available = batch_size * row, num_devices * memory.device_memory()
+  if needed > available:
+    raise UserError(
+      f'batch_size={batch_size} and sampling.max_length={cfg.max_length} need at least {memory.gigabytes(needed)} of '
+      f'memory to decode, more than the {memory.gigabytes(available)} that there are: choose smaller values'
+    )
+
+
+def check_samples(count: int, setting: str) -> None:
+  """Raise UserError, which names the setting, if the results of `count` samples exceed the memory of this host."""
+  if count * SAMPLE_BYTES > memory.host_memory():
+    raise UserError(
+      f'{setting}: {count} samples need at least {memory.gigabytes(count * SAMPLE_BYTES)} of memory, more than the '
+      f'{memory.gigabytes(memory.host_memory())} of this host: choose a smaller number'
+    )
 
 
 @contextlib.contextmanager

@@ -174,6 +174,7 @@ class ContinuousSampler:
       source_row_B[slot], pool.owner[slot] = row, owners[row]
     pool.rows = self._place(pool.rows, source, source_row_B)
 
+  @jax.enable_x64(False)
   def _promote(self, shorter: Pool, longer: Pool) -> None:
     """Move parked rows of a pool to free slots of the pool with the next longer buffers."""
     if moves := dict(zip(longer.free(), np.flatnonzero(shorter.parked).tolist(), strict=False)):
@@ -181,6 +182,7 @@ class ContinuousSampler:
       for row in moves.values():
         shorter.owner[row], shorter.parked[row] = None, False
 
+  @jax.enable_x64(False)
   def _admit(self, params, rng, pool: Pool) -> None:
     """Put waiting requests into the free slots of a pool, in batches of a fixed size."""
     free = pool.free()
@@ -194,14 +196,16 @@ class ContinuousSampler:
       moves, free = {slot: row for row, slot in enumerate(free[: len(entries)])}, free[len(entries) :]
       self._move(self._begin(params, rng, batch, pool.size), pool, moves, indices)
 
+  @jax.enable_x64(False)
   def _run(self, params, pool: Pool, min_exits: int):
-    """Decode the rows of a pool until `min_exits` of them have finished or are parked; yield the finished rows."""
+    """Decode the rows of a pool until `min_exits` of them have finished or are parked; return the finished rows."""
     pool.rows, flags = self._advance(params, pool.rows, min_exits)
     active_B, parked_B = jax.device_get(flags)
     pool.parked |= parked_B
-    occupied = np.array([owner is not None for owner in pool.owner])
-    if (done_B := occupied & ~active_B & ~pool.parked).any():
-      sampled = jax.device_get(self._finish(pool.rows))
-      for slot in np.flatnonzero(done_B):
-        index, pool.owner[slot] = pool.owner[slot], None
-        yield index, static_batching.cut(sampled, slot)
+    owned_B = np.array([owner is not None for owner in pool.owner])
+    finished = np.flatnonzero(owned_B & ~active_B & ~pool.parked)
+    sampled = jax.device_get(self._finish(pool.rows)) if len(finished) else None
+    rows = [(pool.owner[slot], static_batching.cut(sampled, slot)) for slot in finished]
+    for slot in finished:
+      pool.owner[slot] = None
+    return rows

@@ -46,10 +46,12 @@ class StaticSampler:
     requests = list(range(len(prompts)) if requests is None else requests)
     for first in range(0, len(prompts), self.batch_size):
       chunk = prompts[first : first + self.batch_size]
-      batch = pad(chunk, requests[first : first + len(chunk)], self.batch_size, buffer_for(chunk, self.cfg))
+      size = buffer_for(max(len(given['tokens']) for given in chunk), self.cfg)
+      batch = pad(chunk, requests[first : first + len(chunk)], self.batch_size, size)
       if self.mesh is not None:
         batch = Prompt(**sharding.put_global_batch(batch._asdict(), self.mesh))
-      sampled = jax.device_get(self._run(params, rng, batch))
+      with jax.enable_x64(False):
+        sampled = jax.device_get(self._run(params, rng, batch))
       for row in range(len(chunk)):
         yield cut(sampled, row)
 
@@ -64,9 +66,9 @@ def check(given: dict, family, cfg) -> None:
   family.check_prompt(given, cfg)
 
 
-def buffer_for(prompts: list[dict], cfg) -> int:
-  """Return a buffer length that fits all prompts, one of a few lengths so that few shapes are compiled."""
-  longest, size = max(len(given['tokens']) for given in prompts), cfg.min_buffer
+def buffer_for(longest: int, cfg) -> int:
+  """Return a buffer length for rows of up to `longest` tokens, one of a few lengths so that few shapes are compiled."""
+  size = cfg.min_buffer
   while size < longest:
     size *= 2
   return min(size, cfg.max_length)

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
-from ilm_jax.console import command, quiet
-from ilm_jax.types import UserError
+from ilm_jax import paths
+from ilm_jax.console import command, define_seed, quiet
+from ilm_jax.types import UserError, check_seed
 
 QUANTILES = np.linspace(0.005, 0.995, 100)  # probabilities at which the quantiles of text lengths are compared
 THRESHOLDS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)  # thresholds on p(stop) that are always in the table
@@ -97,6 +98,7 @@ def trajectories(lm, prompts: list[dict], *, seed: int = 0, report=lambda messag
 
   from ilm_jax.inference import continuous_batching
 
+  check_seed(seed)
   cfg = lm.sample_cfg._replace(stop_threshold=2.0, stop_temperature=1.0)  # no probability reaches a threshold of 2
   if cfg.gaps != 1:
     raise UserError(f'sampling.gaps={cfg.gaps}: stopping rules are compared only for sampling.gaps=1')
@@ -145,7 +147,7 @@ def table(rules: list[Lengths], real) -> str:
   return '\n'.join(lines)
 
 
-def plot(rules: list[Lengths], real, path: str) -> None:
+def plot(rules: list[Lengths], real, path) -> None:
   """Plot the cumulative distributions of the text lengths under each stopping rule to a file."""
   try:
     import matplotlib
@@ -165,8 +167,8 @@ def plot(rules: list[Lengths], real, path: str) -> None:
   figure.tight_layout()
   try:
     figure.savefig(path)
-  except OSError as error:
-    raise UserError(f'--plot={path}: {error.strerror or error}') from None
+  except (OSError, ValueError) as error:  # ValueError: the name's ending is not a format of images
+    raise UserError(f'--plot={path}: {getattr(error, "strerror", None) or error}') from None
   pyplot.close(figure)
 
 
@@ -176,7 +178,7 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string('checkpoint', 'best', "Checkpoint: 'best', 'latest' or a step.", flag_values=values)
   flags.DEFINE_integer('count', 200, 'Number of texts to sample.', lower_bound=1, flag_values=values)
   flags.DEFINE_integer('batch_size', 64, 'Number of texts decoded at a time.', lower_bound=1, flag_values=values)
-  flags.DEFINE_integer('seed', 0, 'Random seed of sampling.', flag_values=values)
+  define_seed(values)
   flags.DEFINE_string('plot', None, 'File for a plot of the length distributions.', flag_values=values)
 
 
@@ -184,6 +186,7 @@ def run(values) -> int:
   """Sample texts, print the table of stopping rules and the fitted flags; return the exit code."""
   if not values.workdir:
     raise UserError('--workdir is missing: expected the folder of a run, such as --workdir=runs/stories')
+  plot_file = paths.resolve(values.plot, '--plot') if values.plot else None
   quiet()
   from ilm_jax.inference import api, static_batching
 
@@ -201,8 +204,8 @@ def run(values) -> int:
   print(table(rules, real))
   print('\nfitted: ' + '\n    or: '.join(rule.flag for rule in rules[-2:]))
   print('(flags of `ilm-jax train` and `eval`; for `ilm-jax generate`, use --stop_threshold and --stop_temperature)')
-  if values.plot:
-    plot(rules, real, values.plot)
+  if plot_file:
+    plot(rules, real, plot_file)
   return 0
 
 

@@ -1,21 +1,77 @@
 """Traces: a self-contained HTML page that animates how a text was generated, with the probability of each insertion."""
 
+import difflib
 import html
 import importlib.resources
 import json
 
 
-def record(generation, pieces: list[str]) -> dict:
-  """Return the data that the page needs to animate a Generation or Infilling, given the text of each of its tokens."""
+def edits(old: str, new: str, start: int) -> list[tuple[int, int, str]]:
+  """Return the edits (offset, number of characters removed, text inserted), last one first, that turn `old` into `new`.
+
+  An insertion that is possible at several offsets ('a' into 'aa') is made as close to the offset `start` as possible.
+  """
+  shortest, prefix, suffix = min(len(old), len(new)), common_prefix(old, new), common_prefix(old[::-1], new[::-1])
+  at = min(max(start, shortest - suffix), prefix)
+  suffix = min(suffix, shortest - at)
+  old, new = old[at : len(old) - suffix], new[at : len(new) - suffix]
+  if not old:
+    return [(at, 0, new)]
+  codes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+  return [(at + i, j - i, new[k:end]) for tag, i, j, k, end in reversed(codes) if tag != 'equal']
+
+
+def common_prefix(one: str, other: str) -> int:
+  """Return the number of equal characters at the start of two strings."""
+  pairs = enumerate(zip(one, other, strict=False))
+  return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def record(result, parts: list[str], decode, graph: dict | None = None) -> dict:
+  """Return the data with which the page animates a Generation or Infilling.
+
+  `parts` is the given text around the gaps, and decode(present), with a bool for each token, returns the text in each
+  gap if only these tokens are present. So the page shows, after every step, the text that the present tokens stand for.
+  """
+  present = [step < 0 for step in result.order]
+  texts, tokens, gap_of_place = decode(present), [], {}  # gap_of_place: {number of given tokens to the left: gap}
+  owners = [[-1] * len(text) for text in texts]  # for each character of each gap, the index of the token it belongs to
+  start = texts
+  for step, index in sorted((step, index) for index, step in enumerate(result.order) if step >= 0):
+    left = max(i for i in range(index) if present[i])
+    present[index], before, changes = True, texts, []
+    texts = decode(present)
+    for gap, (old, new) in enumerate(zip(before, texts, strict=True)):
+      if old != new:
+        first = 1 + max((at for at, owner in enumerate(owners[gap]) if owner < index), default=-1)
+        for at, removed, text in edits(old, new, first):
+          owners[gap][at : at + removed] = [index] * len(text)
+          changes.append([gap, at, removed, text])
+    place = sum(other < 0 for other in result.order[:index])
+    if changes:
+      gap_of_place[place] = changes[0][0]
+    token = {'step': step, 'token': result.tokens[index], 'after': result.tokens[left], 'edits': changes}
+    tokens.append({**token, 'gap': place})
+  tokens = [{**token, 'gap': gap_of_place.get(token['gap'])} for token in tokens]
   return {
-    'name': generation.text[:60],
-    'pieces': pieces,
-    'order': generation.order,
-    'steps': max([*generation.order, -1]) + 1,
-    'probabilities': generation.probabilities,
-    'stop': generation.stop_probabilities,
-    'stopped': generation.stopped,
+    'name': result.text[:60],
+    'parts': parts,
+    'start': start,
+    'tokens': tokens,
+    'steps': max([*result.order, -1]) + 1,
+    'probabilities': result.probabilities,
+    'stop': result.stop_probabilities,
+    'stopped': result.stopped,
+    'graph': graph,
   }
+
+
+def star_graph(result, backwards: bool) -> dict:
+  """Return the graph of a star graph prompt, and the nodes of its answer with the steps that inserted them."""
+  start = result.tokens.index('[BOS]')
+  nodes, answer = result.tokens[1:start], list(zip(result.tokens, result.order, strict=True))[start + 1 :]
+  *edges, (source, goal) = zip(nodes[::2], nodes[1::2], strict=True)
+  return {'edges': edges, 'source': source, 'goal': goal, 'path': answer[::-1] if backwards else answer}
 
 
 def page(records: list[dict], title: str = 'Insertion by insertion') -> str:

@@ -56,11 +56,11 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
   if vocab_size is None:
     task.resolve_assets(cfg.task, workdir)
     tokenizer = task.tokenizer(cfg.task)
-    vocab_size, special_ids = tokenizer.vocab_size, tokenizer.special_ids
+    vocab_size, special_ids, byte_ids = tokenizer.vocab_size, tokenizer.special_ids, tokenizer.byte_ids
     source = task.source(cfg.task, 'train') if cfg.loss.length_weight == 'elbo' else None
     task.source(cfg.task, 'test')  # raises UserError if the data are missing
   else:
-    special_ids, source = tuple(range(len(SPECIAL))), None
+    special_ids, byte_ids, source = tuple(range(len(SPECIAL))), (), None
   family_settings = family.model_settings(cfg)
   check_model_settings(cfg, family, family_settings, task)
   model_cfg = transformer.ModelConfig.create(vocab_size, **{**cfg.model.to_dict(), **family_settings})
@@ -69,7 +69,7 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
     logging.warning('%s', warning)
   check_batch(cfg, mesh, family, task)
   sample_cfg = families.make_sample_config(
-    family, cfg, cfg.sampling, suppressed_tokens=special_ids, compute=model_cfg.compute
+    family, cfg, cfg.sampling, suppressed_tokens=special_ids, byte_ids=byte_ids, compute=model_cfg.compute
   )
   loss_cfg = ConfigDict({**cfg.loss.to_dict(), 'compute': model_cfg.compute})
   loss_cfg.mean_weight = 1.0 if source is None else mean_length_weight(cfg, family, source)

@@ -70,6 +70,28 @@ def test_restrict_allows_the_same_entries_as_a_sorted_list(rule):
     assert set(np.flatnonzero(row > NEG_INF / 2)) == set(allowed_by(row_logits, rule))
 
 
+@pytest.mark.parametrize('top_p', [1.0, 0.6])
+@pytest.mark.parametrize('temperature', [0.0, 1e-45, 1e-38, 1e-20, 1e-7, 2e-6, 1e-3, 0.5, 2.5, 1e4, 1e30])
+def test_any_temperature_gives_the_frequencies_of_a_softmax_in_double_precision(temperature, top_p):
+  logits = np.array([0.25, 1.5, -np.inf, 3.0, -20.0, 2.5, -np.inf], np.float64)
+  exponent = np.where(logits == logits.max(), 0.0, -np.inf)
+  if temperature > 0:
+    exponent = (logits - logits.max()) / np.float64(temperature)
+  probability, allowed = np.exp(exponent) / np.exp(exponent).sum(), np.zeros(7, bool)
+  for i in np.argsort(-logits):
+    if probability[allowed].sum() < top_p and probability[i] > 0:
+      allowed[i] = True
+  probability = np.where(allowed, probability, 0) / probability[allowed].sum()
+  number, given = 4_000, jnp.asarray(np.where(np.isinf(logits), NEG_INF, logits), jnp.float32)
+  rule, rngs = Rule(temperature=temperature, top_p=top_p), keys(3, number)
+  drawn = np.asarray(choose(rngs, jnp.tile(given, (number, 1)), rule))
+  np.testing.assert_allclose(np.bincount(drawn, minlength=7) / number, probability, atol=0.03)
+  assert probability[drawn].min() > 0
+  several, ok = drawing.choose_several(rngs[:50], jnp.tile(given, (50, 1)), rule, count=6)
+  np.testing.assert_array_equal(several[:, 0], drawn[:50])
+  assert np.isfinite(logits[np.asarray(several)[np.asarray(ok)]]).all()
+
+
 def test_greedy_rules_choose_the_first_of_several_equal_maxima():
   logits = jnp.array([[1.0, 3.0, 3.0, 2.0], [5.0, 1.0, 5.0, 5.0]])
   for rule in (GREEDY, Rule(top_k=1), Rule(temperature=0.0, top_p=0.3)):

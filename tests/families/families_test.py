@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import re
 
 import jax
 import numpy as np
@@ -11,10 +12,11 @@ from ml_collections import ConfigDict
 from ilm_jax import families
 from ilm_jax.configs import default
 from ilm_jax.data import pipeline
+from ilm_jax.families import settings
 from ilm_jax.inference import static_batching
 from ilm_jax.models import transformer
 from ilm_jax.special_tokens import BOS, CLS, PAD, SPECIAL
-from ilm_jax.types import Score, UserError
+from ilm_jax.types import Rule, Score, UserError
 
 V, LENGTH = 17, 16
 SIZES = {'num_layers': 2, 'num_heads': 2, 'd_model': 16, 'd_ff': 32, 'dropout': 0.0, 'attention_dropout': 0.0}
@@ -113,11 +115,16 @@ def test_every_parameter_has_a_nonzero_gradient(made):
 make_sampler = functools.cache(static_batching.StaticSampler)  # all tests of a family share its compiled samplers
 
 
+def make_sample_config(made, closed=(), byte_ids=(), **changed):
+  family, cfg, _ = made
+  decided = {'suppressed_tokens': (*range(len(SPECIAL)), *closed), 'byte_ids': byte_ids, 'compute': 'float32'}
+  sampling = {**cfg.sampling.to_dict(), 'max_length': LENGTH, 'min_buffer': 4, 'token': {}, 'gap': {}, **changed}
+  return family.SampleConfig.create(sampling, vocab_chunk=6, **decided)
+
+
 def sample(made, prompts, requests=None, batch_size=8, **settings):
-  family, cfg, forward = made
-  special = tuple(range(len(SPECIAL)))
-  settings = {**cfg.sampling.to_dict(), 'max_length': LENGTH, 'min_buffer': 4, 'token': {}, 'gap': {}, **settings}
-  sample_cfg = family.SampleConfig.create(settings, suppressed_tokens=special, compute='float32', vocab_chunk=6)
+  family, _, forward = made
+  sample_cfg = make_sample_config(made, **settings)
   assert hash(sample_cfg) == hash(sample_cfg._replace())
   sampler = make_sampler(forward.cfg, family, sample_cfg, batch_size)
   return list(sampler(forward.params, jax.random.key(0), prompts, requests))
@@ -153,11 +160,49 @@ def test_a_completion_depends_only_on_its_request(made):
     np.testing.assert_array_equal(row['tokens'], together[5]['tokens'])
 
 
+def test_64_bit_mode_gives_the_same_samples_losses_and_gradients(made):
+  batch = pipeline.pack(
+    corrupted(*made[:2], examples_of()), list(range(6)), pipeline.Shape(3, 2 * LENGTH, 4 * LENGTH, 3)
+  )
+  run = jax.jit(jax.value_and_grad(lambda params: losses(made, batch, params)['loss'][0]))
+  before = sample(made, prompts_of(8)), run(made[2].params)
+  with jax.enable_x64(True):
+    assert jax.numpy.arange(2).dtype == np.int64
+    after = sample(made, prompts_of(8)), run(made[2].params)
+  for a, b in zip(before[0], after[0], strict=True):
+    np.testing.assert_array_equal(a['tokens'], b['tokens'])
+    np.testing.assert_array_equal(a['order'], b['order'])
+    np.testing.assert_allclose(a['log_prob'], b['log_prob'], atol=1e-4)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), before[1], after[1])
+
+
+def assert_same_samples(first, second):
+  for a, b in zip(first, second, strict=True):
+    np.testing.assert_array_equal(a['tokens'], b['tokens'])
+    np.testing.assert_array_equal(a['log_prob'], b['log_prob'])
+
+
+def test_parts_of_characters_are_generated_only_on_request_and_probabilities_are_renormalized(made):
+  prompts, parts = prompts_of(16), (8, 11, 12, 13)
+  closed = sample(made, prompts, byte_ids=parts)
+  assert not any(np.isin(row['tokens'][row['order'] >= 0], parts).any() for row in closed)
+  assert_same_samples(closed, sample(made, prompts, closed=parts))
+  opened = make_sample_config(made, byte_ids=parts, bytes=True)
+  assert settings.never_generated(opened) == make_sample_config(made).suppressed_tokens
+
+
+def test_tiny_temperatures_are_greedy(made):
+  greedy = make_sample_config(made, token={'temperature': 0.0}, gap={'temperature': 0}, joint={'temperature': 0})
+  for rule in ({'temperature': 1e-45}, {'temperature': 1e-38}, {'temperature': 1e-9}):
+    assert make_sample_config(made, token=rule, gap=rule, joint=rule) == greedy
+
+
 def test_a_score_is_finite_and_names_its_kind(made):
   family, cfg, forward = made
   sampling_cfg = {**cfg.sampling.to_dict(), 'max_length': LENGTH}
   special = tuple(range(len(SPECIAL)))
   sample_cfg = family.SampleConfig.create(sampling_cfg, suppressed_tokens=special, compute='float32', vocab_chunk=6)
+  sample_cfg = sample_cfg._replace(byte_ids=tuple(range(len(SPECIAL), V)))  # closed in sampling, but not in scores
   rng = np.random.default_rng(0)
   examples = [example(rng, prompt=1, answer=n) for n in (0, 3)]
   tokens_BxL, fixed_BxL = np.full((2, LENGTH), PAD, np.int32), np.ones((2, LENGTH), bool)
@@ -176,6 +221,8 @@ def test_a_score_is_finite_and_names_its_kind(made):
       family.check_score(None, 0)
     return
   nll_B, tokens_B = jax.device_get(jax.jit(score)(jax.random.key(0)))
+  with jax.enable_x64(True):
+    np.testing.assert_allclose(jax.jit(score)(jax.random.key(0))[0], nll_B, rtol=1e-4)
   assert kinds[0] in ('exact', 'bound', 'importance-weighted')
   assert np.isfinite(nll_B).all() and (nll_B > 0).all()
   if cfg.family != 'mdm':  # MDM scores include the padding, and the shorter text has more padding
@@ -191,13 +238,33 @@ def test_unknown_families_are_rejected():
 
 
 def test_unknown_sampling_settings_and_values_out_of_range_are_rejected(made):
-  for settings, message in (
+  for changed, message in (
     ({'temprature': 1}, "unknown sampling setting 'temprature'"),
     ({'token': {'topk': 1}}, r'unknown setting sampling\.token\.topk'),
-    ({'token': {'temperature': -1.0}}, r'sampling\.token has temperature=-1\.0.*expected a temperature'),
-    ({'token': {'top_p': 0.0}}, r'sampling\.token has .*top_p=0\.0'),
+    ({'token': {'temperature': -1.0}}, r'sampling\.token\.temperature=-1\.0: expected a number of at least 0'),
+    ({'token': {'top_p': 0.0}}, r'sampling\.token\.top_p=0\.0: expected a probability above 0'),
     ({'max_length': 1}, r'sampling\.max_length=1: expected at least 3'),
     ({'compute': 'float32'}, r'sampling\.compute cannot be set'),
   ):
     with pytest.raises(UserError, match=message):
-      made[0].SampleConfig.create({'max_length': 9, **settings}, suppressed_tokens=(), compute='float32')
+      made[0].SampleConfig.create({'max_length': 9, **changed}, suppressed_tokens=(), compute='float32')
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf'), 10**400, '1', 1e39j])
+def test_sampling_settings_that_are_not_finite_numbers_are_rejected(made, value):
+  numbers = [(name, {name: value}) for name in settings.ALLOWED if name not in Rule._fields]
+  for rule in settings.RULES:
+    numbers += [(f'{rule}.{field}', {rule: {field: value}}) for field in Rule._fields]
+    numbers += [(f'{rule}.{field}', {rule: Rule(**{field: value})}) for field in Rule._fields]
+  for name, changed in numbers:
+    with pytest.raises(
+      UserError, match=rf'^sampling\.{name}={re.escape(repr(value))}: expected a (finite|whole)'
+    ) as error:
+      made[0].SampleConfig.create({'max_length': 9, **changed}, suppressed_tokens=(), compute='float32')
+    assert '\n' not in str(error.value)
+
+
+def test_a_whole_number_is_required_where_it_counts_something(made):
+  for name in ('max_length', 'max_steps', 'min_buffer', 'gaps'):
+    with pytest.raises(UserError, match=rf'sampling\.{name}=4\.5: expected a whole number'):
+      made[0].SampleConfig.create({'max_length': 9, name: 4.5}, suppressed_tokens=(), compute='float32')
