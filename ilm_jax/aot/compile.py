@@ -22,7 +22,7 @@ from pathlib import Path
 from absl import flags
 
 from ilm_jax import main as entry
-from ilm_jax.aot import roofline
+from ilm_jax.aot.roofline import CHIPS, describe, roofline, training_flops
 from ilm_jax.console import quiet
 from ilm_jax.types import UserError
 
@@ -35,8 +35,8 @@ def devices_of(topology: str):
   """Return the devices of a topology, which need not be attached, as targets for compilation."""
   kind, _, shape = topology.partition(':')
   sizes = shape.split('x')
-  if kind not in (*roofline.CHIPS, 'cpu') or not all(size.isdigit() and int(size) for size in sizes):
-    chips = ', '.join(roofline.CHIPS)
+  if kind not in (*CHIPS, 'cpu') or not all(size.isdigit() and int(size) for size in sizes):
+    chips = ', '.join(CHIPS)
     raise UserError(f'--topology={topology}: expected {chips} with the shape of a slice, such as v5e:2x4, or cpu:8')
   import jax
   from jax.experimental import topologies
@@ -126,7 +126,7 @@ def compile_and_print(lowered, devices, chip, log: Path, more=None) -> None:
       raise
     print(f'  DOES NOT FIT: {text[text.index("RESOURCE_EXHAUSTED") :][:240]}', flush=True)
     return
-  lines = roofline.describe(compiled, len(devices), chip, time.monotonic() - began)
+  lines = describe(compiled, len(devices), chip, time.monotonic() - began)
   if chip:
     found = rematerialized(log)
     new = () if found is None else found[before:]
@@ -137,9 +137,10 @@ def compile_and_print(lowered, devices, chip, log: Path, more=None) -> None:
 
 def run(cfg, topology: str | None, log: Path) -> int:
   """Compile the training step and a decoding step of a config, and print their costs; returns the exit code."""
-  # No TPU is used, so several processes may load libtpu at once.
-  defaults = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': '', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
-  os.environ.update({'JAX_PLATFORMS': 'cpu', **defaults, **os.environ})
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('TPU_ACCELERATOR_TYPE', '')
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # no TPU is used, so several processes may compile at once
   if not topology:
     raise UserError('--topology is missing: expected a chip and the shape of a slice, such as --topology=v5e:2x4')
   quiet()
@@ -149,16 +150,16 @@ def run(cfg, topology: str | None, log: Path) -> int:
   from ilm_jax.training.experiment import build
 
   jax.config.update('jax_enable_compilation_cache', False)  # cached programs for other devices could not be loaded here
-  devices, chip = devices_of(topology), roofline.CHIPS.get(topology.partition(':')[0])
+  devices, chip = devices_of(topology), CHIPS.get(topology.partition(':')[0])
   exp = build(cfg, devices=devices, vocab_size=_VOCAB.value or vocab_of(cfg))
   data, sizes = cfg.data, exp.model_cfg
   shape = data.rows, data.row_length, data.targets or 2 * data.row_length
-  flops, useful = (roofline.training_flops(sizes, *shape, again=again) for again in (True, False))
+  flops, useful = training_flops(sizes, *shape), training_flops(sizes, *shape, again=False)
   print(f'{topology}: {len(devices)} devices, mesh {dict(exp.mesh.shape)}; {cfg.family}, {sizes.num_layers} blocks of '
         f'width {sizes.d_model}, vocabulary {sizes.vocab_size:,}, {sizes.compute}', flush=True)  # fmt: skip
   print(f'training step: {data.rows} rows of {data.row_length}, {flops / 1e12:,.3g} TFLOP, '
         f'{flops / len(devices) / 1e9:,.3g} GFLOP per device', flush=True)  # fmt: skip
-  predict = functools.partial(roofline.roofline, flops=flops, useful=useful, devices=len(devices), chip=chip)
+  predict = functools.partial(roofline, flops=flops, useful=useful, devices=len(devices), chip=chip)
   compile_and_print(lower_training(exp), devices, chip, log, predict)
   slots = _SLOTS.value or 8 * sharding.num_row_shards(exp.mesh)
   lowered = lower_sampling(exp, slots)
