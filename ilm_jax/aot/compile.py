@@ -35,7 +35,7 @@ def devices_of(topology: str):
   """Return the devices of a topology, which need not be attached, as targets for compilation."""
   kind, _, shape = topology.partition(':')
   sizes = shape.split('x')
-  if kind not in (*CHIPS, 'cpu') or not all(size.isdigit() and int(size) for size in sizes):
+  if kind not in (*CHIPS, 'cpu') or not all(re.fullmatch('[1-9][0-9]*', size) for size in sizes):
     chips = ', '.join(CHIPS)
     raise UserError(f'--topology={topology}: expected {chips} with the shape of a slice, such as v5e:2x4, or cpu:8')
   import jax
@@ -88,6 +88,8 @@ def lower_sampling(exp, slots: int):
   from ilm_jax.inference import continuous_batching
   from ilm_jax.models import transformer
 
+  if slots < 1:
+    raise UserError(f'--slots={slots}: expected at least 1, or 0 for eight per device')
   sampler = continuous_batching.ContinuousSampler(exp.model_cfg, exp.family, exp.sample_cfg, slots, mesh=exp.mesh)
   if sampler.growth is None:
     return None
@@ -149,6 +151,7 @@ def run(cfg, topology: str | None, log: Path) -> int:
   from ilm_jax.distributed import sharding
   from ilm_jax.training.experiment import build
 
+  jax.config.update('jax_enable_x64', False)  # whatever JAX_ENABLE_X64 says, as in training
   jax.config.update('jax_enable_compilation_cache', False)  # cached programs for other devices could not be loaded here
   devices, chip = devices_of(topology), CHIPS.get(topology.partition(':')[0])
   exp = build(cfg, devices=devices, vocab_size=_VOCAB.value or vocab_of(cfg))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 from etils import epath
 
+from ilm_jax.evaluation import output
 from ilm_jax.runs import logs
 from ilm_jax.types import UserError
 
@@ -18,7 +19,7 @@ def plot(workdir: str) -> None:
   figure = Figure(figsize=(6.4, 3.6), dpi=120)
   name = plot_learning_curve(figure, logs.read_scalars(workdir), str(workdir))
   _save(figure, workdir, name)
-  if order_places := json.loads((epath.Path(workdir) / 'eval.json').read_text()).get('order_places'):
+  if order_places := json.loads((epath.Path(workdir) / 'eval.json').read_bytes()).get('order_places'):
     figure = Figure(figsize=(4.4, 3.8), dpi=120)
     plot_order(figure, order_places, f'{workdir}: decoding order')
     _save(figure, workdir, 'order.png')
@@ -42,7 +43,8 @@ def plot_learning_curve(figure, scalars: dict, title: str) -> str:
     loss_axis.plot(*zip(*points, strict=True), color='#999999', linewidth=0.8, label='training loss', zorder=0)
     if has_answers:
       loss_axis.set(ylabel='training loss (gray)', ylim=(0, None))
-  axis.legend(loc='center right' if has_answers else 'upper right', frameon=False)
+  if axis.get_legend_handles_labels()[0]:  # empty if the run has no event files
+    axis.legend(loc='center right' if has_answers else 'upper right', frameon=False)
   axis.set_title(title, fontsize=9)
   return 'accuracy.png' if has_answers else 'loss.png'
 
@@ -59,5 +61,6 @@ def plot_order(figure, order_places, title: str) -> None:
 
 def _save(figure, workdir: str, name: str) -> None:
   figure.tight_layout()
-  with (epath.Path(workdir) / name).open('wb') as file:
+  path = epath.Path(workdir) / name
+  with output.replacing(path, str(path)) as file:
     figure.savefig(file, format='png')

@@ -46,7 +46,9 @@ def report(exp: Experiment, workdir, saved, step: int, abstract: TrainState, eva
     values |= metrics_lib.means(likelihood.pairs())
   scored_texts = score_samples(exp.cfg, scores.samples, evaluator.source('test'))
   if scored_texts:
-    values |= {f'judge_{name}': value for name, value in text_statistics.values(scored_texts['samples']).items()}
+    values |= {
+      f'scoring_model_{name}': value for name, value in text_statistics.values(scored_texts['samples']).items()
+    }
   strings = None
   if likelihood:
     strings = {name: getattr(likelihood, f'{name}_N').round(4).tolist() for name in ('nll', 'error', 'tokens')}
@@ -62,7 +64,7 @@ def report(exp: Experiment, workdir, saved, step: int, abstract: TrainState, eva
     'chance': exp.task.chance(exp.cfg.task) if exp.task.chance else None,
     'parameters': sum(x.size for x in jax.tree.leaves(abstract.params)),
     'metrics': values,
-    'judge': text_statistics.plain(scored_texts),
+    'scoring_model': text_statistics.plain(scored_texts),
     'pairs': {name: [float(x) for x in pair] for name, pair in scores.pairs.items()},
     'order_places': scores.order_counts_NxN.tolist(),
     'seconds': time.monotonic() - began,
