@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import platform
@@ -80,6 +81,20 @@ def counts(text: str) -> list[int]:
   return [int(part) for part in text.split(',')]
 
 
+def fraction(text: str) -> float:
+  """Parse a number between 0 and 1; an argparse type."""
+  if not 0 <= float(text) <= 1:
+    raise argparse.ArgumentTypeError(f'{text!r}: expected a number between 0 and 1')
+  return float(text)
+
+
+def seconds(text: str) -> float:
+  """Parse a finite number of seconds; an argparse type."""
+  if not 0 <= float(text) < math.inf:
+    raise argparse.ArgumentTypeError(f'{text!r}: expected a finite number of at least 0')
+  return float(text)
+
+
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
@@ -150,10 +165,13 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def write_json(path: str, **measurements) -> None:
-  """Write measurements to a JSON file."""
-  with open(path, 'w') as file:
-    json.dump(measurements, file, indent=2)
-    file.write('\n')
+  """Write measurements to a JSON file; exit with an error in one line if it cannot be written."""
+  try:
+    with open(os.path.expanduser(path), 'w') as file:
+      json.dump(measurements, file, indent=2)
+      file.write('\n')
+  except OSError as error:
+    sys.exit(f'error: --json={path} cannot be written: {error.strerror or error}')
 
 
 # --- compilations -----------------------------------------------------------------------------------------------------

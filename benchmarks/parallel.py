@@ -31,7 +31,7 @@ def measure(args, model, gaps: int) -> dict:
     'passes': sum(len(completion.stop_probabilities) for completion in completions) / len(completions),
     'length': sum(lengths) / len(completions),
     'stopped': sum(completion.stopped for completion in completions) / len(completions),
-    'judged': text_statistics.plain(statistics),
+    'scored': text_statistics.plain(statistics),
   }
 
 
@@ -44,7 +44,7 @@ def cells(row: dict, first: dict) -> dict[str, str]:
     'x first row': f'{first["seconds"] / row["seconds"]:.2f}',
     'tokens / text': f'{row["length"]:.1f}',
     'stopped by the model': f'{100 * row["stopped"]:.0f} %',
-    **{name: with_interval(row['judged'].get(name)) for name in ('nll', 'entropy')},
+    **{name: with_interval(row['scored'].get(name)) for name in ('nll', 'entropy')},
   }
 
 
@@ -66,7 +66,7 @@ def parse(argv):
   parser.add_argument('--gaps', type=_report.counts, default=[1, 2, 4, 8, 0], help='insertions per step; 0: all gaps')
   parser.add_argument(
     '--gap_threshold',
-    type=float,
+    type=_report.fraction,
     default=0.0,
     help='use only gaps whose probability is at least this fraction of the best gap (default: 0)',
   )

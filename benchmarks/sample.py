@@ -241,12 +241,17 @@ def parse(argv):
   parser.add_argument(
     '--insert', type=_report.positive, default=16, help='tokens inserted per row and call, fewer if slow (default: 16)'
   )
-  parser.add_argument('--top_p', type=float, default=0.0, help='top_p of nucleus sampling of tokens; 0: greedy')
+  parser.add_argument(
+    '--top_p', type=_report.fraction, default=0.0, help='top_p of nucleus sampling of tokens; 0: greedy'
+  )
   parser.add_argument(
     '--max_length', type=_report.positive, default=1024, help='maximum row length of the sampler (default: 1024)'
   )
   parser.add_argument(
-    '--seconds', type=float, default=15.0, help='time limit per configuration, for at least 2 timed calls (default: 15)'
+    '--seconds',
+    type=_report.seconds,
+    default=15.0,
+    help='time limit per configuration, for at least 2 timed calls (default: 15)',
   )
   parser.add_common_flags()
   args = parser.parse_args(argv)

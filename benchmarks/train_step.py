@@ -255,7 +255,10 @@ def parse(argv):
     help='positions per forward pass of gradient accumulation (default: 2048 on a CPU, 32768 on other devices)',
   )
   parser.add_argument(
-    '--seconds', type=float, default=10.0, help='time limit per configuration, for at least 2 timed steps (default: 10)'
+    '--seconds',
+    type=_report.seconds,
+    default=10.0,
+    help='time limit per configuration, for at least 2 timed steps (default: 10)',
   )
   parser.add_argument('--one', metavar='MIX:VARIANT', help='measure one configuration in this process and print JSON')
   parser.add_common_flags(size='small')

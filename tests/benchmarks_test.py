@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _report, batching, sample, train_step
+from benchmarks import _report, batching, parallel, sample, train_step
 from ilm_jax.configs import default
 from ilm_jax.data import pipeline
 from ilm_jax.families import ilm
@@ -179,6 +179,11 @@ def test_fewer_insertions_are_measured_if_one_takes_longer():
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 
+def test_measurements_that_cannot_be_written_give_a_one_line_error():
+  with pytest.raises(SystemExit, match=r'^error: --json=/dev/full cannot be written: No space left on device$'):
+    _report.write_json('/dev/full', rows=[])
+
+
 @pytest.mark.parametrize(
   'module, flag',
   [
@@ -189,6 +194,9 @@ def test_fewer_insertions_are_measured_if_one_takes_longer():
     (sample, '--size=huge'),
     (sample, '--batches=1,x'),
     (sample, '--lengths=8'),
+    (sample, '--top_p=nan'),
+    (train_step, '--seconds=inf'),
+    (parallel, '--gap_threshold=1.5'),
   ],
 )
 def test_a_wrong_flag_is_reported_in_one_line(module, flag, capsys):

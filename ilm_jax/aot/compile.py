@@ -146,6 +146,7 @@ def run(values: flags.FlagValues, log: Path) -> int:
   from ilm_jax.distributed import sharding
   from ilm_jax.training.experiment import build
 
+  jax.config.update('jax_enable_x64', False)  # whatever JAX_ENABLE_X64 says, as in training
   jax.config.update('jax_enable_compilation_cache', False)  # cached programs for other devices could not be loaded here
   devices, chip = devices_of(topology), roofline.CHIPS.get(topology.partition(':')[0])
   words = cfg.task.get('tokenizer')  # settings of a tokenizer that is trained on the corpus, which need not exist

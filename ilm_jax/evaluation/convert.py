@@ -10,13 +10,14 @@ value, and exits with code 1 if an error is above 1e-5.
 """
 
 import json
-import pathlib
 import zipfile
 
 import numpy as np
 from absl import flags
 
+from ilm_jax import paths
 from ilm_jax.console import command, quiet
+from ilm_jax.evaluation import output
 from ilm_jax.types import UserError
 
 LIMIT = 1e-5  # largest accepted value of max |actual - expected| / max |expected|
@@ -111,7 +112,7 @@ def compare(name: str, numbers, num_heads: int | None = None) -> dict[str, float
     total, weight = families.get(name).loss(outputs, batch, ConfigDict(SETTINGS))['loss']
     return total / weight, (outputs.hidden_BxLxD @ outputs.unembed_VxD.T, outputs.stop_BxSx2)
 
-  with jax.default_matmul_precision('highest'):
+  with jax.enable_x64(False), jax.default_matmul_precision('highest'):
     (loss, (logits, stop)), grads = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
   errors = {'logits': relative_error(logits, numbers['vocab_logits' if name == 'ilm' else 'logits'])}
   if name == 'ilm':
@@ -127,7 +128,7 @@ def read_num_heads(path) -> int | None:
   if not path.exists():
     return None
   try:
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_bytes())
   except (OSError, ValueError) as error:
     raise UserError(f'{path} cannot be read as JSON: {" ".join(str(error).split())}') from None
   if not isinstance(config, dict):
@@ -150,13 +151,12 @@ def read_numbers(path) -> dict:
 
 def check(folder) -> int:
   """Compare all families in a folder with the reference code, print the errors; return 1 if one is above LIMIT."""
-  from etils import epath
-
-  files = {name: epath.Path(folder) / f'{name}.npz' for name in FAMILIES}
+  path = paths.resolve(folder, '--check')
+  files = {name: path / f'{name}.npz' for name in FAMILIES}
   files = {name: path for name, path in files.items() if path.exists()}
   if not files:
     raise UserError(f'--check={folder}: expected a folder with ilm.npz, arm.npz or mdm.npz')
-  num_heads = read_num_heads(epath.Path(folder) / 'config.json')
+  num_heads = read_num_heads(path / 'config.json')
   worst = 0.0
   print(f'{"":8}{"quantity":<58}largest relative error')
   for name, path in files.items():
@@ -181,24 +181,23 @@ def export(workdir, checkpoint: str, out: str) -> int:
   from ilm_jax.inference import api
   from ilm_jax.models import reference
 
-  path = pathlib.Path(out)
+  path = output.check(out)
   if path.suffix not in ('.npz', '.safetensors'):
     raise UserError(f'--out={out}: expected a file that ends in .npz or .safetensors')
   if path.exists():
     raise UserError(f'--out={out} exists: name another file, or remove it first')
-  lm = api.load(workdir, checkpoint)
-  state = reference.to_reference(lm.model_cfg, lm.params)
   try:
-    if path.suffix == '.npz':
-      np.savez(path, **state)
-    else:
-      from safetensors.numpy import save_file
-
-      save_file(state, path)
+    import safetensors.numpy
   except ImportError:
-    raise UserError('writing *.safetensors needs safetensors: pip install "ilm_jax[convert]"') from None
-  except OSError as error:
-    raise UserError(f'--out={out}: {error.strerror or error}') from None
+    if path.suffix == '.safetensors':
+      raise UserError('writing *.safetensors needs safetensors: pip install "ilm_jax[convert]"') from None
+  lm = api.load(paths.resolve(workdir, '--workdir'), checkpoint)
+  state = reference.to_reference(lm.model_cfg, lm.params)
+  with output.replacing(path, f'--out={out}') as file:
+    if path.suffix == '.npz':
+      np.savez(file, **state)
+    else:
+      file.write(safetensors.numpy.save(state))
   print(f'{out}: {len(state)} arrays, {sum(array.size for array in state.values()):,} numbers, step {lm.step}')
   return 0
 

@@ -14,12 +14,11 @@ tokens, or whose reference text does. ilm_jax/evaluation/text_statistics.py defi
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 
 from ilm_jax.console import command, quiet
-from ilm_jax.evaluation import scoring_models, text_statistics
+from ilm_jax.evaluation import output, scoring_models, text_statistics
 from ilm_jax.evaluation.infill_sets import define_corpus_flags
 from ilm_jax.evaluation.samples import Sample, add_requests, read_references, read_samples
 from ilm_jax.types import UserError
@@ -109,23 +108,24 @@ def run(values) -> int:
     raise UserError('--model is missing: expected the workdir of an ARM run, or hf:NAME for a Hugging Face model')
   if not values.samples:
     raise UserError('--samples is missing: expected a JSONL file that `ilm-jax generate` wrote')
+  inputs = [(f'--{name}', values[name].value) for name in ('samples', 'requests', 'reference')]
+  out = output.check(values.out, inputs) if values.out else None
   samples = read_samples(values.samples)
   if values.requests:
     samples = add_requests(samples, values.requests)
   quiet()
-  scoring_models.check(values.model)
+  scoring_models.check(values.model, '--model')
   references = read_references(values, len(samples)) if values.reference else []
-  model = scoring_models.get(values.model)
+  model = scoring_models.get(values.model, '--model')
   result = score_samples(model, samples, references, seed=values.seed)
-  print(f'{values.samples}, scored by {model.name}:\n\n{format_result(result)}')
-  if values.out:
-    settings = {name: values[name].value for name in ('samples', 'requests', 'reference', 'split', 'seed')}
-    header = {'judge': model.name, 'settings': settings, 'intervals': text_statistics.METHOD}
-    record = {**header, **text_statistics.plain(result)}
-    try:
-      Path(values.out).write_text(json.dumps(record, indent=2) + '\n')
-    except OSError as error:
-      raise UserError(f'--out={values.out}: {error.strerror or error}') from None
+  settings = {name: values[name].value for name in ('samples', 'requests', 'reference', 'split', 'seed')}
+  header = {'scoring_model': model.name, 'settings': settings, 'intervals': text_statistics.METHOD}
+  try:
+    if out:
+      with output.replacing(out, f'--out={values.out}') as file:
+        file.write((json.dumps({**header, **text_statistics.plain(result)}, indent=2) + '\n').encode())
+  finally:  # the result is also printed if it cannot be written
+    print(f'{values.samples}, scored by {model.name}:\n\n{format_result(result)}')
   return 0
 
 

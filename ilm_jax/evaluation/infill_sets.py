@@ -25,7 +25,9 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from ilm_jax import paths
 from ilm_jax.console import command, quiet
+from ilm_jax.evaluation import output
 from ilm_jax.runs import run_file
 from ilm_jax.tasks.text import corpora
 from ilm_jax.tasks.text import task as text_task
@@ -132,12 +134,12 @@ class RunTokenizer:
 
   def __init__(self, workdir: str):
     try:
-      cfg = ConfigDict(run_file.read_config(workdir))
+      cfg = ConfigDict(run_file.read_config(folder := paths.resolve(workdir, '--tokenizer')))
     except UserError as error:
       raise UserError(f'--tokenizer={error}') from None
     if cfg.task.name != 'text':
       raise UserError(f'--tokenizer={workdir} is a run of task.name={cfg.task.name}: expected task.name=text')
-    text_task.resolve_assets(cfg.task, workdir)
+    text_task.resolve_assets(cfg.task, folder)
     self.tokenizer, self.max_length = text_task.tokenizer(cfg.task), cfg.sampling.max_length
 
   def gap_lengths(self, gapped: GappedText) -> list[int] | None:
@@ -187,6 +189,7 @@ def run(values) -> int:
     raise UserError('--lengths needs --tokenizer, the workdir of the run whose tokens it counts')
   if values.unit and values.kind == 'multi':
     raise UserError('--unit applies to --kind=single only: the gaps of --kind=multi always remove words')
+  out = output.check(values.out, [('--path', values.path)]) if values.out else None
   quiet()
   unit = values.unit or ('words' if values.documents == 'line' else 'sentence')
   run_tokenizer = RunTokenizer(values.tokenizer) if values.tokenizer else None
@@ -201,14 +204,11 @@ def run(values) -> int:
     print(f'{values.path}: made {len(requests)} requests of --count={values.count}; the other texts of the '
           f'{values.split} split are {reason}', file=sys.stderr)  # fmt: skip
   content = ''.join(json.dumps(request) + '\n' for request in requests)
-  if not values.out:
+  if out:
+    with output.replacing(out, f'--out={values.out}') as file:
+      file.write(content.encode())
+  else:
     print(content, end='')
-    return 0
-  try:
-    with open(values.out, 'w', encoding='utf-8') as file:
-      file.write(content)
-  except OSError as error:
-    raise UserError(f'--out={values.out}: {error.strerror or error}') from None
   return 0
 
 

@@ -8,11 +8,13 @@ evaluated causes an error.
 """
 
 import functools
+import os
 import sys
 import time
 
 from absl import flags
 
+from ilm_jax import paths
 from ilm_jax.console import command
 from ilm_jax.evaluation import report_plots, report_rows, report_tables
 from ilm_jax.types import UserError
@@ -28,6 +30,7 @@ def run(arguments: list[str], values, workdirs: list[str]) -> int:
   """Read the runs, write plots and print the report, which quotes `arguments`, the arguments of this command."""
   if not workdirs:
     raise UserError('no runs given: expected the folders of runs, as in `ilm-jax report runs/a runs/b > RESULTS.md`')
+  workdirs = [os.fspath(paths.resolve(workdir, 'run')) for workdir in workdirs]
   try:
     rows = report_rows.group([report_rows.read(workdir) for workdir in workdirs], values.mixed_commits)
     if values.plots:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 from etils import epath
 
+from ilm_jax.evaluation import output
 from ilm_jax.runs import logs
 from ilm_jax.types import UserError
 
@@ -15,15 +16,13 @@ def plot(workdir: str) -> None:
     from matplotlib.figure import Figure
   except ImportError:
     raise UserError('the plots need matplotlib: pip install "ilm_jax[report]", or pass --noplots') from None
-  curve, order = Figure(figsize=(6.4, 3.6), dpi=120), Figure(figsize=(4.4, 3.8), dpi=120)
-  figures = {plot_learning_curve(curve, logs.read_scalars(workdir), str(workdir)): curve}
-  if order_places := json.loads((epath.Path(workdir) / 'eval.json').read_text()).get('order_places'):
-    plot_order(order, order_places, f'{workdir}: decoding order')
-    figures['order.png'] = order
-  for name, figure in figures.items():
-    figure.tight_layout()
-    with (epath.Path(workdir) / name).open('wb') as file:
-      figure.savefig(file, format='png')
+  figure = Figure(figsize=(6.4, 3.6), dpi=120)
+  name = plot_learning_curve(figure, logs.read_scalars(workdir), str(workdir))
+  _save(figure, workdir, name)
+  if order_places := json.loads((epath.Path(workdir) / 'eval.json').read_bytes()).get('order_places'):
+    figure = Figure(figsize=(4.4, 3.8), dpi=120)
+    plot_order(figure, order_places, f'{workdir}: decoding order')
+    _save(figure, workdir, 'order.png')
 
 
 def plot_learning_curve(figure, scalars: dict, title: str) -> str:
@@ -44,7 +43,8 @@ def plot_learning_curve(figure, scalars: dict, title: str) -> str:
     loss_axis.plot(*zip(*points, strict=True), color='#999999', linewidth=0.8, label='training loss', zorder=0)
     if has_answers:
       loss_axis.set(ylabel='training loss (gray)', ylim=(0, None))
-  axis.legend(loc='center right' if has_answers else 'upper right', frameon=False)
+  if axis.get_legend_handles_labels()[0]:  # empty if the run has no event files
+    axis.legend(loc='center right' if has_answers else 'upper right', frameon=False)
   axis.set_title(title, fontsize=9)
   return 'accuracy.png' if has_answers else 'loss.png'
 
@@ -57,3 +57,10 @@ def plot_order(figure, order_places, title: str) -> None:
   axis.set(xlabel='position in the answer', ylabel='decoding step')
   axis.set_title(title, fontsize=9)
   figure.colorbar(image, label='share of the tokens of a step')
+
+
+def _save(figure, workdir: str, name: str) -> None:
+  figure.tight_layout()
+  path = epath.Path(workdir) / name
+  with output.replacing(path, str(path)) as file:
+    figure.savefig(file, format='png')

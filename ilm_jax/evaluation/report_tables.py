@@ -1,5 +1,7 @@
 """The Markdown tables of `ilm-jax report`: accuracies, likelihoods, training settings and decoding order."""
 
+import urllib.parse
+
 import numpy as np
 from etils import epath
 
@@ -175,7 +177,7 @@ def _duration(seconds: float) -> str:
 
 
 def _plot_links(run: Run) -> str:
-  """Return Markdown links to the plots in the run's folder."""
-  folder = epath.Path(run.workdir)
-  links = [f'[{title}]({folder / name})' for name, title in PLOTS.items() if (folder / name).exists()]
+  """Return Markdown links to the plots in the run's folder; brackets, spaces and the like are percent-encoded."""
+  paths = {title: epath.Path(run.workdir) / name for name, title in PLOTS.items()}
+  links = [f'[{title}]({urllib.parse.quote(str(path), "/:")})' for title, path in paths.items() if path.exists()]
   return ': ' + ', '.join(links) if links else ''

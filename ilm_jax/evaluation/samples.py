@@ -1,9 +1,10 @@
 """Read the JSONL files of samples, infill requests and reference texts for `ilm-jax perplexity`."""
 
+import functools
 import json
-from pathlib import Path
 from typing import NamedTuple
 
+from ilm_jax import paths
 from ilm_jax.evaluation.infill_sets import GappedText
 from ilm_jax.tasks.text import corpora
 from ilm_jax.types import UserError
@@ -26,7 +27,7 @@ def records(path: str, flag: str):
   Raises UserError if the file cannot be read, or a line is not a JSON object in valid UTF-8.
   """
   try:
-    lines = Path(path).read_text('utf-8').split('\n')
+    lines = paths.resolve(path, f'--{flag}').read_bytes().decode('utf-8-sig').split('\n')
   except OSError as error:
     raise UserError(f'--{flag}={path}: {error.strerror or error}') from None
   except UnicodeDecodeError as error:
@@ -36,7 +37,7 @@ def records(path: str, flag: str):
       continue
     where = f'{path}, line {number}'
     try:
-      record = json.loads(line)
+      record = json.loads(line, parse_constant=functools.partial(_refuse_constant, where))
       json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:
       raise UserError(f'{where}: contains an unpaired surrogate, which is not a valid character') from None
@@ -45,6 +46,10 @@ def records(path: str, flag: str):
     if not isinstance(record, dict):
       raise UserError(f'{where}: expected a JSON object, got {line.strip()[:80]}')
     yield where, record
+
+
+def _refuse_constant(where: str, name: str) -> None:
+  raise UserError(f'{where}: contains {name}, which is not valid JSON: expected finite numbers')
 
 
 def text_of(record: dict, where: str, key: str = 'text', meaning: str = 'a string') -> str:

@@ -8,10 +8,12 @@ The NLL of a text is the sum over its tokens; the first token is predicted from 
 arXiv 2505.05755, no end token is scored. Texts longer than the model's context are truncated to their first tokens.
 """
 
+import os
 from typing import NamedTuple
 
 import numpy as np
 
+from ilm_jax import paths
 from ilm_jax.evaluation.progress import Progress
 from ilm_jax.runs import run_file
 from ilm_jax.types import UserError
@@ -58,7 +60,10 @@ class ScoringModel:
         ids_BxL[row, : len(ids)], length_B[row] = ids, len(ids)
       nll_BxL = np.asarray(self.token_nll(ids_BxL, length_B), np.float64)
       for nll_L, (text, ids) in zip(nll_BxL, batch, strict=False):  # the batch may have padding rows
-        self.cache[text] = TextNLL(float(nll_L[: len(ids)].sum()), ids, len(encoded[text]) > len(ids))
+        if not np.isfinite(nll := float(nll_L[: len(ids)].sum())):
+          problem = f'the negative log-likelihood {nll} to the text {text[:60]!r}'
+          raise UserError(f'the scoring model {self.name} gives {problem}: expected finite weights')
+        self.cache[text] = TextNLL(nll, ids, len(encoded[text]) > len(ids))
       done += int(length_B.sum())
       progress.update(done)
     return [self.cache[text] for text in texts]
@@ -141,7 +146,7 @@ class HuggingFaceScoringModel(ScoringModel):
       return torch.stack(nll).cpu().numpy()
 
 
-def check(name) -> None:
+def check(name, setting: str = 'eval.perplexity_model') -> None:
   """Raise UserError if a scoring model cannot be used, as far as this can be told without loading the model."""
   name = str(name)
   if name.startswith(HF_PREFIX):
@@ -155,7 +160,7 @@ def check(name) -> None:
       raise UserError(f'the scoring model {name}: expected a model name or path after {HF_PREFIX}, such as hf:gpt2')
     return
   try:
-    cfg = run_file.read_config(name)
+    cfg = run_file.read_config(paths.resolve(name, setting))
   except UserError as error:
     raise UserError(f'the scoring model {error}; for a Hugging Face model, write {HF_PREFIX}NAME') from None
   for setting, value, expected in (('family', cfg['family'], 'arm'), ('task.name', cfg['task']['name'], 'text')):
@@ -164,11 +169,11 @@ def check(name) -> None:
       raise UserError(f'the scoring model {name} is a run of {setting}={value}: expected {needed}')
 
 
-def get(name) -> ScoringModel:
+def get(name, setting: str = 'eval.perplexity_model') -> ScoringModel:
   """Load a scoring model: the workdir of an ARM run, or `hf:` and the name or path of a Hugging Face model."""
-  check(name)
+  check(name, setting)
   if str(name).startswith(HF_PREFIX):
-    return HuggingFaceScoringModel(str(name).removeprefix(HF_PREFIX))
+    return HuggingFaceScoringModel(os.path.expanduser(str(name).removeprefix(HF_PREFIX)))
   from ilm_jax.inference import api
 
-  return ArmScoringModel(api.load(name), name=str(name))
+  return ArmScoringModel(api.load(paths.resolve(name, setting)), name=str(name))

@@ -35,15 +35,17 @@ def report(exp: Experiment, workdir, saved, step: int, abstract_params, evaluato
     values |= metrics_lib.means(likelihood.pairs())
   scored_texts = score_samples(exp.cfg, scores.samples, evaluator.source('test'))
   if scored_texts:
-    values |= {f'judge_{name}': value for name, value in text_statistics.values(scored_texts['samples']).items()}
-  strings = {
-    name: getattr(likelihood, f'{name}_N').round(4).tolist() for name in ('nll', 'error', 'tokens') if likelihood
-  }
+    values |= {
+      f'scoring_model_{name}': value for name, value in text_statistics.values(scored_texts['samples']).items()
+    }
+  strings = None
+  if likelihood:
+    strings = {name: getattr(likelihood, f'{name}_N').round(4).tolist() for name in ('nll', 'error', 'tokens')}
   latest = saved.find('latest')
   result = {
     'split': 'test',
     'likelihood': likelihood and likelihood.kind,
-    'strings': strings or None,
+    'strings': strings,
     'step': step,
     'finished': latest >= exp.cfg.steps or reached_goal(exp.cfg, saved.metrics(latest)),
     'config': as_json(exp.cfg),
@@ -52,7 +54,7 @@ def report(exp: Experiment, workdir, saved, step: int, abstract_params, evaluato
     'chance': exp.task.chance(exp.cfg.task) if exp.task.chance else None,
     'parameters': sum(x.size for x in jax.tree.leaves(abstract_params)),
     'metrics': values,
-    'judge': text_statistics.plain(scored_texts),
+    'scoring_model': text_statistics.plain(scored_texts),
     'pairs': {name: [float(x) for x in pair] for name, pair in scores.pairs.items()},
     'order_places': scores.order_counts_NxN.tolist(),
     'seconds': time.monotonic() - began,

@@ -72,6 +72,7 @@ def command(tmp_path_factory):
   """Return a function that runs `ilm_jax.aot.compile` with 8 CPU devices: arguments -> (exit code, stdout, stderr)."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('JAX_NUM_CPU_DEVICES', '8')
+    patch.setenv('JAX_ENABLE_X64', '1')  # has no effect: the program is that of training, in 32-bit mode
     commands = small.Commands(tmp_path_factory.mktemp('commands'))
   yield functools.partial(commands, 'ilm_jax.aot.compile')
   commands.close()
@@ -88,7 +89,7 @@ def test_the_compile_command_reports_memory_and_collectives_of_training_and_deco
   assert 'decoding step: 32 rows of 22' in out and 'predicted' not in out  # no predicted times for CPUs
 
 
-@pytest.mark.parametrize('topology', ['', 'v9:2x2', 'v5e', 'v5e:2xtwo', 'cpu:16'])
+@pytest.mark.parametrize('topology', ['', 'v9:2x2', 'v5e', 'v5e:2xtwo', 'cpu:16', 'cpu:²'])
 def test_an_unknown_topology_gives_a_one_line_error(topology, command):
   code, out, err = command([*small.flags(), f'--topology={topology}'])
   assert code == 1 and not out and err.count('\n') == 1 and err.startswith('error: --topology')

@@ -12,7 +12,7 @@ from text_models import TableModel, make_language_model, run_command, sentences,
 
 from ilm_jax import families, generate, tasks
 from ilm_jax.configs import text as text_config
-from ilm_jax.evaluation import generative_perplexity, infill_sets, samples, scoring_models
+from ilm_jax.evaluation import evaluate, generative_perplexity, infill_sets, samples, scoring_models
 from ilm_jax.training import experiment, final_evaluation
 from ilm_jax.types import UserError
 
@@ -31,8 +31,8 @@ def score_with(monkeypatch):
   """Return a function that makes the command use a given scoring model instead of that of --model."""
 
   def patch(model):
-    monkeypatch.setattr(scoring_models, 'check', lambda name: None)
-    monkeypatch.setattr(scoring_models, 'get', lambda name: model)
+    monkeypatch.setattr(scoring_models, 'check', lambda *_: None)
+    monkeypatch.setattr(scoring_models, 'get', lambda *_: model)
 
   return patch
 
@@ -73,7 +73,7 @@ def test_infilled_texts_are_compared_with_the_true_texts_and_with_the_given_part
     exact.append([a == b for a, b in zip(answer['fillings'], answer['truth']['fillings'], strict=True)])
   result = json.loads(out.read_text())
   statistics = result['infilling']
-  assert (result['judge'], statistics['answers'], statistics['requests']) == ('runs/arm', 12, 6)
+  assert (result['scoring_model'], statistics['answers'], statistics['requests']) == ('runs/arm', 12, 6)
   for name, label in (('truth', 'true text'), ('input', 'text without fillings')):
     expected = np.mean([np.mean(values) for values in changes[name].values()])
     change = statistics[f'change_{name}']
@@ -137,6 +137,8 @@ ANSWER = {'id': 0, 'text': 'a b c', 'infill': ['a ', ' c'], 'fillings': ['b'], '
     (['the dog'], None, 'line 1: expected a JSON object, got the dog'),
     (['[1]'], None, r'line 1: expected a JSON object, got \[1\]'),
     (['{"text": "\\ud800"}'], None, 'line 1: contains an unpaired surrogate'),
+    (['{"text": "a", "p": [NaN]}'], None, 'line 1: contains NaN, which is not valid JSON: expected finite numbers'),
+    (['{"text": "a", "p": -Infinity}'], None, 'line 1: contains -Infinity, which is not valid JSON'),
     ([ANSWER | {'spans': [[2, 9]]}], None, 'expected "fillings", a list of strings, and "spans"'),
     ([ANSWER | {'spans': [2]}], None, 'expected "fillings", a list of strings, and "spans"'),
     ([ANSWER | {'id': None}], None, 'expected the key "id" with the id of the infill request'),
@@ -161,6 +163,39 @@ def test_malformed_samples_and_requests_are_refused(lines, requests, message, tm
     flags.append(f'--requests={write_lines(tmp_path / "requests.jsonl", requests)}')
   code, out, err = run_command(capsys, generative_perplexity, *flags)
   assert code == 1 and not out and re.fullmatch(f'error: .*{message}.*\n', err), err
+
+
+def test_samples_may_start_with_a_byte_order_mark_and_their_paths_with_a_tilde(
+  tmp_path, score_with, monkeypatch, capsys
+):
+  score_with(TableModel())
+  monkeypatch.setenv('HOME', str(tmp_path))
+  (tmp_path / 'samples.jsonl').write_bytes(b'\xef\xbb\xbf{"text": "a bb"}\n')
+  code, out, err = run_command(
+    capsys, generative_perplexity, '--model=m', '--samples=~/samples.jsonl', '--out=~/x.json'
+  )
+  assert code == 0 and out.startswith('~/samples.jsonl, scored by table:'), err
+  assert json.loads((tmp_path / 'x.json').read_text())['samples']['nll']['value'] == 1.5
+
+
+def test_a_full_disk_is_an_error_and_the_statistics_are_still_printed(tmp_path, score_with, capsys):
+  score_with(TableModel())
+  made = f'--samples={write_lines(tmp_path / "samples.jsonl", [{"text": "a bb"}])}'
+  code, out, err = run_command(capsys, generative_perplexity, '--model=m', made, '--out=/dev/full')
+  assert (code, err) == (1, 'error: --out=/dev/full cannot be written: No space left on device\n')
+  assert re.search(r'NLL per token, nats +1\.5000', out)
+
+
+def test_a_scoring_model_with_damaged_weights_gives_an_error_and_no_file(tmp_path, score_with, capsys):
+  class Damaged(TableModel):
+    def token_nll(self, ids_BxL, length_B):
+      return np.full(ids_BxL.shape, np.nan)
+
+  score_with(Damaged())
+  made = f'--samples={write_lines(tmp_path / "samples.jsonl", [{"text": "a bb"}])}'
+  code, out, err = run_command(capsys, generative_perplexity, '--model=m', made, f'--out={tmp_path / "x.json"}')
+  assert code == 1 and not out and not (tmp_path / 'x.json').exists()
+  assert err.startswith('error: the scoring model table gives the negative log-likelihood nan to the text')
 
 
 def test_wrong_flags_give_a_one_line_error(tmp_path, capsys):
@@ -188,6 +223,26 @@ def test_a_training_run_scores_its_samples_and_the_same_number_of_test_texts(mon
   assert result['samples']['nll'].value == 2 and result['test']['nll'].value == (1.5 + 3) / 2
   assert result['notes'] == ['samples: 1 of 2 texts have no tokens, and so no NLL and no entropy']
   assert final_evaluation.score_samples(ConfigDict({'eval': {}}), (), source) is None
+
+
+def test_eval_json_has_the_statistics_of_the_scoring_model(monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(scoring_models, 'get', lambda name: TableModel())
+  monkeypatch.setattr(final_evaluation.settings, 'describe', lambda sample_cfg: 'greedy')
+  cfg = text_config.get_config('small')
+  cfg.eval.update(perplexity_model='runs/arm', score='none')
+  exp = types.SimpleNamespace(cfg=cfg, task=types.SimpleNamespace(chance=None), sample_cfg=None)
+  evaluator = types.SimpleNamespace(
+    sample_answers=lambda *_, **__: evaluate.Scores({'length': (2.0, 1.0)}, ['shown'], samples=('a bb',)),
+    validation_loss=lambda *_: {'loss': (3.0, 1.0)},
+    source=lambda split: types.SimpleNamespace(text=['ccc'].__getitem__),
+  )
+  saved = types.SimpleNamespace(restore_weights=lambda *_: None, find=lambda _: 5, metrics=lambda _: {})
+  weights = types.SimpleNamespace(params=np.zeros(3), size=3)
+  signals = types.SimpleNamespace(received=lambda: False)
+  assert final_evaluation.report(exp, tmp_path, saved, 5, weights, evaluator, signals) == 0
+  result = json.loads((tmp_path / 'eval.json').read_text())
+  assert result['scoring_model']['samples']['nll']['value'] == result['metrics']['scoring_model_nll'] == 1.5
+  assert result['scoring_model']['test']['nll']['value'] == 3 and 'scored by table:' in capsys.readouterr().out
 
 
 def test_a_training_run_with_an_unusable_scoring_model_is_refused_at_its_start(tmp_path):

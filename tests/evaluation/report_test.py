@@ -52,6 +52,7 @@ def write_text_run(folder, seed=0, nll=(3.0, 5.0, 10.0), error=(0.3, 0.0, 0.4), 
   write_run(folder, seed, label='stories', metric='validation/loss', **config)
   strings = {'nll': list(nll), 'error': list(error), 'tokens': [1, 2, 6]}
   new = {'chance': None, 'likelihood': kind, 'strings': strings, 'pairs': {}, 'order_places': []}
+  new['judge'] = {'name': 'runs/arm'}  # the key of `scoring_model` in the files of older versions
   edit_result(folder, lambda result: result.update(new))
   return str(folder)
 
@@ -119,6 +120,25 @@ def test_plots_are_written_into_the_run_folders_and_linked(tmp_path, run_report)
     assert sorted(path.name for path in (tmp_path / folder).glob('*.png')) == names
     for name in names:
       assert (tmp_path / folder / name).read_bytes().startswith(b'\x89PNG') and f']({folder}/{name})' in out
+
+
+def test_a_run_in_a_folder_with_brackets_and_spaces_is_read_and_linked(tmp_path, run_report, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  write_run(tmp_path / 'z1')
+  folder = tmp_path / 'my z[1] (b)'
+  write_run(folder, 1, 50)
+  code, out, err = run_report('~/my z[1] (b)')
+  assert code == 0 and not err, err
+  assert cells(out, 'star easy', 'ilm')[3] == '50.0'
+  assert f'- `{folder}`: ' in out and f']({tmp_path}/my%20z%5B1%5D%20%28b%29/order.png)' in out
+  assert (folder / 'order.png').exists() and not list((tmp_path / 'z1').glob('*.png'))
+
+
+def test_a_plot_that_cannot_be_written_is_a_one_line_error(tmp_path, run_report):
+  folder = write_run(tmp_path / 'a')
+  (tmp_path / 'a' / 'order.png').mkdir()
+  code, out, err = run_report(folder)
+  assert (code, out, err) == (1, '', f'error: {folder}/order.png cannot be written: Is a directory\n')
 
 
 def test_likelihoods_are_reported_in_a_separate_table(tmp_path, run_report):
