@@ -35,7 +35,7 @@ class ShapeError(UserError):
 
 def folder_of(workdir) -> epath.Path:
   """Return the absolute path of the checkpoints in a workdir; UserError if Orbax would not find them there again."""
-  folder = epath.Path(workdir).resolve() / 'checkpoints'  # Orbax accepts absolute paths only
+  folder = paths.resolve(workdir, 'workdir').resolve() / 'checkpoints'  # Orbax accepts absolute paths only
   text = str(folder).encode(errors='replace').decode()  # bytes that are not UTF-8 become question marks
   if set(text) & set('*?[\\'):  # Orbax reads the first three as a pattern, TensorStore the last one as a slash
     raise UserError(

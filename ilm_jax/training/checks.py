@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from ilm_jax.configs import default
+from ilm_jax.data.pipeline import shape_of
 from ilm_jax.distributed import sharding
 from ilm_jax.families import FAMILIES
 from ilm_jax.runs.run_file import RENAMED, as_json, flatten
@@ -63,7 +64,8 @@ def check_settings(cfg) -> None:
   values = flatten(as_json(cfg))
   check_names(cfg, values.keys())
   for name, value in values.items():
-    if isinstance(value, float) and not math.isfinite(value) and (math.isnan(value) or name not in MAY_BE_INFINITE):
+    infinite = value == math.inf and name in MAY_BE_INFINITE
+    if isinstance(value, float) and not math.isfinite(value) and not infinite:
       raise UserError(f'{name}={value}: expected a finite number')
     if isinstance(value, int) and abs(value) >= 2**31 and name != 'seed' and not name.startswith('task.'):
       raise UserError(f'{name}={value}: expected a number below 2**31')
@@ -112,29 +114,29 @@ def check_names(cfg, names) -> None:
 
 
 def check_memory(exp, training: bool) -> None:
-  """Raise UserError if a lower bound of the memory that a run needs exceeds that of the devices or of this host."""
-  cfg, model, shards = exp.cfg, exp.model_cfg, sharding.num_row_shards(exp.mesh)
-  weights = (
-    model.num_layers * (4 * model.d_model + 2 * model.d_ff) * model.d_model + 2 * model.vocab_size * model.d_model
-  )
+  """Raise UserError if a lower bound on the memory that a run needs exceeds that of its devices or of this host."""
+  cfg, model, data, sampling = exp.cfg, exp.model_cfg, exp.cfg.data, exp.cfg.sampling
+  width, shape, shards = model.d_model, shape_of(data, groups=1), sharding.num_row_shards(exp.mesh)
+  weights = model.num_layers * (4 * width + 2 * model.d_ff) * width + 2 * model.vocab_size * width
   copies = 4 + bool(cfg.optimizer.ema_decay) if training else 1  # weights, gradients, two moments, moving average
-  rows = cfg.data.rows / cfg.optimizer.accumulation_steps if training else 0
-  position_bytes = (
-    model.num_layers * model.d_model * (4 if model.compute == 'float32' else 2)
-  )  # the inputs of all blocks
-  batch_bytes = cfg.data.rows * 13 * cfg.data.row_length * training
-  device = {
-    f'model.num_layers={model.num_layers}, d_model={model.d_model} and d_ff={model.d_ff}':
+  block_bytes = shape.length * width * (4 if model.compute == 'float32' else 2)  # the input of a block, for one row
+  batch_bytes = shape.rows * (13 * shape.length + 16 * shape.targets + 24 * shape.segments)
+  decoded = cfg.eval.batch_size * max(sampling.max_length, sampling.max_steps or 0)
+  device = {  # settings -> bytes on each device
+    f'model.num_layers={model.num_layers}, d_model={width}, d_ff={model.d_ff}':
       4 * copies * weights / exp.mesh.shape['fsdp'] / exp.mesh.shape['tensor'],
-    f'data.rows={cfg.data.rows} and data.row_length={cfg.data.row_length}':
-      rows * cfg.data.row_length * position_bytes / shards,
-    f'eval.batch_size={cfg.eval.batch_size} and sampling.max_length={cfg.sampling.max_length}':
-      16 * cfg.eval.batch_size * cfg.sampling.max_length / shards,
+    f'data.rows={shape.rows}, row_length={shape.length}':
+      training * shape.rows * model.num_layers * block_bytes / cfg.optimizer.accumulation_steps / shards,
+    f'eval.batch_size={cfg.eval.batch_size}, sampling.max_length={sampling.max_length}, max_steps={sampling.max_steps}':
+      16 * decoded / shards,
   }  # fmt: skip
-  host = {
-    f'data.batch_size={cfg.data.batch_size}': 500 * cfg.data.batch_size * training / jax.process_count(),
-    f'data.prefetch={cfg.data.prefetch} batches of data.rows={cfg.data.rows} and data.row_length='
-    f'{cfg.data.row_length}': cfg.data.prefetch * batch_bytes / jax.process_count(),
+  host = {  # settings -> bytes on each host
+    f'data.batch_size={data.batch_size}': training * 500 * data.batch_size / jax.process_count(),
+    f'data.prefetch={data.prefetch} batches of data.rows={shape.rows}, row_length={shape.length}, '
+    f'targets={shape.targets}, segments={shape.segments}': training
+    * min(data.prefetch, cfg.steps)
+    * batch_bytes
+    / jax.process_count(),
   }
   first = jax.local_devices()[0]
   limit = (first.memory_stats() or {}).get('bytes_limit')
@@ -143,10 +145,10 @@ def check_memory(exp, training: bool) -> None:
   for where, parts, available in (
     (f'each device ({first.device_kind})', device, limit or math.inf), ('this host', host, host_memory())
   ):  # fmt: skip
-    if sum(parts.values()) > available:
+    if (total := sum(parts.values())) > available:
       raise UserError(
-        f'{max(parts, key=parts.get)}: the run needs at least {gigabytes(sum(parts.values()))} of memory on {where}, '
-        f'which has {gigabytes(available)}: choose smaller values'
+        f'{max(parts, key=parts.get)}: the run needs at least {total / 1e9:,.1f} GB of memory on {where}, which has '
+        f'{available / 1e9:,.1f} GB: choose smaller values'
       )
 
 
@@ -157,8 +159,3 @@ def host_memory() -> float:
     with contextlib.suppress(OSError, ValueError):
       sizes.append(int(Path('/sys/fs/cgroup', name).read_text()))
   return min(sizes)
-
-
-def gigabytes(size: float) -> str:
-  """Format a number of bytes, such as '1,234.5 GB'."""
-  return f'{size / 1e9:,.1f} GB'
