@@ -15,6 +15,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from ilm_jax import paths
 from ilm_jax.distributed import processes
 from ilm_jax.types import UserError
 
@@ -32,6 +33,18 @@ class ShapeError(UserError):
     self.difference = difference
 
 
+def folder_of(workdir) -> epath.Path:
+  """Return the absolute path of the checkpoints in a workdir; UserError if Orbax would not find them there again."""
+  folder = paths.resolve(workdir, 'workdir').resolve() / 'checkpoints'  # Orbax accepts absolute paths only
+  text = str(folder).encode(errors='replace').decode()  # bytes that are not UTF-8 become question marks
+  if set(text) & set('*?[\\'):  # Orbax reads the first three as a pattern, TensorStore the last one as a slash
+    raise UserError(
+      f'{text}: checkpoints cannot be stored in a folder whose path has a character *, ?, [ or \\, or is not UTF-8: '
+      'give another folder'
+    )
+  return folder
+
+
 class Checkpoints:
   """Save, list and restore the checkpoints of a run in its workdir."""
 
@@ -40,7 +53,7 @@ class Checkpoints:
 
     The `keep` latest checkpoints are kept, and the one with the best validation metric (`mode`: 'max' or 'min').
     """
-    self.folder = epath.Path(workdir).resolve() / 'checkpoints'  # Orbax accepts absolute paths only
+    self.folder = folder_of(workdir)
     self.metric, self.mode = metric, mode
     if not read_only:
       if processes.is_first():
@@ -70,14 +83,12 @@ class Checkpoints:
 
   def _remove_incomplete_files(self) -> None:
     """Remove incomplete checkpoints and metrics files that a killed process or a full disk has left behind."""
-    if not self.folder.exists():
-      return
-    for path in self.folder.glob('*orbax-checkpoint-tmp*'):
+    for path in paths.matching(self.folder, '*orbax-checkpoint-tmp*'):
       logging.warning('removed the incomplete checkpoint %s', path)
       path.rmtree()
-    for path in self.folder.glob('*/metrics/metrics'):
+    for path in (step / 'metrics' / 'metrics' for step in paths.matching(self.folder, '*')):
       try:
-        json.loads(path.read_text())
+        json.loads(path.read_text() if path.exists() else '{}')
       except ValueError:
         logging.warning('removed the metrics in %s, which are not valid JSON', path)
         path.unlink()
@@ -219,7 +230,7 @@ class Checkpoints:
 
   def _set_aside(self, step: int, why: str) -> None:
     """Move a damaged checkpoint to `damaged-checkpoint-STEP` in the workdir: it is neither read again nor deleted."""
-    earlier = len(list(self.folder.parent.glob(f'damaged-checkpoint-{step}*')))
+    earlier = len(paths.matching(self.folder.parent, f'damaged-checkpoint-{step}*'))
     aside = self.folder.parent / (f'damaged-checkpoint-{step}' + (f'-{earlier + 1}' if earlier else ''))
     logging.warning('moved the damaged checkpoint of step %d to %s (%s)', step, aside, why)
     (self.folder / str(step)).rename(aside)

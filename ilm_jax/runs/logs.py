@@ -17,6 +17,8 @@ from google.protobuf.message import DecodeError
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
+from ilm_jax import paths
+
 
 def _import_clu():
   """Import CLU without TensorFlow, if necessary; return its modules (metric_writers, periodic_actions)."""
@@ -88,7 +90,7 @@ def read_records(path):
 
 def event_files(workdir) -> list[epath.Path]:
   """Return the event files of a run, in the order of its starts."""
-  return sorted(epath.Path(workdir).glob('events.out.tfevents.*'))
+  return paths.matching(workdir, 'events.out.tfevents.*')
 
 
 def forget_after(workdir, step: int, *, validated: bool = True) -> None:

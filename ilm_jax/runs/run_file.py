@@ -19,6 +19,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from ilm_jax import paths
 from ilm_jax.types import UserError
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
@@ -78,7 +79,7 @@ def unflatten(flat: dict) -> dict:
 
 def read_config(workdir):
   """Return the config of the run in a workdir as nested dictionaries; UserError if it has no valid run.json."""
-  path = epath.Path(workdir) / 'run.json'
+  path = paths.resolve(workdir, 'workdir') / 'run.json'
   if not path.exists():
     raise UserError(f'{workdir}: expected the workdir of a run, but there is no run.json in it')
   run = parse_run(path.read_text()) or {'config': {}}

@@ -7,6 +7,7 @@ import os
 from absl import logging
 from etils import epath
 
+from ilm_jax import paths
 from ilm_jax.distributed import processes
 from ilm_jax.runs import run_file
 from ilm_jax.runs.run_file import as_json, flatten
@@ -35,7 +36,7 @@ def claim(workdir, cfg):
           probe = path / f'.writable-{os.getpid()}'
           probe.write_text('')
           probe.unlink()
-        if run_file.read_run(workdir) is None and any(path.glob('checkpoints/*')):
+        if run_file.read_run(workdir) is None and paths.matching(path / 'checkpoints', '*'):
           raise UserError(
             f'{workdir} holds checkpoints but no run.json that says which run they belong to: give another --workdir'
           )

@@ -1,4 +1,4 @@
-"""Build the family, task, model and mesh that a config specifies, and check the config, for training and evaluation."""
+"""Build the family, task, model and mesh that a config specifies, and check that its settings fit together."""
 
 from typing import Any, NamedTuple
 
@@ -12,9 +12,8 @@ from ilm_jax.data import pipeline
 from ilm_jax.distributed import sharding
 from ilm_jax.evaluation import scoring_models
 from ilm_jax.models import transformer
-from ilm_jax.runs.run_file import RENAMED, as_json, flatten
 from ilm_jax.special_tokens import SPECIAL
-from ilm_jax.training import optimizer
+from ilm_jax.training.checks import check_settings
 from ilm_jax.types import UserError
 
 
@@ -30,27 +29,13 @@ class Experiment(NamedTuple):
   mesh: jax.sharding.Mesh
 
 
-MINIMUM = {  # config setting -> its smallest allowed value
-  'seed': 0, 'steps': 1, 'keep': 1, 'log_every': 0, 'checkpoint_every': 0, 'report_seconds': 0,
-  'task.seed': 0, 'task.num_train': 0, 'task.num_validation': 1, 'task.num_test': 1,
-  'loss.vocab_chunk': 1, 'loss.stop_weight': 0,
-  'corrupt.length': 0, 'data.batch_size': 1, 'data.groups': 1, 'data.rows': 1, 'data.row_length': 2, 'data.targets': 0,
-  'data.segments': 1, 'data.num_workers': 0, 'data.prefetch': 1,
-  'optimizer.warmup_steps': 0, 'optimizer.accumulation_steps': 1, 'optimizer.clip': 0, 'optimizer.ema_decay': 0,
-  'sampling.max_length': 3, 'sampling.max_steps': 0,
-  'distributed.initialization_timeout': 1, 'distributed.heartbeat_timeout': 5,
-  'eval.every': 0, 'eval.batch_size': 1, 'eval.samples': 0, 'eval.print_samples': 0,
-}  # fmt: skip
-
-
 def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> Experiment:
   """Build the family, task, model and mesh that a config specifies; UserError if its settings do not fit together.
 
   The task may read files that it saved in the workdir, such as the tokenizer, and add its fingerprint to `cfg.task`.
   If `vocab_size` is given, no tokenizer and no data are loaded; the result can be compiled but not trained.
   """
-  check_ranges(cfg)
-  optimizer.make_schedule(cfg.optimizer, cfg.steps)
+  check_settings(cfg)
   family, task = families.get(cfg.family), tasks.get(cfg.task.name)
   check_choices(cfg, family, task)
   if vocab_size is None:
@@ -76,31 +61,14 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
   return Experiment(cfg, family, task, model_cfg, sample_cfg, loss_cfg, mesh)
 
 
-def check_ranges(cfg) -> None:
-  """Raise UserError if a number in the config is below its minimum, or if `eval.checkpoint` is malformed."""
-  values = flatten(as_json(cfg))
-  for name in values.keys() & RENAMED.keys():
-    raise UserError(f'config.{name} was renamed: set config.{RENAMED[name]} instead')
-  for name, minimum in MINIMUM.items():
-    if values.get(name) is not None and values[name] < minimum:
-      raise UserError(f'{name}={values[name]}: expected at least {minimum}')
-  which = str(cfg.eval.checkpoint)
-  if which not in ('best', 'latest') and not which.isdigit():
-    raise UserError(f"eval.checkpoint={which!r}: expected 'best', 'latest' or a step")
-
-
 def check_choices(cfg, family, task) -> None:
-  """Raise UserError if a loss or evaluation option is unknown, or if the family or the task does not support it."""
+  """Raise UserError if the family or the task does not support an option of the loss or of the evaluation."""
   if cfg.eval.score != 'none':
     family.check_score(cfg.eval.score or None, task.longest_answer(cfg.task))
-  if cfg.loss.length_weight not in ('none', 'elbo'):
-    raise UserError(f'loss.length_weight={cfg.loss.length_weight!r}: expected none or elbo')
   if cfg.loss.length_weight not in family.length_weights:
     raise UserError(
       f'loss.length_weight={cfg.loss.length_weight} is not supported by family={cfg.family}: leave it out'
     )
-  if cfg.eval.mode not in ('max', 'min'):
-    raise UserError(f'eval.mode={cfg.eval.mode!r}: expected max or min')
   if cfg.eval.metric == 'exact_match' and task.score is None:
     raise UserError(
       f'eval.metric=exact_match: the task {cfg.task.name} has no right answers: use eval.metric=loss and eval.mode=min'

@@ -1,5 +1,8 @@
 """Evaluate a run on the test split, write eval.json, and print a summary."""
 
+import contextlib
+import os
+import sys
 import time
 
 import jax
@@ -14,6 +17,7 @@ from ilm_jax.runs.run_file import as_json
 from ilm_jax.runs.workdir import explain_write_errors
 from ilm_jax.training.experiment import Experiment
 from ilm_jax.training.signals import FINISHED
+from ilm_jax.types import UserError
 
 
 def report(exp: Experiment, workdir, saved, step: int, abstract_params, evaluator, signals) -> int:
@@ -64,12 +68,32 @@ def report(exp: Experiment, workdir, saved, step: int, abstract_params, evaluato
     if processes.is_first():
       run_file.write_json(epath.Path(workdir) / 'eval.json', result)
   if processes.is_first():
-    print_result(exp, workdir, result, scores, scored_texts)
+    return show(result_text(exp, workdir, result, scores, scored_texts), f'{workdir}/eval.json')
   return FINISHED
 
 
-def print_result(exp: Experiment, workdir, result: dict, scores, scored_texts: dict | None) -> None:
-  """Print the result of `report` and a few sampled completions."""
+def show(text: str, path: str) -> int:
+  """Print a result that is also stored at `path`; return the exit code, 1 if the reader of a pipe has ended.
+
+  UserError if standard output is closed, or the disk behind it is full.
+  """
+  try:
+    if sys.stdout is None:
+      raise OSError('it is closed')
+    encoding = sys.stdout.encoding or 'utf-8'
+    print(text.encode(encoding, 'backslashreplace').decode(encoding), flush=True)
+  except OSError as error:
+    with contextlib.suppress(AttributeError, OSError):  # else Python fails once more when it flushes at the exit
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+      return 1
+    reason = error.strerror or error
+    raise UserError(f'standard output cannot be written ({reason}): the result is in {path}') from error
+  return FINISHED
+
+
+def result_text(exp: Experiment, workdir, result: dict, scores, scored_texts: dict | None) -> str:
+  """Return the result of `report` and a few sampled completions as text."""
   step, values = result['step'], result['metrics']
   if 'exact_match' in scores.pairs:
     title = 'Sample answers, one line per decoding step, with the token inserted at that step in brackets'
@@ -77,15 +101,15 @@ def print_result(exp: Experiment, workdir, result: dict, scores, scored_texts: d
   else:
     title = 'Sample texts, also as they were after 1/4, 1/2 and 3/4 of the decoding steps'
     main = f'{exp.cfg.eval.metric} at step {step}: {values[exp.cfg.eval.metric]:.4f}'
-  print('\n\n'.join([f'\n{title}:', *scores.texts]) + f'\n\ntest {main}')
+  lines = ['\n\n'.join([f'\n{title}:', *scores.texts, f'test {main}'])]
   if result['likelihood']:
     error = (values['nll_variance'] / len(result['strings']['nll'])) ** 0.5
-    print(f'test -log p, {result["likelihood"]}: {values["nll"]:.4f} nats per string (standard error of the estimate '
-          f'{error:.4f}), {values["nll_per_token"]:.4f} per token')  # fmt: skip
+    lines.append(f'test -log p, {result["likelihood"]}: {values["nll"]:.4f} nats per string (standard error of the '
+                 f'estimate {error:.4f}), {values["nll_per_token"]:.4f} per token')  # fmt: skip
   if scored_texts:
     columns = {name: scored_texts[name] for name in ('samples', 'test')}
-    print('\n'.join([f'\nscored by {scored_texts["name"]}:', text_statistics.table(columns), *scored_texts['notes']]))
-  print(f'run: {workdir} (metrics: tensorboard --logdir={workdir}; result: {workdir}/eval.json)', flush=True)
+    lines += [f'\nscored by {scored_texts["name"]}:', text_statistics.table(columns), *scored_texts['notes']]
+  return '\n'.join([*lines, f'run: {workdir} (metrics: tensorboard --logdir={workdir}; result: {workdir}/eval.json)'])
 
 
 def score_samples(cfg, samples, source) -> dict | None:

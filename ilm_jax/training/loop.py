@@ -9,6 +9,7 @@ from absl import logging
 from etils import epath
 
 from ilm_jax import metrics as metrics_lib
+from ilm_jax import paths
 from ilm_jax.data import pipeline
 from ilm_jax.distributed import processes, sharding
 from ilm_jax.evaluation import evaluate
@@ -17,6 +18,7 @@ from ilm_jax.runs import checkpoint, logs, run_file
 from ilm_jax.runs.run_file import as_json, flatten
 from ilm_jax.runs.workdir import check_same_run, claim, explain_write_errors
 from ilm_jax.training import optimizer, warm_start
+from ilm_jax.training.checks import check_memory
 from ilm_jax.training.experiment import Experiment, build
 from ilm_jax.training.final_evaluation import reached_goal, report
 from ilm_jax.training.signals import FINISHED, Signals
@@ -30,9 +32,9 @@ def train(cfg, workdir) -> int:
   Training resumes from the latest checkpoint in the workdir, if any. Return the exit code of the process (see
   `training.signals`); UserError if the config or the workdir is invalid, or the loss becomes infinite or NaN.
   """
-  with Signals() as signals:
-    exp = build_on_all(cfg, workdir, 'train')
-    if cfg.init_from and not any(epath.Path(workdir).glob('checkpoints/*')):
+  with jax.enable_x64(False), explain_out_of_memory(), Signals() as signals:
+    exp, workdir = build_on_all(cfg, workdir, 'train')
+    if cfg.init_from and not paths.matching(workdir / 'checkpoints', '*'):
       # Reading the weights already here makes a wrong `init_from` fail before the workdir is created.
       warm_start.load_weights(cfg, transformer.abstract_params(exp.model_cfg, exp.mesh))
     evaluator = make_evaluator(exp)
@@ -45,26 +47,47 @@ def train(cfg, workdir) -> int:
 
 def evaluate_run(cfg, workdir) -> int:
   """Evaluate a checkpoint of a run (`cfg.eval.checkpoint`) on the test split; return the exit code."""
-  exp = build_on_all(cfg, workdir, 'eval')
-  with processes.raise_on_all():
-    check_same_run(workdir, cfg)
-  saved = checkpoint.Checkpoints(workdir, metric=cfg.eval.metric, mode=cfg.eval.mode, read_only=True)
-  with processes.raise_on_all():
-    step = saved.find(cfg.eval.checkpoint)
-  agree_on_checkpoints(step)
-  evaluator = make_evaluator(exp)
-  abstract_params = transformer.abstract_params(exp.model_cfg, exp.mesh)
-  with Signals(saving=False) as signals:
-    return report(exp, workdir, saved, step, abstract_params, evaluator, signals)
+  with jax.enable_x64(False), explain_out_of_memory():
+    exp, workdir = build_on_all(cfg, workdir, 'eval')
+    with processes.raise_on_all():
+      check_same_run(workdir, cfg)
+    saved = checkpoint.Checkpoints(workdir, metric=cfg.eval.metric, mode=cfg.eval.mode, read_only=True)
+    with processes.raise_on_all():
+      step = saved.find(cfg.eval.checkpoint)
+    agree_on_checkpoints(step)
+    evaluator = make_evaluator(exp)
+    abstract_params = transformer.abstract_params(exp.model_cfg, exp.mesh)
+    with Signals(saving=False) as signals:
+      return report(exp, workdir, saved, step, abstract_params, evaluator, signals)
 
 
-def build_on_all(cfg, workdir, mode: str) -> Experiment:
-  """Build the experiment in every process; raise if their code, config or mode differ or the workdir is not shared."""
+def build_on_all(cfg, workdir, mode: str) -> tuple[Experiment, epath.Path]:
+  """Return (experiment, path of the workdir), built and checked in every process.
+
+  UserError if the processes differ in their code, config or mode, or do not share the workdir.
+  """
   with processes.raise_on_all():
+    workdir = paths.resolve(workdir, '--workdir')
+    checkpoint.folder_of(workdir)
     exp = build(cfg, workdir)
+    check_memory(exp, training=mode == 'train')
   processes.agree({**run_file.code(), 'mode': mode, 'workdir': str(workdir), **flatten(as_json(cfg))})
   processes.check_shared(workdir)
-  return exp
+  return exp, workdir
+
+
+@contextlib.contextmanager
+def explain_out_of_memory():
+  """Context manager: convert an error of the device or the host about too little memory to a UserError."""
+  try:
+    yield
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
+      raise UserError(
+        f'out of memory ({checkpoint.reason(error)}): lower data.rows, raise optimizer.accumulation_steps or '
+        'mesh.fsdp, set model.remat=True, or choose a smaller model'
+      ) from error
+    raise
 
 
 def agree_on_checkpoints(found) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import jax
 from absl import logging
@@ -22,6 +23,8 @@ class Signals:
   def __init__(self, saving: bool = True):
     """Choose the signals to handle: none with several processes, unless the caller is `saving` checkpoints."""
     self._handled = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,) if saving else ()
+    if threading.current_thread() is not threading.main_thread():
+      self._handled = ()  # Python delivers signals to the main thread only
     self.begun = not saving
     self.code = None
     self._own_code = None  # exit code for the last signal that this process received

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 from absl import logging
-from etils import epath
 
+from ilm_jax import paths
 from ilm_jax.distributed import processes
 from ilm_jax.runs import checkpoint, run_file
 from ilm_jax.training.train_step import TrainState
@@ -16,15 +16,15 @@ def load_weights(cfg, abstract_params):
 
   UserError if that run uses another tokenizer or has other shapes.
   """
-  workdir = cfg.init_from
   with processes.raise_on_all():
+    workdir = paths.resolve(cfg.init_from, 'init_from')
     config = (run_file.read_run(workdir) or {'config': {}})['config']
     theirs = config.get('task', {}).get('tokenizer', {}).get('fingerprint')
     ours = cfg.task.get('tokenizer', {}).get('fingerprint')
     if theirs and ours and theirs != ours:
       raise UserError(
         f'init_from={workdir}: that run has the tokenizer {theirs}, this one has {ours}: use the tokenizer of that '
-        f'run, --config.task.tokenizer.path={epath.Path(workdir) / "tokenizer"}'
+        f'run, --config.task.tokenizer.path={workdir / "tokenizer"}'
       )
   eval_cfg = {'metric': 'exact_match', 'mode': 'max', **config.get('eval', {})}
   source = checkpoint.Checkpoints(workdir, metric=eval_cfg['metric'], mode=eval_cfg['mode'], read_only=True)

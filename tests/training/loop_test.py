@@ -35,7 +35,13 @@ from ilm_jax.types import UserError
     ({'data.row_length': 20}, r'data.row_length=20 is shorter than the longest example, 22 tokens'),
     ({'optimizer.accumulation_steps': 0}, r'optimizer.accumulation_steps=0: expected at least 1'),
     ({'optimizer.schedule': 'step'}, r"optimizer.schedule='step': expected one of constant, cosine, linear"),
-    ({'eval.mode': 'most'}, r"eval.mode='most': expected max or min"),
+    ({'eval.mode': 'most'}, r"eval.mode='most': expected one of max, min"),
+    ({'optimizer.learning_rate': float('nan')}, r'^optimizer.learning_rate=nan: expected a finite number$'),
+    ({'model.d_model': 2**20}, r'd_model=1048576, d_ff=32: the run needs at least \d.* GB .* this host, which has'),
+    ({'data.rows': 8 * 10**7}, r'^data.prefetch=2 batches of data.rows=80000000, row_length=44, .* at least '),
+    ({'data.batch_size': 2 * 10**9}, r'^data.batch_size=2000000000: the run needs at least 1,000.0 GB of memory on'),
+    ({'sampling.max_steps': 2 * 10**9}, r'^eval.batch_size=8, .*max_steps=2000000000: the run needs at least 256'),
+    ({'init_from': 'gss://bucket/run'}, r'^init_from=gss://bucket/run: unknown scheme gss://'),
     ({'seed': -1}, r'seed=-1: expected'),
     ({'family': 'gpt'}, r"family='gpt': expected one of"),
     ({'model.d_model': 15}, r'model.d_model=15'),
@@ -47,6 +53,20 @@ def test_an_invalid_config_is_refused_before_any_file_is_written(changes, messag
   with pytest.raises(UserError, match=message):
     loop.train(small.config(changes), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('name', ['z[1]', 'a*b', 'a?b', 'a\\b', 'caf\udce9'])
+def test_a_workdir_whose_path_orbax_would_misread_is_refused_before_any_file_is_written(name, tmp_path):
+  with pytest.raises(UserError, match=r'checkpoints cannot be stored in a folder whose path has .*: give another'):
+    loop.train(small.config(), tmp_path / name / 'run')
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_workdir_may_begin_with_a_tilde_but_not_with_an_unknown_scheme(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert loop.build_on_all(small.config(), '~/run', 'train')[1] == tmp_path / 'run'
+  with pytest.raises(UserError, match=r'^--workdir=gss://bucket/run: unknown scheme'):
+    loop.train(small.config(), 'gss://bucket/run')
 
 
 # --- the files of a run -----------------------------------------------------------------------------------------------

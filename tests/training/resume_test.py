@@ -1,5 +1,6 @@
 """Resuming: however a run ends, the same command continues from the last checkpoint to bitwise equal weights."""
 
+import io
 import json
 import os
 import random
@@ -7,6 +8,8 @@ import re
 import resource
 import shutil
 import signal
+import sys
+import threading
 import time
 
 import jax
@@ -265,6 +268,61 @@ def test_restarting_a_finished_run_only_reports_its_results(copy, one_device):
   assert loop.train(small.config(SHORT), copy) == signals.FINISHED
   assert {path: path.stat().st_mtime_ns for path in (copy / 'checkpoints').rglob('*')} == before
   assert logs.read_scalars(copy) == scalars and (copy / 'eval.json').exists()
+
+
+def test_a_run_in_a_thread_or_with_jax_in_64_bit_mode_ends_with_the_same_weights(copy, finished, abstract, one_device):
+  shutil.rmtree(copy / 'checkpoints' / '25')
+  codes = []
+
+  def resume():
+    with jax.enable_x64(True):
+      codes.append(loop.train(small.config(SHORT), copy))
+
+  thread = threading.Thread(target=resume)
+  thread.start()
+  thread.join()
+  assert codes == [signals.FINISHED]
+  assert_ends_as(copy, finished, abstract)
+
+
+class Broken(io.StringIO):
+  """A standard output whose every write fails."""
+
+  def __init__(self, error: OSError):
+    super().__init__()
+    self.error = error
+
+  def write(self, text):
+    raise self.error
+
+
+@pytest.mark.parametrize(
+  ('stream', 'reason'),
+  [
+    (None, 'it is closed'),
+    (Broken(OSError(28, 'No space left on device')), 'No space left on device'),
+    (Broken(BrokenPipeError(32, 'Broken pipe')), None),
+  ],
+  ids=['closed', 'full disk', 'broken pipe'],
+)
+def test_eval_json_is_written_even_if_standard_output_cannot_be(stream, reason, copy, one_device, monkeypatch):
+  path = copy / 'eval.json'
+  path.unlink()
+  monkeypatch.setattr(sys, 'stdout', stream)
+  if reason is None:
+    assert loop.evaluate_run(small.config(SHORT), copy) == 1
+  else:
+    with pytest.raises(UserError) as error:
+      loop.evaluate_run(small.config(SHORT), copy)
+    assert str(error.value) == f'standard output cannot be written ({reason}): the result is in {path}'
+  assert json.loads(path.read_text())['split'] == 'test'
+
+
+@pytest.mark.long
+def test_a_run_trains_without_asserts_and_docstrings(tmp_path, monkeypatch):
+  monkeypatch.setenv('PYTHONOPTIMIZE', '2')
+  code, out, err = small.run(small.flags(tmp_path / 'run', {'steps': 5}), tmp_path / 'cache')
+  assert code == 0 and 'test exact match at step 5' in out, err
 
 
 def test_a_second_ctrl_c_ends_the_process_immediately():

@@ -1,0 +1,161 @@
+"""Check the settings of a config before anything is computed: names, ranges, choices, and the memory that they need."""
+
+import contextlib
+import difflib
+import importlib
+import math
+import os
+from pathlib import Path
+
+import jax
+
+from ilm_jax.configs import default
+from ilm_jax.data.pipeline import shape_of
+from ilm_jax.distributed import sharding
+from ilm_jax.families import FAMILIES
+from ilm_jax.runs.run_file import RENAMED, as_json, flatten
+from ilm_jax.tasks import TASKS
+from ilm_jax.types import UserError
+
+RANGES = (  # (what is allowed, its test, the settings); one of them holds for every number of a config
+  ('a finite number', math.isfinite, ('stop_at',)),
+  ('at least 0 and below 2**32', lambda x: 0 <= x < 2**32, ('seed',)),
+  ('at least 0', lambda x: x >= 0, (
+    'log_every', 'checkpoint_every', 'report_seconds', 'task.seed', 'task.num_train', 'loss.stop_weight',
+    'corrupt.length', 'corrupt.eos_weight', 'data.targets', 'optimizer.learning_rate', 'optimizer.warmup_steps',
+    'optimizer.eps', 'optimizer.weight_decay', 'optimizer.clip', 'sampling.max_steps', 'sampling.gaps', 'eval.every',
+    'eval.samples', 'eval.print_samples',
+    *[f'sampling.{rule}.{name}' for rule in ('gap', 'token', 'joint') for name in ('temperature', 'top_k')],
+  )),
+  ('at least 1', lambda x: x >= 1, (
+    'steps', 'keep', 'task.num_validation', 'task.num_test', 'loss.vocab_chunk', 'data.batch_size', 'data.groups',
+    'data.rows', 'data.segments', 'data.prefetch', 'optimizer.accumulation_steps', 'eval.batch_size',
+    'distributed.initialization_timeout', 'sampling.score_draws',
+    'model.num_layers', 'model.num_heads', 'model.d_model', 'model.d_ff', 'model.d_cond',
+  )),
+  ('at least 2', lambda x: x >= 2, ('data.row_length',)),
+  ('at least 3', lambda x: x >= 3, ('sampling.max_length',)),
+  ('at least 5', lambda x: x >= 5, ('distributed.heartbeat_timeout',)),
+  ('-1 or at least 1', lambda x: x == -1 or x >= 1, ('mesh.data', 'mesh.fsdp', 'mesh.tensor')),
+  ('from 0 to 1024', lambda x: 0 <= x <= 1024, ('data.num_workers', 'task.num_workers')),
+  ('from 0 to 1', lambda x: 0 <= x <= 1, (
+    'corrupt.infill_rate', 'corrupt.fim_rate', 'corrupt.noise_eps', 'optimizer.final_fraction',
+    'sampling.stop_threshold', 'sampling.end_threshold', 'sampling.gap_threshold',
+  )),
+  ('at least 0 and below 1', lambda x: 0 <= x < 1, (
+    'model.dropout', 'model.attention_dropout', 'optimizer.b1', 'optimizer.b2', 'optimizer.ema_decay',
+  )),
+  ('above 0', lambda x: x > 0, ('sampling.stop_temperature',)),
+  ('above 0 and at most 1', lambda x: 0 < x <= 1, [f'sampling.{rule}.top_p' for rule in ('gap', 'token', 'joint')]),
+)  # fmt: skip
+MAY_BE_INFINITE = ('optimizer.clip', 'report_seconds')
+CHOICES = {
+  'optimizer.schedule': ('constant', 'cosine', 'linear'),
+  'loss.length_weight': ('none', 'elbo'),
+  'eval.mode': ('max', 'min'),
+}
+# Settings that a config may have although `configs.default` does not.
+OPTIONAL = ('data.path', 'eval.perplexity_model', 'model.rotary_dim', 'sampling.min_buffer')
+FAMILY_SECTIONS = ('corrupt', 'loss', 'model', 'sampling')  # a family outside this package may add settings to these
+
+
+def check_settings(cfg) -> None:
+  """Raise UserError if a setting of the config is unknown or missing, or if its value is not allowed."""
+  values = flatten(as_json(cfg))
+  check_names(cfg, values.keys())
+  for name, value in values.items():
+    infinite = value == math.inf and name in MAY_BE_INFINITE
+    if isinstance(value, float) and not math.isfinite(value) and not infinite:
+      raise UserError(f'{name}={value}: expected a finite number')
+    if isinstance(value, int) and abs(value) >= 2**31 and name != 'seed' and not name.startswith('task.'):
+      raise UserError(f'{name}={value}: expected a number below 2**31')
+  for allowed, test, names in RANGES:
+    for name in names:
+      value = values.get(name)
+      if value is not None and (isinstance(value, str) or not test(value)):
+        raise UserError(f'{name}={value!r}: expected {allowed}')
+  for name, allowed in CHOICES.items():
+    if values[name] not in allowed:
+      raise UserError(f'{name}={values[name]!r}: expected one of {", ".join(allowed)}')
+  which = str(values['eval.checkpoint'])
+  if which not in ('best', 'latest') and not which.isdigit():
+    raise UserError(f"eval.checkpoint={which!r}: expected 'best', 'latest' or a step")
+
+
+def check_names(cfg, names) -> None:
+  """Raise UserError for a setting that does not exist, such as `config.stpes`, or that is missing.
+
+  Tasks outside this package may have any settings below `task`; families outside it, any in FAMILY_SECTIONS and any new
+  section.
+  """
+  for name in names & RENAMED.keys():
+    raise UserError(f'config.{name} was renamed: set config.{RENAMED[name]} instead')
+  if 'task.name' not in names:
+    raise UserError(f'config.task.name is missing: expected one of {", ".join(TASKS)}, or the import path of a module')
+  required = flatten(as_json(default.get_config())).keys()
+  known = {*required, *OPTIONAL}
+  if cfg.task.name in TASKS:
+    known |= flatten(as_json(importlib.import_module(f'ilm_jax.configs.{cfg.task.name}').get_config())).keys()
+  else:
+    known |= {name for name in names if name.startswith('task.')}
+  if cfg.get('family') not in FAMILIES:
+    closed = {name.split('.')[0] for name in known} - set(FAMILY_SECTIONS)
+    known |= {name for name in names if '.' in name and name.split('.')[0] not in closed}
+  for name in sorted(names - known):
+    section = name.rpartition('.')[0]
+    close = difflib.get_close_matches(name, known, n=1)
+    siblings = sorted(other for other in known if other.rpartition('.')[0] == section) or sorted(required)
+    hint = f'did you mean config.{close[0]}?' if close else f'expected one of {", ".join(siblings)}'
+    raise UserError(f'config.{name} is not a setting: {hint}')
+  for name in sorted(required - names):
+    raise UserError(
+      f'config.{name} is missing: start from ilm_jax.configs.default.get_config(), and change single settings'
+    )
+
+
+def check_memory(exp, training: bool) -> None:
+  """Raise UserError if a lower bound on the memory that a run needs exceeds that of its devices or of this host."""
+  cfg, model, data, sampling = exp.cfg, exp.model_cfg, exp.cfg.data, exp.cfg.sampling
+  width, shape, shards = model.d_model, shape_of(data, groups=1), sharding.num_row_shards(exp.mesh)
+  weights = model.num_layers * (4 * width + 2 * model.d_ff) * width + 2 * model.vocab_size * width
+  copies = 4 + bool(cfg.optimizer.ema_decay) if training else 1  # weights, gradients, two moments, moving average
+  block_bytes = shape.length * width * (4 if model.compute == 'float32' else 2)  # the input of a block, for one row
+  batch_bytes = shape.rows * (13 * shape.length + 16 * shape.targets + 24 * shape.segments)
+  decoded = cfg.eval.batch_size * max(sampling.max_length, sampling.max_steps or 0)
+  device = {  # settings -> bytes on each device
+    f'model.num_layers={model.num_layers}, d_model={width}, d_ff={model.d_ff}':
+      4 * copies * weights / exp.mesh.shape['fsdp'] / exp.mesh.shape['tensor'],
+    f'data.rows={shape.rows}, row_length={shape.length}':
+      training * shape.rows * model.num_layers * block_bytes / cfg.optimizer.accumulation_steps / shards,
+    f'eval.batch_size={cfg.eval.batch_size}, sampling.max_length={sampling.max_length}, max_steps={sampling.max_steps}':
+      16 * decoded / shards,
+  }  # fmt: skip
+  host = {  # settings -> bytes on each host
+    f'data.batch_size={data.batch_size}': training * 500 * data.batch_size / jax.process_count(),
+    f'data.prefetch={data.prefetch} batches of data.rows={shape.rows}, row_length={shape.length}, '
+    f'targets={shape.targets}, segments={shape.segments}': training
+    * min(data.prefetch, cfg.steps)
+    * batch_bytes
+    / jax.process_count(),
+  }
+  first = jax.local_devices()[0]
+  limit = (first.memory_stats() or {}).get('bytes_limit')
+  if not limit:  # the devices of a CPU share the memory of the host
+    host |= {name: size * jax.local_device_count() for name, size in device.items()}
+  for where, parts, available in (
+    (f'each device ({first.device_kind})', device, limit or math.inf), ('this host', host, host_memory())
+  ):  # fmt: skip
+    if (total := sum(parts.values())) > available:
+      raise UserError(
+        f'{max(parts, key=parts.get)}: the run needs at least {total / 1e9:,.1f} GB of memory on {where}, which has '
+        f'{available / 1e9:,.1f} GB: choose smaller values'
+      )
+
+
+def host_memory() -> float:
+  """Return the bytes of memory that this process may use: those of the machine, or the limit of its control group."""
+  sizes = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
+  for name in ('memory.max', 'memory/memory.limit_in_bytes'):
+    with contextlib.suppress(OSError, ValueError):
+      sizes.append(int(Path('/sys/fs/cgroup', name).read_text()))
+  return min(sizes)
