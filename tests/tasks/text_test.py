@@ -27,6 +27,7 @@ from text_helpers import (
   write_corpus,
 )
 
+from ilm_jax import paths
 from ilm_jax.configs import lm1b as lm1b_config
 from ilm_jax.configs import text as text_config
 from ilm_jax.configs import tinystories as tinystories_config
@@ -345,6 +346,7 @@ def test_a_cache_in_a_bucket_is_built_by_one_machine_and_rebuilt_if_incomplete(c
   fake = types.SimpleNamespace(Path=lambda path: epath.Path(str(path).replace('gs://bucket', str(bucket))))
   for module in (storage, corpora, text):
     monkeypatch.setattr(module, 'epath', fake)
+  monkeypatch.setattr(paths, '_installed', lambda package: True)
 
   def read_on(machine):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / machine))

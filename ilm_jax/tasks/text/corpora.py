@@ -24,7 +24,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ilm_jax.data import storage
+from ilm_jax.data import file_hashes, storage
 from ilm_jax.types import UserError
 
 SPLITS = ('train', 'validation', 'test')
@@ -48,7 +48,6 @@ class File(NamedTuple):
   path: Any
   name: str  # path relative to the corpus folder
   size: int  # bytes
-  changed: int  # modification time, in seconds
 
 
 class Corpus(NamedTuple):
@@ -65,7 +64,12 @@ class Corpus(NamedTuple):
 
   def identity(self, split: str) -> list:
     """Return a JSON value that identifies the documents of a split, independent of where the corpus is stored."""
-    return [[(file.name, file.size, file.changed) for file in self.files[split]], self.shared.get(split)]
+    return [list(self.hashes(split).items()), self.shared.get(split)]
+
+  def hashes(self, *splits: str) -> dict[str, str]:
+    """Return the hash of the content of each file of some splits, by name."""
+    found = {file.name: file.path for split in splits for file in self.files[split]}
+    return dict(zip(found, file_hashes.hashes_of(found.values()), strict=True))
 
 
 # --- files and their splits -------------------------------------------------------------------------------------------
@@ -139,7 +143,7 @@ def _walk(folder, prefix: str = ''):
 
 
 def _file(path, name: str) -> File:
-  return File(path, name, *storage.size_and_time(path))
+  return File(path, name, storage.size_of(path))
 
 
 def _reason(error: Exception) -> str:
@@ -369,11 +373,9 @@ def unpack(archive: str, cache: str) -> str:
   """Return the cache folder with the unpacked content of a *.tar.gz archive, unpacking it first if necessary."""
   path = epath.Path(archive).expanduser()
   try:
-    size, _ = storage.size_and_time(path)
-    path.open('rb').close()
+    found = file_hashes.hash_of(path)
   except (OSError, ImportError) as error:
     raise UserError(f'data.path={archive} cannot be read: {_reason(error)}') from None
-  name_hash = hashlib.blake2b(repr((path.name, size)).encode(), digest_size=8).hexdigest()
 
   def make(folder):
     logging.info('unpacking %s', path)
@@ -383,4 +385,4 @@ def unpack(archive: str, cache: str) -> str:
     except (tarfile.TarError, EOFError, ValueError) as error:
       raise UserError(f'{path} is damaged ({_reason(error)}): remove it and run the same command again') from None
 
-  return str(storage.once(storage.local(cache), f'unpacked-{name_hash}', make))
+  return str(storage.once(storage.local(cache), f'unpacked-{found}', make))

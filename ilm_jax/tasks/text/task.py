@@ -18,7 +18,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ilm_jax.data import builders, storage
+from ilm_jax import paths
+from ilm_jax.data import builders, file_hashes, storage
 from ilm_jax.data import tokenizers as tokenizer_lib
 from ilm_jax.special_tokens import BOS, CLS
 from ilm_jax.tasks.contract import Task
@@ -27,6 +28,7 @@ from ilm_jax.types import UserError
 
 PREFIX = 2  # fixed tokens before the text: [CLS] and [BOS]
 FOLDER = 'tokenizer'  # subfolder of a run's folder that holds its tokenizer
+RECORD = 'data.json'  # file in a run's folder with the hashes of the corpus files that it was last started with
 # Characters scanned per expected token when truncating a document; the window grows if it yields too few.
 WINDOW = 8
 SENTENCE = re.compile(r'[.!?…]["\'”’)\]]*(?=\s)|[。！？][」』”’]*|(?<=\S)(?=\n)')  # matches the end of a sentence
@@ -37,6 +39,9 @@ def check(cfg) -> None:
   """Raise UserError if the settings of the text task are invalid."""
   if cfg.length < PREFIX + 1:
     raise UserError(f'task.length={cfg.length}: expected at least {PREFIX + 1} ([CLS], [BOS] and a token)')
+  for name, least in (('size', 1), ('documents', 1), ('seed', 0)):
+    if cfg.tokenizer[name] < least:
+      raise UserError(f'task.tokenizer.{name}={cfg.tokenizer[name]}: expected at least {least}')
   if cfg.documents not in corpora.DOCUMENTS:
     raise UserError(f'task.documents={cfg.documents!r}: expected one of {", ".join(corpora.DOCUMENTS)}')
   if cfg.source and cfg.source not in corpora.SOURCES:
@@ -269,13 +274,23 @@ def trained(cfg) -> tokenizer_lib.Tokenizer:
   what = identity, settings.size, settings.seed, settings.normalization, settings.documents
 
   def make(folder):
-    sample = draw((text for _, text in texts(cfg, 'train', what='reading documents to train the tokenizer')), settings)
+    characters = set()
+
+    def read():
+      for _, text in texts(cfg, 'train', what='reading documents to train the tokenizer'):
+        characters.update(text)
+        yield text
+
+    sample = draw(read(), settings)
     if not sample:
       raise UserError(f'data.path={cfg.corpus}: the train split is empty, so no tokenizer can be trained')
     logging.info('training SentencePiece on %s documents', f'{len(sample):,}')
     lines = (line for text in sample for line in text.split('\n') if line)
-    words = tokenizer_lib.train_sentencepiece(lines, size=settings.size, normalization=settings.normalization)
-    logging.info('trained a SentencePiece tokenizer with %s tokens', f'{words.vocab_size:,}')
+    words = tokenizer_lib.train_sentencepiece(
+      lines, size=settings.size, normalization=settings.normalization, characters=characters
+    )
+    logging.info('trained a SentencePiece tokenizer with %s tokens; the text has %s different characters',
+                 f'{words.vocab_size:,}', f'{len(characters):,}')  # fmt: skip
     words.save(folder)
 
   return tokenizer_lib.load(storage.once(_cache(cfg), f'sentencepiece-{_hash(cfg, *what)}', make))
@@ -311,7 +326,11 @@ def resolve_assets(cfg, folder) -> None:
       f'the tokenizer in {own} has fingerprint {words.fingerprint}, but the checkpoints next to it were trained with '
       f'{cfg.tokenizer.fingerprint}: restore that tokenizer'
     )
-  if path and epath.Path(path).expanduser().exists() and (other := given(cfg).fingerprint) != words.fingerprint:
+  if (
+    path
+    and paths.resolve(path, 'task.tokenizer.path').exists()
+    and (other := given(cfg).fingerprint) != words.fingerprint
+  ):
     raise UserError(
       f'task.tokenizer.path={path} has fingerprint {other}, but the checkpoints in {folder} were trained with a '
       f'tokenizer with fingerprint {words.fingerprint}: omit task.tokenizer.path, or choose another --workdir'
@@ -321,8 +340,10 @@ def resolve_assets(cfg, folder) -> None:
 
 
 def save_assets(cfg, folder) -> None:
-  """Save the config's tokenizer in a run's folder."""
+  """Save the config's tokenizer in a run's folder; warn if the corpus has changed since the run was last started."""
   tokenizer(cfg).save(epath.Path(folder) / FOLDER)
+  hashes = corpus_of(cfg).hashes(*corpora.SPLITS)
+  file_hashes.check_unchanged(epath.Path(folder) / RECORD, hashes, f'data.path={cfg.corpus or cfg.source}')
 
 
 # --- tokens and text --------------------------------------------------------------------------------------------------
