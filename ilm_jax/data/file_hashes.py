@@ -6,9 +6,11 @@ import json
 import os
 
 from absl import logging
+from etils import epath
 
 from ilm_jax.types import UserError
 
+RECORD = 'data.json'  # file in a run's folder with the hashes of the data files that it was last started with
 BLOCK, BLOCKS = 2**20, 16  # of a file above BLOCK * BLOCKS = 16 MiB, only this many blocks of BLOCK bytes are hashed
 
 
@@ -27,8 +29,8 @@ def hash_of(path) -> str:
   return digest.hexdigest()
 
 
-def hashes_of(paths) -> list[str]:
-  """Return the hash of each file, read by several threads; raise UserError if a file cannot be read."""
+def hashes_of(files: dict) -> dict[str, str]:
+  """Return name -> hash for files given as name -> path; raise UserError if one cannot be read."""
 
   def read(path) -> str:
     try:
@@ -37,14 +39,15 @@ def hashes_of(paths) -> list[str]:
       raise UserError(f'{path} cannot be read: {getattr(error, "strerror", None) or error}') from None
 
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
-    return list(pool.map(read, paths))
+    return dict(zip(files, pool.map(read, files.values()), strict=True))
 
 
-def check_unchanged(record, hashes: dict[str, str], what: str) -> None:
-  """Warn if data files differ from the record (a JSON file) of an earlier start of the run, and update the record.
+def check_unchanged(folder, hashes: dict[str, str], what: str) -> None:
+  """Warn if data files differ from those of an earlier start of the run in `folder`, and record them there.
 
   `hashes` maps the name of each file to its hash; `what` names the data in the warning.
   """
+  record = epath.Path(folder) / RECORD
   try:
     before = json.loads(record.read_text())
   except (FileNotFoundError, ValueError):

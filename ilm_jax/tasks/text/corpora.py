@@ -68,8 +68,7 @@ class Corpus(NamedTuple):
 
   def hashes(self, *splits: str) -> dict[str, str]:
     """Return the hash of the content of each file of some splits, by name."""
-    found = {file.name: file.path for split in splits for file in self.files[split]}
-    return dict(zip(found, file_hashes.hashes_of(found.values()), strict=True))
+    return file_hashes.hashes_of({file.name: file.path for split in splits for file in self.files[split]})
 
 
 # --- files and their splits -------------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from ilm_jax.types import UserError
 
 PREFIX = 2  # fixed tokens before the text: [CLS] and [BOS]
 FOLDER = 'tokenizer'  # subfolder of a run's folder that holds its tokenizer
-RECORD = 'data.json'  # file in a run's folder with the hashes of the corpus files that it was last started with
 # Characters scanned per expected token when truncating a document; the window grows if it yields too few.
 WINDOW = 8
 SENTENCE = re.compile(r'[.!?…]["\'”’)\]]*(?=\s)|[。！？][」』”’]*|(?<=\S)(?=\n)')  # matches the end of a sentence
@@ -343,7 +342,7 @@ def save_assets(cfg, folder) -> None:
   """Save the config's tokenizer in a run's folder; warn if the corpus has changed since the run was last started."""
   tokenizer(cfg).save(epath.Path(folder) / FOLDER)
   hashes = corpus_of(cfg).hashes(*corpora.SPLITS)
-  file_hashes.check_unchanged(epath.Path(folder) / RECORD, hashes, f'data.path={cfg.corpus or cfg.source}')
+  file_hashes.check_unchanged(folder, hashes, f'data.path={cfg.corpus or cfg.source}')
 
 
 # --- tokens and text --------------------------------------------------------------------------------------------------

@@ -234,11 +234,15 @@ def released_puzzles(cfg, split: str):
     )
 
 
+def released_hashes(cfg) -> dict[str, str]:
+  """Return the hash of the content of each released file, by name."""
+  return file_hashes.hashes_of({file.name: file for file in released.find_files(cfg.path).values()})
+
+
 def _released_name(cfg, split: str) -> str:
   """Return a split's cache folder name, a hash of the released files and of the settings that select puzzles."""
-  files = file_hashes.hashes_of(released.find_files(cfg.path).values())
   sizes = cfg.min_houses, cfg.max_houses, cfg.min_attributes, cfg.max_attributes
-  settings = repr((files, sizes, cfg.num_train, cfg.num_validation, cfg.num_test)).encode()
+  settings = repr((released_hashes(cfg), sizes, cfg.num_train, cfg.num_validation, cfg.num_test)).encode()
   return f'zebra-released-{split}-{hashlib.blake2b(settings, digest_size=8).hexdigest()}'
 
 

@@ -10,13 +10,14 @@ import math
 
 import numpy as np
 
+from ilm_jax.data import file_hashes
 from ilm_jax.data.tokenizers import WordTokenizer
 from ilm_jax.special_tokens import BOS, CLS
 from ilm_jax.tasks.contract import Task
 from ilm_jax.tasks.zebra.clues import from_words, is_solution
 from ilm_jax.tasks.zebra.encoding import TOKENIZER, max_tokens
 from ilm_jax.tasks.zebra.solver import Contradiction, find_table, solve
-from ilm_jax.tasks.zebra.source import Source
+from ilm_jax.tasks.zebra.source import Source, released_hashes
 from ilm_jax.types import UserError
 
 
@@ -128,6 +129,12 @@ def decode(tokens, cfg) -> str:
   return ' '.join('ANSWER' if word == '[BOS]' else word for word in TOKENIZER.pieces(tokens[1:]))
 
 
+def save_assets(cfg, folder) -> None:
+  """Warn if the released files have changed since the run in this folder was last started."""
+  if cfg.path:
+    file_hashes.check_unchanged(folder, released_hashes(cfg), f'task.path={cfg.path}')
+
+
 TASK = Task(
   name='zebra',
   tokenizer=tokenizer,
@@ -138,4 +145,5 @@ TASK = Task(
   decode=decode,
   score=score,
   chance=chance,
+  save_assets=save_assets,
 )
