@@ -9,6 +9,7 @@ visits the examples in a different pseudo-random order, derived from the seed an
 pipeline therefore needs only the step number.
 """
 
+import contextlib
 import dataclasses
 import math
 import multiprocessing
@@ -19,11 +20,13 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
+from ilm_jax.data import storage
 from ilm_jax.data.packing import Shape, assign_rows, concatenate, nearest_multiples, pack, shape_of  # noqa: F401 (re-exported)
 from ilm_jax.types import Batch, UserError
 
+BATCHES_PER_WORKER = 4  # upper bound of the batches of one worker process that wait in shared memory at a time
 STREAMS = {'train': 0, 'validation': 1}  # part of the seed, so that training and validation use different randomness
 
 
@@ -137,8 +140,30 @@ def train_batches(source, corrupt, cfg, *, start: int, stop: int, part: tuple[in
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags and fail if those are unparsed
     # When a run is interrupted, Python frees grain's shared memory and prints a warning that users can ignore.
     sys.warnoptions.append('ignore:resource_tracker:UserWarning')
+    batch_size = sum(array.nbytes for array in make.shape.empty().values()) * len(range(*make.groups_of_process))
+    needed = batch_size * data.num_workers * BATCHES_PER_WORKER
+    if (free := storage.free_shared_memory('data.num_workers', data.num_workers)) < needed:
+      logging.warning('/dev/shm has %d MB of free shared memory, fewer than the %d MB that data.num_workers=%d needs: '
+                      'batches are sent through slower pipes', free >> 20, needed >> 20, data.num_workers)  # fmt: skip
+      options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+      dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.num_workers))
+    return _explain_killed_workers(iter(dataset))
   return iter(dataset)
+
+
+def _explain_killed_workers(batches):
+  """Yield the batches; raise UserError if the system killed a worker process, which happens if memory runs out."""
+  with contextlib.closing(batches):
+    try:
+      yield from batches
+    except RuntimeError as error:
+      if 'terminated unexpectedly' not in str(error):
+        raise
+      raise UserError(
+        'a process that makes batches was killed, probably because memory or shared memory (/dev/shm) ran out: set '
+        'data.num_workers to a smaller number, or to 0'
+      ) from error
 
 
 def validation_batches(source, corrupt, cfg):

@@ -7,10 +7,10 @@ and uploads it, the other machines download it.
 """
 
 import contextlib
-import email.utils
 import fcntl
 import hashlib
 import http.client
+import multiprocessing
 import os
 import pathlib
 import shutil
@@ -21,6 +21,7 @@ import urllib.request
 from absl import logging
 from etils import epath
 
+from ilm_jax import paths
 from ilm_jax.types import UserError
 
 REPORT_SECONDS = 10  # seconds between progress log lines
@@ -66,21 +67,39 @@ def is_remote(path) -> bool:
   return '://' in str(path)
 
 
-def size_and_time(path) -> tuple[int, int]:
-  """Return a file's size in bytes and its modification time in seconds (0 if a bucket does not report it)."""
-  if is_remote(path):
-    stat = path.stat()
-    return stat.length, int(stat.mtime or 0)
-  stat = os.stat(path)  # epath's stat() fails if the owner's user id has no user name, as in some containers
-  return stat.st_size, int(stat.st_mtime)
+def size_of(path) -> int:
+  """Return a file's size in bytes."""
+  # For local files, epath's stat() fails if the owner's user id has no user name, as in some containers.
+  return path.stat().length if is_remote(path) else os.stat(path).st_size
+
+
+def free_shared_memory(setting: str, value: int) -> int:
+  """Return the bytes free in /dev/shm; raise UserError if they are too few for the worker processes of a setting."""
+  try:
+    multiprocessing.get_context('spawn').Lock()
+    status = os.statvfs('/dev/shm')
+  except FileNotFoundError:
+    return 2**62  # another operating system: semaphores and shared memory are not files
+  except OSError as error:
+    reason = error.strerror
+  else:
+    free = status.f_bavail * status.f_frsize
+    if not status.f_blocks or free >= 2**20:  # a file system without a limit reports 0 blocks
+      return free or 2**62
+    reason = f'only {free >> 10} KiB are free'
+  raise UserError(
+    f'{setting}={value}: worker processes need shared memory, but /dev/shm cannot be used ({reason}): set {setting}=0, '
+    'or mount a writable /dev/shm of sufficient size (docker run --shm-size=1g)'
+  )
 
 
 def local(folder) -> pathlib.Path:
   """Return the local path of a cache folder; for a bucket, the path of its local copy under XDG_CACHE_HOME."""
+  folder = paths.resolve(folder, 'task.cache')
   if not is_remote(folder):
-    return pathlib.Path(folder).expanduser()
-  home = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
-  return home / 'ilm_jax' / 'data' / hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
+    return pathlib.Path(folder)
+  home = paths.resolve(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'XDG_CACHE_HOME')
+  return pathlib.Path(home, 'ilm_jax', 'data', hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest())
 
 
 def once(folder, name: str, make) -> pathlib.Path:
@@ -89,6 +108,7 @@ def once(folder, name: str, make) -> pathlib.Path:
   If the entry is missing, `make` is called with the path of an empty folder, into which it writes the entry's files.
   The name must be unique to the content and a valid file name. Raises UserError if the cache cannot be written.
   """
+  folder = paths.resolve(folder, 'task.cache')
   place = local(folder) / name
   if place.is_dir():
     return place
@@ -97,7 +117,7 @@ def once(folder, name: str, make) -> pathlib.Path:
       if place.is_dir():
         return place
       if alone:
-        for stale in place.parent.glob(f'.{place.name}.part-*'):
+        for stale in paths.matching(place.parent, f'.{place.name}.part-*'):
           shutil.rmtree(stale)
       part = place.parent / f'.{place.name}.part-{os.getpid()}-{time.time_ns()}'
       part.mkdir()
@@ -161,8 +181,7 @@ def _copy(source, target) -> None:
 def download(url: str, file: pathlib.Path) -> None:
   """Download a URL to a file, resuming an interrupted download; OSError gives the reason if it fails.
 
-  The content is written to `NAME.part`, which is renamed to `file` when it is complete. The file gets the modification
-  time that the server reports.
+  The content is written to `NAME.part`, which is renamed to `file` when it is complete.
   """
   file.parent.mkdir(parents=True, exist_ok=True)
   with locked(file) as alone:
@@ -179,7 +198,6 @@ def download(url: str, file: pathlib.Path) -> None:
       if error.code != 416:  # 416: the requested range starts at or beyond the end of the file
         raise
       if error.headers.get('Content-Range', '').endswith(f'/{have}'):  # the .part file is already complete
-        _set_time(part, error.headers.get('Last-Modified'))
         part.rename(file)
         return
       part.unlink()
@@ -201,15 +219,4 @@ def download(url: str, file: pathlib.Path) -> None:
           pass  # the connection broke; the comparison of sizes below raises the error
     if total is not None and done < total:
       raise OSError(f'the connection ended after {done:,} of {total:,} bytes')
-    _set_time(part, answer.headers.get('Last-Modified'))
     part.rename(file)
-
-
-def _set_time(file: pathlib.Path, last_modified: str | None) -> None:
-  """Set a file's modification time from the Last-Modified header, so that it is the same on every machine."""
-  try:
-    seconds = email.utils.parsedate_to_datetime(last_modified or '').timestamp()
-  except (TypeError, ValueError):
-    seconds = 0  # the header is invalid; any constant is the same on every machine
-  with contextlib.suppress(OSError):  # some file systems do not allow setting the time
-    os.utime(file, (seconds, seconds))

@@ -4,6 +4,7 @@ In every tokenizer the ids 0 to 6 are the special tokens of `special_tokens.SPEC
 them except [UNK] (6). Every tokenizer has
 
     vocab_size, special_ids     all ids are below vocab_size; samplers never insert tokens whose id is in special_ids
+    byte_ids                    ids of the tokens that stand for one byte of a character of several bytes, or ()
     encode(text)                token ids; names of special tokens in the text are treated as ordinary characters
     encode_with_offsets(text)   (ids, spans): spans[i] = (start, end) are the character offsets of token i; spans are in
                                 order and do not overlap. If one character is encoded as several byte tokens, the span
@@ -22,6 +23,7 @@ decode(encode(text)) == text, with these exceptions:
   uncased vocabularies give lower-case text without accents. WordTokenizer separates words by single spaces.
 """
 
+import codecs
 import functools
 import hashlib
 import io
@@ -29,6 +31,10 @@ import itertools
 import json
 import re
 
+from absl import logging
+from etils import epath
+
+from ilm_jax import paths
 from ilm_jax.special_tokens import BOS, CLS, SPECIAL, UNK
 from ilm_jax.types import UserError
 
@@ -36,6 +42,8 @@ BYTE_PIECE = re.compile(r'<0x[0-9A-F]{2}>')  # a SentencePiece piece that stands
 START = (SPECIAL[CLS], SPECIAL[BOS])  # special tokens at the start of a text, for which `spell` returns ''
 INFO_FILE = 'ilm_tokenizer.json'  # file with the kind and fingerprint of a saved tokenizer; it is written last
 NORMALIZATIONS = ('identity', 'nfkc', 'nmt_nfkc', 'nfkc_cf', 'nmt_nfkc_cf')  # SentencePiece's normalization rules
+LINE = 2**18  # maximum number of characters of a line that SentencePiece is trained on; longer ones are cut
+RESERVED = '\u2585'  # a character that SentencePiece uses internally
 THREADS = 8  # number of SentencePiece training threads; constant, because the trained model depends on it
 MODEL_FILES = ('spiece.model', 'tokenizer.model', 'vocab.txt')  # tokenizer files that pretrained models come with
 
@@ -68,8 +76,6 @@ class Tokenizer:
 
   def save(self, folder) -> None:
     """Write the tokenizer into a folder. Does nothing if the same tokenizer is already saved there."""
-    from etils import epath
-
     path = epath.Path(folder)
     text = json.dumps({'kind': self.kind, 'fingerprint': self.fingerprint}) + '\n'
     if (path / INFO_FILE).exists() and (path / INFO_FILE).read_text() == text:
@@ -253,12 +259,24 @@ def _one_line(error: Exception) -> str:
   return ' '.join(str(error).split())[:200] or type(error).__name__
 
 
-def train_sentencepiece(lines, *, size: int, normalization: str = 'identity') -> SentencePiece:
+def _sentences(lines):
+  """Yield the lines in parts that SentencePiece trains on: it leaves out long lines, and those that hold RESERVED."""
+  cut = 0
+  for line in lines:
+    cut += len(line) > LINE
+    for part in line.split(RESERVED):
+      yield from (part[start : start + LINE] for start in range(0, len(part), LINE))
+  if cut:
+    logging.info('%d lines of more than %s characters were cut into parts to train the tokenizer', cut, f'{LINE:,}')
+
+
+def train_sentencepiece(lines, *, size: int, normalization: str = 'identity', characters=frozenset()) -> SentencePiece:
   """Train a unigram SentencePiece model with byte fallback. The same lines give the same model, byte for byte.
 
-  The lines have no line breaks (a line break is always encoded as a byte token). `size` is the maximum vocabulary size,
-  including special tokens; too little text gives a smaller one. Raises UserError if the normalization is not one of
-  NORMALIZATIONS, or the size is too small for the characters of the lines.
+  Every character of the lines, and of the set `characters`, becomes a piece, so that only characters that were never
+  seen are encoded as bytes. The lines have no line breaks (a line break is always encoded as a byte token). `size` is
+  the maximum vocabulary size, including special tokens; too little text gives a smaller one. Raises UserError if the
+  normalization is not one of NORMALIZATIONS, or the size is too small for the characters.
   """
   import sentencepiece
 
@@ -267,10 +285,12 @@ def train_sentencepiece(lines, *, size: int, normalization: str = 'identity') ->
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(lines),
+      sentence_iterator=_sentences(itertools.chain(lines, sorted(characters - {'\n'}))),
       model_writer=model,
       vocab_size=size - len(SPECIAL) + 1,  # + 1: SentencePiece's count includes <unk>, which is also in SPECIAL
       hard_vocab_limit=False,
+      character_coverage=1.0,
+      user_defined_symbols=[RESERVED] if RESERVED in characters else [],
       byte_fallback=True,
       normalization_rule_name=normalization,
       add_dummy_prefix=False,
@@ -279,14 +299,20 @@ def train_sentencepiece(lines, *, size: int, normalization: str = 'identity') ->
       bos_id=-1,
       eos_id=-1,
       pad_id=-1,
-      max_sentence_length=2**20,
+      max_sentence_length=4 * LINE,  # in bytes
       num_threads=THREADS,
       minloglevel=2,
     )
   except (RuntimeError, OSError, ValueError) as error:
+    if too_small := re.search(r'smaller than required_chars\. \d+ vs (\d+)', str(error)):
+      needed = int(too_small[1]) + len(SPECIAL) - 1
+      raise UserError(
+        f'task.tokenizer.size={size} is too small: expected at least {needed}, for {needed - 256 - len(SPECIAL)} '
+        f'different characters of the text, 256 bytes and {len(SPECIAL)} special tokens'
+      ) from None
     raise UserError(
       f'task.tokenizer.size={size}: no SentencePiece model of this size could be trained on the corpus '
-      f'({_one_line(error)}): raise the size; it must cover 256 bytes, the special tokens and the frequent characters'
+      f'({_one_line(error)}): raise the size'
     ) from None
   return SentencePiece(model.getvalue())
 
@@ -317,8 +343,6 @@ def _make(kind: str, files: dict[str, bytes]) -> Tokenizer:
 
 def load(folder) -> Tokenizer:
   """Load a tokenizer that `Tokenizer.save` wrote; raise UserError if it is missing or its files have changed since."""
-  from etils import epath
-
   path = epath.Path(folder)
   try:
     info = json.loads((path / INFO_FILE).read_text())
@@ -341,9 +365,7 @@ def read(path, *, lowercase: bool = True) -> Tokenizer:
   The path is a SentencePiece model (*.model), a WordPiece vocabulary (*.txt; `lowercase` if it is uncased), a folder
   with one of MODEL_FILES, or a folder that `Tokenizer.save` wrote.
   """
-  from etils import epath
-
-  file = epath.Path(path).expanduser()
+  file = paths.resolve(path, 'task.tokenizer.path')
   try:
     if (file / INFO_FILE).exists():
       return load(file)
@@ -359,4 +381,6 @@ def read(path, *, lowercase: bool = True) -> Tokenizer:
     ) from None
   except (OSError, ImportError) as error:  # ImportError: the package that epath needs for this bucket is missing
     raise UserError(f'the tokenizer {file} could not be read: {_one_line(error)}') from None
-  return WordPiece(content, lowercase, name=str(file)) if file.suffix == '.txt' else SentencePiece(content, str(file))
+  if file.suffix == '.txt':  # some editors start UTF-8 files with a byte order mark
+    return WordPiece(content.removeprefix(codecs.BOM_UTF8), lowercase, name=str(file))
+  return SentencePiece(content, name=str(file))

@@ -3,8 +3,10 @@
 import collections
 import hashlib
 import math
+import multiprocessing.shared_memory
 import os
 import pathlib
+import signal
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from batch_helpers import assert_same_example, unpack
 from ml_collections import ConfigDict
 from text_helpers import refused
 
-from ilm_jax.data import packing, pipeline
+from ilm_jax.data import packing, pipeline, storage
 from ilm_jax.families import corruption
 from ilm_jax.tasks import star
 
@@ -187,6 +189,25 @@ def test_worker_processes_make_the_same_batches_without_a_jax_backend(first_eigh
   import jax
 
   assert jax.devices() and count_jax_backends(), 'JAX has moved its list of backends: adapt count_jax_backends'
+
+
+def test_without_enough_shared_memory_worker_processes_send_the_same_batches_through_pipes(
+  first_eight, monkeypatch, caplog
+):
+  monkeypatch.setattr(storage, 'free_shared_memory', lambda *_: 0)
+  monkeypatch.setattr(multiprocessing.shared_memory, 'SharedMemory', None)  # fails if this process reads shared memory
+  assert_equal_batches(make_batches(6, 8, cfg=config(num_workers=1)), first_eight[6:])
+  assert any('/dev/shm has 0 MB' in line and 'data.num_workers=1' in line for line in caplog.messages)
+
+
+def dying_corrupt(rng, example, cfg, u=None):
+  """Kill the process, as the system does if shared memory or memory runs out."""
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_error_for_a_killed_worker_process_names_the_setting():
+  with refused('was killed', 'shared memory', 'data.num_workers'):
+    make_batches(0, 1, cfg=config(num_workers=1), corrupt=dying_corrupt)
 
 
 # --- invalid settings -------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Tests of tokenizers: common interface, SentencePiece, WordPiece against a simple reimplementation, damaged files."""
 
+import codecs
 import io
 import json
+import logging
 import pickle
 import sys
 
@@ -215,13 +217,56 @@ def test_the_size_setting_is_the_maximum_vocabulary_size_including_special_token
   ('settings', 'parts'),
   [
     ({'size': 7}, ['task.tokenizer.size=7', '256 bytes']),
-    ({'size': 270}, ['task.tokenizer.size=270', '256 bytes']),
+    ({'size': 270}, ['task.tokenizer.size=270 is too small', 'at least 310', '47 different characters', '256 bytes']),
     ({'size': 380, 'normalization': 'nfd'}, ["task.tokenizer.normalization='nfd'", 'identity, nfkc']),
   ],
 )
 def test_invalid_training_settings_are_refused(settings, parts):
   with refused(*parts):
     lib.train_sentencepiece(LINES, **settings)
+
+
+def test_every_character_of_the_training_text_is_a_piece_of_its_own():
+  rare = 'ж日\u2585\ufeff\t🙂\u0301'
+  texts = [*LINES * 100, 'one 日 \u2585 and\t🙂, e\u0301', 'a\ufeffb']
+  trained = lib.train_sentencepiece(texts, size=500, characters=set(''.join(texts) + 'ж\n\0'))
+  for text in [*rare, *LINES, *texts[-2:]]:
+    ids = trained.encode(text)
+    assert not set(ids) & set(trained.byte_ids) and trained.decode(ids) == text
+    assert len(ids) == 1 or text not in rare
+  assert set(trained.encode('Ω')) < set(trained.byte_ids) and trained.decode(trained.encode('Ω')) == 'Ω'
+  seen = {piece for piece in trained.words if len(piece) == 1}
+  assert seen == set(''.join(texts) + 'ж').difference(' ') | {'\u2581'}
+
+
+def test_byte_ids_are_the_tokens_that_are_a_part_of_a_character(tokenizers):
+  for name, tokenizer in tokenizers.items():
+    whole = [bytes([b]).decode(errors='replace') for b in range(256)]
+    expected = (
+      [f'<0x{b:02X}>' for b in range(256) if whole[b] == '\ufffd'] if name in ('trained', 'folding', 'bpe') else []
+    )
+    assert tokenizer.pieces(tokenizer.byte_ids) == expected and isinstance(tokenizer.byte_ids, tuple)
+  assert len(tokenizers['trained'].byte_ids) == 128 and WordTokenizer(['<0xFF>']).byte_ids == ()
+
+
+def test_the_smallest_size_for_the_characters_of_the_text_works():
+  needed = 7 + 256 + len(set(''.join(LINES)))
+  assert lib.train_sentencepiece(LINES * 3, size=needed).vocab_size == needed
+  with refused(f'size={needed - 1}', f'at least {needed}'):
+    lib.train_sentencepiece(LINES * 3, size=needed - 1)
+
+
+def test_long_lines_and_lines_with_a_reserved_character_take_part_in_the_training(caplog):
+  caplog.set_level(logging.INFO, 'absl')
+  names = ['quagga', 'gnus', 'okapi', 'zebu']
+  words = np.random.default_rng(0).choice(names, 200_000)
+  long, reserved = ' '.join(words), [' '.join([*words[i : i + 5], '\u2585']) for i in range(0, 2_000, 5)]
+  assert len(long) > 2**20, 'SentencePiece leaves out lines of more than 1 MiB'
+  for lines in ([long], reserved):
+    trained = lib.train_sentencepiece([*lines, *LINES], size=340)
+    assert [trained.pieces(trained.encode(f' {name}')) for name in names] == [[f'\u2581{name}'] for name in names]
+  (line,) = [line for line in caplog.messages if 'cut into parts' in line]
+  assert line.startswith('1 lines of more than 262,144 characters')
 
 
 def test_a_given_sentencepiece_model_keeps_the_order_of_its_pieces_without_control_symbols():
@@ -290,6 +335,18 @@ def test_encoding_text_decoded_by_wordpiece_gives_the_same_ids(tokenizers):
     assert UNK not in ids and wordpiece.encode(wordpiece.decode(ids)) == ids
   assert wordpiece.decode(wordpiece.encode('It  wasn’t The Boat.')) == 'it wasn [UNK] t the boat.'
   assert wordpiece.decode(wordpiece.encode('the boat, the sand.')) == 'the boat, the sand.'
+
+
+def test_a_byte_order_mark_at_the_start_of_a_vocabulary_is_not_part_of_its_first_word(tmp_path, tokenizers):
+  (tmp_path / 'vocab.txt').write_bytes(codecs.BOM_UTF8 + vocabulary())
+  assert lib.read(tmp_path).fingerprint == tokenizers['wordpiece'].fingerprint
+
+
+def test_the_path_of_a_tokenizer_may_start_with_a_tilde_or_file(tmp_path, tokenizers, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  (tmp_path / 'vocab.txt').write_bytes(vocabulary())
+  for path in ('~', '~/vocab.txt', f'file://{tmp_path}'):
+    assert lib.read(path).fingerprint == tokenizers['wordpiece'].fingerprint
 
 
 @needs_real_text

@@ -28,7 +28,7 @@ import numpy as np
 from absl import logging
 
 from ilm_jax import paths
-from ilm_jax.data import storage
+from ilm_jax.data import file_hashes, storage
 from ilm_jax.types import UserError
 
 SPLITS = ('train', 'validation', 'test')
@@ -61,7 +61,6 @@ class File(NamedTuple):
   path: Any
   name: str  # path relative to the corpus folder
   size: int  # bytes
-  changed: int  # modification time, in seconds
 
 
 class Corpus(NamedTuple):
@@ -72,7 +71,11 @@ class Corpus(NamedTuple):
 
   def identity(self, split: str) -> list:
     """Return a JSON value that identifies the documents of a split, independent of where the corpus is stored."""
-    return [[(file.name, file.size, file.changed) for file in self.files[split]], self.shared.get(split)]
+    return [list(self.hashes(split).items()), self.shared.get(split)]
+
+  def hashes(self, *splits: str) -> dict[str, str]:
+    """Return the hash of the content of each file of some splits, by name."""
+    return file_hashes.hashes_of({file.name: file.path for split in splits for file in self.files[split]})
 
 
 def find(path: str) -> Corpus:
@@ -83,7 +86,7 @@ def find(path: str) -> Corpus:
       raise UserError(f'data.path={path} does not exist: expected a file, or a folder of {READABLE}')
     is_folder = root.is_dir()
     found = dict(sorted((name, file) for file, name in (_walk(root) if is_folder else [(root, root.name)])))
-    files = [File(file, name, *storage.size_and_time(file)) for name, file in found.items()
+    files = [File(file, name, storage.size_of(file)) for name, file in found.items()
              if not is_folder or CORPUS_FILE.search(name)]  # fmt: skip
   except UserError:
     raise
@@ -386,11 +389,9 @@ def unpack(archive: str, cache: str) -> str:
   """Return the cache folder with the unpacked content of a *.tar.gz archive, unpacking it first if necessary."""
   path = paths.resolve(archive, 'data.path')
   try:
-    size, _ = storage.size_and_time(path)
-    path.open('rb').close()
+    found = file_hashes.hash_of(path)
   except (OSError, ImportError) as error:
     raise UserError(f'data.path={archive} cannot be read: {_reason(error)}') from None
-  name_hash = hashlib.blake2b(repr((path.name, size)).encode(), digest_size=8).hexdigest()
 
   def make(folder):
     logging.info('unpacking %s', path)
@@ -400,4 +401,4 @@ def unpack(archive: str, cache: str) -> str:
     except (tarfile.TarError, EOFError, ValueError) as error:
       raise UserError(f'{path} is damaged ({_reason(error)}): remove it and run the same command again') from None
 
-  return str(storage.once(storage.local(cache), f'unpacked-{name_hash}', make))
+  return str(storage.once(storage.local(cache), f'unpacked-{found}', make))

@@ -20,7 +20,7 @@ from absl import logging
 from etils import epath
 
 from ilm_jax import paths
-from ilm_jax.data import builders, storage
+from ilm_jax.data import builders, file_hashes, storage
 from ilm_jax.data import tokenizers as tokenizer_lib
 from ilm_jax.special_tokens import BOS, CLS
 from ilm_jax.tasks.contract import Task
@@ -38,6 +38,9 @@ def check(cfg) -> None:
   """Raise UserError if the settings of the text task are invalid."""
   if cfg.length < PREFIX + 1:
     raise UserError(f'task.length={cfg.length}: expected at least {PREFIX + 1} ([CLS], [BOS] and a token)')
+  for name, least in (('size', 1), ('documents', 1), ('seed', 0)):
+    if cfg.tokenizer[name] < least:
+      raise UserError(f'task.tokenizer.{name}={cfg.tokenizer[name]}: expected at least {least}')
   if cfg.documents not in corpora.DOCUMENTS:
     raise UserError(f'task.documents={cfg.documents!r}: expected one of {", ".join(corpora.DOCUMENTS)}')
   if cfg.source and cfg.source not in corpora.SOURCES:
@@ -232,14 +235,23 @@ def trained(cfg) -> tokenizer_lib.Tokenizer:
   what = identity, settings.size, settings.seed, settings.normalization, settings.documents
 
   def make(folder):
-    found = (text for _, text in texts(cfg, 'train', 'reading documents to train the tokenizer'))
-    sample = corpora.sample_uniformly(found, settings.documents, settings.seed)
+    characters = set()
+
+    def read():
+      for _, text in texts(cfg, 'train', 'reading documents to train the tokenizer'):
+        characters.update(text)
+        yield text
+
+    sample = corpora.sample_uniformly(read(), settings.documents, settings.seed)
     if not sample:
       raise UserError(f'data.path={cfg.corpus}: the train split is empty, so no tokenizer can be trained')
     logging.info('training SentencePiece on %s documents', f'{len(sample):,}')
     lines = (line for text in sample for line in text.split('\n') if line)
-    words = tokenizer_lib.train_sentencepiece(lines, size=settings.size, normalization=settings.normalization)
-    logging.info('trained a SentencePiece tokenizer with %s tokens', f'{words.vocab_size:,}')
+    words = tokenizer_lib.train_sentencepiece(
+      lines, size=settings.size, normalization=settings.normalization, characters=characters
+    )
+    logging.info('trained a SentencePiece tokenizer with %s tokens; the text has %s different characters',
+                 f'{words.vocab_size:,}', f'{len(characters):,}')  # fmt: skip
     words.save(folder)
 
   return tokenizer_lib.load(storage.once(_cache(cfg), f'sentencepiece-{_hash(cfg, *what)}', make))
@@ -277,8 +289,10 @@ def resolve_assets(cfg, folder) -> None:
 
 
 def save_assets(cfg, folder) -> None:
-  """Save the config's tokenizer in a run's folder."""
+  """Save the config's tokenizer in a run's folder; warn if the corpus has changed since the run was last started."""
   tokenizer(cfg).save(epath.Path(folder) / FOLDER)
+  hashes = corpus_of(cfg).hashes(*corpora.SPLITS)
+  file_hashes.check_unchanged(folder, hashes, f'data.path={cfg.corpus or cfg.source}')
 
 
 def encode_prompt(text: str, cfg) -> list[int]:

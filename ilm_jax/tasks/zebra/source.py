@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from ilm_jax import paths
-from ilm_jax.data import builders, storage
+from ilm_jax.data import builders, file_hashes, storage
 from ilm_jax.data.tokenizers import WordTokenizer
 from ilm_jax.special_tokens import BOS, CLS
 from ilm_jax.tasks.zebra import released
@@ -143,6 +143,7 @@ def generate(recipe: Recipe, count: int, num_workers: int):
   with contextlib.ExitStack() as stack:
     puzzles = map(make, range(count))
     if num_workers:
+      storage.free_shared_memory('task.num_workers', num_workers)  # raises UserError if no process can be started
       # Use 'spawn', because forking a process that runs accelerator threads can deadlock.
       pool = concurrent.futures.ProcessPoolExecutor(num_workers, multiprocessing.get_context('spawn'), _start_worker)
       chunk_size = max(1, min(64, count // (4 * num_workers)))
@@ -210,10 +211,13 @@ def released_puzzles(cfg, split: str):
                     'widen task.min_houses ... task.max_attributes')  # fmt: skip
 
 
+def released_hashes(cfg) -> dict[str, str]:
+  """Return the hash of the content of each released file, by name."""
+  return file_hashes.hashes_of({file.name: file for file in released.find_files(cfg.path).values()})
+
+
 def _released_name(cfg, split: str) -> str:
-  """Return a split's cache folder name, with a hash of the released files and of the settings that select puzzles."""
-  files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
-           for file in released.find_files(cfg.path).values()]  # fmt: skip
+  """Return a split's cache folder name, a hash of the released files and of the settings that select puzzles."""
   sizes = cfg.min_houses, cfg.max_houses, cfg.min_attributes, cfg.max_attributes
-  content = repr((files, sizes, cfg.num_train, cfg.num_validation, cfg.num_test)).encode()
-  return f'zebra-released-{split}-{hashlib.blake2b(content, digest_size=8).hexdigest()}'
+  settings = repr((released_hashes(cfg), sizes, cfg.num_train, cfg.num_validation, cfg.num_test)).encode()
+  return f'zebra-released-{split}-{hashlib.blake2b(settings, digest_size=8).hexdigest()}'

@@ -10,11 +10,12 @@ import math
 
 import numpy as np
 
+from ilm_jax.data import file_hashes
 from ilm_jax.special_tokens import BOS, CLS
 from ilm_jax.tasks.contract import Task
 from ilm_jax.tasks.zebra.clues import from_words, is_solution
 from ilm_jax.tasks.zebra.solver import Contradiction, find_table, solve
-from ilm_jax.tasks.zebra.source import TOKENIZER, Source, max_tokens
+from ilm_jax.tasks.zebra.source import TOKENIZER, Source, max_tokens, released_hashes
 from ilm_jax.types import UserError
 
 
@@ -91,8 +92,15 @@ def decode(tokens, cfg) -> str:
   return ' '.join('ANSWER' if word == '[BOS]' else word for word in TOKENIZER.pieces(tokens[1:]))
 
 
+def save_assets(cfg, folder) -> None:
+  """Warn if the released files have changed since the run in this folder was last started."""
+  if cfg.path:
+    file_hashes.check_unchanged(folder, released_hashes(cfg), f'task.path={cfg.path}')
+
+
 TASK = Task(
   name='zebra', source=Source, encode_prompt=encode_prompt, decode=decode, score=score, chance=chance,
+  save_assets=save_assets,
   tokenizer=lambda cfg: TOKENIZER,
   longest=lambda cfg: max_tokens(cfg.max_houses, cfg.max_attributes),  # longer puzzles are discarded
   longest_answer=lambda cfg: 3 * cfg.max_houses * cfg.max_attributes,  # three tokens for each cell of the largest table

@@ -15,6 +15,7 @@ from ilm_jax.data import builders
 from ilm_jax.tasks.zebra import source as source_lib
 from ilm_jax.tasks.zebra.clues import Clue, from_words, split_of
 from ilm_jax.tasks.zebra.source import SPLITS, TOKENIZER, Recipe, Source, generate, max_tokens, to_ids
+from ilm_jax.tasks.zebra.task import TASK
 from ilm_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -203,3 +204,18 @@ def test_a_released_split_without_puzzles_of_the_configured_sizes_is_refused(tmp
   with pytest.raises(UserError) as error:
     Source(task(path=str(tmp_path), min_houses=4), 'test')
   assert_one_line(error, 'no puzzle of the test split')
+
+
+def test_a_resumed_run_warns_if_the_released_files_have_changed_and_the_cache_follows_them(tmp_path, caplog):
+  file = write_records(tmp_path / 'some.pkl', map(to_record, puzzles()[:60]))
+  cfg = task(path=str(file), cache=str(tmp_path / 'cache'), num_train=0)
+  before = all_tokens(Source(cfg, 'train'))
+  TASK.save_assets(cfg, tmp_path)
+  TASK.save_assets(cfg, tmp_path)
+  assert not caplog.messages
+  times = file.stat()
+  write_records(file, map(to_record, puzzles()[60:120]))
+  os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+  TASK.save_assets(cfg, tmp_path)
+  assert f'task.path={file} has changed' in caplog.text and 'some.pkl has other content' in caplog.text
+  assert all_tokens(Source(cfg, 'train')) != before
