@@ -16,11 +16,11 @@ class Collective(NamedTuple):
   size: int  # bytes of the operation's result on each device
   group: int  # number of devices that take part in one operation
   times: int  # executions per run of the program
-  certain: bool  # whether `times` is exact: False inside a loop of unknown length, counted as one iteration
-  where: str  # op_name in the HLO metadata: the JAX operation it comes from
+  certain: bool  # whether `times` is exact: False inside a loop of unknown length, which counts as one iteration
+  where: str  # the JAX operation that was compiled to this collective (op_name in the HLO metadata)
 
   def traffic(self) -> float:
-    """Return the bytes that a device sends per run of the program, assuming ring algorithms."""
+    """Return the bytes that each device sends for this collective per run of the program, assuming ring algorithms."""
     share = (self.group - 1) / self.group
     factors = {'all-reduce': 2 * share, 'reduce-scatter': self.group - 1, 'collective-permute': 1}
     return factors.get(self.kind, share) * self.size * self.times
@@ -51,11 +51,11 @@ def collectives(program: Program, devices: int) -> list[Collective]:
 
 
 def _result_size(instruction: Instruction, kind: str) -> int:
-  """Return the bytes of a collective's result; asynchronous operations list their inputs before the result."""
+  """Return the bytes of a collective's result, without the inputs that asynchronous operations return with it."""
   sizes = [array.size for array in instruction.arrays]
-  if instruction.opcode == 'all-gather-start':  # (inputs, results)
+  if instruction.opcode == 'all-gather-start':  # returns the tuple (inputs, results)
     return sum(sizes[len(sizes) // 2 :])
-  if instruction.opcode == 'collective-permute-start':  # (input, result, contexts)
+  if instruction.opcode == 'collective-permute-start':  # returns the tuple (input, result, contexts)
     return sizes[min(1, len(sizes) - 1)]
   return sum(sizes)
 

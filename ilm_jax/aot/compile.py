@@ -28,12 +28,12 @@ from ilm_jax.types import UserError
 
 
 def define(values: flags.FlagValues) -> None:
-  """Define the flags besides --config."""
-  flags.DEFINE_string('topology', None, 'Chip and slice, such as v5e:2x4; cpu:8 for eight CPU devices.',
-                      flag_values=values)  # fmt: skip
-  flags.DEFINE_integer('vocab_size', None, "Vocabulary size; the config's by default.", flag_values=values)
-  flags.DEFINE_integer('slots', 0, 'Number of rows in the compiled decoding step; 0: eight per device.',
-                       flag_values=values)  # fmt: skip
+  """Define the flags of `ilm-jax compile` except --config."""
+  topology = 'TPU version and slice shape to compile for, such as v5e:2x4; cpu:8 compiles for eight CPU devices.'
+  slots = 'Number of sequences in the compiled decoding step; 0: eight for each data-parallel group of devices.'
+  flags.DEFINE_string('topology', None, topology, flag_values=values)
+  flags.DEFINE_integer('vocab_size', None, 'Vocabulary size; by default that of the config.', flag_values=values)
+  flags.DEFINE_integer('slots', 0, slots, flag_values=values)
 
 
 def devices_of(topology: str):
@@ -42,7 +42,7 @@ def devices_of(topology: str):
   sizes = shape.split('x')
   if kind not in (*roofline.CHIPS, 'cpu') or not all(size.isdigit() and int(size) for size in sizes):
     chips = ', '.join(roofline.CHIPS)
-    raise UserError(f'--topology={topology}: expected {chips} with the shape of a slice, such as v5e:2x4, or cpu:8')
+    raise UserError(f'--topology={topology}: expected {chips} and the shape of a slice, such as v5e:2x4, or cpu:8')
   import jax
   from jax.experimental import topologies
 
@@ -78,7 +78,7 @@ def lower_training(exp):
 
 
 def lower_sampling(exp, slots: int):
-  """Return the lowered decoding step with the longest buffers; None for a family without continuous batching."""
+  """Return the lowered decoding step, with buffers of maximum length; None if the family has no continuous batching."""
   import jax
 
   from ilm_jax.inference import continuous_batching
@@ -92,14 +92,14 @@ def lower_sampling(exp, slots: int):
 
 @contextlib.contextmanager
 def compiler_log():
-  """Yield a temporary folder into which the TPU compiler writes its warnings; enter before libtpu is loaded."""
+  """Yield a temporary folder for the log of the TPU compiler; must be entered before libtpu is loaded."""
   with tempfile.TemporaryDirectory(prefix='ilm-tpu-') as folder:
     os.environ['TPU_LOG_DIR'] = folder
     yield Path(folder)
 
 
 def rematerialized(log: Path) -> list[str] | None:
-  """Return the compiler's warnings about gathering a whole array to change its sharding; None without a log."""
+  """Return the compiler's warnings about gathering a whole array to change its sharding; None if there is no log."""
   if not any(log.iterdir()):
     return None
   text = ''.join(file.read_text(errors='replace') for file in log.glob('*.log.WARNING.*'))
@@ -107,9 +107,10 @@ def rematerialized(log: Path) -> list[str] | None:
 
 
 def compile_and_print(lowered, devices, chip, log: Path, more=None) -> None:
-  """Compile a lowered program for devices of a kind (`chip`; None: CPUs); print its costs, or that it does not fit.
+  """Compile a lowered program and print its costs, or that it does not fit into the memory of the devices.
 
-  `log` is the folder of the compiler's log. `more` maps the compiled program to further lines, printed for TPUs only.
+  `chip` describes the devices (None: CPUs). `log` is the folder of the compiler's log. `more` maps the compiled program
+  to further lines of text, which are printed for TPUs only.
   """
   import jax
 
@@ -132,7 +133,7 @@ def compile_and_print(lowered, devices, chip, log: Path, more=None) -> None:
 
 
 def run(values: flags.FlagValues, log: Path) -> int:
-  """Compile the training step and a decoding step of a config, and print their costs; returns the exit code."""
+  """Compile the training step and a decoding step of a config and print their costs; return the exit code."""
   cfg, topology = values.config, values.topology
   # No TPU is used, so several processes may load libtpu at once.
   defaults = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': '', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
@@ -149,7 +150,7 @@ def run(values: flags.FlagValues, log: Path) -> int:
   jax.config.update('jax_enable_x64', False)  # whatever JAX_ENABLE_X64 says, as in training
   jax.config.update('jax_enable_compilation_cache', False)  # cached programs for other devices could not be loaded here
   devices, chip = devices_of(topology), roofline.CHIPS.get(topology.partition(':')[0])
-  words = cfg.task.get('tokenizer')  # settings of a tokenizer that is trained on the corpus, which need not exist
+  words = cfg.task.get('tokenizer')  # settings for training a tokenizer; neither it nor the corpus need exist here
   size = values.vocab_size or (words.size if words else tasks.get(cfg.task.name).tokenizer(cfg.task).vocab_size)
   exp = build(cfg, devices=devices, vocab_size=size)
   data, sizes = cfg.data, exp.model_cfg
@@ -172,7 +173,7 @@ def run(values: flags.FlagValues, log: Path) -> int:
 
 
 def main(argv=None) -> int:
-  """Run `ilm-jax compile`; returns the exit code."""
+  """Run the command `ilm-jax compile`; return the exit code."""
   with compiler_log() as log:
     return entry.command(__doc__, define, functools.partial(run, log=log), argv)
 

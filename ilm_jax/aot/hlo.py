@@ -19,11 +19,11 @@ class Array(NamedTuple):
   """An array in the result of an HLO instruction."""
 
   size: int  # size of the array in bytes
-  in_memory: bool  # in the device's memory (HBM); False if its layout, S(1), places it in on-chip memory
+  in_memory: bool  # whether it is in HBM; False if its layout, S(1), places it in on-chip memory
 
 
 class Instruction(NamedTuple):
-  """An HLO instruction of a computation."""
+  """An instruction of an HLO computation."""
 
   name: str
   opcode: str
@@ -37,7 +37,7 @@ class Instruction(NamedTuple):
     return sum(array.size for array in self.arrays)
 
   def size_in_memory(self) -> int:
-    """Return the bytes of the result that are in the device's memory (HBM) rather than in on-chip memory."""
+    """Return the bytes of the result that are in device memory (HBM), not in on-chip memory."""
     return sum(array.size for array in self.arrays if array.in_memory)
 
   def attribute(self, name: str) -> str:
@@ -49,8 +49,8 @@ class Instruction(NamedTuple):
 class Program(NamedTuple):
   """A parsed HLO program."""
 
-  computations: dict[str, dict[str, Instruction]]  # computation -> its instructions by name, in order
-  runs: dict[str, tuple[int, bool]]  # computation -> (executions per run of the program, whether exact)
+  computations: dict[str, dict[str, Instruction]]  # computation name -> {instruction name: instruction}
+  runs: dict[str, tuple[int, bool]]  # computation name -> (executions per run of the program, whether exact)
 
 
 def parse(text: str) -> Program:
@@ -68,7 +68,7 @@ def parse(text: str) -> Program:
 
 
 def _instruction(line: str) -> Instruction | None:
-  """Parse a line of a computation; return None if it is no instruction."""
+  """Parse a line of a computation; return None if it is not an instruction."""
   found = _INSTRUCTION.match(line)
   if not found:
     return None
@@ -142,12 +142,12 @@ def _trip_count(computations: dict, outer: dict, loop: Instruction) -> int | Non
 
 
 def root_of(body: dict) -> Instruction:
-  """Return the instruction whose result is that of the computation."""
+  """Return the root instruction of a computation: its result is the result of the computation."""
   return next(instruction for instruction in body.values() if instruction.root)
 
 
 def _original(body: dict, name: str) -> Instruction:
-  """Return the instruction of this name; if it is a copy, the instruction that was copied."""
+  """Return the instruction with this name or, if that is a copy, the instruction that was copied."""
   instruction = body[name]
   while instruction.opcode == 'copy':
     instruction = body[instruction.operands[0]]
@@ -155,6 +155,6 @@ def _original(body: dict, name: str) -> Instruction:
 
 
 def _constant(body: dict, name: str) -> int:
-  """Return the value of the integer constant of this name; ValueError if the instruction is another one."""
+  """Return the value of the integer constant with this name; raise ValueError if the instruction is not a constant."""
   found = _original(body, name)
   return int(found.operands[0] if found.opcode == 'constant' else '')

@@ -8,9 +8,10 @@ _SLICES = ('dynamic-slice', 'slice', 'gather')
 
 
 def bytes_moved(program: Program) -> int:
-  """Return the bytes of all operands and results in memory, times the iterations of each loop (one if unknown).
+  """Return the bytes that the instructions of a program read from and write to memory.
 
-  An array that is sliced or updated in place counts only with the affected part.
+  An instruction in a loop counts once per iteration, or once if the number of iterations is unknown. An array that is
+  sliced or updated in place counts only with the affected part.
   """
   bodies = program.computations
   fused = {
@@ -41,10 +42,9 @@ def _moved(body: dict[str, Instruction], bodies: dict) -> int:
       total += _fusion(one, operands, bodies.get(one.attribute('calls'), {}))
     else:
       results = one.arrays
-      if one.opcode.endswith('-start') and len(results) > len(operands):  # (inputs, results, contexts)
+      if one.opcode.endswith('-start') and len(results) > len(operands):  # returns (inputs, results, contexts)
         results = results[len(operands) : 2 * len(operands)]
-      total += sum(array.size for array in results if array.in_memory)
-      total += sum(operand.size_in_memory() for operand in operands)
+      total += sum(array.size for array in results if array.in_memory) + sum(x.size_in_memory() for x in operands)
   return total
 
 

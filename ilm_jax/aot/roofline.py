@@ -39,7 +39,7 @@ def training_flops(cfg, rows: int, length: int, targets: int, *, again: bool = T
 
 
 def memory_of(compiled) -> dict[str, int]:
-  """Return a compiled program's bytes on each device: arguments, temporary arrays, program, and peak."""
+  """Return the bytes that a compiled program needs on each device: arguments, temporary arrays, program, and peak."""
   stats = compiled.memory_analysis()
   code, temporary = stats.generated_code_size_in_bytes, stats.temp_size_in_bytes
   parts = {'arguments': stats.argument_size_in_bytes, 'temporary': temporary, 'program': code}
@@ -47,7 +47,7 @@ def memory_of(compiled) -> dict[str, int]:
 
 
 def describe(compiled, devices: int, chip: Chip | None, seconds: float) -> list[str]:
-  """Describe a compiled program's memory and collectives in lines of text; `seconds` is the compilation time."""
+  """Return lines of text about a compiled program's memory and collectives; `seconds` is the compilation time."""
   memory = memory_of(compiled)
   verdict = 'fits' if chip and memory['peak'] <= chip.memory else 'DOES NOT FIT'
   fits = f' of {chip.memory / GIB:.0f}: {verdict}' if chip else ''

@@ -21,7 +21,7 @@ from ilm_jax.types import UserError
 
 SPLITS = ('train', 'validation', 'test')
 FIRST_NODE_ID = len(SPECIAL)  # token id of node 0
-MAX_DRAWS = 10_000  # maximum number of random graphs drawn to find one that belongs to the requested split
+MAX_DRAWS = 10_000  # maximum number of random graphs to draw until one belongs to the requested split
 
 
 class Graph(NamedTuple):
@@ -88,8 +88,8 @@ class Source:
     for _ in range(MAX_DRAWS):
       if split_of(graph := make_graph(rng, self.cfg)) == self.split:
         return graph
-    raise UserError(f'task: none of {MAX_DRAWS} random graphs belongs to the {self.split} split, too few different '
-                    'graphs exist: raise task.num_nodes, task.degree or task.max_length')  # fmt: skip
+    raise UserError(f'task: none of {MAX_DRAWS} random graphs belongs to the {self.split} split: too few different '
+                    'graphs exist; raise task.num_nodes, task.degree or task.max_length')  # fmt: skip
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     example = self._examples.get(index) or encode(self.graph(index), backwards=is_reversed(self.cfg))
@@ -125,7 +125,7 @@ def score(predicted: np.ndarray, reference: np.ndarray, cfg) -> dict[str, tuple[
 
 
 def landmark(tokens, cfg) -> int | None:
-  """Return the answer index of the node after the junction, which chooses an arm; None if the answer lacks it."""
+  """Return the answer index of the node after the junction, which determines the arm; None if there is no such node."""
   ids = [int(token) for token in tokens]
   bos = ids.index(BOS)
   answer = ids[:bos:-1] if is_reversed(cfg) else ids[bos + 1 :]
@@ -173,8 +173,8 @@ def decode(tokens, cfg) -> str:
 
 TASK = Task(
   name='star', tokenizer=tokenizer, source=Source, encode_prompt=encode_prompt, decode=decode, score=score,
-  longest=lambda cfg: 2 * (cfg.degree + 1) * (cfg.max_length - 1) + 4,  # edges, answer; [CLS], source, goal and [BOS]
+  longest=lambda cfg: 2 * (cfg.degree + 1) * (cfg.max_length - 1) + 4,  # edges and answer; [CLS], source, goal, [BOS]
   longest_answer=lambda cfg: 2 * (cfg.max_length - 1),  # two tokens for each edge of the path
-  chance=lambda cfg: 1 / cfg.degree,  # a random arm at the junction
+  chance=lambda cfg: 1 / cfg.degree,  # probability that a random arm at the junction is right
   landmark=landmark,
 )  # fmt: skip

@@ -18,12 +18,10 @@ from ilm_jax.training import optimizer, train_step
 from ilm_jax.training.experiment import build
 from ilm_jax.types import UserError
 
-QUICK = {
-  **small.NO_DROPOUT, 'model.num_heads': 4, 'task.num_nodes': 25,
-}  # fmt: skip
+QUICK = {**small.NO_DROPOUT, 'model.num_heads': 4, 'task.num_nodes': 25}
 
 
-def test_the_training_flop_formula_agrees_with_the_count_of_the_compiler():
+def test_the_training_flop_formula_agrees_with_the_flop_count_of_the_compiler():
   changes = {**QUICK, 'loss.vocab_chunk': 4096, 'model.d_model': 64, 'model.d_ff': 256}
   exp = build(small.config(changes), devices=jax.devices()[:1])
   data, shape = exp.cfg.data, (exp.cfg.data.rows, exp.cfg.data.row_length, 2 * exp.cfg.data.row_length)
@@ -32,9 +30,9 @@ def test_the_training_flop_formula_agrees_with_the_count_of_the_compiler():
   assert data.rows * data.row_length == 352
 
 
-def test_training_flops_count_recomputation_only_with_again():
+def test_the_training_flop_formula_counts_recomputation_only_on_request():
   cfg = transformer.ModelConfig(vocab_size=7, num_layers=2, num_heads=1, d_model=4, d_ff=6)
-  blocks = 2 * (8 * 16 + 4 * 4 * 6 + 4 * 5 * 4)  # FLOPs per position of a row of 5
+  blocks = 2 * (8 * 16 + 4 * 4 * 6 + 4 * 5 * 4)  # FLOPs of two blocks per position, in rows of 5 positions
   once = 3 * (5 * (blocks + 2 * 7 * 4) + 2 * 4 * 10)  # 3 rows with 10 targets each
   again = 3 * 5 * 2 * 7 * 4
   assert roofline.training_flops(cfg, 3, 5, 10, again=False) == 3 * once
@@ -45,14 +43,14 @@ def test_training_flops_count_recomputation_only_with_again():
 
 
 def test_a_program_that_does_not_fit_into_memory_is_reported(capsys, tmp_path):
+  message = 'RESOURCE_EXHAUSTED: Ran out of memory on HBM: 192G exceeds 15.75G'
+
   class Lowered:
     def compile(self):
-      raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Ran out of memory on HBM: 192G exceeds 15.75G')
+      raise jax.errors.JaxRuntimeError(message)
 
   compile.compile_and_print(Lowered(), [], roofline.CHIPS['v5e'], tmp_path)
-  assert (
-    capsys.readouterr().out == '  DOES NOT FIT: RESOURCE_EXHAUSTED: Ran out of memory on HBM: 192G exceeds 15.75G\n'
-  )
+  assert capsys.readouterr().out == f'  DOES NOT FIT: {message}\n'
 
 
 def test_the_abstract_training_state_has_the_shapes_and_shardings_of_the_real_one():
@@ -111,7 +109,7 @@ def test_an_experiment_can_be_built_without_data_if_the_vocabulary_size_is_given
 
 # --- the real TPU compiler: pip install -e '.[tpu]' -------------------------------------------------------------------
 
-WITHOUT = 'unset XLA_FLAGS JAX_DISABLE_MOST_OPTIMIZATIONS;'  # options for CPU programs only
+WITHOUT = 'unset XLA_FLAGS JAX_DISABLE_MOST_OPTIMIZATIONS;'  # these variables of the tests suit only the CPU compiler
 GATHERED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
@@ -135,9 +133,8 @@ context.__exit__(None, None, None)
 @pytest.mark.long
 def test_involuntary_rematerializations_by_the_tpu_compiler_are_reported(tmp_path):
   pytest.importorskip('libtpu')
-  env = {
-    k: v for k, v in small.environment(tmp_path).items() if k not in ('XLA_FLAGS', 'JAX_DISABLE_MOST_OPTIMIZATIONS')
-  }
+  cpu_only = ('XLA_FLAGS', 'JAX_DISABLE_MOST_OPTIMIZATIONS')
+  env = {name: value for name, value in small.environment(tmp_path).items() if name not in cpu_only}
   env |= {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': '', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
   done = subprocess.run([sys.executable, '-c', GATHERED], env=env, cwd=small.ROOT, capture_output=True, text=True)
   assert re.search(r'involuntary full rematerializations: [1-9]\d*; The compiler cannot go from', done.stdout), done
@@ -157,8 +154,7 @@ def test_the_tpu_compiler_gathers_weights_but_neither_features_nor_logits(mesh, 
   assert code == 0 and 'ematerialization' not in err, err
   assert re.findall(r'involuntary full rematerializations: (.*)', out) == ['0', '0']
   weight = 2 * max(width * hidden, vocab * width) / 1e6  # largest weight in MB, in bfloat16
-  features = (
-    2 * (rows / mesh.get('data', 1)) * 1024 * width / 1e6
-  )  # MB of features in the rows of one data-parallel group
+  rows_of_group = rows / mesh.get('data', 1)
+  features = 2 * rows_of_group * 1024 * width / 1e6  # MB of features of one data-parallel group, in bfloat16
   found = [float(size) for size in re.findall(r'all-gather: .*; the largest: ([\d.]+) MB', out)]
   assert found and max(found) <= weight + 0.05 < features

@@ -115,7 +115,7 @@ def test_memory_traffic_counts_only_the_parts_of_sliced_arrays():
   row = 4 * 100
   turn = row + row + row  # per iteration: read the slice and b, write the updated row
   started = (row + 4 * row) + (row + row)
-  # Ten iterations, the array copied to on-chip memory, the started collectives, and the result.
+  # The program has a loop of ten iterations, a copy to on-chip memory, two asynchronous collectives and a result.
   assert bytes_moved(hlo.parse(MOVES)) == 10 * turn + 10 * row + started + row
 
 
@@ -129,14 +129,14 @@ def test_memory_traffic_of_a_matrix_product_is_the_size_of_its_operands_and_resu
   assert 7 * once <= bytes_moved(hlo.parse(text)) < 7 * 3 * once
 
 
-def test_collectives_are_multiplied_by_loop_iterations_and_each_channel_counts_once():
+def test_collectives_in_loops_count_once_per_iteration_and_each_channel_is_listed_once():
   found = {(one.kind, one.size): one for one in collectives(hlo.parse(TEXT), 8)}
   assert len(found) == 8
   counted = found['collective-permute', 8 * 32 * 4]
   assert (counted.times, counted.certain) == (4, True)  # loop counter: 0, 2, 4, 6
   fused = found['reduce-scatter', 128 * 4 // 4]
   assert (fused.group, fused.traffic()) == (4, 3 * 128)
-  assert found['all-gather', (4 + 6) * 4].group == 2  # gathers two arrays, inside a conditional
+  assert found['all-gather', (4 + 6) * 4].group == 2  # one operation, in a conditional, gathers two arrays
   head = found['all-gather', 64 * 16 * 4]
   assert (head.group, head.times, head.certain, head.where) == (8, 5, True, 'jit(step)/scan/head')
   assert head.traffic() == 5 * 7 / 8 * 64 * 16 * 4

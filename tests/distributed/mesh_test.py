@@ -32,7 +32,7 @@ def test_devices_are_grouped_by_tpu_slice():
   devices = [SimpleNamespace(id=i, platform='tpu', slice_index=i // 4 % 2) for i in (4, 5, 6, 7, 0, 1, 2, 3)]
   assert [[device.id for device in part] for part in sharding.slices_of(devices)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
   gpus = [SimpleNamespace(id=i, platform='gpu', slice_index=i // 4) for i in range(8)]
-  assert len(sharding.slices_of(gpus)) == 1  # on GPUs, slice_index numbers hosts, which any axis may span
+  assert len(sharding.slices_of(gpus)) == 1  # on GPUs, slice_index is the host, and any axis may span hosts
 
 
 def test_each_host_holds_consecutive_rows_of_the_batch():

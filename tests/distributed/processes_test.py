@@ -43,7 +43,7 @@ def free_port() -> int:
 
 
 class Group:
-  """The processes of one run, by default two with four devices each; leaving `with` kills those still running."""
+  """The processes of one run, by default two with four devices each; the end of the `with` block kills all of them."""
 
   def __init__(
     self, commands, workdir, *, processes=2, devices=4, changes=(), worker_changes=(), module='ilm_jax.main', words=(),
@@ -166,7 +166,7 @@ def trained(tmp_path_factory, commands):
 
 @pytest.fixture(scope='module')
 def expected_losses(trained):
-  """Return the losses of the run `trained` in one process: step -> loss."""
+  """Return {step: loss} of the run `trained`, which used one process."""
   return losses(trained)
 
 
@@ -212,7 +212,9 @@ def graphs_of(number: int) -> list[str]:
   pytest.param((0,), id='coordinator', marks=pytest.mark.long), pytest.param((1,), id='worker'),
   pytest.param((0, 1), id='both', marks=pytest.mark.long),
 ])  # fmt: skip
-def test_two_processes_train_as_one_and_after_sigterm_stop_at_one_step(tmp_path, commands, expected_losses, signaled):
+def test_two_processes_train_like_one_and_stop_at_the_same_step_on_signal(
+  tmp_path, commands, expected_losses, signaled
+):
   workdir = tmp_path / 'run'
   with Group(commands, workdir, devices=2, changes={'steps': 1000}) as run:
     run.wait_for_step(8)
@@ -358,7 +360,7 @@ def test_processes_with_different_code_are_refused(monkeypatch, tmp_path):
   assert run_file.code()['code'] != code['code']
 
 
-def test_processes_that_see_different_checkpoints_must_be_started_again(monkeypatch, tmp_path):
+def test_processes_that_see_different_checkpoints_exit_and_ask_to_be_started_again(monkeypatch, tmp_path):
   def gather(text):
     return [text, text.replace('{}', json.dumps({'5': True}))]
 

@@ -32,7 +32,8 @@ def test_a_jobset_restarts_a_failed_run_unless_its_exit_code_means_an_error(name
   assert set(replicated) == {'name', 'replicas', 'template'} and set(replicated['template']) == {'spec'}
   # A failed pod fails its job immediately; the JobSet then decides whether to restart, and restarts all jobs.
   assert spec['backoffLimit'] == 0 and spec['template']['spec']['restartPolicy'] == 'Never'
-  errors = {'containerName': container['name'], 'operator': 'In', 'values': [1, 2, 130]}  # restart after 75 and 128 + n
+  # Other exit codes restart the run: 75 (preempted) and 128 + n (killed by signal n).
+  errors = {'containerName': container['name'], 'operator': 'In', 'values': [1, 2, 130]}
   assert spec['podFailurePolicy'] == {'rules': [{'action': 'FailJob', 'onExitCodes': errors}]}
   assert spec['completionMode'] == 'Indexed' and spec['completions'] == spec['parallelism']
   config, workdir = container['args'][:2]

@@ -126,7 +126,7 @@ def test_gpu_sh_forwards_a_signal_to_the_training_run(tmp_path):
 
 @pytest.fixture
 def slurm_job(tmp_path):
-  """Return a function that runs a copy of slurm.sbatch in the folder of submission, as Slurm does."""
+  """Return a function that runs a copy of slurm.sbatch in the folder where the job was submitted, as Slurm does."""
   launch.write_program(tmp_path / 'bin' / 'srun', f'cd {tmp_path} && exec ./step')
   launch.write_program(tmp_path / 'bin' / 'scontrol', f'echo "$@" >> {tmp_path}/requeued')
   shutil.copy(launch.FOLDER / 'slurm.sbatch', tmp_path / 'slurm_script')

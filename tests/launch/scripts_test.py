@@ -30,7 +30,7 @@ def test_shellcheck_finds_no_problem_in_the_launch_scripts():
   assert done.returncode == 0, done.stdout
 
 
-def test_the_header_of_every_launch_file_gives_its_last_real_run():
+def test_the_header_of_every_launch_file_says_when_it_was_last_run_or_built():
   for name in [*SCRIPTS, 'gke_jobset.yaml', 'gke_jobset_gpu.yaml', '../Dockerfile']:
     header = re.match(r'(#.*\n)+', (FOLDER / name).read_text())[0]
     assert re.search(r'^# Last real (run|build): \S+', header, re.M), name

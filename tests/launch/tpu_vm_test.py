@@ -188,7 +188,8 @@ def test_train_reuses_a_tpu_left_by_keep_and_deletes_it_when_the_run_fails(cloud
   done = cloud('exit 0', *TRAIN, '--keep')
   assert done.returncode == 0 and changes(tmp_path) == ['delete', 'create']
   assert 'the TPU is kept, and costs money' in done.stderr
-  done = cloud('echo "no such config" >&2' + LAST_FOUR_CHECKS + '1', *TRAIN)  # must ignore the first exit code
+  # The second run fails; `train` must not take the exit code 0 of the first run for that of the second.
+  done = cloud('echo "no such config" >&2' + LAST_FOUR_CHECKS + '1', *TRAIN)
   assert done.returncode == 1 and 'no such config' in done.stdout
   assert 'the run did not finish (last status: 1)' in done.stderr
   assert changes(tmp_path) == ['delete', 'create', 'delete'] and not (tmp_path / 'host').exists()

@@ -52,7 +52,7 @@ def test_file_or_folder_names_mark_training_and_held_out_files(tmp_path, train, 
   assert shared == dict.fromkeys(HELD_OUT, HELD_OUT)
 
 
-def test_files_with_test_in_their_name_become_the_test_split(tmp_path):
+def test_files_with_test_in_their_names_become_the_test_split(tmp_path):
   files, shared = find(tmp_path, 'a.train.jsonl', 'a.dev.jsonl', 'a.test.jsonl', 'latest-notes.txt')
   assert files == {'train': ['a.train.jsonl'], 'validation': ['a.dev.jsonl'], 'test': ['a.test.jsonl']}
   assert not shared
@@ -74,7 +74,7 @@ def names_of(folder) -> list[str]:
 
 def test_runs_caches_and_hidden_folders_inside_the_corpus_folder_are_skipped(tmp_path):
   kept = ['a.txt', 'data/b.txt', 'runs/c.txt', 'text-train/d.txt']
-  skipped = {  # folder -> file that marks it
+  skipped = {  # folder to skip -> file in it that marks it as a run, a cache or similar
     **{'data/1.0.0': 'dataset_info.json', 'words': 'ilm_tokenizer.json', 'runs/text-small': 'run.json', '.git': 'HEAD'},
     **{'env': 'pyvenv.cfg', 'data/unpacked-0123456789abcdef/lm1b': 'x', 'data/downloads/tinystories': 'x'},
     'data/text-train-0123456789abcdef': 'counts.json',
@@ -92,7 +92,7 @@ def test_runs_caches_and_hidden_folders_inside_the_corpus_folder_are_skipped(tmp
   ('link', 'target'),
   [('again', '.'), ('train/up', '..'), ('valid/more/up', '../..'), ('all', 'train'), ('v', 'valid/more')],
 )
-def test_a_folder_that_a_link_leads_to_a_second_time_is_read_once(tmp_path, link, target):
+def test_a_folder_that_is_reachable_by_several_paths_is_read_once(tmp_path, link, target):
   names = ['train/a.txt', 'valid/b.txt', 'valid/more/c.txt']
   for name in names:
     write(tmp_path / 'corpus' / name, ['one'])
@@ -115,22 +115,20 @@ def test_the_error_for_a_link_without_a_target_names_the_link(tmp_path, name):
   'name',
   ['train.json', 'train.txt.part', 'train.tar.gz', 'a-Train_2.md', 'myTrain.csv', 'train/part.json', 'train.txt'],
 )
-def test_an_empty_or_unread_file_that_is_named_as_training_text_is_an_error(tmp_path, name):
+def test_an_empty_or_unreadable_file_named_like_training_text_is_an_error(tmp_path, name):
   write(tmp_path / 'valid.txt', stories(3))
   write(tmp_path / name, stories(3) if name != 'train.txt' else [])
-  with refused(f'data.path={tmp_path}: {name} is named as training text', '*.jsonl', '*.parquet'):
+  with refused(f'data.path={tmp_path}: {name} is named like training text', '*.jsonl', '*.parquet'):
     corpora.find(str(tmp_path))
 
 
-def test_unread_files_are_named_in_a_warning_unless_they_are_named_as_training_text(tmp_path, caplog):
+def test_a_warning_lists_the_files_in_the_corpus_folder_that_are_not_read(tmp_path, caplog):
   unread = ['README', 'strain.md', 'train.py', 'train.txt.md5', 'training/loss.png', 'valid.json']
   for name in [*unread, 'train.txt', 'valid.txt', 'train.txt.gz']:
     write(tmp_path / name, ['one'])
   assert names_of(tmp_path) == ['train.txt', 'valid.txt']
-  assert (
-    'unknown endings and are not read: README, strain.md, train.py, train.txt.gz, train.txt.md5, ... (7 files)'
-    in (caplog.text)
-  )
+  listed = 'README, strain.md, train.py, train.txt.gz, train.txt.md5, ... (7 files)'
+  assert f'unknown endings and are not read: {listed}' in caplog.text
 
 
 def test_split_names_count_as_whole_words():
@@ -216,7 +214,7 @@ def test_the_documents_mode_determines_where_documents_end(tmp_path, content, mo
     *('all.parquet', 'train-00000-of-00001.parquet'),
   ],
 )
-def test_every_kind_of_file_gives_the_same_documents(tmp_path, name):
+def test_all_file_formats_give_the_same_documents(tmp_path, name):
   texts = [*stories(30), 'é 日本']
   rows = [{'text': text, 'id': i} for i, text in enumerate(texts)]
   if name.endswith('.parquet'):

@@ -17,7 +17,7 @@ CLS, BOS, FIRST = 1, 4, 7  # token ids; FIRST is the id of node 0
 
 
 TASKS = {name: star_config.get_config(name).task for name in ('tiny', 'easy', 'medium', 'hard')}
-# Config -> (minimum, maximum) number of tokens of the prompt (edges, source, goal), and the same of the answer.
+# Config -> (minimum, maximum) number of prompt tokens (edges, source, goal) and (minimum, maximum) of answer tokens.
 LENGTHS = {
   'tiny': ((14, 14), (6, 6)),
   'easy': ((26, 26), (8, 8)),

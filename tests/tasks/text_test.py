@@ -17,16 +17,7 @@ from absl import flags
 from array_record.python import array_record_module
 from etils import epath
 from ml_collections import config_flags
-from text_helpers import (
-  DATA,
-  ROOT,
-  all_texts,
-  needs_real_text,
-  refused,
-  stories,
-  task_config,
-  write_corpus,
-)
+from text_helpers import DATA, ROOT, all_texts, needs_real_text, refused, stories, task_config, write_corpus
 
 from ilm_jax import paths
 from ilm_jax.configs import lm1b as lm1b_config
@@ -74,7 +65,7 @@ class Letters:
 
 
 class Pairs(Letters):
-  """A tokenizer that makes one token of two characters if the text is longer than 12 characters, else of each one."""
+  """A tokenizer that makes one token of every two characters in texts of more than 12 characters, else of each one."""
 
   def encode_with_offsets(self, text):
     size = 2 if len(text) > 12 else 1
@@ -120,7 +111,7 @@ def test_pieces_of_a_cut_text_respect_the_token_limit_and_lose_only_whitespace(t
       assert ids == tokenizer.encode(piece)[:limit]
 
 
-def test_very_long_texts_and_characters_of_many_byte_tokens_are_cut(tokenizer):
+def test_very_long_texts_and_characters_with_many_byte_tokens_are_cut(tokenizer):
   whole = ' '.join(stories(60)) * 8
   lengths = []
 
@@ -134,10 +125,8 @@ def test_very_long_texts_and_characters_of_many_byte_tokens_are_cut(tokenizer):
   pieces = list(text.pieces_of(whole, Watched(), 50))
   assert max(lengths) <= 50 * text.WINDOW < len(whole)
   assert without_spaces(''.join(piece for piece, _ in pieces)) == without_spaces(whole)
-  assert [(piece, len(ids)) for piece, ids in text.pieces_of('日本', tokenizer, 2)] == [
-    ('日', 2),
-    ('本', 2),
-  ]  # each character has more than two byte tokens, which are truncated
+  # Each of these characters has more than two byte tokens, so its tokens are truncated to the limit.
+  assert [(piece, len(ids)) for piece, ids in text.pieces_of('日本', tokenizer, 2)] == [('日', 2), ('本', 2)]
   spaces = 'a' + ' ' * 9_999 + 'b'  # the window grows until it contains more than one token
   assert [piece.split() for piece, _ in text.pieces_of(spaces, Letters(), 1)] == [['a'], ['b']]
 
@@ -253,7 +242,7 @@ def test_preparation_leaves_no_temporary_folders(corpus, tmp_path, monkeypatch):
   assert not list((tmp_path / 'temporary').iterdir())
 
 
-def test_of_several_processes_that_share_a_cache_only_one_prepares_the_data(corpus, tmp_path, monkeypatch):
+def test_only_one_of_several_processes_that_share_a_cache_prepares_the_data(corpus, tmp_path, monkeypatch):
   calls, wait, results = [], threading.Barrier(3), []
   prepare = text.prepare
   monkeypatch.setattr(text, 'prepare', lambda *args: calls.append(args[1]) or prepare(*args))
@@ -400,7 +389,7 @@ def test_invalid_settings_of_the_text_task_are_refused(corpus, cache, changes, p
     text.Source(task_config(corpus, cache, **changes), 'train')
 
 
-def test_every_path_of_the_text_task_may_start_with_a_tilde_or_file(corpus, tokenizer, tmp_path, monkeypatch):
+def test_every_path_in_a_text_config_may_start_with_a_tilde_or_file_scheme(corpus, tokenizer, tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   shutil.copytree(corpus, tmp_path / 'corpus')
   tokenizer.save(tmp_path / 'words')
@@ -418,7 +407,7 @@ def test_every_path_of_the_text_task_may_start_with_a_tilde_or_file(corpus, toke
 
 
 @pytest.mark.parametrize('setting', ['data.path', 'task.cache', 'task.tokenizer.path'])
-def test_mistyped_schemes_and_missing_bucket_packages_are_errors(corpus, tmp_path, monkeypatch, setting):
+def test_unknown_url_schemes_and_missing_bucket_packages_are_errors(corpus, tmp_path, monkeypatch, setting):
   monkeypatch.setattr(paths, '_installed', lambda package: False)
   monkeypatch.setattr(text, '_TOKENIZERS', {})
   for path, part in (('gss://b/x', 'unknown scheme gss://'), ('gs://b/x.tar.gz', "pip install 'ilm_jax[gcs]'")):
@@ -435,7 +424,7 @@ def test_the_error_for_an_unwritable_cache_folder_names_task_cache(corpus, tmp_p
     text.Source(task_config(corpus, tmp_path / 'file'), 'test')
 
 
-def test_a_full_disk_raises_a_user_error_and_errors_of_the_examples_pass_unchanged(corpus, tmp_path, monkeypatch):
+def test_only_a_full_disk_raises_a_user_error_not_errors_while_preparing_examples(corpus, tmp_path, monkeypatch):
   cfg = task_config(corpus, tmp_path)
   text.tokenizer(cfg)
 
@@ -460,15 +449,15 @@ def test_a_full_disk_raises_a_user_error_and_errors_of_the_examples_pass_unchang
 
 @pytest.mark.parametrize('module', [text_config, tinystories_config, lm1b_config])
 @pytest.mark.parametrize('name', text_config.VARIANTS)
-def test_lengths_and_metric_of_the_shipped_configs_are_consistent(module, name):
+def test_text_configs_have_consistent_lengths_and_minimize_the_validation_loss(module, name):
   cfg = module.get_config(name)
-  assert cfg.sampling.max_length == cfg.corrupt.length == text.longest(cfg.task) <= cfg.data.row_length
+  assert cfg.sampling.max_length == cfg.corrupt.length == text.TASK.longest(cfg.task) <= cfg.data.row_length
   assert (cfg.eval.metric, cfg.eval.mode) == ('loss', 'min')
   with pytest.raises(ValueError, match='expected one of small, full'):
     module.get_config('tiny')
 
 
-def test_one_flag_sets_the_corpus_path_everywhere_and_one_the_length(monkeypatch):
+def test_a_single_flag_sets_the_corpus_path_or_the_length_everywhere_in_the_config(monkeypatch):
   argv = [f'--config={ROOT}/configs/tinystories.py:small', '--config.data.path=/some/where', '--config.task.length=99']
   monkeypatch.setattr(sys, 'argv', ['main', *argv])  # config_flags reads overrides from sys.argv
   values = flags.FlagValues()

@@ -182,14 +182,14 @@ def test_a_run_refuses_a_tokenizer_that_its_checkpoints_were_not_trained_with(
   changed = run_config(corpus, tmp_path, **{'task.tokenizer.size': 331})
   with refused('task.tokenizer.size=330', 'nothing was overwritten'):
     loop.train(changed, work)
-  # Replace the tokenizer in the run's folder by another one.
+  # Replace the tokenizer in the run's folder with another one.
   shutil.rmtree(work / 'tokenizer')
   shutil.copytree(other_tokenizer, work / 'tokenizer')
   with refused(str(work / 'tokenizer'), other, own):
     ilm_jax.load(work)
   with refused('task.tokenizer.fingerprint', own):
     loop.evaluate_run(run_config(corpus, tmp_path), work)
-  # Remove the tokenizer from the run's folder, and let the corpus be missing too.
+  # Remove the tokenizer from the run's folder; without the corpus, it cannot be trained again.
   shutil.rmtree(work / 'tokenizer')
   monkeypatch.setattr(text, '_TOKENIZERS', {})
   monkeypatch.setattr(text, 'corpus_of', lambda cfg: corpora.find(str(tmp_path / 'gone')))

@@ -34,7 +34,7 @@ from ilm_jax.types import UserError
 SPLITS = ('train', 'validation', 'test')
 DOCUMENTS = ('endoftext', 'paragraph', 'line')  # modes, each named after what ends a document in a text file
 END = '<|endoftext|>'
-BYTE_ORDER_MARK = b'\xef\xbb\xbf'  # the UTF-8 byte order mark, which some editors write at the start of a file
+BYTE_ORDER_MARK = b'\xef\xbb\xbf'  # some editors write it at the start of UTF-8 files
 SHARES = 40  # number of hash buckets for documents: one for validation, one for test, 38 for training
 
 WORD = r'(?<![^\W\d_])(%s)((set|data)s?)?(?![^\W\d_])'  # pattern of a whole word, such as test in test_2 and testset
@@ -45,7 +45,7 @@ NAMES = {  # split -> pattern of the names of its files or folders; the first ma
 }
 CORPUS_FILE = re.compile(r'(\.(txt|tokens|jsonl|ndjson|parquet)(-\d+-of-\d+)?|-\d+-of-\d+)(\.gz)?$', re.I)
 READABLE = '*.txt, *.tokens, *.jsonl, *.ndjson, *.parquet or shards NAME-00001-of-00100, also compressed (*.gz)'
-NOT_TEXT = ('.json', '.tar', '.tar.gz', '.tgz', '.zip')  # endings of single files that would give wrong documents
+NOT_TEXT = ('.json', '.tar', '.tar.gz', '.tgz', '.zip')  # endings of files that would be misread as text
 CODE = ('.py', '.ipynb', '.sh', '.yaml', '.yml', '.toml', '.cfg', '.ini', '.log')  # endings of code, settings and logs
 # A folder inside the corpus folder is skipped if it holds one of these files, which mark a run, prepared data, a
 # tokenizer or a virtual environment, or if it is an entry of a cache folder.
@@ -64,7 +64,7 @@ class File(NamedTuple):
 
 
 class Corpus(NamedTuple):
-  """The files of each split. `shared` maps a split to all splits that read the same files, if there are others."""
+  """The files of each split; if several splits read the same files, `shared` maps each of them to the tuple of all."""
 
   files: dict[str, list[File]]
   shared: dict[str, tuple[str, ...]]
@@ -88,15 +88,13 @@ def find(path: str) -> Corpus:
     found = dict(sorted((name, file) for file, name in (_walk(root) if is_folder else [(root, root.name)])))
     files = [File(file, name, storage.size_of(file)) for name, file in found.items()
              if not is_folder or CORPUS_FILE.search(name)]  # fmt: skip
-  except UserError:
-    raise
-  except Exception as error:  # each storage service has its own types of errors
-    if not isinstance(error, OSError | ImportError) and not storage.is_remote(path):
+  except Exception as error:  # each storage service raises its own types of errors
+    if isinstance(error, UserError) or not (isinstance(error, OSError | ImportError) or storage.is_remote(path)):
       raise
     raise UserError(f'data.path={path} cannot be read: {_reason(error)}') from None
   if not is_folder and root.name.lower().endswith(NOT_TEXT):
     raise UserError(f'data.path={path} is not a text file: expected a folder, or a file such as {READABLE}')
-  # Of a file and its compressed copy, only the file is read.
+  # If a file exists both plain and compressed, only the plain file is read.
   files = [file for file in files if file.size and not (file.name.endswith('.gz') and file.name[:-3] in found)]
   _check_unread(path, sorted(found.keys() - {file.name for file in files}), files)
   named = {split: [file for file in files if split_named(file.name) == split] for split in SPLITS}
@@ -108,11 +106,10 @@ def find(path: str) -> Corpus:
     return Corpus(dict.fromkeys(SPLITS, files), dict.fromkeys(SPLITS, SPLITS))
   if unnamed := [file.name for file in files if split_named(file.name) is None]:
     log_once(f'data.path={path}: ignored {", ".join(unnamed[:5])}: their names indicate no split', logging.WARNING)
-  held_out = ('validation', 'test')
   if named['validation'] and named['test']:
     return Corpus(named, {})
-  both = named['validation'] or named['test']
-  return Corpus({'train': named['train'], **dict.fromkeys(held_out, both)}, dict.fromkeys(held_out, held_out))
+  held_out, files = ('validation', 'test'), named['validation'] or named['test']
+  return Corpus({'train': named['train'], **dict.fromkeys(held_out, files)}, dict.fromkeys(held_out, held_out))
 
 
 @functools.cache
@@ -132,7 +129,7 @@ def split_named(name: str) -> str | None:
 
 
 def _check_unread(path: str, unread: list[str], files: list[File]) -> None:
-  """Warn of files that are not read; raise UserError if no file is read, or if an unread one is named as training text.
+  """Warn of unread files; raise UserError if no file is read or an unread file's name marks it as training text.
 
   The error is not raised for code, nor for a file whose name extends that of a file that is read (train.txt.md5).
   """
@@ -140,13 +137,13 @@ def _check_unread(path: str, unread: list[str], files: list[File]) -> None:
   if not files:
     raise UserError(f'data.path={path} holds no text: expected a file that is not empty, or a folder of {READABLE}'
                     + (f'; found {names}' if unread else ''))  # fmt: skip
-  # A folder's name counts only if it is the training folder of a corpus whose other folders or files are held out.
+  # Names of folders count only if the files that are read include held-out files but no training files.
   splits = {split_named(file.name) for file in files}
   by_folder = 'train' not in splits and not splits <= {None}
   for name in unread:
     is_other = name.lower().endswith(CODE) or name.startswith(tuple(file.name for file in files))
     if split_named(name if by_folder else name.rpartition('/')[2]) == 'train' and not is_other:
-      raise UserError(f'data.path={path}: {name} is named as training text, but is empty or has an unknown ending: '
+      raise UserError(f'data.path={path}: {name} is named like training text, but is empty or has an unknown ending: '
                       f'expected {READABLE}; convert, rename or remove it')  # fmt: skip
   if unread:
     log_once(f'data.path={path}: these files are empty or have unknown endings and are not read: {names}; expected '
@@ -201,12 +198,10 @@ def split_of(text: str, splits: tuple[str, ...]) -> str:
 def documents(corpus: Corpus, split: str, mode: str, *, detokenized: bool = False, what: str = ''):
   """Yield ((file path, document number), text) for the documents of a split.
 
-  `mode`, one of DOCUMENTS, does not apply to JSONL files. `what` is the name of the operation in progress log lines; ''
-  disables them.
+  `mode`, one of DOCUMENTS, applies to text files only. `what` is a name for progress logs; '' disables them.
   """
-  files, splits = corpus.files[split], corpus.shared.get(split)
-  total = sum(file.size for file in files)
-  progress, before, count = storage.Progress(what, total, 'documents'), 0, 0
+  files, splits, before, count = corpus.files[split], corpus.shared.get(split), 0, 0
+  progress = storage.Progress(what, sum(file.size for file in files), 'documents')
   for file in files:
     for number, (end, text) in enumerate(read(file, mode), 1):
       if splits and split_of(text, splits) != split:
@@ -219,9 +214,9 @@ def documents(corpus: Corpus, split: str, mode: str, *, detokenized: bool = Fals
 
 
 def read_split(path: str, split: str, mode: str, *, detokenised: bool = False, flag: str = '--path'):
-  """Yield the non-empty documents of one split of a corpus; used by commands: error messages name command-line flags.
+  """Yield the non-empty documents of one split of a corpus; error messages name the command-line flags to correct.
 
-  `flag` is the command-line flag that sets the path.
+  `flag` is the command-line flag that sets `path`.
   """
   if split not in SPLITS:
     raise UserError(f'--split={split}: expected one of {", ".join(SPLITS)}')
@@ -336,7 +331,7 @@ def decode(content: bytes, path, start: int) -> str:
 
 
 ARCHIVE = '1-billion-word-language-modeling-benchmark-r13output'
-DETOKENIZATION = (  # (pattern, replacement): pairs that remove the spaces inserted when LM1B was tokenized
+_DETOKENIZATION = [(re.compile(pattern), replacement) for pattern, replacement in (
   (r'(https?) : / / ', r'\1://'),
   (r" '(s|m|d|t|re|ve|ll|S|M|D|T|RE|VE|LL)\b", r"'\1"),
   (r" (n't|N'T)\b", r'\1'),
@@ -349,13 +344,12 @@ DETOKENIZATION = (  # (pattern, replacement): pairs that remove the spaces inser
   (r'" ([^"]*[^" ]) "', r'"\1"'),
   (r'^" ', '"'),
   (r"(?<!\S)' ([^']*[^' ]) '(?!\S)", r"'\1'"),
-)
-_COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in DETOKENIZATION]
+)]  # fmt: skip
 
 
 def detokenize(text: str) -> str:
-  """Remove the spaces around punctuation and clitics from a sentence of the One Billion Word corpus."""
-  for pattern, replacement in _COMPILED:
+  """Remove the spaces that tokenization inserted around punctuation and clitics in the One Billion Word corpus."""
+  for pattern, replacement in _DETOKENIZATION:
     text = pattern.sub(replacement, text)
   return text
 
@@ -381,7 +375,7 @@ def fetch(name: str, cache: str) -> str:
       except OSError as error:
         names = ' and '.join(f.name for f in files)
         raise UserError(f'the corpus {name} could not be downloaded from {url} ({_reason(error)}): put {names} into '
-                        f'{folder}, or give --config.data.path=PATH') from None  # fmt: skip
+                        f'{folder}, or set --config.data.path=PATH') from None  # fmt: skip
   return unpack(str(files[0]), cache) if files[0].name.endswith('.tar.gz') else str(folder)
 
 

@@ -29,7 +29,7 @@ from ilm_jax.types import UserError
 
 PREFIX = 2  # fixed tokens before the text: [CLS] and [BOS]
 FOLDER = 'tokenizer'  # subfolder of a run's folder that holds its tokenizer
-WINDOW = 8  # characters scanned per expected token when truncating a document; grows if they have too few tokens
+WINDOW = 8  # characters scanned per expected token when truncating a document; grows if it yields too few
 SENTENCE = re.compile(r'[.!?…]["\'”’)\]]*(?=\s)|[。！？][」』”’]*|(?<=\S)(?=\n)')  # matches the end of a sentence
 WORD = re.compile(r'(?<=\S)(?=\s)')  # matches the end of a word
 
@@ -47,16 +47,6 @@ def check(cfg) -> None:
     raise UserError(f'task.source={cfg.source!r}: expected one of {", ".join(corpora.SOURCES)}, or an empty string')
 
 
-def longest(cfg) -> int:
-  """Return the maximum number of tokens of an example, including [CLS] and [BOS]."""
-  return cfg.length
-
-
-def longest_answer(cfg) -> int:
-  """Return the maximum number of text tokens of an example, without [CLS] and [BOS]."""
-  return cfg.length - PREFIX
-
-
 @functools.cache
 def _scratch() -> tempfile.TemporaryDirectory:
   """Create this process's temporary cache folder, which is used if `task.cache` is empty."""
@@ -64,7 +54,7 @@ def _scratch() -> tempfile.TemporaryDirectory:
 
 
 def _cache(cfg) -> str:
-  """Return the cache folder, `task.cache` or a temporary folder."""
+  """Return the path of the cache folder: `task.cache`, or a temporary folder if that is empty."""
   return os.fspath(paths.resolve(cfg.cache, 'task.cache')) if cfg.cache else _scratch().name
 
 
@@ -82,7 +72,7 @@ def corpus_of(cfg) -> corpora.Corpus:
 
 
 def texts(cfg, split: str, what: str):
-  """Yield ((file path, document number), text) for the documents of a split; `what` is explained in `documents`."""
+  """Yield ((file path, document number), text) for the documents of a split; `what` is a name for progress logs."""
   return corpora.documents(corpus_of(cfg), split, cfg.documents, detokenized=cfg.detokenize, what=what)
 
 
@@ -221,15 +211,13 @@ def tokenizer(cfg) -> tokenizer_lib.Tokenizer:
 
 def given(cfg) -> tokenizer_lib.Tokenizer | None:
   """Return the tokenizer at `tokenizer.path`, or None if the path is empty."""
-  path = cfg.tokenizer.path
-  if not path:
+  if not (path := cfg.tokenizer.path):
     return None
   return tokenizer_lib.read(paths.resolve(path, 'task.tokenizer.path'), lowercase=cfg.tokenizer.lowercase)
 
 
 def trained(cfg) -> tokenizer_lib.Tokenizer:
   """Train SentencePiece on a sample of training documents, or load it from the cache if it was trained before."""
-  check(cfg)
   settings = cfg.tokenizer
   identity = corpus_of(cfg).identity('train')
   what = identity, settings.size, settings.seed, settings.normalization, settings.documents
@@ -279,7 +267,7 @@ def resolve_assets(cfg, folder) -> None:
   try:
     is_there = path and paths.resolve(path, 'task.tokenizer.path').exists()
   except (UserError, OSError):
-    is_there = False  # a run that has its tokenizer does not need to reach the one that was given at its start
+    is_there = False  # the run has a copy of its tokenizer, so the original may be unreachable
   if is_there and (other := given(cfg).fingerprint) != words.fingerprint:
     raise UserError(f'task.tokenizer.path={path} has fingerprint {other}, but the checkpoints in {folder} were trained '
                     f'with a tokenizer with fingerprint {words.fingerprint}: omit task.tokenizer.path, or choose '
@@ -296,7 +284,7 @@ def save_assets(cfg, folder) -> None:
 
 
 def encode_prompt(text: str, cfg) -> list[int]:
-  """Return the token ids of a prompt: [CLS], [BOS] and the text to continue. '' asks for an unconditional sample."""
+  """Return the token ids of a prompt: [CLS], [BOS] and the text to continue (empty: generate without a prompt)."""
   return [CLS, BOS, *tokenizer(cfg).encode(text)]
 
 
@@ -306,13 +294,8 @@ def decode(tokens, cfg) -> str:
 
 
 TASK = Task(
-  name='text',
-  tokenizer=tokenizer,
-  source=Source,
-  longest=longest,
-  longest_answer=longest_answer,
-  encode_prompt=encode_prompt,
-  decode=decode,
-  resolve_assets=resolve_assets,
-  save_assets=save_assets,
-)
+  name='text', tokenizer=tokenizer, source=Source, encode_prompt=encode_prompt, decode=decode,
+  longest=lambda cfg: cfg.length,
+  longest_answer=lambda cfg: cfg.length - PREFIX,
+  resolve_assets=resolve_assets, save_assets=save_assets,
+)  # fmt: skip

@@ -48,11 +48,11 @@ class Puzzle(NamedTuple):
 
   @property
   def size(self) -> tuple[int, int]:
-    """(Number of houses, number of attributes)."""
+    """The number of houses and the number of attributes."""
     return len(self.table[0]), len(self.table) - 1
 
 
-MEANING = {  # kind of clue, except `ends` -> whether it is true of these house numbers
+MEANING = {  # kind of clue (except `ends`) -> function: house numbers of its references -> whether the clue is true
   '=': lambda a, b: a == b,
   '!=': lambda a, b: a != b,
   'nbr': lambda a, b: abs(a - b) == 1,

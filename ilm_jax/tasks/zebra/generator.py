@@ -19,12 +19,12 @@ class ClueGenerator:
     self.rng, self.houses, self.attributes = rng, houses, attributes
     self.table = [list(range(houses)), *(rng.permutation(houses).tolist() for _ in range(attributes))]
     self.clues = []  # all clues drawn so far, including those that the solver did not need
-    self.solver = Solver(houses, attributes)  # a solver with these clues
+    self.solver = Solver(houses, attributes)  # receives each clue when it is drawn
     self.guided = False  # whether the solver has been called; from then on, clues favour rows with few filled cells
     self.row_counts = [0] * (attributes + 1)  # number of references to each row of the table in the clues
 
   def run(self) -> list[Clue]:
-    """Draw clues until the solver fills the table; return those that a new solver uses when it gets all at once.
+    """Draw clues until the solver fills the table; return those that a new solver uses if it gets all at once.
 
     The references of symmetric clues are swapped at random.
     """
@@ -113,7 +113,7 @@ class ClueGenerator:
 
 
 def relabel(rng: np.random.Generator, clues: list[Clue], houses: int, attributes: int) -> list[Clue]:
-  """Rename the values of every attribute at random, which makes an equally likely puzzle, usually with a new hash."""
+  """Rename the values of every attribute at random: the new puzzle is equally likely, but may be in another split."""
   new_values = [list(range(houses)), *(rng.permutation(houses).tolist() for _ in range(attributes))]
   return [Clue(kind, tuple((row, new_values[row][value]) for row, value in refs)) for kind, refs in clues]
 

@@ -67,7 +67,7 @@ def find_files(path: str) -> dict[str, pathlib.Path]:
 
 
 def read(file: pathlib.Path):
-  """Yield the puzzles of a released file. The whole file is loaded first; each record is freed after it was yielded."""
+  """Yield the puzzles of a released file. The whole file is loaded first; each record is freed after use."""
   records = _load(file)
   if type(records) is not list or not records:
     raise UserError(f'{file}: {LAYOUT}, got {type(records).__name__}')

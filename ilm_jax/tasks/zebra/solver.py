@@ -114,7 +114,7 @@ class Solver:
     return None
 
   def _apply(self, state: int, index: int):
-    """Apply a clue, then `_eliminate` in its rows; return the new state and a determined (reference, house) or None."""
+    """Apply a clue to a state; return the new state and the (reference, house) that is now determined, or None."""
     kind, refs, rows = self._clues[index]
     new, cell = self._apply_rule(state, kind, refs)
     if cell is None and new != state:
@@ -128,7 +128,7 @@ class Solver:
     return new, cell
 
   def _eliminate(self, state: int, row: int):
-    """Return a (reference, house) of a row that the candidates determine, or None.
+    """Return a (reference, house) pair of a row that is determined by the candidates, or None.
 
     Prefers the first house with only one possible value, then the first value with only one possible house.
     """
@@ -149,7 +149,7 @@ class Solver:
     return single_candidate
 
   def _commit(self, ref: int, house: int) -> None:
-    """Fill a cell, then the last empty cell of every row with only one; drop clues whose references are all known."""
+    """Fill a cell and the last empty cell of each row that has only one; drop clues whose references are all known."""
     self._fill(ref, house)
     for row in range(1, self.attributes + 1):
       if self._open_houses[row].bit_count() == 1:

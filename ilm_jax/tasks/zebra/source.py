@@ -159,7 +159,7 @@ def generate(recipe: Recipe, count: int, num_workers: int):
 
 
 def _start_worker() -> None:
-  """Initialize a worker process: ignore Ctrl-C, and exit when the parent process ends, even if that was killed."""
+  """Initialize a worker process: ignore Ctrl-C, and exit when the parent process ends, even if it is killed."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
 
   def exit_with_parent():
@@ -178,8 +178,7 @@ def released_puzzles(cfg, split: str):
   """
   files = released.find_files(cfg.path)
   limit = cfg[f'num_{split}']  # maximum number of puzzles; 0: no limit
-  max_length = max_tokens(cfg.max_houses, cfg.max_attributes)
-  test_set = set()
+  max_length, test_set = max_tokens(cfg.max_houses, cfg.max_attributes), set()
   if 'all' not in files and split != 'test':
     logging.info('zebra: reading %s, to exclude the test puzzles from training and validation', files['test'])
     test_set = {identity(puzzle.clues, *puzzle.size) for puzzle in released.read(files['test'])}
@@ -192,7 +191,7 @@ def released_puzzles(cfg, split: str):
     if not (cfg.min_houses <= houses <= cfg.max_houses and cfg.min_attributes <= attributes <= cfg.max_attributes):
       continue
     part = split_of(puzzle.clues, houses, attributes)
-    if 'all' not in files:  # the whole test file is the test split, and the training file has no part for tests
+    if 'all' not in files:  # the test file is the test split, so no puzzle of the training file belongs to it
       part = 'test' if split == 'test' else {'test': 'train'}.get(part, part)
     if part != split:
       continue

@@ -26,7 +26,7 @@ def chance(cfg) -> float:
 
 
 def score(predicted: np.ndarray, reference: np.ndarray, cfg) -> dict[str, tuple[float, float]]:
-  """Return {metric: (total, weight)} of an answer; every three tokens are one cell.
+  """Return {metric: (total, weight)} of an answer; each cell of the table is three tokens.
 
   `exact_match` and `iou` (intersection over union) compare the sets of cells, `token_accuracy` the tokens in order.
   """

@@ -24,7 +24,7 @@ def test_a_generated_puzzle_has_exactly_one_solution():
     assert [table for table in all_tables(3, 3) if is_solution(table, puzzle.clues)] == [puzzle.table]
 
 
-def test_the_generator_returns_only_the_clues_that_the_solver_uses_in_their_order():
+def test_the_generator_returns_only_the_clues_that_the_solver_uses_in_the_order_drawn():
   for _, clues, kept in drawn(12, 4, 4):
     used = Solver(4, 4, clues).solve()
     assert list(map(canonical, kept)) == [canonical(clues[i]) for i in sorted(used)]
@@ -68,7 +68,7 @@ def test_rows_and_cells_are_drawn_in_proportion_to_their_weights():
   rows = collections.Counter(generator._row() for _ in range(12_000))
   weights = np.array([1 / 3 / 5, 1 / 5, 1 / 10])
   np.testing.assert_allclose([rows[row] / 12_000 for row in range(3)], weights / weights.sum(), rtol=0, atol=0.02)
-  # Row 0 is full (weight 1), row 1 has one filled cell (weight 4) in house 0, row 2 is empty (weight 5).
+  # Row 0 of the table is full (weight 1), row 1 has one filled cell, in house 0 (weight 4), row 2 is empty (weight 5).
   generator.guided = True
   generator.solver.add(Clue('=', ((0, 0), (1, 3))))
   generator.solver.solve()

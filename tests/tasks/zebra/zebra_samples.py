@@ -40,7 +40,7 @@ def puzzles():
 
 
 def drawn(number, houses, attributes):
-  """Generate some puzzles; return (table, all clues drawn, clues that the generator selected) of each."""
+  """Generate `number` puzzles; return (table, all clues drawn, clues that the generator selected) of each."""
   out = []
   for seed in range(number):
     generator = ClueGenerator(np.random.default_rng((7, houses, attributes, seed)), houses, attributes)

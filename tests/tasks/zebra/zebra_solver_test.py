@@ -87,7 +87,7 @@ def slow_solve(clues, houses, attributes):
 @pytest.mark.parametrize('size', [(3, 3), (3, 4), (4, 4), (5, 3)])
 def test_the_solver_agrees_with_the_slow_reimplementation(size):
   for _, clues, kept in drawn(6, *size):
-    # `kept[:-1]` and the first half of `clues` often do not determine the whole table.
+    # The last two sets of clues are incomplete and often do not determine the whole table.
     for given in (clues, kept[::-1], kept[:-1], clues[: len(clues) // 2]):
       solver = Solver(*size, given)
       used = solver.solve()

@@ -178,7 +178,7 @@ def test_a_folder_of_released_files_keeps_the_published_test_set(tmp_path, cache
   assert train == tokens_of(p for p, yes in zip(train_file[3:], is_validation, strict=True) if not yes)
   assert len(Source(task(path=str(tmp_path), num_train=7), 'train')) == 7
   small = Source(task(path=str(tmp_path), num_train=0, max_houses=3, max_attributes=3), 'train')
-  assert all_tokens(small) == [tokens for tokens in train if tokens in tokens_of(train_file[:40])]  # those of 3 x 3
+  assert all_tokens(small) == [tokens for tokens in train if tokens in tokens_of(train_file[:40])]  # only 3 x 3
 
 
 def test_a_single_released_file_is_divided_into_splits_by_hash(tmp_path):
