@@ -13,40 +13,36 @@ from ilm_jax.configs import default
 from ilm_jax.data.pipeline import shape_of
 from ilm_jax.distributed import sharding
 from ilm_jax.families import FAMILIES
+from ilm_jax.families.settings import KNOWN
 from ilm_jax.runs.run_file import RENAMED, as_json, flatten
 from ilm_jax.tasks import TASKS
 from ilm_jax.types import UserError
 
-RANGES = (  # (what is allowed, its test, the settings); one of them holds for every number of a config
+# (what is allowed, its test, the settings), for all numbers of a config but those of the sampler: see families.settings
+RANGES = (
   ('a finite number', math.isfinite, ('stop_at',)),
   ('at least 0 and below 2**32', lambda x: 0 <= x < 2**32, ('seed',)),
   ('at least 0', lambda x: x >= 0, (
     'log_every', 'checkpoint_every', 'report_seconds', 'task.seed', 'task.num_train', 'loss.stop_weight',
     'corrupt.length', 'corrupt.eos_weight', 'data.targets', 'optimizer.learning_rate', 'optimizer.warmup_steps',
-    'optimizer.eps', 'optimizer.weight_decay', 'optimizer.clip', 'sampling.max_steps', 'sampling.gaps', 'eval.every',
-    'eval.samples', 'eval.print_samples',
-    *[f'sampling.{rule}.{name}' for rule in ('gap', 'token', 'joint') for name in ('temperature', 'top_k')],
+    'optimizer.eps', 'optimizer.weight_decay', 'optimizer.clip', 'eval.every', 'eval.samples', 'eval.print_samples',
   )),
   ('at least 1', lambda x: x >= 1, (
     'steps', 'keep', 'task.num_validation', 'task.num_test', 'loss.vocab_chunk', 'data.batch_size', 'data.groups',
     'data.rows', 'data.segments', 'data.prefetch', 'optimizer.accumulation_steps', 'eval.batch_size',
-    'distributed.initialization_timeout', 'sampling.score_draws',
-    'model.num_layers', 'model.num_heads', 'model.d_model', 'model.d_ff', 'model.d_cond',
+    'distributed.initialization_timeout', 'model.num_layers', 'model.num_heads', 'model.d_model', 'model.d_ff',
+    'model.d_cond',
   )),
   ('at least 2', lambda x: x >= 2, ('data.row_length',)),
-  ('at least 3', lambda x: x >= 3, ('sampling.max_length',)),
   ('at least 5', lambda x: x >= 5, ('distributed.heartbeat_timeout',)),
   ('-1 or at least 1', lambda x: x == -1 or x >= 1, ('mesh.data', 'mesh.fsdp', 'mesh.tensor')),
   ('from 0 to 1024', lambda x: 0 <= x <= 1024, ('data.num_workers', 'task.num_workers')),
   ('from 0 to 1', lambda x: 0 <= x <= 1, (
     'corrupt.infill_rate', 'corrupt.fim_rate', 'corrupt.noise_eps', 'optimizer.final_fraction',
-    'sampling.stop_threshold', 'sampling.end_threshold', 'sampling.gap_threshold',
   )),
   ('at least 0 and below 1', lambda x: 0 <= x < 1, (
     'model.dropout', 'model.attention_dropout', 'optimizer.b1', 'optimizer.b2', 'optimizer.ema_decay',
   )),
-  ('above 0', lambda x: x > 0, ('sampling.stop_temperature',)),
-  ('above 0 and at most 1', lambda x: 0 < x <= 1, [f'sampling.{rule}.top_p' for rule in ('gap', 'token', 'joint')]),
 )  # fmt: skip
 MAY_BE_INFINITE = ('optimizer.clip', 'report_seconds')
 CHOICES = {
@@ -55,7 +51,8 @@ CHOICES = {
   'eval.mode': ('max', 'min'),
 }
 # Settings that a config may have although `configs.default` does not.
-OPTIONAL = ('data.path', 'eval.perplexity_model', 'model.rotary_dim', 'sampling.min_buffer')
+OPTIONAL = ('data.path', 'eval.perplexity_model', 'model.rotary_dim', *[f'sampling.{name}' for name in KNOWN])
+MAY_BE_PARTIAL = ('corrupt', 'distributed', 'model', 'sampling')  # sections whose readers have defaults
 FAMILY_SECTIONS = ('corrupt', 'loss', 'model', 'sampling')  # a family outside this package may add settings to these
 
 
@@ -107,7 +104,7 @@ def check_names(cfg, names) -> None:
     siblings = sorted(other for other in known if other.rpartition('.')[0] == section) or sorted(required)
     hint = f'did you mean config.{close[0]}?' if close else f'expected one of {", ".join(siblings)}'
     raise UserError(f'config.{name} is not a setting: {hint}')
-  for name in sorted(required - names):
+  for name in sorted(name for name in required - names if name.split('.')[0] not in MAY_BE_PARTIAL):
     raise UserError(
       f'config.{name} is missing: start from ilm_jax.configs.default.get_config(), and change single settings'
     )
@@ -115,7 +112,7 @@ def check_names(cfg, names) -> None:
 
 def check_memory(exp, training: bool) -> None:
   """Raise UserError if a lower bound on the memory that a run needs exceeds that of its devices or of this host."""
-  cfg, model, data, sampling = exp.cfg, exp.model_cfg, exp.cfg.data, exp.cfg.sampling
+  cfg, model, data, sampling = exp.cfg, exp.model_cfg, exp.cfg.data, exp.sample_cfg
   width, shape, shards = model.d_model, shape_of(data, groups=1), sharding.num_row_shards(exp.mesh)
   weights = model.num_layers * (4 * width + 2 * model.d_ff) * width + 2 * model.vocab_size * width
   copies = 4 + bool(cfg.optimizer.ema_decay) if training else 1  # weights, gradients, two moments, moving average

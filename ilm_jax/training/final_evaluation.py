@@ -1,8 +1,5 @@
 """Evaluate a run on the test split, write eval.json, and print a summary."""
 
-import contextlib
-import os
-import sys
 import time
 
 import jax
@@ -17,7 +14,6 @@ from ilm_jax.runs.run_file import as_json
 from ilm_jax.runs.workdir import explain_write_errors
 from ilm_jax.training.experiment import Experiment
 from ilm_jax.training.signals import FINISHED
-from ilm_jax.types import UserError
 
 
 def report(exp: Experiment, workdir, saved, step: int, abstract_params, evaluator, signals) -> int:
@@ -68,27 +64,7 @@ def report(exp: Experiment, workdir, saved, step: int, abstract_params, evaluato
     if processes.is_first():
       run_file.write_json(epath.Path(workdir) / 'eval.json', result)
   if processes.is_first():
-    return show(result_text(exp, workdir, result, scores, scored_texts), f'{workdir}/eval.json')
-  return FINISHED
-
-
-def show(text: str, path: str) -> int:
-  """Print a result that is also stored at `path`; return the exit code, 1 if the reader of a pipe has ended.
-
-  UserError if standard output is closed, or the disk behind it is full.
-  """
-  try:
-    if sys.stdout is None:
-      raise OSError('it is closed')
-    encoding = sys.stdout.encoding or 'utf-8'
-    print(text.encode(encoding, 'backslashreplace').decode(encoding), flush=True)
-  except OSError as error:
-    with contextlib.suppress(AttributeError, OSError):  # else Python fails once more when it flushes at the exit
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if isinstance(error, BrokenPipeError):
-      return 1
-    reason = error.strerror or error
-    raise UserError(f'standard output cannot be written ({reason}): the result is in {path}') from error
+    print(result_text(exp, workdir, result, scores, scored_texts), flush=True)  # may fail, so eval.json comes first
   return FINISHED
 
 
