@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
+from ilm_jax.special_tokens import MASK
 from ilm_jax.types import Batch, Metrics, Outputs, Prompt, Sampled, Score, UserError
 
 Example = dict[str, np.ndarray]  # 'tokens': int32[n]; 'fixed': bool[n], true for given tokens
@@ -127,3 +128,15 @@ class Family:
   growth: Growth | None = None
   open_gap_embedding: bool = False
   length_weights: tuple[str, ...] = ('none',)
+
+
+def check_completion(family: Family, given: dict, row: dict) -> None:
+  """Raise UserError unless a sampled row keeps the tokens of its prompt and has new tokens in open gaps only."""
+  new, tokens = row['order'] >= 0, np.asarray(given['tokens'])
+  has_masks, fault = family.fills == 'masks', ''
+  if row['tokens'][~new].tolist() != (tokens[tokens != MASK] if has_masks else tokens).tolist():
+    fault = 'changes given tokens: they must stay as they are, in their order'
+  elif not has_masks and not np.asarray(given['open'])[np.cumsum(~new)[new] - 1].all():
+    fault = 'inserts tokens into closed gaps: insert only where rows.max_left_BxL is above 0'
+  if fault:
+    raise UserError(f'family={family.name}: its sampler {fault}')

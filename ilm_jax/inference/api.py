@@ -20,6 +20,7 @@ from ilm_jax import families, paths, tasks
 from ilm_jax.distributed import memory, sharding
 from ilm_jax.families import growing
 from ilm_jax.families import settings as settings_lib
+from ilm_jax.families.contract import check_completion
 from ilm_jax.inference import continuous_batching, infilling, static_batching, traces
 from ilm_jax.models import transformer
 from ilm_jax.runs import checkpoint as checkpoint_lib
@@ -200,6 +201,7 @@ class LanguageModel:
       )
     prompts = [self.encode(request, number) for number, request in enumerate(requests)]
     for index, row in self.sampler(self.params, jax.random.key(seed), prompts, ids):
+      check_completion(self.family, prompts[index], row)
       yield index, self._result(requests[index], row)
 
   def gaps(self, text, *, marker: str = infilling.MARKER, least=None, most=None, number: int = 0) -> infilling.Gaps:

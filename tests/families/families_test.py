@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from ilm_jax import families
 from ilm_jax.configs import default
 from ilm_jax.data import pipeline
-from ilm_jax.families import settings
+from ilm_jax.families import contract, settings
 from ilm_jax.inference import static_batching
 from ilm_jax.models import transformer
 from ilm_jax.special_tokens import BOS, CLS, PAD, SPECIAL
@@ -146,6 +146,22 @@ def test_completions_keep_the_prompt_and_contain_no_special_tokens(made):
     assert (row['log_prob'] <= 1e-5).all() and np.isfinite(row['log_prob']).all()
     some |= bool((~given).any())
   assert some
+
+
+def test_a_sampler_that_changes_given_text_or_fills_a_closed_gap_is_reported(made):
+  family, prompts = made[0], prompts_of(12)
+  rows = sample(made, prompts)
+  for prompt, row in zip(prompts, rows, strict=True):
+    contract.check_completion(family, prompt, row)
+  prompt, row = next((p, r) for p, r in zip(prompts, rows, strict=True) if (r['order'] >= 0).sum() > 1)
+  faults = [('changes given tokens', {'tokens': np.where(row['order'] < 0, row['tokens'] + 1, row['tokens'])})]
+  if family.fills != 'masks':
+    # The new tokens move behind [CLS], whose gap is always closed.
+    moved = np.concatenate([[0], np.flatnonzero(row['order'] >= 0), np.flatnonzero(row['order'] < 0)[1:]])
+    faults.append(('inserts tokens into closed gaps', {name: row[name][moved] for name in ('tokens', 'order')}))
+  for fault, changed in faults:
+    with pytest.raises(UserError, match=f'family={family.name}: its sampler {fault}: '):
+      contract.check_completion(family, prompt, {**row, **changed})
 
 
 def test_a_completion_depends_only_on_its_request(made):
