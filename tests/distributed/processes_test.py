@@ -212,7 +212,7 @@ def graphs_of(number: int) -> list[str]:
   pytest.param((0,), id='coordinator', marks=pytest.mark.long), pytest.param((1,), id='worker'),
   pytest.param((0, 1), id='both', marks=pytest.mark.long),
 ])  # fmt: skip
-def test_two_processes_train_like_one_and_stop_at_the_same_step_on_signal(
+def test_two_processes_train_like_one_and_a_signal_stops_both_at_one_step(
   tmp_path, commands, expected_losses, signaled
 ):
   workdir = tmp_path / 'run'
@@ -434,7 +434,7 @@ def test_a_timeout_while_waiting_for_other_processes_gives_a_one_line_error(tmp_
   flags = [f'--coordinator=127.0.0.1:{free_port()}', '--num_processes=2', '--process_id=0']
   words = [*small.flags(tmp_path / 'run', {**RUN, 'distributed.initialization_timeout': 1}), *flags]
   code, out, err = commands('ilm_jax.main', words)
-  assert code == 134 and not out  # launch/resume.sh restarts after 134
+  assert code == 134 and not out  # launch/resume.sh restarts a run that exits with 134
   (line,) = [line for line in err.splitlines() if line.startswith('error: ')]
   assert re.fullmatch(r'error: the processes did not all connect to 127\.0\.0\.1:\d+ within 1 s: is every .*', line)
 

@@ -261,7 +261,7 @@ def test_only_one_of_several_processes_that_share_a_cache_prepares_the_data(corp
   assert calls == ['test'] and len(results) == 3 and results[0] == results[1] == results[2]
 
 
-def test_without_file_locks_the_cache_keeps_the_preparation_that_finishes_first(tmp_path, monkeypatch):
+def test_without_file_locks_the_cache_keeps_the_data_of_the_process_that_finishes_first(tmp_path, monkeypatch):
   def no_locks(*_):
     raise OSError(errno.ENOLCK, 'No locks available')
 
@@ -424,7 +424,7 @@ def test_the_error_for_an_unwritable_cache_folder_names_task_cache(corpus, tmp_p
     text.Source(task_config(corpus, tmp_path / 'file'), 'test')
 
 
-def test_only_a_full_disk_raises_a_user_error_not_errors_while_preparing_examples(corpus, tmp_path, monkeypatch):
+def test_a_full_disk_raises_a_user_error_but_other_errors_are_not_converted(corpus, tmp_path, monkeypatch):
   cfg = task_config(corpus, tmp_path)
   text.tokenizer(cfg)
 

@@ -108,8 +108,8 @@ def find(path: str) -> Corpus:
     log_once(f'data.path={path}: ignored {", ".join(unnamed[:5])}: their names indicate no split', logging.WARNING)
   if named['validation'] and named['test']:
     return Corpus(named, {})
-  held_out, files = ('validation', 'test'), named['validation'] or named['test']
-  return Corpus({'train': named['train'], **dict.fromkeys(held_out, files)}, dict.fromkeys(held_out, held_out))
+  held_out, both = ('validation', 'test'), named['validation'] or named['test']
+  return Corpus({'train': named['train'], **dict.fromkeys(held_out, both)}, dict.fromkeys(held_out, held_out))
 
 
 @functools.cache

@@ -29,7 +29,7 @@ from ilm_jax.types import UserError
 
 PREFIX = 2  # fixed tokens before the text: [CLS] and [BOS]
 FOLDER = 'tokenizer'  # subfolder of a run's folder that holds its tokenizer
-WINDOW = 8  # characters scanned per expected token when truncating a document; grows if it yields too few
+WINDOW = 8  # characters scanned per expected token when truncating a document; doubled if they have too few
 SENTENCE = re.compile(r'[.!?…]["\'”’)\]]*(?=\s)|[。！？][」』”’]*|(?<=\S)(?=\n)')  # matches the end of a sentence
 WORD = re.compile(r'(?<=\S)(?=\s)')  # matches the end of a word
 
@@ -145,7 +145,7 @@ def prepare(cfg, split: str, tokenizer, counts: dict):
     logging.warning('%s: skipped %d documents that have no tokens, such as document %d of %s', cfg.label,
                     counts['without_tokens'], number, file)  # fmt: skip
   if not counts['tokens']:
-    raise UserError(f'data.path={cfg.corpus}: the {split} split is empty, it has no document with a token: add text, '
+    raise UserError(f'data.path={cfg.corpus}: the {split} split is empty: no document has a token; add text, '
                     'or use file names that contain train or valid')  # fmt: skip
 
 
