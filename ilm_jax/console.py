@@ -10,13 +10,13 @@ from absl import flags, logging
 from ilm_jax.types import SEED_LIMIT, UserError
 
 HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-BROKEN_PIPE = 141  # exit code if nobody reads standard output any more, as of a command that SIGPIPE ends
+BROKEN_PIPE = 141  # exit code after the reader of standard output has closed the pipe; shells show it for SIGPIPE
 
 
 def fail(message) -> int:
   """Print an error as one line on standard error; returns the exit code: the `code` of a UserError, else 1."""
   code = message.code if isinstance(message, UserError) else 1
-  if code != BROKEN_PIPE:  # who closed the pipe, as `head` does, wants no message
+  if code != BROKEN_PIPE:  # the reader that closed the pipe, such as `head`, expects no message
     with contextlib.suppress(OSError):
       print('error: ' + ' '.join(str(message).split()), file=sys.stderr)
   return code
@@ -37,23 +37,19 @@ class Output:
     self.stream = stream
 
   def __getattr__(self, name):
-    return getattr(self.stream, name)
+    function = getattr(self.stream, name)
+    if name not in ('write', 'writelines', 'flush'):
+      return function
 
-  def write(self, text: str) -> int:
-    """Write a text."""
-    return self._attempt(self.stream.write, text)
+    def attempt(*arguments):
+      try:
+        return function(*arguments)
+      except OSError as error:
+        with contextlib.suppress(OSError):  # Python flushes the stream when it exits, and would then print a traceback
+          os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        raise OutputLost(error) from error
 
-  def flush(self) -> None:
-    """Write out all buffered text."""
-    self._attempt(self.stream.flush)
-
-  def _attempt(self, call, *arguments):
-    try:
-      return call(*arguments)
-    except OSError as error:
-      with contextlib.suppress(OSError):  # Python flushes the stream when it exits, and would then print a traceback
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-      raise OutputLost(error) from error
+    return attempt
 
 
 def exit_code(call) -> int:

@@ -11,9 +11,10 @@
 #   --dry_run           print the command without running it
 #
 # The command is restarted after exit code 75 (preempted, state saved) and 128 + n (killed by signal n). It is not
-# restarted after 0 (finished), 130 (Ctrl-C, state saved), 141 (nobody reads its output) or any other code (an error), nor
-# if it ended within a minute of its start five times in a row. SIGTERM, SIGHUP (sent on as SIGTERM) and Ctrl-C are forwarded to the command, which
-# is then not restarted. The exit code of this script is that of the last run of the command.
+# restarted after 0 (finished), 130 (Ctrl-C, state saved), 141 (the reader of its output has ended) or any other code
+# (an error), nor if it ended within a minute of its start five times in a row. SIGTERM, SIGHUP (sent on as SIGTERM)
+# and Ctrl-C are forwarded to the command, which is then not restarted. The exit code of this script is that of the
+# last run of the command.
 # Last real run: only in tests/launch/restarts_test.py, with fake commands.
 set -euo pipefail
 launch=$(dirname "${BASH_SOURCE[0]}")
@@ -50,7 +51,7 @@ describe_exit() {
     134) echo 'aborted: lost contact with another process, or the runtime failed (see the log above)' ;;
     137) echo 'killed by SIGKILL: often out of memory (look at dmesg)' ;;
     139) echo 'segmentation fault' ;;
-    141) echo 'nobody reads its standard output any more' ;;
+    141) echo 'the reader of its standard output has closed the pipe' ;;
     143) echo 'killed by SIGTERM before it could save' ;;
     *) if is_restartable "$1"; then echo "killed by signal $(($1 - 128))"; else echo 'error (see the log above)'; fi ;;
   esac
