@@ -65,12 +65,12 @@ build: $(VENV)/.installed-dev ## build the source distribution and the wheel in 
 	rm -rf build/lib build/bdist.*
 	$(PY) -m build
 
-# One test plays a trace page in Chromium; without a browser it is skipped.
+# Long tests play a trace page in Chromium; without a browser they are skipped.
 browser:
 	@command -v chromium chromium-browser google-chrome > /dev/null || { \
 	  [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
 	    && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } \
-	  || echo "No Chromium, and it could not be installed: the browser test will be skipped."
+	  || echo "No Chromium, and it could not be installed: the browser tests will be skipped."
 
 clean: ## remove .venv, build products and caches; runs/ stays
 	rm -rf .venv build dist ilm_jax.egg-info .pytest_cache .ruff_cache

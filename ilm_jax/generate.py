@@ -211,7 +211,7 @@ def serve(values, requests: list[Request], errors: list[UserError]) -> int:
   `errors` has one error for each invalid line of the file of requests; the exit code is 1 if there is any, else 0.
   """
   from ilm_jax.distributed import processes
-  from ilm_jax.inference import api
+  from ilm_jax.inference import api, checks
 
   index, count = processes.which()
   out_name = shard(values.out, index, count)
@@ -240,7 +240,7 @@ def serve(values, requests: list[Request], errors: list[UserError]) -> int:
   for error in errors if index == 0 else ():
     fail(error)
 
-  api.check_samples(len(valid) * (values.n or 1), f'--n={values.n}')
+  checks.check_samples(len(valid) * (values.n or 1), f'--n={values.n}')
   jobs = [(request, argument, sample) for request, argument in valid for sample in range(values.n or 1)]
   ids = [api.request_number(request.id, sample) for request, _, sample in jobs]
   results = {}

@@ -1,0 +1,47 @@
+"""Checks of the arguments of the Python API: whole numbers, and the memory that sampling needs."""
+
+import math
+
+import numpy as np
+
+from ilm_jax.distributed import memory
+from ilm_jax.families import growing
+from ilm_jax.types import UserError
+
+SAMPLE_BYTES = 1_000  # lower bound of the memory of a sample: its text, its tokens as strings and their probabilities
+
+
+def is_whole(value, least: int, below: float = math.inf) -> bool:
+  """Return whether a value is an integer, and least <= value < below."""
+  return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value < below
+
+
+def check_whole(name: str, value, *, least: int) -> None:
+  """Raise UserError unless the value of an argument is an integer of at least `least`."""
+  if not is_whole(value, least):
+    raise UserError(f'{name}={value!r}: expected a whole number, at least {least}')
+
+
+def check_memory(cfg, model_cfg, batch_size: int, num_devices: int) -> None:
+  """Raise UserError if a lower bound of the memory of the sampler's rows exceeds that of the devices.
+
+  A row has a token and its step for each position, two probabilities for each step, and, in the shortest buffer, at
+  least 20 bytes of state and one activation of the transformer for each position.
+  """
+  positions = min(getattr(cfg, 'min_buffer', cfg.max_length), cfg.max_length)
+  row = 8 * (cfg.max_length + growing.most_steps(cfg) + 1) + positions * (20 + 2 * model_cfg.d_model)
+  needed, available = batch_size * row, num_devices * memory.device_memory()
+  if needed > available:
+    raise UserError(
+      f'batch_size={batch_size} and sampling.max_length={cfg.max_length} need at least {memory.gigabytes(needed)} of '
+      f'memory to decode, more than the {memory.gigabytes(available)} that there are: choose smaller values'
+    )
+
+
+def check_samples(count: int, setting: str) -> None:
+  """Raise UserError, which names the setting, if the results of `count` samples exceed the memory of this host."""
+  if count * SAMPLE_BYTES > memory.host_memory():
+    raise UserError(
+      f'{setting}: {count} samples need at least {memory.gigabytes(count * SAMPLE_BYTES)} of memory, more than the '
+      f'{memory.gigabytes(memory.host_memory())} of this host: choose a smaller number'
+    )
