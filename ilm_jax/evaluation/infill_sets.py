@@ -193,7 +193,7 @@ def run(values) -> int:
   quiet()
   unit = values.unit or ('words' if values.documents == 'line' else 'sentence')
   run_tokenizer = RunTokenizer(values.tokenizer) if values.tokenizer else None
-  texts = corpora.read_split(values.path, values.split, values.documents, detokenised=values.detokenize)
+  texts = corpora.read_split(values.path, values.split, values.documents, detokenized=values.detokenize)
   options = {'kind': values.kind, 'unit': unit, 'share': values.share, 'lengths': values.lengths}
   requests = make_requests(texts, count=values.count, seed=values.seed, run_tokenizer=run_tokenizer, **options)
   if not requests:

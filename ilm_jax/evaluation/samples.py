@@ -136,7 +136,7 @@ def read_references(values, count: int) -> list[str]:
     if not texts:
       raise UserError(f'--reference={path} contains no texts')
     return texts
-  options = {'detokenised': values.detokenize, 'flag': '--reference'}
+  options = {'detokenized': values.detokenize, 'flag': '--reference'}
   documents = corpora.read_split(path, values.split, values.documents, **options)
   texts = corpora.sample_uniformly(documents, count, values.seed)
   if not texts:

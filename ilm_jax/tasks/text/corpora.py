@@ -213,7 +213,7 @@ def documents(corpus: Corpus, split: str, mode: str, *, detokenized: bool = Fals
     before += file.size
 
 
-def read_split(path: str, split: str, mode: str, *, detokenised: bool = False, flag: str = '--path'):
+def read_split(path: str, split: str, mode: str, *, detokenized: bool = False, flag: str = '--path'):
   """Yield the non-empty documents of one split of a corpus; error messages name the command-line flags to correct.
 
   `flag` is the command-line flag that sets `path`.
@@ -223,7 +223,7 @@ def read_split(path: str, split: str, mode: str, *, detokenised: bool = False, f
   if mode not in DOCUMENTS:
     raise UserError(f'--documents={mode}: expected one of {", ".join(DOCUMENTS)}')
   try:
-    for _, text in documents(find(path), split, mode, detokenized=detokenised, what=f'reading {path}'):
+    for _, text in documents(find(path), split, mode, detokenized=detokenized, what=f'reading {path}'):
       if text:
         yield text
   except UserError as error:
