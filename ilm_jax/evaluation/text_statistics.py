@@ -144,14 +144,12 @@ def matches(requests: list, fillings: list[list[str]], true_fillings: list[list[
 
 
 ROW_LABELS = {
-  **{'texts': 'texts', 'nll': 'NLL per token, nats', 'perplexity': 'perplexity'},
-  **{'entropy': 'entropy, nats', 'length': 'length, tokens'},
-  **{f'distinct_{n}': f'distinct {n}-grams' for n in NGRAMS},
-  **{'repeated': 'repeated texts', 'answers': 'infilled texts'},
-  'change_truth': 'NLL change against the true text, %',
+  'texts': 'texts', 'nll': 'NLL per token, nats', 'perplexity': 'perplexity', 'entropy': 'entropy, nats',
+  'length': 'length, tokens', **{f'distinct_{n}': f'distinct {n}-grams' for n in NGRAMS}, 'repeated': 'repeated texts',
+  'answers': 'infilled texts', 'change_truth': 'NLL change against the true text, %',
   'change_input': 'NLL change against the text without fillings, %',
-  **{'exact_match': 'texts with all fillings exact', 'filling_match': 'exact fillings'},
-}
+  'exact_match': 'texts with all fillings exact', 'filling_match': 'exact fillings',
+}  # fmt: skip
 
 
 def table(columns: dict[str, dict]) -> str:
