@@ -92,6 +92,7 @@ def test_each_configuration_is_measured_in_its_own_child_process(monkeypatch, tm
       code = train_step.main(command[3:])
     return subprocess.CompletedProcess(command, code, stdout=out.getvalue())
 
+  monkeypatch.setattr(train_step, 'SURVEYED', 240)
   # Replace the module only in train_step: run_file needs the real subprocess.run to ask git for the commit.
   monkeypatch.setattr(train_step, 'subprocess', types.SimpleNamespace(run=run_here, PIPE=subprocess.PIPE))
   assert train_step.main(flags) == 0

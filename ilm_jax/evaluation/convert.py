@@ -22,9 +22,7 @@ from ilm_jax.types import UserError
 
 LIMIT = 1e-5  # largest accepted value of max |actual - expected| / max |expected|
 FAMILIES = ('ilm', 'arm', 'mdm')
-SETTINGS = {  # settings of the loss; `mdm` selects the loss of masked diffusion models
-  **{'compute': 'float32', 'vocab_chunk': 2048, 'stop_weight': 1.0, 'length_weight': 'none', 'mdm': 'mean_masked'}
-}
+LOSS = {'compute': 'float32', 'vocab_chunk': 2048, 'stop_weight': 1.0, 'length_weight': 'none', 'mdm': 'mean_masked'}
 
 
 def define(values: flags.FlagValues) -> None:
@@ -109,7 +107,7 @@ def compare(name: str, numbers, num_heads: int | None = None) -> dict[str, float
 
   def loss_of(params):
     outputs = transformer.apply_batch(cfg, params, batch)
-    total, weight = families.get(name).loss(outputs, batch, ConfigDict(SETTINGS))['loss']
+    total, weight = families.get(name).loss(outputs, batch, ConfigDict(LOSS))['loss']
     return total / weight, (outputs.hidden_BxLxD @ outputs.unembed_VxD.T, outputs.stop_BxSx2)
 
   with jax.enable_x64(False), jax.default_matmul_precision('highest'):
