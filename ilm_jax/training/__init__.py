@@ -1,4 +1,4 @@
-"""Training: build model, task and mesh (`experiment.py`), the update step (`train_step.py`), and the loop (`loop.py`).
+"""Training: build and check the model, task and mesh (`experiment.py`, `checks.py`), the update step, and the loop.
 
 May import every package of `ilm_jax` except `aot`. Read `train_step.py` first, then `loop.py`.
 """
