@@ -37,8 +37,6 @@ def run(arguments: list[str], values, workdirs: list[str]) -> int:
       for workdir in workdirs:
         report_plots.plot(workdir)
     print(report_tables.report(rows, ' '.join(['ilm-jax report', *arguments]), time.strftime('%Y-%m-%d')), end='')
-  except BrokenPipeError:
-    raise
   except OSError as error:
     raise UserError(f'{error.filename or "a file"}: {error.strerror or error}') from None
   return 0
