@@ -471,7 +471,7 @@ def test_the_python_api_gives_the_same_results_as_generate(trained, three, load_
   greedy = load_once(trained, 'latest', gap={'temperature': 0.0}, token={'temperature': 0.0}, max_steps=2)
   a, b = (greedy.generate([PROMPTS[0]], seed=seed)[0] for seed in (0, 1))
   assert a == b and len(a.probabilities) == 2
-  with pytest.raises(ilm_jax.UserError, match="'temprature': expected one of force_first, gap"):
+  with pytest.raises(ilm_jax.UserError, match="'temprature': expected one of bytes, force_first, gap"):
     ilm_jax.load(trained, temprature=1.0)
 
 
