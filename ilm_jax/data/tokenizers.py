@@ -11,7 +11,6 @@ them except [UNK] (6). Every tokenizer has
                                 of the last byte token covers it and the other spans are empty
     decode(ids)                 text; special ids are skipped
     pieces(ids)                 one readable string per token, for display
-    spell(pieces)               for each piece, the characters of the text that it stands for
     fingerprint                 hash of the vocabulary and of every setting that affects the ids
     save(folder)                writes files from which `load(folder)` restores the same tokenizer
 
@@ -35,11 +34,9 @@ from absl import logging
 from etils import epath
 
 from ilm_jax import paths
-from ilm_jax.special_tokens import BOS, CLS, SPECIAL, UNK
+from ilm_jax.special_tokens import SPECIAL, UNK
 from ilm_jax.types import UserError
 
-BYTE_PIECE = re.compile(r'<0x[0-9A-F]{2}>')  # a SentencePiece piece that stands for one byte
-START = (SPECIAL[CLS], SPECIAL[BOS])  # special tokens at the start of a text, for which `spell` returns ''
 INFO_FILE = 'ilm_tokenizer.json'  # file with the kind and fingerprint of a saved tokenizer; it is written last
 NORMALIZATIONS = ('identity', 'nfkc', 'nmt_nfkc', 'nfkc_cf', 'nmt_nfkc_cf')  # SentencePiece's normalization rules
 LINE = 2**18  # maximum number of characters of a line that SentencePiece is trained on; longer ones are cut
@@ -119,10 +116,6 @@ class WordTokenizer(Tokenizer):
   def decode(self, ids) -> str:
     return ' '.join(self.words[int(i)] for i in ids if int(i) >= len(SPECIAL))
 
-  def spell(self, pieces: list[str]) -> list[str]:
-    """Return the words, each with a space before it."""
-    return [' ' + piece for piece in pieces]
-
 
 class SentencePiece(Tokenizer):
   """A SentencePiece model as a tokenizer, from the content of the model file; `name` names it in error messages.
@@ -173,18 +166,6 @@ class SentencePiece(Tokenizer):
     """Return the text of token ids; byte tokens that do not form valid UTF-8 become U+FFFD."""
     return self._processor.decode([self._to_model[int(i)] for i in ids if int(i) >= UNK])
 
-  def spell(self, pieces: list[str]) -> list[str]:
-    """Return the text of each piece; a run of byte tokens is decoded together, into the text of its first token."""
-    out = []
-    for is_byte, group in itertools.groupby(pieces, lambda piece: bool(BYTE_PIECE.fullmatch(piece))):
-      run = list(group)
-      if is_byte:
-        text = bytes.fromhex(''.join(piece[3:5] for piece in run)).decode('utf-8', 'replace')
-        out += [text] + [''] * (len(run) - 1)
-      else:
-        out += ['' if piece in START else piece.replace('\u2581', ' ') for piece in run]
-    return out
-
 
 class WordPiece(Tokenizer):
   """WordPiece, as in BERT, from the content of a vocabulary file with one entry per line.
@@ -232,10 +213,6 @@ class WordPiece(Tokenizer):
 
   def decode(self, ids) -> str:
     return self._tokenizer.decode([int(i) for i in ids if int(i) >= UNK])
-
-  def spell(self, pieces: list[str]) -> list[str]:
-    """Return the text of each piece: continuation pieces without their ##, other pieces with a leading space."""
-    return ['' if p in START else p[2:] if p.startswith('##') else ' ' + p for p in pieces]
 
 
 def check_text(text: str) -> None:

@@ -1,17 +1,14 @@
 """Check the settings of a config before anything is computed: names, ranges, choices, and the memory that they need."""
 
-import contextlib
 import difflib
 import importlib
 import math
-import os
-from pathlib import Path
 
 import jax
 
 from ilm_jax.configs import default
 from ilm_jax.data.pipeline import shape_of
-from ilm_jax.distributed import sharding
+from ilm_jax.distributed import memory, sharding
 from ilm_jax.families import FAMILIES
 from ilm_jax.families.settings import KNOWN
 from ilm_jax.runs.run_file import RENAMED, as_json, flatten
@@ -140,19 +137,10 @@ def check_memory(exp, training: bool) -> None:
   if not limit:  # the devices of a CPU share the memory of the host
     host |= {name: size * jax.local_device_count() for name, size in device.items()}
   for where, parts, available in (
-    (f'each device ({first.device_kind})', device, limit or math.inf), ('this host', host, host_memory())
+    (f'each device ({first.device_kind})', device, limit or math.inf), ('this host', host, memory.host_memory())
   ):  # fmt: skip
     if (total := sum(parts.values())) > available:
       raise UserError(
-        f'{max(parts, key=parts.get)}: the run needs at least {total / 1e9:,.1f} GB of memory on {where}, which has '
-        f'{available / 1e9:,.1f} GB: choose smaller values'
+        f'{max(parts, key=parts.get)}: the run needs at least {memory.gigabytes(total)} of memory on {where}, which '
+        f'has {memory.gigabytes(available)}: choose smaller values'
       )
-
-
-def host_memory() -> float:
-  """Return the bytes of memory that this process may use: those of the machine, or the limit of its control group."""
-  sizes = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
-  for name in ('memory.max', 'memory/memory.limit_in_bytes'):
-    with contextlib.suppress(OSError, ValueError):
-      sizes.append(int(Path('/sys/fs/cgroup', name).read_text()))
-  return min(sizes)
