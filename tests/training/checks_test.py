@@ -138,7 +138,7 @@ EXAMPLES = 16 * 500
 def test_the_memory_of_a_run_is_compared_with_that_of_the_host(spare, monkeypatch):
   exp, *_ = small.uninitialized()
   on_devices = 8 * (STATE + BLOCKS + SAMPLER)  # a mesh of one device, but the host is assumed to feed eight alike
-  monkeypatch.setattr(checks, 'host_memory', lambda: on_devices + BATCHES + EXAMPLES + spare)
+  monkeypatch.setattr(checks.memory, 'host_memory', lambda: on_devices + BATCHES + EXAMPLES + spare)
   if spare < 0:
     with pytest.raises(UserError, match=r'^model.num_layers=1, d_model=16, d_ff=32: the run needs at least 0.0 GB'):
       checks.check_memory(exp, training=True)
