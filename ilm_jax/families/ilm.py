@@ -71,9 +71,8 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
   the upper bound on -log p(x) (see `likelihood`): (L + 1) (token loss + stop loss) - log L!.
   """
   token_BxS, stop_BxS, dropped_BxS = example_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
-  sizes_BxS = (
-    jnp.asarray(batch['free_BxS'], jnp.float32) + 1.0
-  )  # an example with L free tokens has L + 1 possible numbers of dropped tokens
+  # An example with L free tokens has L + 1 possible numbers of dropped tokens.
+  sizes_BxS = jnp.asarray(batch['free_BxS'], jnp.float32) + 1.0
   bound_BxS = sizes_BxS * (token_BxS + stop_BxS) - jax.scipy.special.gammaln(sizes_BxS)
   length_BxS = sizes_BxS / cfg.mean_weight if cfg.length_weight == 'elbo' else 1.0
   parts = {

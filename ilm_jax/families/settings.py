@@ -13,6 +13,7 @@ KNOWN = frozenset([
   *['order', 'length', 'score_draws'],
 ])  # fmt: skip
 WHOLE = ('max_length', 'max_steps', 'min_buffer', 'gaps', 'score_draws', 'top_k')  # settings that are whole numbers
+OPTIONAL = ('max_steps', 'stop_threshold', 'end_threshold')  # settings that may be None
 ALLOWED = {  # setting, or field of a Rule -> (whether a finite number is allowed, the allowed values in words)
   'max_length': (lambda x: x >= 3, 'at least 3'),
   'max_steps': (lambda x: x >= 0, 'at least 0'),
@@ -33,9 +34,10 @@ ALLOWED = {  # setting, or field of a Rule -> (whether a finite number is allowe
 
 
 def check(settings: dict, prefix: str) -> None:
-  """Raise UserError if a setting in ALLOWED is not a finite (whole) number in its range; None means not set."""
+  """Raise UserError if a setting in ALLOWED is not a finite (whole) number in its range."""
   for name, (allowed, expected) in ALLOWED.items():
-    if (value := settings.get(name)) is None:
+    value = settings.get(name)
+    if value is None and (name in OPTIONAL or name not in settings):
       continue
     kind, word = (numbers.Integral, 'a whole number') if name in WHOLE else (numbers.Real, 'a finite number')
     if not isinstance(value, kind) or not abs(value) <= sys.float_info.max:  # false for NaN
