@@ -21,6 +21,7 @@ from ilm_jax.types import UserError
 
 SPLITS = ('train', 'validation', 'test')
 FIRST_NODE_ID = len(SPECIAL)  # token id of node 0
+MAX_NODES = 1_000_000  # largest task.num_nodes; every example permutes all nodes
 MAX_DRAWS = 10_000  # maximum number of random graphs to draw until one belongs to the requested split
 
 
@@ -62,8 +63,9 @@ def check_config(cfg) -> None:
   if cfg.get('order', 'path') not in ('path', 'oracle'):
     raise UserError(f'task.order={cfg.order!r}: expected path, or oracle (the path from goal to source)')
   needed = cfg.degree * (cfg.max_length - 1) + 1
-  if cfg.num_nodes < needed:
-    raise UserError(f'task.num_nodes={cfg.num_nodes}: {cfg.degree} arms of {cfg.max_length} nodes need {needed} nodes')
+  if not needed <= cfg.num_nodes <= MAX_NODES:
+    raise UserError(f'task.num_nodes={cfg.num_nodes}: {cfg.degree} arms of {cfg.max_length} nodes need {needed} nodes, '
+                    f'and at most {MAX_NODES:,} are allowed')  # fmt: skip
   if not 2 <= cfg.min_length <= cfg.max_length or cfg.degree < 1 or not 0 <= cfg.min_plan < cfg.min_length:
     found = ', '.join(f'{name}={cfg[name]}' for name in ('degree', 'min_length', 'max_length', 'min_plan'))
     expected = 'degree >= 1, 2 <= min_length <= max_length and 0 <= min_plan < min_length'

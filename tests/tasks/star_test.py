@@ -211,7 +211,15 @@ def test_the_training_split_is_endless_only_if_num_train_is_zero():
 
 @pytest.mark.parametrize(
   'change',
-  [{'num_nodes': 15}, {'min_length': 1}, {'min_length': 7}, {'min_plan': 3}, {'min_plan': -1}, {'degree': 0}],
+  [
+    {'num_nodes': 15},
+    {'num_nodes': 2 * 10**9},
+    {'min_length': 1},
+    {'min_length': 7},
+    {'min_plan': 3},
+    {'min_plan': -1},
+    {'degree': 0},
+  ],
 )
 def test_settings_that_allow_no_graph_are_refused_in_one_line(change):
   star.check_config(TASKS['medium'])
