@@ -61,7 +61,7 @@ class ModelConfig:
       if not 0 <= getattr(self, name) < 1:
         raise UserError(f'model.{name}={getattr(self, name)}: expected a rate of at least 0 and below 1')
     if self.d_model % self.num_heads:
-      raise UserError(f'model.d_model={self.d_model} is not a multiple of model.num_heads={self.num_heads}: change one')
+      raise UserError(f'model.d_model={self.d_model}: expected a multiple of model.num_heads={self.num_heads}')
     for name, allowed in CHOICES.items():
       if getattr(self, name) not in allowed:
         raise UserError(f'model.{name}={getattr(self, name)!r}: expected one of {", ".join(allowed)}')
