@@ -23,10 +23,9 @@ LM1B_VOCABULARY = 30_522
 
 
 class Parser(argparse.ArgumentParser):
-  """An argument parser that rejects abbreviated flags, and prints errors in one line with exit code 1.
+  """An argument parser that rejects abbreviated flags, and exits with code 1 and one line for an error.
 
-  Args:
-    doc: the docstring of the benchmark, shown by --help.
+  `doc` is the docstring of the benchmark, which --help shows.
   """
 
   def __init__(self, doc: str):
@@ -36,7 +35,7 @@ class Parser(argparse.ArgumentParser):
     self.exit(1, f'error: flags: {message} (see --help)\n')
 
   def add_common_flags(self, *, size: str | None = None) -> None:
-    """Add --size, --compute, --vocab and --json; `size` is the default of --size; if None, the device decides."""
+    """Add --size (with default `size`; None: depending on the device), --compute, --vocab and --json."""
     default = size or 'xtiny2 on a CPU, small on other devices'
     self.add_argument('--size', choices=list(SIZES), default=size, help=f'model size (default: {default})')
     self.add_argument(
@@ -105,7 +104,7 @@ def model_of(args) -> transformer.ModelConfig:
 
 
 def random_params(model_cfg):
-  """Return randomly initialised parameters of a model."""
+  """Return randomly initialized parameters of a model."""
   return jax.jit(lambda: transformer.unbox(transformer.init(model_cfg, jax.random.key(0))))()
 
 

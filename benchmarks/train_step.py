@@ -5,7 +5,7 @@ group of examples and one device. The variants are:
 
     padded        one example per row, padded to the block length
     packed        several examples per row, with as many rows as the largest of many groups of examples needs
-    ...-dense     with a loss that materialises logits and targets of size rows x positions x vocabulary
+    ...-dense     with a loss that materializes logits and targets of size rows x positions x vocabulary
 
 The data sets (--mixes) are star_hard (the graphs and the vocabulary of the config star:hard), lm1b (random words,
 lognormal lengths with mean 29) and full (random words, every example has 128 tokens).
@@ -46,7 +46,7 @@ VARIANTS = ('padded', 'packed', 'padded-dense', 'packed-dense')
 GOALS = {'lm1b': 5.0, 'full': 1.7}  # expected speed-up of packed over padded rows, in examples per second
 EXAMPLES = {'star_hard': 256, 'lm1b': 256, 'full': 512}  # examples per training step
 BLOCK = 128  # maximum tokens per example of lm1b and full
-SURVEYED = 25_600  # number of examples, in groups, from which the number of packed rows is determined
+SURVEYED = 25_600  # number of examples that are packed to find out how many rows a batch needs
 TIMED_GROUPS = 4  # groups of examples that the timed steps alternate between
 MIN_STEPS, MAX_STEPS = 2, 50  # timed steps per configuration
 GIB = 2**30
@@ -159,7 +159,7 @@ def dense_loss(outputs, batch, cfg):
 
 
 def measure(args, name: str, variant: str) -> dict:
-  """Measure the time and memory of training steps of one configuration, a data set and a variant."""
+  """Measure the time and memory of training steps with one configuration: a data set and a variant."""
   mix, packed, dense = MIXES[name](args.vocab), variant.startswith('packed'), variant.endswith('dense')
   cfg, examples = default.get_config(), args.examples or EXAMPLES[name]
   number = max(TIMED_GROUPS, SURVEYED // examples) if packed else TIMED_GROUPS

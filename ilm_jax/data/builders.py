@@ -17,7 +17,7 @@ COUNTS = 'counts.json'  # file with the statistics (numbers of documents, tokens
 
 @functools.cache
 def _builders() -> dict[str, type]:
-  """Define the TFDS builder classes, by name; inside a function, because importing TFDS takes a second."""
+  """Return the TFDS builder classes by name; defined in a function, because importing TFDS takes a second."""
   import tensorflow_datasets as tfds
 
   tfds.disable_progress_bar()
@@ -47,7 +47,7 @@ def _builders() -> dict[str, type]:
         for index, example in enumerate(examples):
           yield index, self._record(example)
 
-  # TFDS derives the names of the folders from the names of these classes.
+  # TFDS names the folder of a data set after its builder class.
   class TokenSequences(LocalBuilder, tfds.core.GeneratorBasedBuilder):
     """Sequences of token ids below 256, stored in the order in which `make()` yields them."""
 
@@ -75,7 +75,7 @@ def _builders() -> dict[str, type]:
 class Prepared:
   """Random access to the records of a prepared data set. Unpickling opens the files again."""
 
-  builder: str  # key of `_builders()`
+  builder: str  # key of the dict that `_builders()` returns
 
   def __init__(self, place: pathlib.Path):
     self.place = place

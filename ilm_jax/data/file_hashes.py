@@ -1,4 +1,4 @@
-"""Hashes of file contents, by which prepared data, and the data that a run was started with, are recognized."""
+"""Hashes of file contents, which identify prepared data and reveal changes of the data that a run was started with."""
 
 import concurrent.futures
 import hashlib
@@ -11,7 +11,7 @@ from etils import epath
 from ilm_jax.types import UserError
 
 RECORD = 'data.json'  # file in a run's folder with the hashes of the data files that it was last started with
-BLOCK, BLOCKS = 2**20, 16  # of a file above BLOCK * BLOCKS = 16 MiB, only this many blocks of BLOCK bytes are hashed
+BLOCK, BLOCKS = 2**20, 16  # files above BLOCK * BLOCKS = 16 MiB: only BLOCKS blocks of BLOCK bytes are hashed
 
 
 def hash_of(path) -> str:
@@ -43,7 +43,7 @@ def hashes_of(files: dict) -> dict[str, str]:
 
 
 def check_unchanged(folder, hashes: dict[str, str], what: str) -> None:
-  """Warn if data files differ from those of an earlier start of the run in `folder`, and record them there.
+  """Warn if data files differ from those of the last start of the run in `folder`; record the new hashes there.
 
   `hashes` maps the name of each file to its hash; `what` names the data in the warning.
   """

@@ -6,7 +6,7 @@ import numpy as np
 
 from ilm_jax.types import Batch, UserError
 
-DTYPES = {  # the arrays of a batch, see `ilm_jax.types`
+DTYPES = {  # array of a batch (described in `ilm_jax.types`) -> dtype
   **dict.fromkeys(('tokens_BxL', 'segment_BxL', 'position_BxL'), np.int32),
   'open_BxL': bool,
   **dict.fromkeys(('target_gap_BxT', 'target_token_BxT', 'target_segment_BxT'), np.int32),
@@ -23,7 +23,7 @@ class Shape:
   rows: int
   length: int  # token positions per row
   targets: int  # prediction targets per row
-  segments: int  # examples per row
+  segments: int  # maximum number of examples per row
 
   def empty(self) -> Batch:
     """Return a batch of this shape that holds only padding."""
@@ -42,7 +42,7 @@ def assign_rows(sizes: list[tuple[int, int]], shape: Shape) -> list[int]:
   """
   room = [(shape.length, shape.targets, shape.segments)] * shape.rows
   rows = [-1] * len(sizes)
-  # Size of each example: tokens / shape.length + targets / shape.targets, scaled by both capacities to an integer.
+  # Size of each example, tokens / shape.length + targets / shape.targets, times both capacities to get an integer.
   share = [tokens * shape.targets + targets * shape.length for tokens, targets in sizes]
   for i in sorted(range(len(sizes)), key=lambda i: -share[i]):
     tokens, targets = sizes[i]
@@ -92,7 +92,7 @@ def concatenate(batches: list[Batch]) -> Batch:
 
 
 def shape_of(data, groups: int | None = None) -> Shape:
-  """Return the packing shape of one group of a batch, from the `data` section of a config.
+  """Return the shape of a group (a separately packed part of a batch), from the `data` section of a config.
 
   `groups` is the number of groups per batch, by default `data.groups`; 1 gives the shape of a whole batch. Raises
   UserError if `data.batch_size` or `data.rows` is not a multiple of it.

@@ -26,7 +26,7 @@ from ilm_jax.data import storage
 from ilm_jax.data.packing import Shape, assign_rows, concatenate, nearest_multiples, pack, shape_of  # noqa: F401 (re-exported)
 from ilm_jax.types import Batch, UserError
 
-BATCHES_PER_WORKER = 4  # upper bound of the batches of one worker process that wait in shared memory at a time
+BATCHES_PER_WORKER = 4  # maximum number of batches of a worker process that wait in shared memory
 STREAMS = {'train': 0, 'validation': 1}  # part of the seed, so that training and validation use different randomness
 
 
@@ -87,7 +87,7 @@ class Packed:
     return concatenate([self.group(int(step), g) for g in range(*self.groups_of_process)])
 
   def group(self, step: int, group: int) -> Batch:
-    """Return the packed rows of one group of a step."""
+    """Return the packed rows of one group, a separately packed part of a step's batch."""
     seed, groups, corrupt_cfg = self.cfg.seed, self.cfg.data.groups, self.cfg.corrupt
     size = self.cfg.data.batch_size // groups
     ids = (step * groups + group) * size + np.arange(size, dtype=np.int64)
@@ -121,16 +121,10 @@ def groups_of_process(groups: int, process: int, processes: int) -> tuple[int, i
 def train_batches(source, corrupt, cfg, *, start: int, stop: int, part: tuple[int, int] = (0, 1)):
   """Return an iterator over this process's training batches of steps `start` to `stop - 1`.
 
-  A background thread prefetches the batches, or `data.num_workers` worker processes make them. Raises UserError if the
-  batch does not divide into groups, or the groups into parts.
-
-  Args:
-    source: random access to the training split.
-    corrupt: the family's corruption, (rng, example, cfg) -> corrupted example.
-    cfg: the whole config; its `seed`, `data` and `corrupt` are used.
-    start: first step.
-    stop: one past the last step.
-    part: (index, count): read the index-th of `count` equal parts of each batch; a part consists of whole groups.
+  `source` gives random access to the training split, `corrupt` maps (rng, example, cfg) to a corrupted example, and
+  `cfg` is the whole config. `part` = (index, count) selects one of `count` equal parts of each batch, which consist of
+  whole groups. A background thread prefetches the batches, or `data.num_workers` worker processes make them. Raises
+  UserError if the batch does not divide into groups, or the groups into parts.
   """
   data = cfg.data
   make = Packed(source, corrupt, cfg, shape_of(data), groups_of_process(data.groups, *part))
@@ -138,12 +132,12 @@ def train_batches(source, corrupt, cfg, *, start: int, stop: int, part: tuple[in
   dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch))
   if data.num_workers:
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags and fail if those are unparsed
-    # When a run is interrupted, Python frees grain's shared memory and prints a warning that users can ignore.
+    # Hide a harmless warning that Python prints when it frees grain's shared memory after an interruption.
     sys.warnoptions.append('ignore:resource_tracker:UserWarning')
     batch_size = sum(array.nbytes for array in make.shape.empty().values()) * len(range(*make.groups_of_process))
     needed = batch_size * data.num_workers * BATCHES_PER_WORKER
     if (free := storage.free_shared_memory('data.num_workers', data.num_workers)) < needed:
-      logging.warning('/dev/shm has %d MB of free shared memory, fewer than the %d MB that data.num_workers=%d needs: '
+      logging.warning('/dev/shm has %d MB of free shared memory, less than the %d MB that data.num_workers=%d needs: '
                       'batches are sent through slower pipes', free >> 20, needed >> 20, data.num_workers)  # fmt: skip
       options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
       dataset = grain.experimental.WithOptionsIterDataset(dataset, options)

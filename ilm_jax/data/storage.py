@@ -43,7 +43,7 @@ class Progress:
     self.initial = None  # work already done at the first call, excluded from the estimate of the remaining time
 
   def __call__(self, done: int, count: int) -> None:
-    """Log the progress, unless that was done a moment ago: work done, in the unit of `total`, and number of items."""
+    """Log the work done (in the unit of `total`) and the number of items, at most once every REPORT_SECONDS."""
     now = time.monotonic()
     self.initial = done if self.initial is None else self.initial
     if now - self.reported < REPORT_SECONDS:
@@ -79,7 +79,7 @@ def free_shared_memory(setting: str, value: int) -> int:
     multiprocessing.get_context('spawn').Lock()
     status = os.statvfs('/dev/shm')
   except FileNotFoundError:
-    return 2**62  # another operating system: semaphores and shared memory are not files
+    return 2**62  # an operating system without /dev/shm: no limit is known
   except OSError as error:
     reason = error.strerror
   else:
@@ -103,10 +103,10 @@ def local(folder) -> pathlib.Path:
 
 
 def once(folder, name: str, make) -> pathlib.Path:
-  """Return the local path of the entry `name` of a cache folder, which is local or in a bucket.
+  """Return the local path of the entry `name` of a cache folder (local or in a bucket), building it if it is missing.
 
-  If the entry is missing, `make` is called with the path of an empty folder, into which it writes the entry's files.
-  The name must be unique to the content and a valid file name. Raises UserError if the cache cannot be written.
+  `make` gets the path of an empty folder, into which it writes the entry's files. The name must be unique to
+  the content and a valid file name. Raises UserError if the cache cannot be written.
   """
   folder = paths.resolve(folder, 'task.cache')
   place = local(folder) / name

@@ -39,7 +39,7 @@ from ilm_jax.types import UserError
 
 INFO_FILE = 'ilm_tokenizer.json'  # file with the kind and fingerprint of a saved tokenizer; it is written last
 NORMALIZATIONS = ('identity', 'nfkc', 'nmt_nfkc', 'nfkc_cf', 'nmt_nfkc_cf')  # SentencePiece's normalization rules
-LINE = 2**18  # maximum number of characters of a line that SentencePiece is trained on; longer ones are cut
+LINE = 2**18  # maximum number of characters per training line of SentencePiece; longer lines are cut
 RESERVED = '\u2585'  # a character that SentencePiece uses internally
 THREADS = 8  # number of SentencePiece training threads; constant, because the trained model depends on it
 MODEL_FILES = ('spiece.model', 'tokenizer.model', 'vocab.txt')  # tokenizer files that pretrained models come with
@@ -49,9 +49,9 @@ class Tokenizer:
   """Base class of tokenizers. Two tokenizers of the same kind that save identical files have the same fingerprint."""
 
   kind: str
-  words: tuple[str, ...]  # the piece of each id
+  words: tuple[str, ...]  # the text of each token id
   special_ids = tuple(range(len(SPECIAL)))
-  byte_ids: tuple[int, ...] = ()  # ids of the tokens that are only a part of a character in UTF-8
+  byte_ids: tuple[int, ...] = ()  # ids of the tokens that are only a part of a character's UTF-8 bytes
 
   @property
   def vocab_size(self) -> int:
@@ -237,7 +237,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _sentences(lines):
-  """Yield the lines in parts that SentencePiece trains on: it leaves out long lines, and those that hold RESERVED."""
+  """Cut the lines into parts that SentencePiece accepts: it would skip long lines and lines that contain RESERVED."""
   cut = 0
   for line in lines:
     cut += len(line) > LINE
@@ -329,17 +329,16 @@ def load(folder) -> Tokenizer:
     missing = epath.Path(error.filename or INFO_FILE).name
     raise UserError(f'{folder} is not a saved tokenizer: {missing} is missing') from None
   except (KeyError, TypeError, ValueError):
-    damaged = f'{path / INFO_FILE} is damaged'
-    raise UserError(f'{damaged}: expected JSON with the kind and fingerprint of a saved tokenizer') from None
+    raise UserError(f'{path / INFO_FILE} is damaged: expected JSON with kind and fingerprint of a tokenizer') from None
   if fingerprint_of(kind, files) != fingerprint:
     raise UserError(f'the tokenizer in {folder} is damaged: its files do not match the saved fingerprint {fingerprint}')
   return _make(kind, files)
 
 
 def read(path, *, lowercase: bool = True) -> Tokenizer:
-  """Read the tokenizer at a path of the config; raise UserError if there is none or it cannot be read.
+  """Read the tokenizer at a path of the config; raise UserError if it is missing or unreadable.
 
-  The path is a SentencePiece model (*.model), a WordPiece vocabulary (*.txt; `lowercase` if it is uncased), a folder
+  The path names a SentencePiece model (*.model), a WordPiece vocabulary (*.txt; `lowercase` if it is uncased), a folder
   with one of MODEL_FILES, or a folder that `Tokenizer.save` wrote.
   """
   file = paths.resolve(path, 'task.tokenizer.path')
@@ -349,7 +348,7 @@ def read(path, *, lowercase: bool = True) -> Tokenizer:
     if file.is_dir():
       found = [file / name for name in MODEL_FILES if (file / name).exists()]
       if not found:
-        raise UserError(f'the folder {path} holds no tokenizer: expected one of {", ".join(MODEL_FILES)}')
+        raise UserError(f'the folder {path} contains no tokenizer: expected one of {", ".join(MODEL_FILES)}')
       file = found[0]
     content = file.read_bytes()
   except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""The model families (ilm, arm, it, mdm): each is a module of pure functions that meets the contract `contract.Family`.
+"""The model families (ilm, arm, it, mdm): each is a module of pure functions and defines a `contract.Family`.
 
 A family may import `types`, `special_tokens`, `models` and the shared modules of this package, but no task; it gets
 the data of a task as arrays. Start with `contract.py`, then `ilm.py`. docs/extending.md shows how to add a family.

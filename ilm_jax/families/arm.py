@@ -30,7 +30,7 @@ corrupt = _corrupt.arm
 
 
 def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
-  """Return (tokens, targets) of the largest example; fill-in-the-middle adds two [MASK]s, and [EOS] is a target."""
+  """Return the maximum numbers of tokens (2 more with fill-in-the-middle) and targets ([EOS] is one) of an example."""
   if not 0 <= cfg.corrupt.fim_rate <= 1:
     raise UserError(f'corrupt.fim_rate={cfg.corrupt.fim_rate}: expected a fraction from 0 to 1')
   return longest + 2 * (cfg.corrupt.fim_rate > 0), answer + 1
@@ -40,10 +40,7 @@ def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
 
 
 def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
-  """Return (total, weight) pairs in nats: `loss` per target token, and `string_loss` per string.
-
-  Both are cross-entropies; the loss of a string is the sum over its tokens and its [EOS].
-  """
+  """Return the cross-entropy in nats per target (`loss`) and per string (`string_loss`), as (total, weight) pairs."""
   ce_BxT = vocabulary.target_nll(
     outputs, batch['target_gap_BxT'], batch['target_token_BxT'], chunk=cfg.vocab_chunk, compute=cfg.compute
   )
@@ -56,7 +53,7 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
 
 
 class SampleConfig(NamedTuple):
-  """Sampling settings. Hashable, because they are a static argument of jit."""
+  """Sampling settings; hashable, because jit takes them as a static argument."""
 
   max_length: int  # maximum tokens per row, counting the prompt but not [EOS]
   max_steps: int | None = None  # maximum generated tokens per row; None: limited by max_length only
@@ -64,8 +61,8 @@ class SampleConfig(NamedTuple):
   force_first: bool = False  # do not allow [EOS] as the first generated token
   fim: bool = False  # whether the model was trained with fill-in-the-middle
   suppressed_tokens: tuple[int, ...] = ()  # ids of tokens that are never generated
-  byte_ids: tuple[int, ...] = ()  # ids of tokens that are only a part of a character; `score` includes them
-  bytes: bool = False  # whether tokens of byte_ids may be generated; they may give invalid UTF-8
+  byte_ids: tuple[int, ...] = ()  # ids of tokens for parts of characters: sampled only if `bytes` is set, always scored
+  bytes: bool = False  # whether tokens in byte_ids may be generated; the text may then be invalid UTF-8
   min_buffer: int = 64  # initial cache length in tokens; it doubles up to `capacity` as rows grow
   compute: str = 'float32'  # precision of the matrix products in the vocabulary head
   vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
@@ -95,7 +92,7 @@ def check_prompt(given: dict, cfg: SampleConfig) -> None:
 
 
 def begin(forward, rng, prompt: Prompt, cfg: SampleConfig, size: int) -> Rows:
-  """Return the initial rows: prompts in model order, with their keys and values in the cache.
+  """Return the rows before the first step: prompts in the order in which the model reads them, with a key-value cache.
 
   With `cfg.fim`, a prompt that has a gap before its last token is filled at this gap instead of being continued.
   """
@@ -103,7 +100,7 @@ def begin(forward, rng, prompt: Prompt, cfg: SampleConfig, size: int) -> Rows:
   if cfg.fim:
     open_BxL, length_B = jnp.asarray(prompt.open_BxL, bool), jnp.asarray(prompt.length_B, jnp.int32)
     start_B = jnp.where(open_BxL.any(axis=1), open_BxL.argmax(axis=1) + 1, length_B)
-    memo = Layout.of(start_B, start_B, length_B)  # the middle starts empty, so its end is its start
+    memo = Layout.of(start_B, start_B, length_B)  # the middle is still empty: it ends where it starts
     prompt = prompt._replace(tokens_BxL=memo.arrange(prompt.tokens_BxL), length_B=memo.length_B)
   count, given = prompt.tokens_BxL.shape
   cache = forward.apply_cached(
@@ -113,9 +110,9 @@ def begin(forward, rng, prompt: Prompt, cfg: SampleConfig, size: int) -> Rows:
 
 
 def finish(rows: Rows, cfg: SampleConfig) -> Sampled:
-  """Return the sampled rows in reading order."""
+  """Return the sampled rows, with their tokens in reading order."""
   if cfg.fim:
-    rows = growing.resize(rows, cfg.capacity)  # `restore` removes two positions, even without [MASK]s
+    rows = growing.resize(rows, cfg.capacity)  # `restore` shortens every row by two positions, even without [MASK]s
     layout = rows.memo.extend_middle(rows.steps_B)
     rows = rows._replace(
       tokens_BxL=layout.restore(rows.tokens_BxL, 0),
@@ -147,7 +144,7 @@ class Layout(NamedTuple):
     return self._replace(end_B=self.end_B + count_B, length_B=self.length_B + count_B)
 
   def model_index(self, size: int):
-    """Return the model-order index of each token of the first `size` in reading order, and whether it is in the row."""
+    """Return (index in model order, whether it is in the row) for each of the first `size` tokens in reading order."""
     index_1xL = jnp.arange(size)[None]
     start_Bx1, end_Bx1, masks_Bx1 = self.start_B[:, None], self.end_B[:, None], self.masks_B[:, None]
     suffix_Bx1 = (self.length_B - self.masks_B - self.end_B)[:, None]

@@ -77,10 +77,10 @@ class Growth(Protocol):
     """Return the rows after one decoding step."""
 
   def needed(self, length_B, cfg, /) -> Any:
-    """Return an upper bound on each row's length after the next step."""
+    """Return an upper bound on each row's number of tokens after the next step."""
 
   def finish(self, rows, cfg, /) -> Sampled:
-    """Return the final result of decoding."""
+    """Return the completed rows, from a buffer of any size."""
 
 
 def no_likelihood(kind: str | None, longest: int) -> None:
@@ -90,44 +90,33 @@ def no_likelihood(kind: str | None, longest: int) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-  """A family of sequence models: its functions and its properties.
+  """A family of sequence models: its functions and its properties."""
 
-  Attributes:
-    name: the family's short name, used as the value of `config.family` and in error messages.
-    corrupt: turns an example into a model input and its targets.
-    loss: computes the training loss.
-    sample: completes prompts.
-    SampleConfig: hashable settings of `sample` and `score`, a NamedTuple with a constructor `create(sampling, **...)`
-      that takes the `sampling` section of a config.
-    model_settings: config -> the fields of ModelConfig that the family determines (`causal`, `stop_head`, ...).
-    sizes: (config, tokens of the longest example, tokens of the longest answer) -> (positions, targets) of the largest
-      corrupted example; raises UserError for `corrupt` and `loss` settings that the family does not support.
-    score: computes the likelihood of complete rows; None if the family defines no likelihood.
-    check_score: (kind, longest) -> None; raises UserError if `score` does not support these arguments.
-    sample_settings: config -> the fields of SampleConfig that sections other than `sampling` determine.
-    check_prompt: (prompt, SampleConfig) -> None; raises UserError if `sample` cannot complete the prompt.
-    fills: what an infill request may specify about the number of tokens inserted into a gap: 'limits' (a minimum and a
-      maximum), 'free' (nothing) or 'masks' (the exact number).
-    growth: decoding functions for continuous batching; None if rows do not grow token by token.
-    open_gap_embedding: whether the family supports `model.open_gap_embedding`.
-    length_weights: the values of `loss.length_weight` that the family supports.
-  """
-
-  name: str
+  name: str  # short name: the value of `config.family`, also used in error messages
   corrupt: Corrupt
   loss: Loss
   sample: Sample
+  # The settings of `sample` and `score`: a NamedTuple, hashable, with a constructor `create(sampling, **others)` that
+  # takes the `sampling` section of a config.
   SampleConfig: Any
+  # config -> the fields of ModelConfig that the family determines (`causal`, `stop_head`, ...)
   model_settings: Callable[[ConfigDict], dict]
+  # (config, tokens of the longest example, tokens of the longest answer) -> (positions, targets) of the largest
+  # corrupted example; raises UserError for `corrupt` and `loss` settings that the family does not support.
   sizes: Callable[[ConfigDict, int, int], tuple[int, int]]
-  score: Likelihood | None = None
+  score: Likelihood | None = None  # None: the family defines no likelihood
+  # (kind, longest) -> None; raises UserError if `score` does not support these arguments.
   check_score: Callable[[str | None, int], None] = no_likelihood
+  # config -> the fields of SampleConfig that sections of the config other than `sampling` determine
   sample_settings: Callable[[ConfigDict], dict] = lambda cfg: {}
+  # (prompt, SampleConfig) -> None; raises UserError if `sample` cannot complete the prompt.
   check_prompt: Callable[[dict, Any], None] = lambda given, cfg: None
+  # What an infill request may specify about the number of tokens inserted into a gap: 'limits' (a minimum and a
+  # maximum), 'free' (nothing) or 'masks' (the exact number).
   fills: Literal['limits', 'free', 'masks'] = 'limits'
-  growth: Growth | None = None
-  open_gap_embedding: bool = False
-  length_weights: tuple[str, ...] = ('none',)
+  growth: Growth | None = None  # decoding functions for continuous batching; None: rows do not grow token by token
+  open_gap_embedding: bool = False  # whether the family supports `model.open_gap_embedding`
+  length_weights: tuple[str, ...] = ('none',)  # the values of `loss.length_weight` that the family supports
 
 
 def check_completion(family: Family, given: dict, row: dict) -> None:

@@ -24,7 +24,7 @@ SHORTEST_TIME = 1e-3  # smallest diffusion time t drawn for family=mdm; it bound
 
 
 def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
-  """Drop a uniformly random subset of n of the L free tokens, with n uniform on {0, ..., L}, or set by `u` in [0, 1).
+  """Drop a random subset of the L free (not given) tokens; its size is uniform on 0, ..., L, or set by `u` in [0, 1).
 
   Worked example: dropping b and c from `CLS p BOS a b c d` leaves `CLS p BOS a d`, with target_gap [3, 3] and
   target_token [b, c].
@@ -56,7 +56,7 @@ def ilm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
 
 
 def arm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
-  """Predict every free token, and [EOS] at the end, from the position to its left; no token is dropped.
+  """Make every free token and a final [EOS] a target, predicted from the position to its left; drop no token.
 
   For fill-in-the-middle (Bavarian et al. 2022, arXiv 2207.14255), a span of tokens (the middle) is moved to the end, a
   [MASK] takes its place, and a second [MASK] precedes the moved span. The [MASK]s are not targets.
@@ -78,9 +78,7 @@ def arm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
         'corrupt.fim_rate=0.5 (fill-in-the-middle), or family=ilm or mdm'
       )
     if free[-1] - free[0] + 1 != len(free):
-      raise UserError(
-        'family=arm fills one gap of a text, but an example has several gaps to fill: use family=ilm or mdm'
-      )
+      raise UserError('family=arm fills one gap of a text, but an example has several gaps: use family=ilm or mdm')
     tokens, place = rearrange(tokens, free[0], free[-1] + 1)
   elif cfg.fim_rate and u is None and rng.random() < cfg.fim_rate:
     first, past = sorted(len(tokens) - rng.integers(len(free), size=2, endpoint=True))
@@ -98,7 +96,7 @@ def arm(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
 
 
 def rearrange(tokens: np.ndarray, first: int, past: int) -> tuple[np.ndarray, np.ndarray]:
-  """Move tokens[first:past] (the middle) to the end; put a [MASK] in its old place and a second [MASK] before it.
+  """Move tokens[first:past] (the middle) to the end, leaving a [MASK] in its old place and one before its new place.
 
   Returns (rearranged tokens, the index in them of each original token).
   """
@@ -137,7 +135,7 @@ def choose_spans(rng: np.random.Generator, free: np.ndarray, most: int = 3) -> n
 
 
 def open_gaps(fixed: np.ndarray) -> np.ndarray:
-  """Return for each token whether the gap to its right is open: beside a free token, and not the gap after [CLS]."""
+  """Return a mask of the tokens whose gap to the right is open: it is beside a free token and not right of [CLS]."""
   open_ = ~fixed | np.append(~fixed[1:], False)
   open_[0] = False
   return open_

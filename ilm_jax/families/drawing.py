@@ -30,7 +30,7 @@ def choose_several(rng_B, logits_BxN, rule: Rule, *, count: int):
 
 
 def draw_token(rng_B, outputs: Outputs, gap_B, bias_V, rule: Rule, *, compute: str):
-  """Draw a token for the gap right of position gap_B of each row.
+  """Draw a token for the gap to the right of position gap_B in each row.
 
   Returns (token_B, logit_B); the logit is that before temperature, top-k and top-p are applied.
   """
@@ -43,14 +43,14 @@ def draw_token(rng_B, outputs: Outputs, gap_B, bias_V, rule: Rule, *, compute: s
 def _perturbed(rng_B, logits_BxN, rule: Rule):
   """Apply the rule to the logits and add Gumbel noise; entries that the rule excludes become NEG_INF."""
   logits_BxN = logits_BxN.astype(jnp.float32)
-  allowed_BxN = logits_BxN > numerics.NEG_INF / 2  # tested before the division: a high temperature would hide NEG_INF
+  allowed_BxN = logits_BxN > numerics.NEG_INF / 2  # before division by the temperature, which may shrink NEG_INF
   logits = restrict(jnp.where(allowed_BxN, logits_BxN / rule.temperature, numerics.NEG_INF), rule)
   gumbel = jax.vmap(lambda rng: jax.random.gumbel(rng, logits.shape[1:], jnp.float32))(rng_B)
   return jnp.where(logits > numerics.NEG_INF / 2, logits + gumbel, numerics.NEG_INF)
 
 
 def restrict(logits_BxN, rule: Rule):
-  """Set to NEG_INF all but the top_k largest entries, then the entries outside the nucleus of probability top_p."""
+  """Set all logits except the top_k largest to NEG_INF, then those outside the nucleus of probability top_p."""
   size = logits_BxN.shape[-1]
   if 0 < rule.top_k < size:
     key_BxN = _sort_key(logits_BxN)
@@ -59,7 +59,7 @@ def restrict(logits_BxN, rule: Rule):
     key_BxN = _sort_key(logits_BxN)
     sorted_BxN = jnp.sort(key_BxN, axis=-1)  # sorting integers is many times faster than an argsort of floats
     prob_BxN = jax.nn.softmax(_from_sort_key(sorted_BxN)[..., ::-1], axis=-1)
-    before_BxN = jnp.cumsum(prob_BxN, axis=-1) - prob_BxN  # total probability of the more probable entries
+    before_BxN = jnp.cumsum(prob_BxN, axis=-1) - prob_BxN  # total probability of the entries that precede each entry
     count_B = jnp.maximum((before_BxN < rule.top_p).sum(axis=-1), 1)
     logits_BxN = jnp.where(_largest(key_BxN, sorted_BxN, count_B), logits_BxN, numerics.NEG_INF)
   return logits_BxN

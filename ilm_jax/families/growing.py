@@ -1,11 +1,6 @@
 """The decoding loop shared by the families that generate by adding tokens to a row (ilm, it, arm).
 
-A family collects the four functions that describe its decoding in a `Growth`:
-
-    begin(forward, rng, prompt, cfg, size) -> Rows     initial rows: the prompts in a buffer of `size` positions
-    step(forward, cfg, rows)               -> Rows     one decoding step: a forward pass, then the new tokens
-    needed(length_B, cfg)                  -> int[B]   upper bound on each row's length after the next step
-    finish(rows, cfg)                      -> Sampled  the result, from rows in a buffer of any size
+A family collects the four functions that describe its decoding in a `Growth`.
 """
 
 import functools
@@ -23,9 +18,9 @@ class Rows(NamedTuple):
 
   tokens_BxL: jax.Array  # token ids, 0 on padding
   order_BxL: jax.Array  # step that inserted each token, -1 for given tokens and padding
-  max_left_BxL: jax.Array  # maximum number of tokens still to be inserted into the gap right of each position; 0: none
-  min_left_BxL: jax.Array  # minimum number of tokens still to be inserted into the gap right of each position
-  gap_BxL: jax.Array  # which gap of the prompt each position belongs to (0: none); positions of a gap share its limits
+  max_left_BxL: jax.Array  # how many more tokens the gap right of each position may receive; 0: closed
+  min_left_BxL: jax.Array  # how many more tokens the gap right of each position must receive
+  gap_BxL: jax.Array  # number of the prompt's gap that each position belongs to (0: none)
   length_B: jax.Array  # number of tokens in each row
   active_B: jax.Array  # whether the row is still being decoded
   steps_B: jax.Array  # number of decoding steps that inserted a token into the row
@@ -37,7 +32,7 @@ class Rows(NamedTuple):
   memo: Any = ()  # further per-row state that only one family uses
 
 
-# The arrays whose second axis is the row's buffer, with the value of its unused positions.
+# Fields of Rows with one value per buffer position -> the value at unused positions.
 FILL = {'tokens_BxL': 0, 'order_BxL': -1, 'max_left_BxL': 0, 'min_left_BxL': 0, 'gap_BxL': 0}
 
 
@@ -63,7 +58,7 @@ def open_gaps(rows: Rows):
 
 
 def buffers(start: int, cfg) -> list[int]:
-  """Return the growing buffer sizes for rows that start with `start` tokens: cfg.min_buffer doubled to cfg.capacity."""
+  """Return the buffer sizes of rows that start with `start` tokens: cfg.min_buffer, doubled up to cfg.capacity."""
   size, sizes = cfg.min_buffer, []
   while size < min(start, cfg.capacity):
     size *= 2
@@ -106,12 +101,12 @@ def begin_without_cache(forward, rng, prompt: Prompt, cfg, size: int) -> Rows:
 
 
 def advance(rows: Rows, *, go_B, stops_B, inserted_B, log_prob_B, stop_prob_B, **arrays) -> Rows:
-  """Return the rows after a decoding step; `arrays` are new values of further fields of `Rows`.
+  """Update the rows after a decoding step; `arrays` are the new values of other fields of `Rows`.
 
   Rows become inactive unless the step inserts tokens (`go_B`); `stops_B`: the model ends the row. `log_prob_B` is
   recorded where `go_B` is true, and `stop_prob_B` in the rows that were active.
   """
-  # With jax_enable_x64, sums and indices are int64; a loop requires that no type changes.
+  # With jax_enable_x64, sums and indices become int64, but a while loop does not allow types to change.
   old = {name: getattr(rows, name) for name in arrays}
   arrays = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), arrays, old)
   return rows._replace(
@@ -138,7 +133,7 @@ def finish(rows: Rows, cfg) -> Sampled:
 
 
 class Growth(NamedTuple):
-  """The decoding functions of a family; the docstring of this module gives their signatures."""
+  """The decoding functions of a family, described in `contract.Growth`."""
 
   begin: Callable[..., Rows]
   step: Callable[..., Rows]

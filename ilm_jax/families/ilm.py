@@ -30,7 +30,7 @@ score, check_score = likelihood.score, likelihood.check_score
 
 
 def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
-  """Return (tokens, targets) of the largest corrupted example: either no free token is dropped, or all are."""
+  """Return the maximum numbers of tokens (if none is dropped) and targets (if all free tokens are) of an example."""
   if not 0 <= cfg.corrupt.infill_rate <= 1:
     raise UserError(f'corrupt.infill_rate={cfg.corrupt.infill_rate}: expected a fraction from 0 to 1')
   return longest, answer
@@ -40,10 +40,9 @@ def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
 
 
 def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', chunk: int = 2048):
-  """Return the unweighted (token_BxS, stop_BxS, dropped_BxS) of each example.
+  """Return the insertion loss (0 without dropped tokens), stop loss and number of dropped tokens of each example, BxS.
 
-  These are the cross-entropy of its insertions (0 without dropped tokens) and of the stop head in nats, and its
-  number of dropped tokens.
+  Both losses are cross-entropies in nats, without weights.
   """
   segments = batch['cls_BxS'].shape[1]
   lse_BxL = vocabulary.vocab_logsumexp(outputs.hidden_BxLxD, outputs.unembed_VxD, chunk=chunk, compute=compute)
@@ -90,21 +89,21 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
 
 
 class SampleConfig(NamedTuple):
-  """Sampling settings. Hashable, because they are a static argument of jit."""
+  """Sampling settings; hashable, because jit takes them as a static argument."""
 
   max_length: int  # maximum number of tokens per row, counting the prompt
   max_steps: int | None = None  # maximum number of decoding steps that insert into a row; None: no limit
-  gap: Rule = GREEDY  # rule of the first stage, which draws a gap from the gaps' total probabilities
-  token: Rule = GREEDY  # rule of the second stage, which draws a token for the gap
-  joint: Rule | None = None  # if set: rule for a single stage, which draws a (gap, token) pair among all pairs
+  gap: Rule = GREEDY  # first stage: rule for drawing a gap by the total probability of its tokens
+  token: Rule = GREEDY  # second stage: rule for drawing a token for the gap
+  joint: Rule | None = None  # if set: rule for drawing a (gap, token) pair in a single stage
   gaps: int = 1  # maximum insertions per decoding step, each right of a different token; 0: right of every token
   gap_threshold: float = 0.0  # with gaps != 1: skip gaps less probable than this fraction of the best gap's probability
   stop_threshold: float | None = 0.9  # stop when p(stop) >= this; None (0 in a config): stop with probability p(stop)
   stop_temperature: float = 1.0  # divides the logits of the stop head
   force_first: bool = False  # insert at least one token before stopping
   suppressed_tokens: tuple[int, ...] = ()  # token ids that are never inserted (special tokens)
-  byte_ids: tuple[int, ...] = ()  # ids of tokens that are only a part of a character; `score` includes them
-  bytes: bool = False  # whether tokens of byte_ids may be generated; they may give invalid UTF-8
+  byte_ids: tuple[int, ...] = ()  # ids of tokens for parts of characters: sampled only if `bytes` is set, always scored
+  bytes: bool = False  # whether tokens in byte_ids may be generated; the text may then be invalid UTF-8
   min_buffer: int = 64  # initial buffer length in tokens; it doubles up to max_length as rows grow
   compute: str = 'float32'  # precision of the matrix products in the vocabulary head
   vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
@@ -176,7 +175,7 @@ sample = functools.partial(growing.sample, GROWTH)
 
 
 def _within_limits(rows: Rows, gap_BxG, ok_BxG, limit_BxL, lack_B, cfg: SampleConfig):
-  """Return a BxG mask of the insertions, given best first, that respect the limits of their gaps and of the row."""
+  """Return a BxG mask of the proposed insertions (best first) that respect the limits of their gaps and of the row."""
   number_BxG = jnp.take_along_axis(rows.gap_BxL, gap_BxG, axis=1)
   same_gap_BxGxG = (number_BxG[:, :, None] == number_BxG[:, None, :]) & ok_BxG[:, None, :]
   before_BxG = (same_gap_BxGxG & jnp.tri(gap_BxG.shape[1], k=-1, dtype=bool)[None]).sum(axis=2)

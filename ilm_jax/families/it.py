@@ -49,7 +49,7 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
 
 
 class SampleConfig(NamedTuple):
-  """Sampling settings. Hashable, because they are a static argument of jit."""
+  """Sampling settings; hashable, because jit takes them as a static argument."""
 
   max_length: int  # maximum number of tokens per row, counting the prompt
   max_steps: int | None = None  # maximum number of decoding steps that insert into a row; None: no limit
@@ -60,8 +60,8 @@ class SampleConfig(NamedTuple):
   end_threshold: float | None = None
   force_first: bool = False  # insert at least one token before stopping
   suppressed_tokens: tuple[int, ...] = ()  # token ids that are never inserted (special tokens)
-  byte_ids: tuple[int, ...] = ()  # ids of tokens that are only a part of a character; `score` includes them
-  bytes: bool = False  # whether tokens of byte_ids may be generated; they may give invalid UTF-8
+  byte_ids: tuple[int, ...] = ()  # ids of tokens for parts of characters: sampled only if `bytes` is set, always scored
+  bytes: bool = False  # whether tokens in byte_ids may be generated; the text may then be invalid UTF-8
   min_buffer: int = 64  # initial buffer length in tokens; it doubles up to max_length as rows grow
   compute: str = 'float32'  # precision of the matrix products in the vocabulary head
   vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
@@ -173,7 +173,7 @@ def check_score(kind: str | None, longest: int) -> None:
 FAMILY = Family(
   name='it', corrupt=corrupt, loss=loss, sample=sample, SampleConfig=SampleConfig,
   model_settings=lambda cfg: {'causal': False, 'stop_head': False}, check_score=check_score,
-  # For each token at most one target: the token itself, or the [EOS] of the gap to its right.
+  # A token causes at most one target: itself if it is dropped, else perhaps [EOS] for the gap to its right.
   sizes=lambda cfg, longest, answer: (longest, longest), check_prompt=check_prompt, fills='free', growth=GROWTH,
   open_gap_embedding=True,
 )  # fmt: skip

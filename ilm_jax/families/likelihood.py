@@ -27,7 +27,7 @@ MOST_EXACT = 12  # maximum number n of free tokens for kind='exact', which runs 
 
 
 class _Partial(NamedTuple):
-  """Log-probabilities that the model assigns at a text with some tokens missing."""
+  """Log-probabilities of the next decoding step, given a text with some tokens missing."""
 
   log_stop_B: jax.Array  # log pi(s): the model stops at this text
   log_go_B: jax.Array  # log (1 - pi(s)): the model inserts a token instead of stopping
@@ -60,7 +60,7 @@ def _evaluate(forward, tokens_BxL, fixed_BxL, length_B, keep_BxL, cfg) -> _Parti
 
 
 def _random_ranks(rng, free_BxL):
-  """Draw a uniformly random order of each row's free tokens; return their ranks 0, 1, ..., and L at other positions."""
+  """Draw a uniformly random order of each row's free tokens; return each token's rank, and L at all other positions."""
   rows, size = free_BxL.shape
   rng_B = jax.vmap(lambda b: jax.random.fold_in(rng, b))(jnp.arange(rows))
   noise_BxL = jnp.where(free_BxL, jax.vmap(lambda key: jax.random.uniform(key, (size,), jnp.float32))(rng_B), 2.0)
@@ -75,7 +75,7 @@ def _free(tokens_BxL, fixed_BxL, length_B):
 
 
 def _sum_steps(term, free_B):
-  """Return the sum of term(n), one number per row, over n = 0 .. free_B."""
+  """Return for each row the sum of term(n) over n = 0, ..., free_B."""
 
   def add(n, total_B):
     return total_B + jnp.where(n <= free_B, term(n), 0.0).astype(jnp.float32)
@@ -112,7 +112,7 @@ def bound(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int = 2) 
 
 
 def importance(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int = 16) -> Score:
-  """Estimate -log p(x) as minus the log of the mean of L! p(x, order) over `samples` random orders.
+  """Estimate -log p(x) as minus the log of the mean of L! p(x, order) over `samples` insertion orders.
 
   Its expectation lies between the exact value and the upper bound; its standard error is of first order (delta method).
   """
@@ -135,7 +135,7 @@ def importance(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int 
 
 
 def exact(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, most: int = MOST_EXACT) -> Score:
-  """Compute -log p(x) exactly, by dynamic programming over subsets of the free tokens: those already inserted.
+  """Compute -log p(x) exactly, by dynamic programming over the set of free tokens inserted so far.
 
   This takes 2^most forward passes; rows with more than `most` free tokens score NaN. The bits of an integer encode a
   subset.
@@ -185,7 +185,7 @@ def check_score(kind: str | None, longest: int) -> None:
 
 def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, *, kind: str | None = None, longest: int = MOST_EXACT,
           **options) -> Score:  # fmt: skip
-  """Score each row by the function KINDS[kind] (None: 'bound'), which gets the `options`, such as `samples`."""
+  """Score each row with the function KINDS[kind] (default: 'bound'); `options`, such as `samples`, are passed to it."""
   check_score(kind, longest)
   kind = kind or 'bound'
   if kind == 'exact':

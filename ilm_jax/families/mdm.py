@@ -82,11 +82,7 @@ def noise_level(time, eps: float):
 
 
 def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', chunk: int = 2048):
-  """Return (weighted_BxS, plain_BxS, masks_BxS) of each segment.
-
-  These are its cross-entropy in nats, summed over its [MASK]s with and without the weights `target_weight_BxT`, and the
-  number of its [MASK]s.
-  """
+  """Return each segment's cross-entropy (weighted and not, in nats, summed over its [MASK]s) and number of [MASK]s."""
   segments, segment_BxT = batch['cls_BxS'].shape[1], batch['target_segment_BxT']
   loss_BxT = vocabulary.target_nll(
     outputs, batch['target_gap_BxT'], batch['target_token_BxT'], chunk=chunk, compute=compute
@@ -96,7 +92,7 @@ def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', 
 
 
 def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
-  """Return `loss` (`cfg.mdm`, one of LOSSES), `string_bound` and, per [MASK], `token_loss`: (total, weight), in nats.
+  """Return `loss` (see `cfg.mdm`), `string_bound` and `token_loss` (per [MASK]) as (total, weight) pairs, in nats.
 
   `string_bound` is an unbiased estimate of the NELBO integral over the training times, from SHORTEST_TIME to 1. Only
   `score` includes the rest of the integral, which is about SHORTEST_TIME times the loss of a single [MASK].
@@ -104,7 +100,7 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
   weighted_BxS, plain_BxS, masks_BxS = example_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
   weight_BxS = batch['segment_weight_BxS']
   weighted, masks = (weight_BxS * weighted_BxS).sum(), (weight_BxS * masks_BxS).sum()
-  bound = (1.0 - _corrupt.SHORTEST_TIME) * weighted, weight_BxS.sum()  # drawn t have density 1 / (1 - SHORTEST_TIME)
+  bound = (1.0 - _corrupt.SHORTEST_TIME) * weighted, weight_BxS.sum()  # t has density 1 / (1 - SHORTEST_TIME)
   return {
     'loss': bound if cfg.mdm == 'nelbo' else (weighted, masks),
     'string_bound': bound,
@@ -116,17 +112,17 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
 
 
 class SampleConfig(NamedTuple):
-  """Sampling settings. Hashable, because they are a static argument of jit."""
+  """Sampling settings; hashable, because jit takes them as a static argument."""
 
   max_length: int  # maximum tokens per row, counting the prompt; with length='predicted', the padded training length
   max_steps: int | None = None  # number of denoising steps; None: max_length
-  order: str = 'ancestral'  # which [MASK]s each step reveals, one of ORDERS
-  length: str = 'predicted'  # 'predicted', or 'given': Prompt.free_B is the number of tokens to generate
+  order: str = 'ancestral'  # which [MASK]s each step reveals: one of ORDERS
+  length: str = 'predicted'  # number of tokens to generate: 'predicted' by the model, or 'given' in Prompt.free_B
   token: Rule = Rule()  # rule for drawing each token: temperature, top-k, top-p
   suppressed_tokens: tuple[int, ...] = (MASK,)  # ids of tokens that are never generated
-  byte_ids: tuple[int, ...] = ()  # ids of tokens that are only a part of a character; `score` includes them
-  bytes: bool = False  # whether tokens of byte_ids may be generated; they may give invalid UTF-8
-  noise_eps: float = 1e-3  # eps of the noise schedule in training
+  byte_ids: tuple[int, ...] = ()  # ids of tokens for parts of characters: sampled only if `bytes` is set, always scored
+  bytes: bool = False  # whether tokens in byte_ids may be generated; the text may then be invalid UTF-8
+  noise_eps: float = 1e-3  # eps of the training schedule, which masks a token with probability (1 - eps) t
   score_draws: int = 32  # number of random maskings that `score` averages for the upper bound on a string's -log p
   min_buffer: int = 64  # minimum length of the prompt buffer
   compute: str = 'float32'  # precision of the matrix products in the vocabulary head
@@ -238,7 +234,7 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, length_B, masks
   token_BxL, log_prob_BxL, certainty_BxL = choose_tokens(outputs, cfg, token_rng_B, given_BxL)
   if cfg.order == 'ancestral':
     draw_BxL = jax.vmap(lambda rng: jax.random.uniform(rng, masked_BxL.shape[1:], jnp.float32))(reveal_rng_B)
-    reveal_BxL = masked_BxL & (draw_BxL < 1.0 / (limit - state.step))  # (t - s) / t; 1 in the last step
+    reveal_BxL = masked_BxL & (draw_BxL < 1.0 / (limit - state.step))  # probability (t - s) / t of a step from t to s
   else:
     steps_B = jnp.clip(masks_B, 1, limit)  # each step reveals at least one [MASK]
     after_B = masks_B * (steps_B - 1 - state.step) // steps_B
@@ -340,10 +336,8 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
     masked_BxL = free_BxL & (rank_BxL < masks_B[:, None])
     time_B = jnp.where(masked_BxL, time_BxL, 0.0).max(axis=1)
     noise_Bx1 = noise_level(time_B, cfg.noise_eps)[:, None]
-    outputs, closed = (
-      forward(jnp.where(masked_BxL, MASK, tokens_BxL), total_B, noise_Bx1),
-      (*cfg.suppressed_tokens, MASK),
-    )
+    outputs = forward(jnp.where(masked_BxL, MASK, tokens_BxL), total_B, noise_Bx1)
+    closed = (*cfg.suppressed_tokens, MASK)
     loss_BxL = vocabulary.target_nll(outputs, index_BxL, tokens_BxL, closed, chunk=cfg.vocab_chunk, compute=cfg.compute)
     return jnp.where(masked_BxL, loss_BxL, 0.0).sum(axis=1) * free_B / jnp.maximum(masks_B, 1)
 

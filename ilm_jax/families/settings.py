@@ -14,16 +14,13 @@ KNOWN = frozenset([
 ])  # fmt: skip
 WHOLE = ('max_length', 'max_steps', 'min_buffer', 'gaps', 'score_draws', 'top_k')  # settings that are whole numbers
 OPTIONAL = ('max_steps', 'stop_threshold', 'end_threshold')  # settings that may be None
-ALLOWED = {  # setting, or field of a Rule -> (whether a finite number is allowed, the allowed values in words)
+ALLOWED = {  # setting or field of a Rule -> (test of a finite number, the allowed values in words)
   'max_length': (lambda x: x >= 3, 'at least 3'),
   'max_steps': (lambda x: x >= 0, 'at least 0'),
   'min_buffer': (lambda x: x >= 1, 'at least 1'),
   'stop_temperature': (lambda x: x > 0, 'a number above 0'),
   'stop_threshold': (lambda x: 0 <= x <= 1, 'a probability, or 0 to stop at random with probability p(stop)'),
-  'end_threshold': (
-    lambda x: 0 <= x < 1,
-    'a probability below 1, or 0 to end a gap when [EOS] is its most probable token',
-  ),
+  'end_threshold': (lambda x: 0 <= x < 1, 'a probability below 1, or 0 to end a gap when [EOS] is most probable'),
   'gaps': (lambda x: x >= 0, 'a number of gaps, or 0 for all gaps'),
   'gap_threshold': (lambda x: 0 <= x <= 1, 'a fraction from 0 to 1'),
   'score_draws': (lambda x: x >= 2 and x % 2 == 0, 'an even number of at least 2'),
@@ -40,7 +37,7 @@ def check(settings: dict, prefix: str) -> None:
     if value is None and (name in OPTIONAL or name not in settings):
       continue
     kind, word = (numbers.Integral, 'a whole number') if name in WHOLE else (numbers.Real, 'a finite number')
-    if not isinstance(value, kind) or not abs(value) <= sys.float_info.max:  # false for NaN
+    if not isinstance(value, kind) or not abs(value) <= sys.float_info.max:  # the comparison is false for NaN
       raise UserError(f'{prefix}{name}={value!r}: expected {word}')
     if not allowed(value):
       raise UserError(f'{prefix}{name}={value}: expected {expected}')
@@ -49,17 +46,15 @@ def check(settings: dict, prefix: str) -> None:
 def sample_config(cls, sampling, **others):
   """Build a family's SampleConfig from sampling settings; raise UserError for unknown names and values out of range.
 
-  Args:
-    cls: the SampleConfig, a NamedTuple whose fields are the settings that the family uses; others are ignored.
-    sampling: settings by name; those in RULES are a Rule, or a dict of temperature, top_k and top_p.
-    **others: fields that users cannot set because the model or the task determines them.
+  Settings that are not fields of `cls`, the SampleConfig, are ignored. Those in RULES are a Rule, or a dict of its
+  fields. `others` are fields that users cannot set, because the model or the task determines them.
   """
   settings = dict(sampling)
   for name in sorted(set(settings) - KNOWN - set(cls._fields)):
     expected = ', '.join(sorted(KNOWN & set(cls._fields)))
     raise UserError(f'unknown sampling setting {name!r}: expected one of {expected}')
   if reserved := sorted(set(settings) & set(others)):
-    raise UserError(f'sampling.{reserved[0]} cannot be set: the model or the task determines its value')
+    raise UserError(f'sampling.{reserved[0]} cannot be set, because the model or the task determines it: remove it')
   if settings.pop('two_stage', settings.get('joint') is None):
     settings['joint'] = None
   for name in RULES:
@@ -80,12 +75,12 @@ def make_rule(value, name: str) -> Rule:
 
 
 def never_generated(cfg) -> tuple[int, ...]:
-  """Return the ids that the sampler closes: special tokens and, unless `cfg.bytes`, those of parts of characters."""
+  """Return the ids of tokens that are never sampled: special tokens and, unless `cfg.bytes`, parts of characters."""
   return cfg.suppressed_tokens + (() if cfg.bytes else cfg.byte_ids)
 
 
 def describe(cfg) -> str:
-  """Return a one-line description of a SampleConfig: every setting that affects the samples."""
+  """Describe in one line every setting of a SampleConfig that affects the samples."""
 
   def words(value):
     if not isinstance(value, Rule):

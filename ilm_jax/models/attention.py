@@ -27,7 +27,7 @@ def rotary(x_BxLxHxK, position_BxL, *, dim: int, base: float = 10_000.0):
 
 
 def segment_mask(segment_BxL, position_BxL, *, causal: bool):
-  """Return a BxLxL mask: may the query at index i attend to the key at index j?
+  """Return a BxLxL mask that is True where the query at index i may attend to the key at index j.
 
   Tokens attend within their segment. Padding (segment 0) attends to all tokens, so that every query has a key (in a
   row with only padding, all logits are NEG_INF and the softmax is uniform).
@@ -58,7 +58,7 @@ class Cache(NamedTuple):
 def empty_cache(cfg: ModelConfig, rows: int, size: int) -> Cache:
   """Return an empty key-value cache for one transformer block, with room for `size` positions per row."""
   shape = rows, size, cfg.num_heads, cfg.head_dim
-  dtype = jnp.float32 if cfg.compute == 'float32' else jnp.bfloat16  # attention rounds both to bfloat16 anyway
+  dtype = jnp.float32 if cfg.compute == 'float32' else jnp.bfloat16  # keys and values are rounded to bfloat16 anyway
   return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 

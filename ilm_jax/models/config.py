@@ -37,7 +37,7 @@ class ModelConfig:
   d_model: int
   d_ff: int
   activation: str = 'relu'  # 'relu' or 'gelu' (tanh approximation)
-  causal: bool = False  # causal attention: only to the same and to earlier positions
+  causal: bool = False  # attend only to the same and to earlier positions
   final_norm: bool = True  # apply a LayerNorm after the last block
   stop_head: bool = True  # predict from the features at [CLS] whether generation stops or continues
   rotary_dim: int = 64  # maximum number of channels per head that rotary embedding rotates
@@ -61,20 +61,14 @@ class ModelConfig:
       if not 0 <= getattr(self, name) < 1:
         raise UserError(f'model.{name}={getattr(self, name)}: expected a rate of at least 0 and below 1')
     if self.d_model % self.num_heads:
-      raise UserError(
-        f'model.d_model={self.d_model} is not a multiple of model.num_heads={self.num_heads}: change one of them'
-      )
+      raise UserError(f'model.d_model={self.d_model}: expected a multiple of model.num_heads={self.num_heads}')
     for name, allowed in CHOICES.items():
       if getattr(self, name) not in allowed:
         raise UserError(f'model.{name}={getattr(self, name)!r}: expected one of {", ".join(allowed)}')
     if self.residual == 'modulated' and self.conditioning == 'none':
-      raise UserError(
-        "model.residual='modulated' needs model.conditioning='adaln': set it, or use model.residual='input'"
-      )
+      raise UserError("model.residual='modulated' needs model.conditioning='adaln': set it, or model.residual='input'")
     if self.head_dim % 2:
-      raise UserError(
-        f'model.d_model / model.num_heads = {self.head_dim} is odd: rotary embedding needs an even head dimension'
-      )
+      raise UserError(f'model.d_model / model.num_heads = {self.head_dim} is odd: rotary embedding needs it to be even')
 
   @property
   def head_dim(self) -> int:

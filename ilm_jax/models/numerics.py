@@ -35,7 +35,7 @@ def einsum(spec: str, x, y, compute: str, names=None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 4))
 def _einsum(product, spec, x, y, names):
-  """Return product(spec, x, y), with y gathered as in `einsum`; the backward pass uses `product`, too."""
+  """Return product(spec, x, y), with y all-gathered as in `einsum`; the backward pass also uses `product`."""
   return _einsum_fwd(product, spec, x, y, names)[0]
 
 
@@ -126,13 +126,13 @@ def dropout(x, rate: float, rng):
 
 
 def segment_logsumexp(value_BxL, segment_BxL, mask_BxL, num_segments: int):
-  """Return BxS, the log-sum-exp over each segment 1..S of the values with mask True; NEG_INF if there are none."""
+  """Return the BxS log-sum-exp of the values of each segment 1..S with mask True; NEG_INF if there are none."""
   ids_S = jnp.arange(1, num_segments + 1)
   member_BxSxL = (segment_BxL[:, None, :] == ids_S[None, :, None]) & mask_BxL[:, None, :]
   return jax.nn.logsumexp(jnp.where(member_BxSxL, value_BxL[:, None, :], NEG_INF), axis=-1)
 
 
 def segment_sum(value_BxT, segment_BxT, num_segments: int):
-  """Return BxS, the sum of the values of each segment 1..S; values of segment 0 are ignored."""
+  """Return the BxS sums of the values of each segment 1..S; values of segment 0 are ignored."""
   member_BxTxS = jax.nn.one_hot(segment_BxT - 1, num_segments, dtype=value_BxT.dtype)
   return jnp.einsum('bt,bts->bs', value_BxT, member_BxTxS, precision='highest')

@@ -65,7 +65,7 @@ def _names(num_layers: int, *, final_norm: bool, stop_head: bool, noise: bool) -
 def _shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Map the path of every parameter of our model to its shape."""
   leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0))))
-  keys = jax.tree_util.DictKey  # other path entries come from the boxes that hold logical axis names
+  keys = jax.tree_util.DictKey  # skip the path entries of Flax's boxes with logical axis names
   return {'/'.join(part.key for part in path if isinstance(part, keys)): leaf.shape for path, leaf in leaves}
 
 
@@ -116,11 +116,10 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
   if stop_head != (family == 'ilm'):
     found = min(set(STOP_HEAD) & set(arrays)) if stop_head else 'no length_output_layer.*'
     wanted = 'a stop head' if family == 'ilm' else 'no stop head'
-    raise UserError(f'family={family!r} has {wanted}, but the weights have {found}: pass the right family=')
+    raise UserError(f'family={family!r} has {wanted}, but the weights have {found}: pass the family of the weights')
   num_layers = max(1, len(layer_ids))
   names = _names(num_layers, final_norm=final_norm, stop_head=stop_head, noise=noise)
-  missing, unexpected = ([name for name in a if name not in b] for a, b in ((names, arrays), (arrays, names)))
-  kinds = {'missing': missing, 'unexpected': unexpected}
+  kinds = {'missing': [n for n in names if n not in arrays], 'unexpected': [n for n in arrays if n not in names]}
   if problems := [f'{kind} {_first_few(found)}' for kind, found in kinds.items() if found]:
     raise UserError(f'these are not the weights of the {family} transformer: {"; ".join(problems)}')
 
@@ -130,8 +129,7 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
   vocab_size, d_model = arrays['embed_tokens.weight'].shape
   conditioning: dict = {}
   if noise:
-    d_cond = len(arrays['sigma_map.mlp.2.weight'])
-    conditioning = {'conditioning': 'adaln', 'residual': 'modulated', 'd_cond': d_cond}
+    conditioning = {'conditioning': 'adaln', 'residual': 'modulated', 'd_cond': len(arrays['sigma_map.mlp.2.weight'])}
   cfg = ModelConfig(
     vocab_size=vocab_size,
     num_layers=num_layers,
@@ -171,7 +169,7 @@ def to_reference(cfg: ModelConfig, params) -> dict[str, np.ndarray]:
   """
   rotated = min(ROTARY_DIM, cfg.head_dim)
   if min(cfg.rotary_dim, cfg.head_dim) != rotated:
-    raise UserError(f'model.rotary_dim={cfg.rotary_dim}: the reference rotates {rotated} channels per head, use that')
+    raise UserError(f'model.rotary_dim={cfg.rotary_dim}: expected {rotated}, as in the reference implementation')
   noise = cfg.conditioning == 'adaln'
   if noise and (cfg.residual != 'modulated' or not cfg.final_norm or cfg.stop_head):
     raise UserError(
@@ -189,7 +187,7 @@ def to_reference(cfg: ModelConfig, params) -> dict[str, np.ndarray]:
       leaf = np.asarray(leaf, np.float32)
       shape = _reference_shape(path, leaf.shape)
       parts.append(leaf.reshape(shape[::-1]).T if path.endswith('/kernel') else leaf)
-    state[name] = np.ascontiguousarray(np.concatenate(parts))  # safetensors ignores the strides of arrays
+    state[name] = np.ascontiguousarray(np.concatenate(parts))  # safetensors ignores strides
   for layer in range(cfg.num_layers):
     state[f'encoder.{layer}.rotary_emb.inv_freq'] = _inverse_frequencies(rotated)
   return state
@@ -208,11 +206,9 @@ def _head_count(rotary_buffers: dict[str, np.ndarray], d_model: int, num_heads: 
     for head_dim in range(d_model, 1, -1)
     if head_dim % 2 == 0 and d_model % head_dim == 0 and rotated in (None, min(ROTARY_DIM, head_dim))
   ]
-  given = f'd_model={d_model}'
-  if rotary_buffers:
-    given += f' and {rotated // 2} rotary frequencies'
+  given = f'd_model={d_model}' + (f' and {rotated // 2} rotary frequencies' if rotary_buffers else '')
   if not allowed:
-    raise UserError(f'no number of heads fits {given}')
+    raise UserError(f'no number of heads fits {given}: expected the weights of the reference implementation')
   choices = ', '.join(map(str, allowed))
   if num_heads is None:
     if rotary_buffers and len(allowed) == 1:
@@ -225,7 +221,7 @@ def _head_count(rotary_buffers: dict[str, np.ndarray], d_model: int, num_heads: 
 
 def _check_frequencies(name: str, buffer: np.ndarray, expected: np.ndarray, owner: str) -> None:
   """Raise UserError if a buffer does not hold the expected frequencies; `owner` names the layer that uses them."""
-  if buffer.shape != expected.shape or not np.allclose(buffer, expected, rtol=1e-2):  # bfloat16 rounds by 0.4 %
+  if buffer.shape != expected.shape or not np.allclose(buffer, expected, rtol=1e-2):  # bfloat16 buffers differ by 0.4 %
     raise UserError(f'{name}: expected the {expected.size} frequencies of {owner} with base 10000, got other values')
 
 
@@ -265,9 +261,8 @@ def _read_safetensors(data: bytes):
   try:
     import safetensors
   except ImportError as error:
-    advice = "pip install 'ilm_jax[convert]'"
-    raise UserError(f'reading .safetensors files needs the safetensors package: {advice}') from error
-  # safetensors.numpy supports bfloat16 only from version 0.5 on.
+    raise UserError("reading .safetensors files needs safetensors: pip install 'ilm_jax[convert]'") from error
+  # Decode the raw bytes, because safetensors.numpy supports bfloat16 only from version 0.5 on.
   types = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16, 'I64': np.int64}
   arrays = {}
   for name, tensor in safetensors.deserialize(data):
@@ -287,7 +282,7 @@ def _read_torch(data: bytes):
 
 
 def _tensors(loaded) -> dict[str, Array]:
-  """Return the state_dict with string names; in a checkpoint, it is the mapping under 'state_dict'."""
+  """Return the state_dict of a loaded file, with string names; a checkpoint has it under the key 'state_dict'."""
   if isinstance(loaded, Mapping) and isinstance(loaded.get('state_dict'), Mapping):
     loaded = loaded['state_dict']
   if not isinstance(loaded, Mapping):

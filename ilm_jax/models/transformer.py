@@ -140,9 +140,7 @@ class Transformer(nn.Module):
     x_BxLxD = jnp.where((tokens_BxL == 0)[..., None], jax.lax.stop_gradient(x_BxLxD), x_BxLxD)
     if cfg.open_gap_embedding:
       if open_BxL is None:
-        raise ValueError(
-          'model.open_gap_embedding needs open_BxL, whether a token may be inserted right of each token: pass it'
-        )
+        raise ValueError('model.open_gap_embedding needs open_BxL, a mask of the tokens with an open gap to the right')
       init = nn.with_logical_partitioning(nn.initializers.normal(std), OPEN_TABLE)
       open_2xD = self.param('open', init, (2, cfg.d_model), jnp.float32)
       x_BxLxD += jnp.take(sharding.gather(open_2xD, OPEN_TABLE), open_BxL.astype(jnp.int32), axis=0).astype(dtype)
@@ -183,7 +181,7 @@ def init(cfg: ModelConfig, rng) -> Any:
 
 
 def abstract_params(cfg: ModelConfig, mesh=None):
-  """Return the parameters as `jax.ShapeDtypeStruct`s with shardings on the mesh, the target for restoring a checkpoint.
+  """Return the parameters as `jax.ShapeDtypeStruct`s with shardings on the mesh, for restoring a checkpoint.
 
   Without a mesh, all parameters are on this process's first device.
   """

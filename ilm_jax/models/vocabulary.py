@@ -92,7 +92,7 @@ def vocab_max(hidden, unembed_VxD, bias_V, *, chunk: int = 2048, compute: str = 
 
 
 def _windows(vocab: int, chunk: int):
-  """Return the start of each vocabulary chunk, and how many of its first entries the previous chunk also has.
+  """Return the start of each vocabulary chunk, and how many of its first entries the previous chunk also covers.
 
   Chunks are slices of equal size of the unpadded table, so the last one starts earlier, in order to end at its end.
   """

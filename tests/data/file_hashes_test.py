@@ -1,4 +1,4 @@
-"""Tests of the hashes by which data files are recognized, and of the warning if the data of a run have changed."""
+"""Tests of the hashes that identify data files, and of the warning if the data of a run have changed."""
 
 import json
 import os
@@ -27,13 +27,13 @@ def test_the_hash_depends_on_the_whole_content_of_small_files_and_on_16_blocks_o
   assert sum(changed) == noticed and all(changed[:4] + changed[-4:])
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
+def test_the_error_for_an_unreadable_file_names_the_file(tmp_path):
   (tmp_path / 'one').write_text('')
   with refused(str(tmp_path / 'two'), 'No such file'):
     file_hashes.hashes_of({'a': tmp_path / 'one', 'b': tmp_path / 'two'})
 
 
-def test_a_run_is_warned_about_changed_new_and_missing_data_files(tmp_path, caplog):
+def test_a_warning_names_changed_new_and_missing_data_files_of_a_run(tmp_path, caplog):
   first = {'a': '1', 'b': '2', 'c': '3'}
   for hashes in (first, first):
     file_hashes.check_unchanged(tmp_path, hashes, 'data.path=x')

@@ -77,7 +77,7 @@ def config(**data):
   return ConfigDict({'seed': 3, 'data': data, 'corrupt': CORRUPT.to_dict()})
 
 
-SOURCE = star.Source(star_task(num_train=50), 'train')  # epochs end within a step: 50 is no multiple of 16
+SOURCE = star.Source(star_task(num_train=50), 'train')  # 50 is not a multiple of the 16 examples of a step
 
 
 def make_batches(start, stop, *, cfg=None, source=SOURCE, corrupt=corruption.ilm, **part):
@@ -124,7 +124,7 @@ def test_the_seed_changes_the_order_and_the_corruption_of_examples(first_eight):
   assert (other['tokens_BxL'] != first_eight[0]['tokens_BxL']).any()
   (one,) = make_batches(0, 1, cfg=cfg, source=star.Source(star_task(num_train=1), 'train'))
   (two,) = make_batches(0, 1, source=star.Source(star_task(num_train=1), 'train'))
-  assert (one['target_token_BxT'] != two['target_token_BxT']).any()  # the same graph, with a different corruption
+  assert (one['target_token_BxT'] != two['target_token_BxT']).any()  # the same graph, corrupted differently
 
 
 def test_each_epoch_has_a_new_permutation_and_each_example_its_own_random_generator(first_eight):
@@ -138,7 +138,7 @@ def test_each_epoch_has_a_new_permutation_and_each_example_its_own_random_genera
       example = corruption.ilm(np.random.default_rng((3, 0, i)), SOURCE[graph], CORRUPT)
       if all(np.array_equal(back[i][name], example[name]) for name in back[i]):
         return graph
-    raise AssertionError(f'corrupting any graph of the source with random generator {i} does not give example {i}')
+    raise AssertionError(f'example {i} is not the corruption of any source graph with random generator {i}')
 
   graphs = [graph_of(i) for i in range(128)]
   epochs = graphs[:50], graphs[50:100]

@@ -1,4 +1,4 @@
-"""Tests of cache folders: where they are, and how a user's paths are read; and of the shared memory for workers."""
+"""Tests of cache folders (their location, and how paths are interpreted) and of shared memory for worker processes."""
 
 import os
 import types
@@ -18,14 +18,14 @@ def home(tmp_path, monkeypatch):
   return tmp_path
 
 
-def test_a_cache_folder_may_start_with_a_tilde_or_file_and_contain_brackets(home):
+def test_cache_paths_may_start_with_a_tilde_or_a_file_scheme_and_contain_brackets(home):
   for folder in ('~/z[1]', f'file://{home}/z[1]', str(home / 'z[1]')):
     made = storage.once(folder, 'entry', lambda place: (place / 'x').write_text('once'))
     assert made == home / 'z[1]' / 'entry' and (made / 'x').read_text() == 'once'
   assert sorted(path.name for path in home.rglob('*')) == ['.entry.lock', 'entry', 'x', 'z[1]']
 
 
-def test_a_stale_unfinished_entry_is_removed_from_its_own_folder_only(tmp_path):
+def test_a_stale_unfinished_cache_entry_is_removed_only_from_its_own_cache_folder(tmp_path):
   own, other = tmp_path / 'z[1]' / '.entry.part-1', tmp_path / 'z1' / '.entry.part-1'
   for folder in (own, other):
     folder.mkdir(parents=True)
@@ -40,7 +40,7 @@ def test_the_local_copy_of_a_bucket_lies_in_the_users_cache_folder(home, monkeyp
   assert storage.local('gs://bucket/a').parent == home / 'other' / 'ilm_jax' / 'data'
 
 
-def test_a_home_folder_that_is_unknown_is_named(home, monkeypatch):
+def test_a_path_in_an_unknown_home_folder_gives_an_error_that_names_the_setting(home, monkeypatch):
   monkeypatch.delenv('HOME')
   monkeypatch.setattr('pwd.getpwuid', lambda uid: {}[f'uid not found: {uid}'])  # simulates a user id without a name
   with refused('task.cache=~/data', 'home folder', 'whole path'):
@@ -60,7 +60,7 @@ def test_unknown_schemes_and_buckets_without_their_package_are_refused(monkeypat
     tokenizers.read(path)
 
 
-def test_worker_processes_are_refused_without_shared_memory(monkeypatch):
+def test_settings_with_worker_processes_are_refused_without_shared_memory(monkeypatch):
   def disk(blocks, free):
     monkeypatch.setattr(
       os, 'statvfs', lambda path: types.SimpleNamespace(f_blocks=blocks, f_bavail=free, f_frsize=4096)

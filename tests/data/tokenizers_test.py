@@ -117,7 +117,7 @@ def test_token_offsets_are_in_order_and_do_not_overlap(tokenizer):
     assert bounds == sorted(bounds), (text, spans)
 
 
-def test_decoding_skips_special_ids_and_pieces_show_them_in_brackets(tokenizer):
+def test_decoding_skips_special_tokens_and_pieces_show_them_in_brackets(tokenizer):
   ids = tokenizer.encode('the boat')
   assert tokenizer.decode([CLS, BOS, *ids, 0, MASK]) == tokenizer.decode(ids)
   assert tokenizer.decode([]) == tokenizer.decode([CLS, BOS]) == ''
@@ -256,7 +256,7 @@ def test_the_smallest_size_for_the_characters_of_the_text_works():
     lib.train_sentencepiece(LINES * 3, size=needed - 1)
 
 
-def test_long_lines_and_lines_with_a_reserved_character_take_part_in_the_training(caplog):
+def test_long_lines_and_lines_with_a_reserved_character_are_used_in_training(caplog):
   caplog.set_level(logging.INFO, 'absl')
   names = ['quagga', 'gnus', 'okapi', 'zebu']
   words = np.random.default_rng(0).choice(names, 200_000)
@@ -342,7 +342,7 @@ def test_a_byte_order_mark_at_the_start_of_a_vocabulary_is_not_part_of_its_first
   assert lib.read(tmp_path).fingerprint == tokenizers['wordpiece'].fingerprint
 
 
-def test_the_path_of_a_tokenizer_may_start_with_a_tilde_or_file(tmp_path, tokenizers, monkeypatch):
+def test_the_path_of_a_tokenizer_may_start_with_a_tilde_or_a_file_scheme(tmp_path, tokenizers, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   (tmp_path / 'vocab.txt').write_bytes(vocabulary())
   for path in ('~', '~/vocab.txt', f'file://{tmp_path}'):

@@ -1,4 +1,4 @@
-"""Samples and fillings hold whole characters only: samplers close the tokens that stand for a part of a character."""
+"""Samples and infilled texts contain only whole characters: samplers exclude tokens for a part of a character."""
 
 import functools
 
@@ -22,7 +22,7 @@ SIZES = {'num_layers': 1, 'num_heads': 2, 'd_model': 16, 'd_ff': 32, 'dropout': 
 
 @pytest.fixture(scope='module')
 def make_lm(tmp_path_factory):
-  """Return a function from a family to a LanguageModel that draws parts of characters most often, in every context."""
+  """Return a function from a family to a LanguageModel whose most probable tokens are parts of characters."""
   tokenizer, folder = tokenizers.train_sentencepiece(iter(LINES), size=320), tmp_path_factory.mktemp('tokenizer')
   tokenizer.save(folder)
   logit_V = np.zeros(tokenizer.vocab_size, np.float32)
@@ -58,17 +58,17 @@ def texts_of(lm, number):
 
 
 @pytest.mark.parametrize(('family', 'number'), [('ilm', 500), ('it', 40), ('arm', 40), ('mdm', 40)])
-def test_no_sample_and_no_filling_holds_a_part_of_a_character(make_lm, family, number):
+def test_samples_and_infilled_gaps_contain_no_parts_of_characters(make_lm, family, number):
   texts = texts_of(make_lm(family), number)
   assert len(texts) == 2 * number and sum(BROKEN in text for text in texts) == 0
   assert len(set(texts)) > number
 
 
-def test_the_setting_bytes_opens_the_parts_of_characters(make_lm):
+def test_the_setting_bytes_allows_parts_of_characters_to_be_generated(make_lm):
   assert sum(BROKEN in text for text in texts_of(make_lm('ilm', bytes=True), 40)) > 60
 
 
-def test_a_line_break_is_a_whole_character_and_stays_open(make_lm):
+def test_a_line_break_is_a_whole_character_and_can_be_generated(make_lm):
   tokenizer = make_lm('ilm').tokenizer
   (line_break,), accented = tokenizer.encode('\n'), tokenizer.encode('é')
   assert tokenizer.pieces([line_break]) == ['<0x0A>'] and line_break not in tokenizer.byte_ids

@@ -61,7 +61,7 @@ def test_the_number_and_the_choice_of_dropped_tokens_are_uniformly_random():
 def test_fixed_tokens_are_never_dropped_and_inserting_the_targets_restores_the_example(fixed):
   for ex in (example(fixed), example(fixed, np.random.default_rng(0).integers(0, 3, len(fixed)))):
     for got in many(ex, 50):
-      if ex['tokens'].max() >= 10:  # all tokens of this example differ
+      if ex['tokens'].max() >= 10:  # in this example, all tokens are different
         assert set(got['tokens'].tolist()) >= set(ex['tokens'][ex['fixed']].tolist())
       pieces = [[token] for token in got['tokens'].tolist()]
       for gap, token in zip(got['target_gap'], got['target_token'].tolist(), strict=True):

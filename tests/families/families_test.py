@@ -74,7 +74,7 @@ def losses(made, batch, params=None):
   return family.loss(outputs, batch, loss_cfg(cfg))
 
 
-def test_corruption_depends_only_on_the_random_generator_and_can_be_packed(made):
+def test_corruption_depends_only_on_the_random_generator_and_its_examples_can_be_packed(made):
   family, cfg, _ = made
   examples = examples_of()
   for first, second in zip(corrupted(family, cfg, examples), corrupted(family, cfg, examples), strict=True):
@@ -156,7 +156,7 @@ def test_a_sampler_that_changes_given_text_or_fills_a_closed_gap_is_reported(mad
   prompt, row = next((p, r) for p, r in zip(prompts, rows, strict=True) if (r['order'] >= 0).sum() > 1)
   faults = [('changes given tokens', {'tokens': np.where(row['order'] < 0, row['tokens'] + 1, row['tokens'])})]
   if family.fills != 'masks':
-    # The new tokens move behind [CLS], whose gap is always closed.
+    # Move the new tokens to the gap right of [CLS], which is always closed.
     moved = np.concatenate([[0], np.flatnonzero(row['order'] >= 0), np.flatnonzero(row['order'] < 0)[1:]])
     faults.append(('inserts tokens into closed gaps', {name: row[name][moved] for name in ('tokens', 'order')}))
   for fault, changed in faults:
@@ -207,18 +207,18 @@ def test_parts_of_characters_are_generated_only_on_request_and_probabilities_are
   assert settings.never_generated(opened) == make_sample_config(made).suppressed_tokens
 
 
-def test_tiny_temperatures_are_greedy(made):
+def test_sampling_at_a_tiny_temperature_is_greedy(made):
   greedy = make_sample_config(made, token={'temperature': 0.0}, gap={'temperature': 0}, joint={'temperature': 0})
   for rule in ({'temperature': 1e-45}, {'temperature': 1e-38}, {'temperature': 1e-9}):
     assert make_sample_config(made, token=rule, gap=rule, joint=rule) == greedy
 
 
-def test_a_score_is_finite_and_names_its_kind(made):
+def test_scores_are_finite_and_name_their_kind_of_likelihood(made):
   family, cfg, forward = made
   sampling_cfg = {**cfg.sampling.to_dict(), 'max_length': LENGTH}
   special = tuple(range(len(SPECIAL)))
   sample_cfg = family.SampleConfig.create(sampling_cfg, suppressed_tokens=special, compute='float32', vocab_chunk=6)
-  sample_cfg = sample_cfg._replace(byte_ids=tuple(range(len(SPECIAL), V)))  # closed in sampling, but not in scores
+  sample_cfg = sample_cfg._replace(byte_ids=tuple(range(len(SPECIAL), V)))  # never sampled, but scored
   rng = np.random.default_rng(0)
   examples = [example(rng, prompt=1, answer=n) for n in (0, 3)]
   tokens_BxL, fixed_BxL = np.full((2, LENGTH), PAD, np.int32), np.ones((2, LENGTH), bool)
@@ -281,7 +281,7 @@ def test_sampling_settings_that_are_not_finite_numbers_are_rejected(made, value)
     assert '\n' not in str(error.value)
 
 
-def test_a_whole_number_is_required_where_it_counts_something(made):
+def test_sampling_settings_that_count_something_must_be_whole_numbers(made):
   for name in ('max_length', 'max_steps', 'min_buffer', 'gaps'):
     with pytest.raises(UserError, match=rf'sampling\.{name}=4\.5: expected a whole number'):
       made[0].SampleConfig.create({'max_length': 9, name: 4.5}, suppressed_tokens=(), compute='float32')

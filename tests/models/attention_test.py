@@ -67,7 +67,7 @@ def test_the_mlp_and_its_layer_norm_match_their_formulas(activation):
 
 
 def influence(cfg, tokens, position, segment, cls=(0,)):
-  """Return by gradients if features (LxL) and stop logits (SxL), the rows, depend on each token, the columns."""
+  """Return masks, from gradients, of the tokens on which each feature (LxL) and each stop logit (SxL) depends."""
   tokens, position, segment, cls = (np.array([list(values)]) for values in (tokens, position, segment, cls))
   assert len(set(tokens[0])) == tokens.size, 'each token id must occur once'
   params = random_params(cfg)

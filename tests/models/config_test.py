@@ -59,7 +59,7 @@ def test_model_settings_override_the_preset_unless_they_are_none():
   [
     ({'preset': 'small', 'n_layers': 3}, "unknown model setting 'n_layers': expected one of activation, "),
     ({'preset': 'big'}, "model.preset='big': expected one of small, tiny, tiny2, xtiny2"),
-    ({'preset': 'small', 'num_heads': 7}, 'd_model=768 is not a multiple of model.num_heads=7'),
+    ({'preset': 'small', 'num_heads': 7}, 'model.d_model=768: expected a multiple of model.num_heads=7'),
     ({'preset': 'small', 'd_model': 36}, 'model.d_model / model.num_heads = 3 is odd'),
     ({'preset': 'small', 'compute': 'fp8'}, "model.compute='fp8': expected one of float32, bfloat16, mixed"),
     ({'preset': 'small', 'residual': 'modulated'}, "model.residual='modulated' needs model.conditioning='adaln'"),

@@ -156,7 +156,7 @@ def test_num_heads_is_checked_against_the_rotary_buffers(weights):
 def test_without_rotary_buffers_num_heads_must_be_given(weights):
   state = {name: array for name, array in weights('ilm').items() if not name.endswith('inv_freq')}
   line = error_of(reference.from_reference, state)
-  choices = 'd_model=48 allow 1, 2, 3, 4, 6, 8, 12, 24'  # all that give an even head dimension
+  choices = 'd_model=48 allow 1, 2, 3, 4, 6, 8, 12, 24'  # all numbers of heads that give an even head dimension
   assert line == f'num_heads is ambiguous ({choices}): pass num_heads='
   cfg, params = reference.from_reference(state, num_heads=6)
   assert params['block_1']['query']['kernel'].shape == (48, cfg.num_heads, 8)
@@ -199,7 +199,7 @@ def test_unexpected_rotary_frequencies_are_rejected(weights, frequencies, line):
 def test_export_rejects_a_rotary_dim_that_the_reference_code_does_not_support():
   cfg = dataclasses.replace(CFG, rotary_dim=4)
   line = error_of(reference.to_reference, cfg, random_params(cfg))
-  assert line == 'model.rotary_dim=4: the reference rotates 8 channels per head, use that'
+  assert line == 'model.rotary_dim=4: expected 8, as in the reference implementation'
 
 
 # --- errors for wrong weights -----------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def test_the_features_of_a_segment_depend_only_on_its_own_noise_level():
   args = one * [[7, 8, 7, 8, 9, 0]], np.array([[0, 1, 0, 1, 2, 0]]), segment, np.array([[0, 2, 0]])
 
   def changed(*noise):
-    """Return for which tokens these noise levels give other features than noise 0.3 in all segments."""
+    """Return a mask of the tokens whose features differ from those with noise level 0.3 in all segments."""
     first, second = (
       apply(CONDITIONED, params, *args, np.array([levels])).hidden_BxLxD[0] for levels in ((0.3, 0.3, 0.3), noise)
     )

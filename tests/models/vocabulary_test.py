@@ -96,7 +96,8 @@ def test_target_logits_equal_the_dense_logits_at_the_given_gaps_and_tokens():
 # --- on a mesh --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(('vocab', 'compute'), [(24, 'float32'), (24, 'mixed'), (23, 'float32')])  # 23: not divisible
+# A vocabulary of 23 tokens cannot be divided over the two devices of the tensor axis.
+@pytest.mark.parametrize(('vocab', 'compute'), [(24, 'float32'), (24, 'mixed'), (23, 'float32')])
 def test_a_sharded_vocabulary_head_gives_equal_results_without_gathering_the_whole_table(vocab, compute):
   mesh = small.mesh(data=2, fsdp=2, tensor=2)
   keys = jax.random.split(jax.random.key(0), 4)
@@ -127,7 +128,7 @@ def test_a_sharded_vocabulary_head_gives_equal_results_without_gathering_the_who
   shapes = re.findall(r'= \w+\[([\d,]+)\]\S* all-gather\(', compiled.as_text())
   gathered = {math.prod(map(int, shape.split(','))) for shape in shapes}
   if compute == 'float32':  # with compute=mixed, XLA for CPUs gathers more arrays
-    shard = 16 * vocab // 2  # entries of a table shard, gathered over fsdp
+    shard = 16 * vocab // 2  # number of entries of a table shard, after gathering over fsdp
     assert gathered == (set() if vocab % 2 else {shard}), 'only a shard of the table may be gathered'
 
 
