@@ -237,14 +237,23 @@ def _one_line(error: Exception) -> str:
 
 
 def _sentences(lines):
-  """Cut the lines into parts that SentencePiece accepts: it would skip long lines and lines that contain RESERVED."""
+  """Cut the lines into parts that SentencePiece accepts: it would skip long lines and lines that contain RESERVED.
+
+  Lines are cut at spaces where possible. Spaces at the ends of parts are left out, because a training text in which all
+  lines end with a space gives a vocabulary of single characters.
+  """
   cut = 0
   for line in lines:
     cut += len(line) > LINE
     for part in line.split(RESERVED):
-      yield from (part[start : start + LINE] for start in range(0, len(part), LINE))
+      while len(part) > LINE:
+        end = part.rfind(' ', 1, LINE)
+        end = LINE if end < 0 else end
+        yield part[:end].rstrip(' ')
+        part = part[end:]
+      yield part.rstrip(' ')
   if cut:
-    logging.info('%d lines of more than %s characters were cut into parts to train the tokenizer', cut, f'{LINE:,}')
+    logging.info('cut %d of the lines to train the tokenizer on, which had more than %s characters', cut, f'{LINE:,}')
 
 
 def train_sentencepiece(lines, *, size: int, normalization: str = 'identity', characters=frozenset()) -> SentencePiece:

@@ -256,17 +256,18 @@ def test_the_smallest_size_for_the_characters_of_the_text_works():
     lib.train_sentencepiece(LINES * 3, size=needed - 1)
 
 
-def test_long_lines_and_lines_with_a_reserved_character_are_used_in_training(caplog):
+def test_long_lines_and_lines_with_a_reserved_character_or_a_space_at_the_end_are_used_in_training(caplog):
   caplog.set_level(logging.INFO, 'absl')
   names = ['quagga', 'gnus', 'okapi', 'zebu']
   words = np.random.default_rng(0).choice(names, 200_000)
   long, reserved = ' '.join(words), [' '.join([*words[i : i + 5], '\u2585']) for i in range(0, 2_000, 5)]
+  spaced = [' '.join([*words[i : i + 5], '']) for i in range(0, 2_000, 5)]
   assert len(long) > 2**20, 'SentencePiece leaves out lines of more than 1 MiB'
-  for lines in ([long], reserved):
+  for lines in ([long], reserved, spaced):
     trained = lib.train_sentencepiece([*lines, *LINES], size=340)
     assert [trained.pieces(trained.encode(f' {name}')) for name in names] == [[f'\u2581{name}'] for name in names]
-  (line,) = [line for line in caplog.messages if 'cut into parts' in line]
-  assert line.startswith('1 lines of more than 262,144 characters')
+  (line,) = [line for line in caplog.messages if line.startswith('cut ')]
+  assert line == 'cut 1 of the lines to train the tokenizer on, which had more than 262,144 characters'
 
 
 def test_a_given_sentencepiece_model_keeps_the_order_of_its_pieces_without_control_symbols():
