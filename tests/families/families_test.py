@@ -181,15 +181,20 @@ def test_64_bit_mode_gives_the_same_samples_losses_and_gradients(made):
     corrupted(*made[:2], examples_of()), list(range(6)), pipeline.Shape(3, 2 * LENGTH, 4 * LENGTH, 3)
   )
   run = jax.jit(jax.value_and_grad(lambda params: losses(made, batch, params)['loss'][0]))
-  before = sample(made, prompts_of(8)), run(made[2].params)
+  family, prompts, sample_cfg = made[0], prompts_of(8), make_sample_config(made)
+  rows, before = sample(made, prompts), run(made[2].params)
+  padded = static_batching.pad(prompts, range(8), 8, LENGTH)
   with jax.enable_x64(True):
     assert jax.numpy.arange(2).dtype == np.int64
-    after = sample(made, prompts_of(8)), run(made[2].params)
-  for a, b in zip(before[0], after[0], strict=True):
-    np.testing.assert_array_equal(a['tokens'], b['tokens'])
-    np.testing.assert_array_equal(a['order'], b['order'])
-    np.testing.assert_allclose(a['log_prob'], b['log_prob'], atol=1e-4)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), before[1], after[1])
+    after = run(made[2].params)
+    complete = jax.jit(lambda rng, prompt: family.sample(made[2], rng, prompt, sample_cfg))
+    sampled = jax.device_get(complete(jax.random.key(0), padded))
+  for number, row in enumerate(rows):
+    wide = static_batching.cut(sampled, number)
+    np.testing.assert_array_equal(row['tokens'], wide['tokens'])
+    np.testing.assert_array_equal(row['order'], wide['order'])
+    np.testing.assert_allclose(row['log_prob'], wide['log_prob'], atol=1e-4)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), before, after)
 
 
 def assert_same_samples(first, second):
