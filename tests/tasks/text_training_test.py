@@ -209,3 +209,17 @@ def test_init_from_a_run_requires_the_tokenizer_of_that_run(corpus, trained, oth
 def test_exact_match_is_refused_as_the_evaluation_metric_for_text(corpus, cache):
   with refused('no right answers', 'eval.metric=loss'):
     experiment.build(run_config(corpus, cache, **{'eval.metric': 'exact_match', 'eval.mode': 'max'}))
+
+
+def test_1000_samples_and_infilled_texts_of_a_trained_model_have_only_whole_characters(cache, tmp_path):
+  texts = [story.replace('Mara', 'Zoë’s cat').replace('goat', '山羊').replace('!', '…') for story in stories(84)]
+  write(tmp_path / 'corpus' / 'train.txt', texts[:60])
+  write(tmp_path / 'corpus' / 'valid.txt', texts[60:])
+  cfg = run_config(tmp_path / 'corpus', cache, **{'steps': 100, 'eval.every': 100, 'checkpoint_every': 100})
+  assert loop.train(cfg, tmp_path / 'work') == loop.FINISHED
+  lm = ilm_jax.load(tmp_path / 'work', max_length=32, max_steps=16, batch_size=100)
+  assert not set(lm.tokenizer.byte_ids) & {token for text in texts for token in lm.tokenizer.encode(text)}
+  parts = ['“Zoë’s ', '”, said ', '.']
+  outputs = [result.text for result in (*lm.generate([''] * 500), *lm.infill([parts], n=500)[0])]
+  assert len(outputs) == 1000 and not any('\ufffd' in output for output in outputs)
+  assert any(set('ë’山羊…') & set(output) for output in outputs[:500]), 'samples have rare characters'
