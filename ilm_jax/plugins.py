@@ -7,7 +7,7 @@ from ilm_jax.types import UserError
 
 
 def find(name: str, *, table: dict[str, str], attribute: str, kind: type, setting: str):
-  """Return `attribute` of the module with the import path table[name], or else name; UserError if there is none."""
+  """Import the module table[name], or `name` itself if it is not in the table, and return its `attribute`."""
   path = table.get(name, name)
   try:
     found = importlib.util.find_spec(path) if path.replace('.', '').isidentifier() else None
@@ -22,7 +22,7 @@ def find(name: str, *, table: dict[str, str], attribute: str, kind: type, settin
     value = getattr(importlib.import_module(path), attribute, None)
   except UserError:
     raise
-  except Exception as error:  # a module of the user's own may raise anything
+  except Exception as error:  # a user's module may raise anything
     raise UserError(
       f'{setting}={name!r}: {found.origin} cannot be imported: {type(error).__name__}: {error}'
     ) from error

@@ -26,7 +26,7 @@ TRANSIENT = (  # substrings of read errors that do not mean that the checkpoint 
 
 
 class ShapeError(UserError):
-  """The arrays of a checkpoint do not have the shapes that the model needs; `difference` has no advice in it."""
+  """Raised if the arrays of a checkpoint do not fit the model; `difference` is the message without the advice."""
 
   def __init__(self, difference: str):
     super().__init__(f'{difference}; use the config it was trained with, or another --workdir')
@@ -34,10 +34,10 @@ class ShapeError(UserError):
 
 
 def folder_of(workdir) -> epath.Path:
-  """Return the absolute path of the checkpoints in a workdir; UserError if Orbax would not find them there again."""
+  """Return the absolute path of the checkpoint folder in a workdir; UserError if Orbax could not read them from it."""
   folder = paths.resolve(workdir, 'workdir').resolve() / 'checkpoints'  # Orbax accepts absolute paths only
   text = str(folder).encode(errors='replace').decode()  # bytes that are not UTF-8 become question marks
-  if set(text) & set('*?[\\'):  # Orbax reads the first three as a pattern, TensorStore the last one as a slash
+  if set(text) & set('*?[\\'):  # Orbax treats *, ? and [ as a pattern, TensorStore treats \ as /
     raise UserError(
       f'{text}: checkpoints cannot be stored in a folder whose path has a character *, ?, [ or \\, or is not UTF-8: '
       'give another folder'
@@ -127,7 +127,7 @@ class Checkpoints:
     return step
 
   def save(self, step: int, state, metrics: dict | None = None) -> None:
-    """Start to save a training state and its validation metrics; to a saved step, add its metrics if it has none."""
+    """Start saving a training state and its validation metrics; if the step is already saved, add metrics it lacks."""
     if step in self.steps():
       if metrics:
         self._guard(lambda: self._add_metrics(step, metrics))
@@ -154,7 +154,7 @@ class Checkpoints:
 
   def check(self) -> None:
     """Raise UserError if an asynchronous save has failed."""
-    # Orbax's `check_for_errors` would clear the error, and Orbax's finalizing thread would then delete old checkpoints.
+    # Orbax's `check_for_errors` clears the error; a background thread of Orbax would then delete older checkpoints.
     if not self._manager.is_saving_in_progress():
       self.wait()
 
@@ -187,9 +187,9 @@ class Checkpoints:
     return f'the last complete checkpoint is step {steps[-1]}' if steps else 'there is no complete checkpoint yet'
 
   def restore(self, step: int, item: str, abstract):
-    """Read one of ITEMS as arrays with the dtypes and shardings of `abstract`; ShapeError if their shapes differ."""
+    """Read an item, such as 'params', with the dtypes and shardings of `abstract`; ShapeError if its shapes differ."""
     metadata = (self._manager.item_metadata(step) or {}).get(item)
-    if metadata is not None:  # else reading fails below, and reports the reason
+    if metadata is not None:  # without metadata, the read below fails and reports why
       saved, wanted = _shapes(metadata), _shapes(abstract)
       for name, _ in sorted(saved.items() ^ wanted.items()):
         raise ShapeError(
@@ -229,7 +229,7 @@ class Checkpoints:
     return None
 
   def _set_aside(self, step: int, why: str) -> None:
-    """Move a damaged checkpoint to `damaged-checkpoint-STEP` in the workdir: it is neither read again nor deleted."""
+    """Move a damaged checkpoint to `damaged-checkpoint-STEP` in the workdir, where it is never read or deleted."""
     earlier = len(paths.matching(self.folder.parent, f'damaged-checkpoint-{step}*'))
     aside = self.folder.parent / (f'damaged-checkpoint-{step}' + (f'-{earlier + 1}' if earlier else ''))
     logging.warning('moved the damaged checkpoint of step %d to %s (%s)', step, aside, why)
@@ -264,7 +264,7 @@ def reason(error: Exception) -> str:
 
 
 def _shapes(tree) -> dict[str, tuple]:
-  """Return {path: shape} for all arrays of a tree; lists, tuples, dicts and named tuples give the same paths."""
+  """Return {path: shape} of all arrays in a tree; paths do not depend on container types, such as list or tuple."""
   return {
     '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path):
       tuple(getattr(leaf, 'shape', None) or ())

@@ -103,7 +103,7 @@ def commit() -> str:
 
 
 def code() -> dict[str, str]:
-  """Return the commit, a hash of the source files and library versions, which must be equal in all processes."""
+  """Describe the running code: commit, hash of the source files, library versions; all processes must have the same."""
   files = hashlib.sha256()
   for path in sorted(PACKAGE.rglob('*.py')):
     files.update(f'{path.relative_to(PACKAGE)}\n{path.stat().st_size}\n'.encode() + path.read_bytes())
@@ -160,7 +160,7 @@ def read_run(workdir) -> dict | None:
     return None
   run = parse_run(path.read_text())
   if run is None:
-    logging.warning('ignored %s, which is malformed: not the run.json of a run', path)
+    logging.warning('ignored %s, which is malformed: not a valid run.json', path)
   return run
 
 

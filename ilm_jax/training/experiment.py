@@ -43,7 +43,7 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
     tokenizer = task.tokenizer(cfg.task)
     vocab_size, special_ids, byte_ids = tokenizer.vocab_size, tokenizer.special_ids, tokenizer.byte_ids
     source = task.source(cfg.task, 'train') if cfg.loss.length_weight == 'elbo' else None
-    task.source(cfg.task, 'test')  # raises UserError if the data are missing
+    task.source(cfg.task, 'test')  # called for its UserError if the data are missing
   else:
     special_ids, byte_ids, source = tuple(range(len(SPECIAL))), (), None
   family_settings = family.model_settings(cfg)

@@ -21,7 +21,7 @@ class TrainState(NamedTuple):
 
 
 def _initializer(exp: Experiment, tx):
-  """Return the function () -> new TrainState, whose parameters are boxed with their logical axis names."""
+  """Return a function that creates a training state whose parameters are boxed with their logical axis names."""
 
   def initialize():
     params = transformer.init(exp.model_cfg, jax.random.fold_in(jax.random.key(exp.cfg.seed), 0x494E4954))
@@ -58,14 +58,11 @@ def make_step(exp: Experiment, tx, schedule):
   has_dropout = exp.model_cfg.dropout > 0 or exp.model_cfg.attention_dropout > 0
 
   def total_loss(params, batch, rng):
-    outputs = transformer.apply_batch(exp.model_cfg, params, batch, rng=rng)
+    outputs = transformer.apply_batch(exp.model_cfg, params, batch, rng=rng if has_dropout else None)
     pairs = exp.family.loss(outputs, batch, exp.loss_cfg)
     return pairs['loss'][0], pairs
 
-  gradient = jax.grad(total_loss, has_aux=True)
-
-  def whole(params, batch, rng):
-    return gradient(params, batch, rng if has_dropout else None)
+  whole = jax.grad(total_loss, has_aux=True)
 
   def accumulated(params, batch, rng):
     # Row r goes to microbatch r % microbatches, so that each row stays on its device.
@@ -115,7 +112,7 @@ def packing_metrics(batch, batch_size: int) -> dict:
 
 
 def compile_step(exp: Experiment, tx, schedule, abstract: TrainState):
-  """Return the jitted training step on the experiment's mesh; it donates its input state, which it overwrites."""
+  """Return the jitted training step on the experiment's mesh; its output reuses the memory of the input state."""
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return jax.jit(
     sharding.with_mesh(exp.mesh)(make_step(exp, tx, schedule)),
