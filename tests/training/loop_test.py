@@ -1,4 +1,4 @@
-"""The training loop: refused configs, the contents of event files and JSON files, and everything that stops a run."""
+"""Tests of the training loop: invalid configs, contents of event files and JSON files, and what stops a run."""
 
 import json
 import re
@@ -87,7 +87,7 @@ def crash_at(monkeypatch, number: int, change=None):
       if int(state.step) != number:
         return step_fn(state, batch)
       if change is None:
-        self.saved.wait()  # unlike in a real crash, the saving threads would survive
+        self.saved.wait()  # the threads that save checkpoints survive this simulated crash
         raise Crash
       return change(*step_fn(state, batch))
 
@@ -171,7 +171,7 @@ def test_event_files_contain_samples_and_hyperparameters(restarted):
   assert all(re.search(r'(right|wrong)  \d+,\d+\|.*/\d+,\d+=', text) for _, text in texts)
   plugins = [v.metadata.plugin_data for e in events for v in e.summary.value]
   plugins = [plugin for plugin in plugins if plugin.plugin_name == 'hparams']
-  assert len(plugins) == 3  # experiment, session start and end: once, although the run started twice
+  assert len(plugins) == 3  # experiment, session start, session end: written once, although the run started twice
   assert any(b'optimizer.learning_rate' in plugin.content for plugin in plugins)
 
 
@@ -238,9 +238,8 @@ def test_a_nan_loss_stops_the_run_and_the_error_names_the_last_complete_checkpoi
   assert saved.steps() == [5]
   for array in leaves(saved.restore_latest(abstract)).values():
     assert np.isfinite(array).all()
-  assert [step for step, _ in logs.read_scalars(tmp_path)['train/loss']] == list(
-    range(1, 8)
-  )  # all steps before the NaN are logged
+  logged = [step for step, _ in logs.read_scalars(tmp_path)['train/loss']]
+  assert logged == list(range(1, 8))  # all steps before the NaN
 
 
 @pytest.mark.parametrize(
