@@ -13,16 +13,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import checkpoint_managers as managers
 
 from ilm_jax import paths
 from ilm_jax.distributed import processes
 from ilm_jax.types import UserError
 
 ITEMS = ('params', 'ema_params', 'opt_state')
-TRANSIENT = (  # substrings of read errors that do not mean that the checkpoint is damaged
-  'RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'Input/output error',
-)  # fmt: skip
+# Substrings of read errors that do not mean that the checkpoint is damaged.
+TRANSIENT = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'Input/output error')
 
 
 class ShapeError(UserError):
@@ -63,15 +62,13 @@ class Checkpoints:
     def score(metrics):
       return metrics.get(metric, math.inf if mode == 'min' else -math.inf)
 
-    best = checkpoint_managers.BestN(
-      get_metric_fn=score, reverse=mode == 'min', n=1, keep_checkpoints_without_metrics=False
-    )
+    best = managers.BestN(get_metric_fn=score, reverse=mode == 'min', n=1, keep_checkpoints_without_metrics=False)
     verbosity = logging.get_verbosity()
     if read_only:
       logging.set_verbosity(logging.ERROR)  # hides Orbax's warning about read-only mode
     options = ocp.CheckpointManagerOptions(
       best_fn=score,  # without `best_fn`, Orbax would not write the metrics
-      preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep), best]),
+      preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(keep), best]),
       create=not read_only,
       read_only=read_only,
       lightweight_initialize=read_only,

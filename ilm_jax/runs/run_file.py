@@ -107,11 +107,8 @@ def code() -> dict[str, str]:
   files = hashlib.sha256()
   for path in sorted(PACKAGE.rglob('*.py')):
     files.update(f'{path.relative_to(PACKAGE)}\n{path.stat().st_size}\n'.encode() + path.read_bytes())
-  return {
-    'commit': commit(),
-    'code': files.hexdigest()[:16],
-    **{name: version(name) for name in (*PACKAGES[1:], 'sentencepiece', 'tokenizers')},
-  }
+  versions = {name: version(name) for name in (*PACKAGES[1:], 'sentencepiece', 'tokenizers')}
+  return {'commit': commit(), 'code': files.hexdigest()[:16], **versions}
 
 
 def version(name: str) -> str:

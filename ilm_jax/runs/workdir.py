@@ -37,9 +37,7 @@ def claim(workdir, cfg):
           probe.write_text('')
           probe.unlink()
         if run_file.read_run(workdir) is None and paths.matching(path / 'checkpoints', '*'):
-          raise UserError(
-            f'{workdir} holds checkpoints but no run.json that says which run they belong to: give another --workdir'
-          )
+          raise UserError(f'{workdir} has checkpoints but no run.json that names their run: give another --workdir')
         check_same_run(workdir, cfg)
     yield
 

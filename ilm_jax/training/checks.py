@@ -102,9 +102,7 @@ def check_names(cfg, names) -> None:
     hint = f'did you mean config.{close[0]}?' if close else f'expected one of {", ".join(siblings)}'
     raise UserError(f'config.{name} is not a setting: {hint}')
   for name in sorted(name for name in required - names if name.split('.')[0] not in MAY_BE_PARTIAL):
-    raise UserError(
-      f'config.{name} is missing: start from ilm_jax.configs.default.get_config(), and change single settings'
-    )
+    raise UserError(f'config.{name} is missing: change single settings of ilm_jax.configs.default.get_config()')
 
 
 def check_memory(exp, training: bool) -> None:

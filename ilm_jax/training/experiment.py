@@ -66,9 +66,7 @@ def check_choices(cfg, family, task) -> None:
   if cfg.eval.score != 'none':
     family.check_score(cfg.eval.score or None, task.longest_answer(cfg.task))
   if cfg.loss.length_weight not in family.length_weights:
-    raise UserError(
-      f'loss.length_weight={cfg.loss.length_weight} is not supported by family={cfg.family}: leave it out'
-    )
+    raise UserError(f'loss.length_weight={cfg.loss.length_weight} does not apply to family={cfg.family}: leave it out')
   if cfg.eval.metric == 'exact_match' and task.score is None:
     raise UserError(
       f'eval.metric=exact_match: the task {cfg.task.name} has no right answers: use eval.metric=loss and eval.mode=min'
@@ -79,10 +77,9 @@ def check_choices(cfg, family, task) -> None:
 
 def check_model_settings(cfg, family, family_settings: dict, task) -> None:
   """Raise UserError if the config asks for a model input that the family, with its settings, does not provide."""
-  if cfg.model.get('conditioning') not in (None, 'none') and 'conditioning' not in family_settings:
-    raise UserError(
-      f'model.conditioning={cfg.model.conditioning!r}: family={cfg.family} is not conditioned on noise: leave it out'
-    )
+  conditioning = cfg.model.get('conditioning')
+  if conditioning not in (None, 'none') and 'conditioning' not in family_settings:
+    raise UserError(f'model.conditioning={conditioning!r} does not apply to family={cfg.family}: leave it out')
   if not cfg.model.get('open_gap_embedding'):
     return
   if not family.open_gap_embedding:
@@ -112,9 +109,7 @@ def check_batch(cfg, mesh, family, task) -> None:
   if shape.length < length:
     raise UserError(f'data.row_length={shape.length} is shorter than the longest example, {length} tokens: raise it')
   if shape.targets < targets:
-    raise UserError(
-      f'data.targets={shape.targets} is less than the {targets} loss targets of the longest example: raise it'
-    )
+    raise UserError(f'data.targets={shape.targets}: the longest example has {targets} loss targets: raise data.targets')
 
 
 def mean_length_weight(cfg, family, source) -> float:

@@ -92,9 +92,8 @@ def explain_out_of_memory():
 
 def agree_on_checkpoints(found) -> None:
   """Raise PeerLost if the processes see different checkpoints, which a slow network file system can cause."""
-  processes.agree(
-    {'checkpoints': found}, processes.PeerLost, 'not all processes see the same workdir yet: start all of them again'
-  )
+  advice = 'not all processes see the same workdir yet: start all of them again'
+  processes.agree({'checkpoints': found}, processes.PeerLost, advice)
 
 
 def make_evaluator(exp: Experiment) -> evaluate.Evaluator:

@@ -34,10 +34,8 @@ def _initializer(exp: Experiment, tx):
 def abstract_state(exp: Experiment, tx) -> TrainState:
   """Return the shapes, dtypes and shardings of a training state, without computing its values."""
   boxed = jax.eval_shape(_initializer(exp, tx))
-  shardings = sharding.state_shardings(boxed, exp.mesh)
-  return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), transformer.unbox(boxed), shardings
-  )
+  shapes, shardings = transformer.unbox(boxed), sharding.state_shardings(boxed, exp.mesh)
+  return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings)
 
 
 def init_state(exp: Experiment, tx) -> tuple[TrainState, TrainState]:

@@ -163,10 +163,8 @@ def test_kills_signals_damaged_checkpoints_and_a_full_disk_do_not_change_final_w
   incomplete, damaged, full = (line for line in err.splitlines() if not re.match(progress, line))
   assert 'warning: removed the incomplete checkpoint' in incomplete and f'/3{TMP}' in incomplete
   assert f'warning: moved the damaged checkpoint of step {latest} to' in damaged
-  expected = (
-    rf'error: a checkpoint could not be written to {folder} \(File too large\): the last complete checkpoint is '
-  )
-  assert re.fullmatch(expected + rf'step {earlier}; make room .* start the same command again', full)
+  expected = rf'error: a checkpoint could not be written to {folder} \(File too large\): the last complete checkpoint '
+  assert re.fullmatch(expected + rf'is step {earlier}; make room .* start the same command again', full)
   assert f'resuming at step {earlier} of' in err and steps_in(workdir) == [earlier]
 
   assert f'resuming at step {earlier} of' in finish(commands, workdir)
