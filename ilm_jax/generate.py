@@ -67,11 +67,9 @@ def define(values: flags.FlagValues) -> None:
   string('checkpoint', 'best', "Checkpoint: 'best', 'latest' or a step.")
   define_seed(values)
   integer('batch_size', 64, 'Number of requests decoded at a time (slots).', lower_bound=1)
-  string('mesh', None, 'Device mesh, such as data=-1 (all devices) or data=2,tensor=4; by default the first device, or '
-         'all devices if there are several processes.')  # fmt: skip
+  string('mesh', None, 'Device mesh, such as data=2,tensor=4; by default one device, or all with several processes.')
   integer('max_length', None, f'Maximum length of a text, in tokens; {BY_DEFAULT}.', lower_bound=3)
-  integer('gaps', None, f'Number of gaps filled in a decoding step, one token each; 0: all gaps; {BY_DEFAULT}.',
-          lower_bound=0)  # fmt: skip
+  integer('gaps', None, f'Gaps that get a token in each decoding step; 0: all gaps; {BY_DEFAULT}.', lower_bound=0)
   number('stop_threshold', None, 'Stop as soon as p(stop) reaches this threshold; 0: sample whether to stop; '
          f'{BY_DEFAULT}.', lower_bound=0.0, upper_bound=1.0)  # fmt: skip
   number('stop_temperature', None, f'Temperature of p(stop); {BY_DEFAULT}.', lower_bound=0.0)

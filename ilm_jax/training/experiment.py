@@ -85,13 +85,9 @@ def check_model_settings(cfg, family, family_settings: dict, task) -> None:
   if not family.open_gap_embedding:
     raise UserError(f'model.open_gap_embedding=True: family={cfg.family} cannot close gaps to insertions: leave it out')
   if not cfg.corrupt.close_prompt:
-    raise UserError(
-      'model.open_gap_embedding=True needs corrupt.close_prompt=True: sampling inserts nothing into a prompt, so '
-      'training must close the gaps of the prompt too'
-    )
+    raise UserError('model.open_gap_embedding=True needs corrupt.close_prompt=True: sampling never inserts into prompts')
   if not cfg.corrupt.infill_rate and task.score is None:
-    logging.warning('model.open_gap_embedding=True has no effect with corrupt.infill_rate=0 in training on text: '
-                    'all gaps of a training example accept insertions')  # fmt: skip
+    logging.warning('model.open_gap_embedding=True has no effect in training on text with corrupt.infill_rate=0')
 
 
 def check_batch(cfg, mesh, family, task) -> None:
@@ -104,7 +100,6 @@ def check_batch(cfg, mesh, family, task) -> None:
     raise UserError(f'data.rows={rows} does not divide into optimizer.accumulation_steps={parts} '
                     f'parts: use data.rows={pipeline.nearest_multiples(rows, parts)}')  # fmt: skip
   sharding.check_rows(rows // parts, mesh, 'data.rows / optimizer.accumulation_steps')
-
   length, targets = family.sizes(cfg, task.longest(cfg.task), task.longest_answer(cfg.task))
   if shape.length < length:
     raise UserError(f'data.row_length={shape.length} is shorter than the longest example, {length} tokens: raise it')

@@ -188,10 +188,8 @@ class Loop:
     if reached_goal(cfg, metrics) or start >= cfg.steps or self.signals.received():
       return self.leave(start)
     self.progress(start)
-    batches = pipeline.train_batches(
-      self.evaluator.source('train'), self.exp.family.corrupt, cfg,
-      start=start, stop=cfg.steps, part=sharding.process_shard(self.exp.mesh),
-    )  # fmt: skip
+    source, part = self.evaluator.source('train'), sharding.process_shard(self.exp.mesh)
+    batches = pipeline.train_batches(source, self.exp.family.corrupt, cfg, start=start, stop=cfg.steps, part=part)
     try:
       for step in range(start + 1, cfg.steps + 1):
         before = time.monotonic()
