@@ -45,7 +45,7 @@ class Output:
       try:
         return function(*arguments)
       except OSError as error:
-        with contextlib.suppress(OSError):  # redirect: Python's flush at exit would print a traceback
+        with contextlib.suppress(OSError):  # redirect to devnull: Python's flush at exit would print a traceback
           os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         raise OutputLost(error) from error
 

@@ -44,7 +44,7 @@ SAMPLING_FLAGS = ('stop_threshold', 'stop_temperature', 'max_length', 'gaps', 'g
 # Flags that must have the same value in all processes that share the work.
 SHARED_FLAGS = ('workdir', 'checkpoint', 'seed', 'n', 'marker', 'batch_size', 'mesh', *SAMPLING_FLAGS,
                 *TOKEN_RULE_FLAGS)  # fmt: skip
-BY_DEFAULT = "the run's setting by default"  # default of the flags that override a sampling setting
+BY_DEFAULT = "the run's setting by default"  # in the help of flags that override a sampling setting
 KEYS = ('id', 'prompt', 'infill', 'least', 'most', 'truth', 'fillings')  # keys of a JSON request
 
 

@@ -76,7 +76,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.sampling.end_threshold = 0.9  # IT: finish a gap when p([EOS]) exceeds this; 0: when [EOS] is the argmax
   config.sampling.parallel = False  # IT: insert into all unfinished gaps in each decoding step
   config.sampling.gaps = 1  # ILM: insertions per decoding step, into the most probable gaps; 0: all gaps
-  config.sampling.gap_threshold = 0.0  # ILM: with gaps != 1, skip gaps less probable than this times the maximum
+  config.sampling.gap_threshold = 0.0  # ILM: with gaps != 1, skip gaps with probability below this times the maximum
   config.sampling.force_first = False  # ILM: insert at least one token before stopping
   config.sampling.bytes = False  # allow byte tokens (parts of a character); texts may then contain U+FFFD
   config.sampling.gap = rule(temperature=0.0)  # ILM: sampling rule for the gap to insert into

@@ -63,7 +63,7 @@ def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigD
   config.eval.samples = config.eval.batch_size = 16
   config.eval.perplexity_model = ''  # model that scores samples: workdir of an ARM run, or hf:NAME (Hugging Face)
   config.optimizer.warmup_steps = 1_000
-  # With these rows, packing left out no example of 10,000 batches, even of documents of maximum length. family=arm
+  # With these data.rows, packing left out no example of 10,000 batches, even of documents of maximum length. family=arm
   # drops no tokens and needs almost twice as many rows.
   if full:
     config.steps = 100_000

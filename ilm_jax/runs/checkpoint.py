@@ -33,7 +33,7 @@ class ShapeError(UserError):
 
 
 def folder_of(workdir) -> epath.Path:
-  """Return the absolute path of the checkpoint folder in a workdir; UserError if Orbax could not read them from it."""
+  """Return the absolute path of the checkpoint folder in a workdir; UserError if Orbax cannot handle the path."""
   folder = paths.resolve(workdir, 'workdir').resolve() / 'checkpoints'  # Orbax accepts absolute paths only
   text = str(folder).encode(errors='replace').decode()  # bytes that are not UTF-8 become question marks
   if set(text) & set('*?[\\'):  # Orbax treats *, ? and [ as a pattern, TensorStore treats \ as /

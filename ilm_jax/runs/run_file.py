@@ -103,7 +103,7 @@ def commit() -> str:
 
 
 def code() -> dict[str, str]:
-  """Describe the running code: commit, hash of the source files, library versions; all processes must have the same."""
+  """Return commit, hash of the source files and library versions, which must be the same in all processes of a run."""
   files = hashlib.sha256()
   for path in sorted(PACKAGE.rglob('*.py')):
     files.update(f'{path.relative_to(PACKAGE)}\n{path.stat().st_size}\n'.encode() + path.read_bytes())

@@ -85,7 +85,7 @@ def check_model_settings(cfg, family, family_settings: dict, task) -> None:
   if not family.open_gap_embedding:
     raise UserError(f'model.open_gap_embedding=True: family={cfg.family} cannot close gaps to insertions: leave it out')
   if not cfg.corrupt.close_prompt:
-    raise UserError('model.open_gap_embedding=True needs corrupt.close_prompt=True: sampling never inserts into prompts')
+    raise UserError('model.open_gap_embedding=True needs corrupt.close_prompt=True: sampling never changes prompts')
   if not cfg.corrupt.infill_rate and task.score is None:
     logging.warning('model.open_gap_embedding=True has no effect in training on text with corrupt.infill_rate=0')
 

@@ -61,7 +61,7 @@ def report(exp: Experiment, workdir, saved, step: int, abstract_params, evaluato
     if processes.is_first():
       run_file.write_json(epath.Path(workdir) / 'eval.json', result)
   if processes.is_first():
-    print(result_text(exp, workdir, result, scores, scored_texts), flush=True)  # can fail: eval.json is written before
+    print(result_text(exp, workdir, result, scores, scored_texts), flush=True)  # can fail, so it comes after eval.json
   return FINISHED
 
 

@@ -264,7 +264,7 @@ class Loop:
     self.sums, self.input_wait, self.clock_start = {}, 0.0, now
 
   def evaluate(self, state: TrainState, step: int) -> dict | None:
-    """Evaluate on the validation split with averaged weights, if any; return {metric: mean}; None after a signal."""
+    """Evaluate on the validation split, with averaged weights if any; return {metric: mean}, or None after a signal."""
     began = time.monotonic()
     params = state.params if state.ema_params is None else state.ema_params
     scores = self.evaluator.sample_answers(params, 'validation', progress=True, interrupted=self.signals.received)

@@ -25,7 +25,7 @@ def make_optimizer(cfg, steps: int) -> tuple[optax.GradientTransformation, optax
   schedule = make_schedule(cfg, steps)
 
   def is_decayed(path, _) -> bool:
-    """Return whether weight decay applies to a parameter, which is not a bias or norm parameter then."""
+    """Return whether weight decay applies to a parameter; biases and norm parameters are excluded."""
     names = jax.tree_util.keystr(path)
     return 'bias' not in names and 'norm' not in names
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +106,7 @@ def restarted(tmp_path_factory):
   """Return the workdir of a 20-step run that crashed in step 18, resumed from checkpoint 15 and finished."""
   workdir = tmp_path_factory.mktemp('restarted') / 'run'
   with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, 'argv', ['main.py'])  # run.json records the command; other tests change sys.argv
     patch.setattr(sharding, 'make_mesh', lambda *_: small.mesh())
     with pytest.MonkeyPatch.context() as broken:
       crash_at(broken, 17)
