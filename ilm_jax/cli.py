@@ -41,13 +41,13 @@ First steps: ilm-jax configs; ilm-jax train --config=star:tiny; ilm-jax generate
 
 
 def main(argv=None) -> int:
-  """Run `ilm-jax`; returns the exit code."""
+  """Run `ilm-jax`; return the exit code."""
   _, *arguments = sys.argv if argv is None else argv
   return guard(lambda: run(arguments))
 
 
 def run(arguments: list[str]) -> int:
-  """Run the subcommand that the arguments name; returns the exit code."""
+  """Run the subcommand that the arguments name; return the exit code."""
   name = arguments[0] if arguments else '--help'
   if name == '--version':
     from ilm_jax import __version__
@@ -61,8 +61,8 @@ def run(arguments: list[str]) -> int:
     raise UserError(f'ilm-jax {name}: expected one of {", ".join(SUBCOMMANDS)}; see ilm-jax --help')
   command = SUBCOMMANDS[name]
   if os.getcwd() not in sys.path:
-    sys.path.append(os.getcwd())  # find the user's own families and tasks; last, so that they shadow nothing
-  sys.argv = [f'ilm-jax {name}', *arguments[1:]]  # the command that run.json records
+    sys.path.append(os.getcwd())  # makes the user's modules importable; at the end, so that they shadow no other
+  sys.argv = [f'ilm-jax {name}', *arguments[1:]]  # run.json records sys.argv as the command
   return importlib.import_module(command.module).main([sys.argv[0], *arguments[1:], *command.arguments])
 
 

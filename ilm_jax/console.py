@@ -10,20 +10,20 @@ from absl import flags, logging
 from ilm_jax.types import SEED_LIMIT, UserError
 
 HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-BROKEN_PIPE = 141  # exit code after the reader of standard output has closed the pipe; shells show it for SIGPIPE
+BROKEN_PIPE = 141  # exit code if the reader of standard output closed the pipe: 128 + SIGPIPE, as in shells
 
 
 def fail(message) -> int:
-  """Print an error as one line on standard error; returns the exit code: the `code` of a UserError, else 1."""
+  """Print an error as one line on standard error; return its exit code: the `code` of a UserError, else 1."""
   code = message.code if isinstance(message, UserError) else 1
-  if code != BROKEN_PIPE:  # the reader that closed the pipe, such as `head`, expects no message
+  if code != BROKEN_PIPE:  # a reader that closes the pipe early, such as `head`, expects no message
     with contextlib.suppress(OSError):
       print('error: ' + ' '.join(str(message).split()), file=sys.stderr)
   return code
 
 
 class OutputLost(UserError):
-  """Standard output cannot be written."""
+  """Raised if standard output cannot be written."""
 
   def __init__(self, error: OSError):
     super().__init__(f'standard output cannot be written, so results are missing: {error.strerror or error}')
@@ -31,7 +31,7 @@ class OutputLost(UserError):
 
 
 class Output:
-  """Standard output that raises OutputLost if it cannot be written, so that an OSError always means another file."""
+  """Wrapper of standard output whose failed writes raise OutputLost, to tell them from the OSErrors of other files."""
 
   def __init__(self, stream):
     self.stream = stream
@@ -45,7 +45,7 @@ class Output:
       try:
         return function(*arguments)
       except OSError as error:
-        with contextlib.suppress(OSError):  # Python flushes the stream when it exits, and would then print a traceback
+        with contextlib.suppress(OSError):  # redirect to devnull: Python's flush at exit would print a traceback
           os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         raise OutputLost(error) from error
 
@@ -53,7 +53,7 @@ class Output:
 
 
 def exit_code(call) -> int:
-  """Return call(), or 0 if it returns None; an expected error gives one line on standard error and its exit code.
+  """Return the exit code of call(), 0 if it returns None; report an expected error in one line and return its code.
 
   Expected are mistakes of the user, an unwritable standard output, Ctrl-C, and devices that JAX cannot use.
   """
@@ -70,14 +70,14 @@ def exit_code(call) -> int:
 
 
 def guard(call) -> int:
-  """Return `exit_code(call)` for a whole command; the code is not 0 if standard output is closed or not all written."""
-  # Python sets a stream that is closed at the start to None.
+  """Run a whole command and return its exit code (see `exit_code`), which is not 0 if any standard output was lost."""
+  # Python sets sys.stdin, sys.stdout and sys.stderr to None if they are closed when the process starts.
   sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
   sys.stderr = sys.stderr or open(os.devnull, 'w')  # noqa: SIM115
   if sys.stdout is None:
     return fail('standard output is closed: redirect it to a file or to /dev/null')
   if hasattr(sys.stdout, 'reconfigure'):
-    sys.stdout.reconfigure(errors='backslashreplace')  # for characters that its encoding lacks
+    sys.stdout.reconfigure(errors='backslashreplace')  # escape characters that its encoding lacks
   sys.stdout = Output(stream := sys.stdout)
   try:
     code, lost = exit_code(call), exit_code(sys.stdout.flush)
@@ -87,11 +87,11 @@ def guard(call) -> int:
 
 
 def device_problem() -> str | None:
-  """Return an error message if JAX cannot use the devices that JAX_PLATFORMS names; None if it can, or names none."""
+  """Return an error message if JAX_PLATFORMS is set and JAX cannot use the devices that it names; otherwise None."""
   if (wanted := os.environ.get('JAX_PLATFORMS')) and (jax := sys.modules.get('jax')):
     try:
       jax.devices()
-    except Exception as error:  # only a RuntimeError has a helpful message
+    except Exception as error:  # of any type, but only a RuntimeError has a helpful message
       reason = str(error).partition(' (set JAX_PLATFORMS')[0] if isinstance(error, RuntimeError) else 'not found'
       return (f'JAX_PLATFORMS={wanted}: JAX cannot use this device ({reason}): expected cpu, or cuda or tpu with its '
               'package installed')  # fmt: skip
@@ -99,7 +99,7 @@ def device_problem() -> str | None:
 
 
 def wants_help(argv) -> bool:
-  """Return whether the arguments ask for help."""
+  """Return whether the arguments contain a help flag, such as --help."""
   return not {'-h', '-help', '--help', '--helpfull'}.isdisjoint(argv[1:])
 
 
@@ -112,7 +112,7 @@ def parse_flags(values: flags.FlagValues, argv) -> list[str]:
 
 
 def command(doc: str | None, define, run, argv=None, *, positional: bool = False, parse=parse_flags) -> int:
-  """Run a command and return its exit code; see `guard` for its errors.
+  """Run a command and return its exit code; see `guard` for how it handles errors.
 
   `--help` prints `doc` and the flags that `define` adds to the FlagValues given to it. `run` maps the parsed flags to
   the exit code. With `positional`, it also gets the list of arguments that are not flags, which are otherwise refused.
@@ -139,7 +139,7 @@ def define_seed(values: flags.FlagValues, text: str = 'Random seed of sampling.'
 
 
 def define_processes(values: flags.FlagValues) -> None:
-  """Define the flags of a command that several processes can run together."""
+  """Define the flags with which several processes run a command together, such as --coordinator."""
   flags.DEFINE_string('coordinator', None, 'With several processes: HOST:PORT of process 0.', flag_values=values)
   flags.DEFINE_integer('num_processes', None, 'With --coordinator: the number of processes.', flag_values=values)
   flags.DEFINE_integer('process_id', None, 'With --coordinator: index of this process, from 0.', flag_values=values)
@@ -156,7 +156,7 @@ def quiet() -> None:
   logging.get_absl_handler().setFormatter(ShortFormatter())
   logging.get_absl_handler().addFilter(is_relevant)
   sys.unraisablehook = print_unraisable
-  # Orbax never awaits the coroutines of a failed write, but raises the failure itself.
+  # After a failed write, Orbax leaves coroutines that were never awaited; the error itself is raised anyway.
   warnings.filterwarnings('ignore', "coroutine '.*' was never awaited")
   if cache := compilation_cache():
     jax.config.update('jax_compilation_cache_dir', cache)
@@ -167,12 +167,12 @@ def compilation_cache() -> str:
   """Return the folder of JAX's persistent compilation cache; '' if it is switched off or there is no home folder."""
   if (folder := os.environ.get('JAX_COMPILATION_CACHE_DIR')) is not None:
     return folder
-  homes = os.environ.get('XDG_CACHE_HOME', ''), os.path.expanduser('~/.cache')  # ~ stays if no home folder is known
+  homes = os.environ.get('XDG_CACHE_HOME', ''), os.path.expanduser('~/.cache')  # keeps ~ if there is no home folder
   return next((os.path.join(home, 'ilm_jax', 'xla') for home in homes if os.path.isabs(home)), '')
 
 
 def is_relevant(record) -> bool:
-  """Return whether a log record is printed: those of this project, CLU's progress reports, and libraries' warnings.
+  """Return whether to print a log record: one of this package, a progress report of CLU, or a warning of a library.
 
   Errors that Orbax and asyncio log are dropped, because they are also raised and then printed as one line.
   """

@@ -41,15 +41,15 @@ from ilm_jax.types import UserError
 TOKEN_RULE_FLAGS = ('temperature', 'top_p')  # flags that set fields of the rule for sampling a token
 # Flags that override the sampling setting of the same name in the run's config.
 SAMPLING_FLAGS = ('stop_threshold', 'stop_temperature', 'max_length', 'gaps', 'gap_threshold')
-# Flags whose values must be equal in all processes.
+# Flags that must have the same value in all processes that share the work.
 SHARED_FLAGS = ('workdir', 'checkpoint', 'seed', 'n', 'marker', 'batch_size', 'mesh', *SAMPLING_FLAGS,
                 *TOKEN_RULE_FLAGS)  # fmt: skip
-BY_DEFAULT = "the run's setting by default"  # of flags that override a sampling setting
+BY_DEFAULT = "the run's setting by default"  # in the help of flags that override a sampling setting
 KEYS = ('id', 'prompt', 'infill', 'least', 'most', 'truth', 'fillings')  # keys of a JSON request
 
 
 def define(values: flags.FlagValues) -> None:
-  """Define this command's flags."""
+  """Define the flags of `ilm-jax generate`."""
   string, strings, integer, number = (
     functools.partial(kind, flag_values=values)
     for kind in (flags.DEFINE_string, flags.DEFINE_multi_string, flags.DEFINE_integer, flags.DEFINE_float)
@@ -67,11 +67,9 @@ def define(values: flags.FlagValues) -> None:
   string('checkpoint', 'best', "Checkpoint: 'best', 'latest' or a step.")
   define_seed(values)
   integer('batch_size', 64, 'Number of requests decoded at a time (slots).', lower_bound=1)
-  string('mesh', None, 'Device mesh, such as data=-1 (all devices) or data=2,tensor=4; by default the first device, or '
-         'all devices if there are several processes.')  # fmt: skip
+  string('mesh', None, 'Device mesh, such as data=2,tensor=4; by default one device, or all with several processes.')
   integer('max_length', None, f'Maximum length of a text, in tokens; {BY_DEFAULT}.', lower_bound=3)
-  integer('gaps', None, f'Number of gaps filled in a decoding step, one token each; 0: all gaps; {BY_DEFAULT}.',
-          lower_bound=0)  # fmt: skip
+  integer('gaps', None, f'Gaps that get a token in each decoding step; 0: all gaps; {BY_DEFAULT}.', lower_bound=0)
   number('stop_threshold', None, 'Stop as soon as p(stop) reaches this threshold; 0: sample whether to stop; '
          f'{BY_DEFAULT}.', lower_bound=0.0, upper_bound=1.0)  # fmt: skip
   number('stop_temperature', None, f'Temperature of p(stop); {BY_DEFAULT}.', lower_bound=0.0)
@@ -87,9 +85,9 @@ class Request(NamedTuple):
 
   id: int
   kind: str  # 'prompt' or 'infill'
-  content: Any  # the prompt, the text with markers, or the list of parts
-  where: str  # flag or line that holds the request, for error messages
-  limits: dict  # 'least' and 'most', the limits on the tokens in a gap, if given
+  content: Any  # the prompt, the text with a marker at each gap, or the list of parts around the gaps
+  where: str  # flag or input line that contains the request, for error messages
+  limits: dict  # 'least' and 'most': limits on the number of tokens in a gap, if given
   truth: dict | None = None  # original 'text' and 'fillings' of an infill request, if known
 
 
@@ -127,7 +125,7 @@ def read_requests(values) -> tuple[list[Request], list[UserError]]:
 
 
 def read_line(text: str, number: int, where: str, limits: dict, *, json_only: bool = False) -> Request:
-  """Return the request of a line: JSON, or a prompt as plain text unless `json_only`."""
+  """Parse an input line, which is JSON or, unless `json_only`, a plain-text prompt; return the request."""
   if not text.lstrip().startswith('{') and not json_only:
     return Request(number, 'prompt', text, where, limits)
   try:
@@ -170,7 +168,7 @@ def check_files(values, out: str | None = None) -> None:
 
 @contextlib.contextmanager
 def naming(setting: str):
-  """Context manager: an error of a file or bucket becomes a UserError that names the setting, such as --out=FILE."""
+  """Context manager: convert file and bucket errors to a UserError that names the setting, such as --out=FILE."""
   try:
     yield
   except (OSError, ImportError) as error:  # ImportError: a bucket needs another package
@@ -179,7 +177,7 @@ def naming(setting: str):
 
 @contextlib.contextmanager
 def output(name: str | None):
-  """Context manager: the open file for the results, or standard output; errors of closing it are UserErrors, too."""
+  """Context manager: open the file for the results, by default standard output; convert file errors to UserErrors."""
   if not name:
     yield sys.stdout
     return
@@ -188,7 +186,7 @@ def output(name: str | None):
 
 
 def run(values) -> int:
-  """Serve the requests given by the flags; returns the exit code, 1 if a request could not be served."""
+  """Serve the requests given by the flags; return the exit code, 1 if a request could not be served."""
   if not values.workdir:
     raise UserError('--workdir is missing: expected the folder of a run, such as --workdir=runs/star-tiny')
   for name in ('workdir', 'prompts', 'out', 'trace'):
@@ -206,7 +204,7 @@ def run(values) -> int:
 
 
 def serve(values, requests: list[Request], errors: list[UserError]) -> int:
-  """Load the model and serve the requests; each process writes the results of its share.
+  """Load the model and serve the requests; each process writes its share of the results.
 
   `errors` has one error for each invalid line of the file of requests; the exit code is 1 if there is any, else 0.
   """
@@ -217,14 +215,14 @@ def serve(values, requests: list[Request], errors: list[UserError]) -> int:
   out_name = shard(values.out, index, count)
   if count > 1:
     if values.trace or not values.out:
-      raise UserError(f'{count} processes write one file each: --out is needed, and --trace is not possible')
+      raise UserError(f'each of the {count} processes writes its own file: give --out, and leave --trace out')
     check_files(values, out_name)
     shared = {name: values[name].value for name in SHARED_FLAGS}
     processes.agree({**run_file.code(), 'requests': processes.digest(requests), **shared})
   settings = sampling_settings(values)
   mesh = values.mesh or ('data=-1' if count > 1 else None)
   lm = api.load(values.workdir, values.checkpoint, mesh=mesh, batch_size=values.batch_size, **settings)
-  valid = []  # (request, argument of LanguageModel.stream)
+  valid = []  # pairs (request, argument for LanguageModel.stream)
   for number, request in enumerate(requests):
     try:
       argument = request.content
@@ -236,7 +234,7 @@ def serve(values, requests: list[Request], errors: list[UserError]) -> int:
       message = str(error).removeprefix(f'prompt {number + 1}: ').removeprefix(f'text {number + 1}: ')
       errors.append(error if request.where.startswith('--') else UserError(f'{request.where}: {message}'))
   if errors and (not valid or values.prompt or values.infill):
-    raise errors[0]  # no output file has been created yet
+    raise errors[0]  # raised before any output file is created
   for error in errors if index == 0 else ():
     fail(error)
 
@@ -283,7 +281,7 @@ def shard(name: str | None, index: int, count: int) -> str | None:
 
 
 def main(argv=None) -> int:
-  """Run `ilm-jax generate`; returns the exit code."""
+  """Run `ilm-jax generate`; return the exit code."""
   return command(__doc__, define, run, argv)
 
 

@@ -24,7 +24,7 @@ from ilm_jax.types import UserError, check_seed
 
 
 def define(values: flags.FlagValues) -> None:
-  """Define the flags besides --config."""
+  """Define the flags of training and evaluation, except --config."""
   flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/CONFIG-VARIANT.', flag_values=values)
   flags.DEFINE_enum('mode', 'train', ('train', 'eval'), 'Train (or resume), or evaluate a run on the test split.',
                     flag_values=values)  # fmt: skip
@@ -49,7 +49,7 @@ def parse(values: flags.FlagValues, argv) -> list[str]:
 
   unset = re.compile(rf'--?config\.({"|".join(map(re.escape, default.optional_settings()))})=None')
   given, argv = argv, locate_config(word for word in argv if not unset.fullmatch(word))
-  sys.modules.pop('config_config', None)  # the module of another config file, whose functions would stay defined
+  sys.modules.pop('config_config', None)  # else the functions of a config file loaded earlier would stay defined
   try:
     rest = values(argv)
     if values.config is None:
@@ -119,7 +119,7 @@ def default_workdir(values: flags.FlagValues) -> str:
 
 
 def run(values: flags.FlagValues) -> int:
-  """Train or evaluate, as --mode says; returns the exit code."""
+  """Train or evaluate, as --mode says; return the exit code."""
   console.quiet()
   from ilm_jax.distributed import processes
   from ilm_jax.training import loop
@@ -132,7 +132,7 @@ def run(values: flags.FlagValues) -> int:
 
 
 def main(argv=None) -> int:
-  """Run `ilm-jax train` or `ilm-jax eval`; returns the exit code."""
+  """Run `ilm-jax train` or `ilm-jax eval`; return the exit code."""
   return command(__doc__, define, run, argv)
 
 

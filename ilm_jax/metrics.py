@@ -1,4 +1,4 @@
-"""Metrics as (total, weight) pairs, which stay exact under accumulation, padded batches and several processes."""
+"""Metrics as (total, weight) pairs: sums of pairs over batches and processes give exact means."""
 
 import math
 
@@ -20,7 +20,7 @@ def means(pairs: Metrics) -> dict[str, float]:
 
 
 def order_statistics(steps, landmark: int | None = None) -> Metrics:
-  """Describe the insertion order of an answer, given the decoding step of each token in reading order.
+  """Return statistics of the insertion order of an answer; `steps` has each token's decoding step, in reading order.
 
   Undefined statistics are left out.
     order_tau: Kendall's tau between step and position; 1 is left to right, pairs inserted in the same step count as 0.

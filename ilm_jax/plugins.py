@@ -7,13 +7,13 @@ from ilm_jax.types import UserError
 
 
 def find(name: str, *, table: dict[str, str], attribute: str, kind: type, setting: str):
-  """Return `attribute` of the module with the import path table[name], or else name; UserError if there is none."""
+  """Import the module table[name], or `name` itself if it is not in the table, and return its `attribute`."""
   path = table.get(name, name)
   try:
-    found = importlib.util.find_spec(path) if path.replace('.', '').isidentifier() else None
+    spec = importlib.util.find_spec(path) if path.replace('.', '').isidentifier() else None
   except ModuleNotFoundError:
-    found = None
-  if not found:
+    spec = None
+  if not spec:
     raise UserError(
       f'{setting}={name!r}: expected one of {", ".join(table)}, or the import path of a module that '
       f'defines {attribute} (the current folder is searched, too)'
@@ -22,12 +22,10 @@ def find(name: str, *, table: dict[str, str], attribute: str, kind: type, settin
     value = getattr(importlib.import_module(path), attribute, None)
   except UserError:
     raise
-  except Exception as error:  # a module of the user's own may raise anything
-    raise UserError(
-      f'{setting}={name!r}: {found.origin} cannot be imported: {type(error).__name__}: {error}'
-    ) from error
+  except Exception as error:  # a user's module may raise anything
+    raise UserError(f'{setting}={name!r}: {spec.origin} cannot be imported: {type(error).__name__}: {error}') from error
   if not isinstance(value, kind):
     raise UserError(
-      f'{setting}={name!r}: {found.origin} defines no {attribute} of type {kind.__module__}.{kind.__name__}'
+      f'{setting}={name!r}: {spec.origin} defines no {attribute} of type {kind.__module__}.{kind.__name__}'
     )
   return value

@@ -35,11 +35,11 @@ class UserError(Exception):
   everywhere = False  # whether all processes of the run raise this error
 
 
-SEED_LIMIT = 2**32  # JAX uses 32 bits of a seed
+SEED_LIMIT = 2**32  # JAX uses only the lowest 32 bits of a seed
 
 
 def check_seed(seed, setting: str = 'seed') -> None:
-  """Raise UserError unless the seed is an integer whose bits all count: 0 <= seed < SEED_LIMIT."""
+  """Raise UserError unless the seed is an integer with 0 <= seed < SEED_LIMIT."""
   if not isinstance(seed, Integral) or not 0 <= seed < SEED_LIMIT:
     raise UserError(f'{setting}={seed}: expected an integer from 0 to {SEED_LIMIT - 1}')
 
@@ -61,13 +61,13 @@ class Prompt(NamedTuple):
   tokens_BxL: Array
   length_B: Array
   open_BxL: Array  # whether a token may be inserted to the right of each token
-  request_B: Array  # number of each request; the randomness of a row depends only on it and the seed
+  request_B: Array  # id of each row's request; the row's randomness depends only on this id and the seed
   free_B: Array | None = None  # number of tokens to generate, for families that need it in advance; -1: unknown
-  least_BxL: Array | None = None  # minimum number of tokens to insert to the right of each token with open_BxL
-  most_BxL: Array | None = None  # maximum number of tokens to insert to the right of each token with open_BxL
+  least_BxL: Array | None = None  # minimum number of tokens to insert to the right of each token, if open_BxL is true
+  most_BxL: Array | None = None  # maximum number of tokens to insert to the right of each token, if open_BxL is true
 
 
-LEAST_TEMPERATURE = 1e-6  # below it, sampling is greedy
+LEAST_TEMPERATURE = 1e-6  # at lower temperatures, sampling is greedy
 
 
 class Rule(NamedTuple):
@@ -79,7 +79,7 @@ class Rule(NamedTuple):
 
   @property
   def greedy(self) -> bool:
-    """Whether the rule selects the largest logit; at tiny temperatures, logits / temperature would overflow."""
+    """Whether to select the largest logit: also at tiny temperatures, at which logits / temperature would overflow."""
     return self.temperature < LEAST_TEMPERATURE or self.top_k == 1
 
 
@@ -102,6 +102,6 @@ class Sampled(NamedTuple):
   length_B: Array
   order_BxL: Array  # decoding step (0, 1, ...) that inserted each token; -1 for prompt tokens and padding
   log_prob_BxM: Array  # log-probability of each step's insertion at temperature 1; 0 after the last step
-  stop_prob_BxM: Array  # p(stop) at each forward pass, including the last one; 0 after it
+  stop_prob_BxM: Array  # p(stop) at each forward pass, including the last one; 0 after the last one
   steps_B: Array  # number of decoding steps that inserted a token
   stopped_B: Array  # whether the model ended the row; False if a length or step limit did

@@ -1,4 +1,4 @@
-"""Tests of the benchmarks on a toy model: they measure what they claim. No test depends on measured times."""
+"""Tests of the benchmarks, on a toy model; no test depends on measured times."""
 
 import contextlib
 import io
@@ -161,7 +161,7 @@ def test_sampling_compiles_nothing_after_the_warm_up(tmp_path, capsys):
   assert 'with the cache' in table
 
 
-def test_each_new_program_counts_as_one_compilation():
+def test_the_compilation_counter_counts_each_new_program_once():
   compilations = _report.Compilations()
   jax.jit(lambda x: x * 3 + 1)(jnp.ones(5))
   before = compilations.count
@@ -172,7 +172,7 @@ def test_each_new_program_counts_as_one_compilation():
   assert compilations.count == before + 1
 
 
-def test_fewer_insertions_are_measured_if_one_takes_longer():
+def test_fewer_insertions_are_measured_if_each_takes_longer():
   args = types.SimpleNamespace(insert=16, seconds=15.0)
   assert [sample.choose_insertions(args, seconds) for seconds in (0.0, 0.2, 0.4, 2.0, 100.0)] == [16, 16, 8, 1, 1]
 
@@ -221,5 +221,5 @@ def test_static_and_continuous_batching_give_the_same_tokens(capsys, tmp_path):
   assert re.search(r'^ *8  continuous +\S+', out, re.M) and re.search(r'^ *8 +all +\S+', out, re.M)
   measured = json.loads((tmp_path / 'out.json').read_text())
   one_gap, all_gaps = measured['several']
-  assert one_gap['passes'] - 1 == measured['both']['tokens'] / 20  # one pass per token, and a last one for stopping
+  assert one_gap['passes'] - 1 == measured['both']['tokens'] / 20  # one forward pass per token, then one to stop
   assert all_gaps['passes'] < one_gap['passes'] / 2

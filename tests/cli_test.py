@@ -1,4 +1,4 @@
-"""The `ilm-jax` command: its help, the packaged configs, and the one-line messages for user errors."""
+"""Tests of the `ilm-jax` command: its help, the packaged configs, and the one-line messages for user errors."""
 
 import concurrent.futures
 import pathlib
@@ -25,7 +25,7 @@ def call(capsys, *arguments) -> tuple[int, str, str]:
   return code, *capsys.readouterr()
 
 
-def test_help_lists_every_subcommand_and_each_has_help(capsys):
+def test_help_lists_every_subcommand_and_every_subcommand_has_help(capsys):
   code, out, _ = call(capsys, '--help')
   assert code == 0 and all(re.search(rf'^  {name} +\w', out, re.M) for name in cli.SUBCOMMANDS)
   assert call(capsys) == (0, out, '') == call(capsys, 'help')
@@ -39,7 +39,7 @@ def test_an_unknown_subcommand_gives_a_one_line_error(capsys):
   assert (code, out, err.count('\n')) == (1, '', 1) and 'ilm-jax trian: expected one of train, eval' in err
 
 
-def test_the_version_is_printed(capsys):
+def test_the_version_flag_prints_the_version(capsys):
   assert re.fullmatch(r'ilm_jax (\d+\.\d+\.\d+\S*|unknown)\n', call(capsys, '--version')[1])
 
 
@@ -67,7 +67,7 @@ def test_a_packaged_config_is_found_by_its_name(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   (tmp_path / 'own.py').write_text('')
   assert main.locate_config(['x', '--config=~/own.py:a'])[1] == f'--config={tmp_path}/own.py:a'
-  (tmp_path / 'star').write_text('')  # a file named like the config takes precedence
+  (tmp_path / 'star').write_text('')  # a file with the name of a packaged config takes precedence
   assert main.locate_config(['x', '--config=star:tiny'])[1] == '--config=star:tiny'
 
 
@@ -78,22 +78,20 @@ def test_an_unknown_config_gives_a_one_line_error_that_lists_the_packaged_config
   assert 'no packaged config of this name: expected a path, or one of lm1b, star, text, tinystories, zebra' in err
 
 
-def test_the_error_for_an_old_setting_name_gives_the_new_name(capsys):
+def test_the_error_for_an_old_setting_name_states_the_new_name(capsys):
   code, _, err = call(capsys, 'train', '--config=star:tiny', '--config.data.workers=2')
   assert code == 1 and 'config.data.workers was renamed: use --config.data.num_workers' in err
 
 
-def test_a_config_that_sets_a_renamed_setting_is_refused():
+def test_a_config_file_that_uses_the_old_name_of_a_setting_is_refused():
   config = star.get_config('tiny')
-  config.optimizer.accumulate = 2  # possible inside a config file
-  with pytest.raises(
-    UserError, match=r'config\.optimizer\.accumulate was renamed: set config.optimizer.accumulation_steps'
-  ):
+  config.optimizer.accumulate = 2  # a config file can set any name, also an old one
+  with pytest.raises(UserError, match=r'optimizer.accumulate was renamed: set config.optimizer.accumulation_steps'):
     experiment.build(config)
 
 
 def parse(*arguments):
-  """Return the config that the arguments of `ilm-jax train` give."""
+  """Return the config that `ilm-jax train` builds from its arguments."""
   configs = []
   assert main.command('', lambda values: None, lambda values: configs.append(values.config), ['x', *arguments]) == 0
   return configs[0]
@@ -114,21 +112,21 @@ def test_every_optional_setting_can_be_unset_on_the_command_line():
 def test_a_second_command_in_the_same_process_does_not_see_the_flags_of_the_first(tmp_path, capsys):
   assert parse('--config=star:tiny', '--config.model.num_layers=7', '--config.seed=5').model.num_layers == 7
   (tmp_path / 'own.py').write_text('from ilm_jax.configs.star import get_config as get\n')
-  assert main.main(['x', f'--config={tmp_path}/own.py']) == 1  # defines no get_config
+  assert main.main(['x', f'--config={tmp_path}/own.py']) == 1  # the file defines no get_config
   assert "has no attribute 'get_config'" in capsys.readouterr().err
   with concurrent.futures.ThreadPoolExecutor() as threads:
     cfg = threads.submit(parse, '--config=star:tiny').result()
   assert (cfg.model.num_layers, cfg.seed) == (4, 0)
 
 
-def test_eval_evaluates_whatever_mode_is_given(monkeypatch):
+def test_the_eval_subcommand_overrides_the_mode_flag(monkeypatch):
   given = []
   monkeypatch.setattr(main, 'main', given.extend)
   cli.main(['ilm-jax', 'eval', '--mode=train'])
   assert given[-1] == '--mode=eval'
 
 
-def test_settings_in_old_configs_get_their_new_names():
+def test_renamed_settings_in_old_configs_get_their_new_names():
   old = {'data': {'workers': 3, 'rows': 4}, 'hosts': {'start_seconds': 9}, 'eval': {'judge': 'hf:x'}, 'steps': 1}
   new = {'data': {'num_workers': 3, 'rows': 4}, 'distributed': {'initialization_timeout': 9}, 'steps': 1}
   assert run_file.migrate(old) == {**new, 'eval': {'perplexity_model': 'hf:x'}}
@@ -181,5 +179,5 @@ def test_wrong_convert_flags_give_a_one_line_error(arguments, message, capsys):
 
 
 @pytest.mark.parametrize(('actual', 'expected'), [([np.nan], [1.0]), ([1.0], [np.nan]), ([1.0, 1.0], [1.0])])
-def test_values_that_are_not_finite_or_have_another_shape_count_as_infinite_errors(actual, expected):
+def test_a_nan_or_a_shape_mismatch_counts_as_an_infinite_relative_error(actual, expected):
   assert convert.relative_error(actual, expected) == np.inf

@@ -1,4 +1,4 @@
-"""The commands: a user error gives a one-line message and changes no file; requests give the documented results."""
+"""Tests of the commands: user errors give one line and change no file; requests give the documented results."""
 
 import io
 import json
@@ -22,7 +22,7 @@ CHANGES = {
   'steps': 10,
   'sampling.gap.temperature': 1.0,
   'sampling.token.temperature': 1.0,
-  'sampling.max_length': 20,  # room for the prompts above and four more tokens
+  'sampling.max_length': 20,  # long enough for the prompts and four more tokens
 }
 
 
@@ -70,7 +70,7 @@ def generate(trained, load_once, monkeypatch, capsys, tmp_path):
   The command runs inside the test process, in an empty working directory, with a cached model.
   """
   monkeypatch.setattr(api, 'load', load_once)
-  monkeypatch.setattr(generate_command, 'quiet', lambda: None)  # do not change process-wide settings
+  monkeypatch.setattr(generate_command, 'quiet', lambda: None)  # it would change process-wide settings
   monkeypatch.chdir(tmp_path)
 
   def run(*arguments, stdin=''):
@@ -344,7 +344,7 @@ def results_of(result) -> list[dict]:
 
 
 def discrete_fields(result) -> tuple:
-  """Return the fields of a result without floating-point numbers, which rounding errors cannot change."""
+  """Return the fields of a result that rounding errors cannot change: all except floating-point numbers."""
   return result['text'], tuple(result['tokens']), tuple(result['order']), result['stopped']
 
 
@@ -391,7 +391,7 @@ def test_flags_files_and_standard_input_give_the_same_results(generate, three, t
       assert_same_result(result, expected)
 
 
-def test_a_prompt_line_is_read_exactly(generate, tmp_path):
+def test_spaces_around_a_prompt_line_are_preserved(generate, tmp_path):
   prompts = [f'  {PROMPTS[0]}', f'{PROMPTS[1]} ', f'\t{PROMPTS[2]}']
   (tmp_path / 'prompts.txt').write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(prompts).encode())
   results = results_of(generate('--prompts=prompts.txt'))
@@ -399,7 +399,7 @@ def test_a_prompt_line_is_read_exactly(generate, tmp_path):
   assert results_of(generate(stdin=f'  {json.dumps({"prompt": prompts[0]})} '))[0]['prompt'] == prompts[0]
 
 
-def test_a_tilde_in_a_flag_is_the_home_folder(generate, trained, monkeypatch, tmp_path):
+def test_a_tilde_in_a_flag_means_the_home_folder(generate, trained, monkeypatch, tmp_path):
   monkeypatch.setenv('HOME', str(tmp_path))
   (tmp_path / 'runs').symlink_to(trained.parent)
   (tmp_path / 'in').write_text(PROMPTS[0])
@@ -446,7 +446,7 @@ def test_with_n_samples_per_request_the_first_equals_the_result_of_a_single_samp
 
 def test_a_sampled_result_depends_on_its_id_and_the_seed_but_not_on_other_requests(generate, three):
   lines = [json.dumps({'prompt': PROMPTS[i], 'id': i}) for i in (2, 0)]
-  with_blank_line = f'{PROMPTS[0]}\n\n{PROMPTS[2]}\n'  # blank lines count in the default ids
+  with_blank_line = f'{PROMPTS[0]}\n\n{PROMPTS[2]}\n'  # the default id is the line number, counting blank lines
   for found in (
     results_of(generate('--batch_size=1', stdin='\n'.join(lines))),
     results_of(generate(stdin=with_blank_line)),

@@ -1,4 +1,4 @@
-"""Settings of all tests: eight virtual CPU devices, exact matrix products, strict rank promotion, fast compilation."""
+"""Settings for all tests: eight virtual CPU devices, exact matrix products, strict rank promotion, fast compilation."""
 
 import os
 import pathlib
@@ -24,7 +24,7 @@ GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
 @pytest.fixture(scope='session')
 def golden():
-  """Return a function that loads tests/golden/NAME.npz (the authors' code's numbers), such as `golden('ilm')`."""
+  """Return a function that loads tests/golden/NAME.npz (numbers from the authors' code), such as `golden('ilm')`."""
 
   def load(name: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / f'{name}.npz') as file:

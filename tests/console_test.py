@@ -1,4 +1,4 @@
-"""The frame of all commands: standard streams that fail, devices that JAX cannot use, and the compilation cache."""
+"""Tests of what all commands share: failing standard streams, unusable devices, and the compilation cache."""
 
 import io
 import os
@@ -23,7 +23,7 @@ def broken_pipe():
 
 
 def full_disk(buffering: int = -1):
-  """Return a text stream to a full disk; with buffering=1, print() itself fails, and not only the next flush."""
+  """Return a text stream to a full disk; with buffering=1, print() itself fails, not just the next flush."""
   return os.fdopen(os.open('/dev/full', os.O_WRONLY), 'w', buffering)
 
 
@@ -48,7 +48,7 @@ def test_a_command_fails_if_its_output_is_lost(name, stream, result, monkeypatch
 
 @pytest.mark.parametrize('unbuffered', ['', '1'])
 @pytest.mark.parametrize('redirect, code, message', [('| true', 141, ''), ('> /dev/full', 1, NO_SPACE)])
-def test_python_adds_no_traceback_when_it_exits(redirect, code, message, unbuffered):
+def test_python_prints_no_traceback_at_exit_if_standard_output_cannot_be_written(redirect, code, message, unbuffered):
   command = f'"$0" -m ilm_jax.main --help {redirect}; exit ${{PIPESTATUS[0]}}'
   done = subprocess.run(
     ['bash', '-c', command, sys.executable], cwd=small.ROOT, capture_output=True, text=True,
@@ -57,7 +57,7 @@ def test_python_adds_no_traceback_when_it_exits(redirect, code, message, unbuffe
   assert (done.returncode, done.stderr) == (code, message)
 
 
-def test_a_message_that_standard_error_cannot_take_does_not_change_the_exit_code(monkeypatch, capsys):
+def test_an_unwritable_standard_error_does_not_change_the_exit_code(monkeypatch, capsys):
   for stream in (lambda: full_disk(buffering=1), lambda: None):
     monkeypatch.setattr(sys, 'stderr', stream())
     assert cli.main(['ilm-jax', 'trian']) == 1
@@ -73,7 +73,7 @@ def test_an_error_of_a_command_takes_precedence_over_lost_output(monkeypatch, ca
   assert console.guard(call) == 1 and capsys.readouterr().err == 'error: too late\n'
 
 
-def test_an_error_of_another_file_is_not_taken_for_lost_output(monkeypatch):
+def test_a_failed_write_to_another_file_is_not_reported_as_lost_output(monkeypatch):
   def call():
     print('result')
     full_disk(buffering=1).write('x\n')
@@ -107,13 +107,13 @@ def test_devices_that_jax_cannot_use_give_a_one_line_error(monkeypatch, capsys):
     console.guard(lambda: 1 / 0)
 
 
-def test_an_error_that_jax_raises_inside_a_compiled_function_counts_too(tmp_path):
+def test_an_unusable_device_gives_a_one_line_error_even_inside_a_compiled_function(tmp_path):
   arguments = ['convert', f'--check={small.ROOT / "tests" / "golden"}']
   code, _, err = small.run(arguments, tmp_path, module='ilm_jax.cli', before='export JAX_PLATFORMS=xpu;')
   assert code == 1 and err.startswith('error: JAX_PLATFORMS=xpu: JAX cannot use') and err.count('\n') == 1, err
 
 
-def test_every_command_has_help_without_docstrings():
+def test_every_command_prints_help_if_python_removes_docstrings():
   program = 'from ilm_jax import cli; print([cli.main(["ilm-jax", name, "--help"]) for name in cli.SUBCOMMANDS])'
   done = subprocess.run([sys.executable, '-OO', '-c', program], cwd=small.ROOT, capture_output=True, text=True)
   assert (done.returncode, done.stderr) == (0, '') and done.stdout.count('  --workdir: ') >= 4
@@ -127,20 +127,20 @@ def test_every_command_has_help_without_docstrings():
     ({'XDG_CACHE_HOME': ''}, '/home/a/.cache/ilm_jax/xla'),
     ({'XDG_CACHE_HOME': 'relative'}, '/home/a/.cache/ilm_jax/xla'),
     ({'XDG_CACHE_HOME': '/big'}, '/big/ilm_jax/xla'),
-    ({'HOME': None}, ''),  # and the user id has no name: no folder called ~
+    ({'HOME': None}, ''),  # no home folder is known: no cache, rather than a folder named ~
     ({'JAX_COMPILATION_CACHE_DIR': ''}, ''),
   ],
 )
 def test_the_compilation_cache_is_in_the_cache_folder_of_the_user(variables, folder, monkeypatch):
   for name in ('XDG_CACHE_HOME', 'JAX_COMPILATION_CACHE_DIR'):
     monkeypatch.delenv(name, raising=False)
-  monkeypatch.setattr('pwd.getpwuid', {}.__getitem__)  # raises KeyError
+  monkeypatch.setattr('pwd.getpwuid', {}.__getitem__)  # raises KeyError, as for an unknown user
   for name, value in {'HOME': '/home/a', **variables}.items():
     monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
   assert console.compilation_cache() == folder
 
 
-def test_a_seed_has_32_bits():
+def test_a_seed_is_an_integer_of_32_bits():
   for seed in (0, 2**31, 2**32 - 1):
     check_seed(seed)
   for seed in (-1, 2**32, 2**63, 1.5, None):

@@ -25,7 +25,7 @@ def ilm_jax(folder, *arguments) -> str:
   return done.stdout
 
 
-def test_the_toy_family_and_task_in_the_docs_have_few_lines():
+def test_each_file_of_the_toy_example_in_the_docs_has_fewer_than_60_lines():
   assert set(FILES) == {'toy_family.py', 'toy_task.py', 'toy.py'}
   assert all(len(code.splitlines()) < 60 for code in FILES.values())
 

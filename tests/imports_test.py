@@ -11,15 +11,15 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STARTS_JAX = {'jax', 'flax', 'optax', 'orbax'}
 
-# The layers of ilm_jax ("rooms": top-level modules and subpackages), lowest first. A module may import only from its
-# own room and from rooms earlier in this list.
-ROOMS = [
+# The layers of ilm_jax (top-level modules and subpackages), lowest first. A module may import only from its own layer
+# and from layers earlier in this list.
+LAYERS = [
   *['types', 'special_tokens', 'paths', 'console', 'metrics', 'plugins', 'configs'],
   *['distributed', 'models', 'families', 'data', 'tasks', 'runs', 'inference', 'evaluation', 'training'],
   *['main', 'aot', 'generate', 'cli', '__init__'],
 ]
 
-# Stricter rules: room or module -> the only parts of ilm_jax that it may import.
+# Stricter rules: layer or module -> the only parts of ilm_jax that it may import.
 NARROW = {
   'types': [],
   'paths': ['types'],
@@ -60,7 +60,7 @@ ONLY_IN = {
   'mauve': ['evaluation.text_statistics'],
 }
 
-# modules whose import must not load a package of HEAVY; their functions may import one when called
+# modules whose import must not load a package in HEAVY; their functions may import one when called
 LIGHT = [
   *['__init__', 'cli', 'main', 'generate', 'families', 'families.contract', 'families.corruption', 'tasks', 'tasks.*'],
   *[
@@ -135,25 +135,25 @@ def loads(name: str, inside_functions: bool = True) -> set[str]:
   return {target.split('.')[0] for target in seen}
 
 
-def room(name: str) -> str:
-  """Return the room (layer) of a module, such as `families` for `families.ilm`."""
+def layer(name: str) -> str:
+  """Return the layer of a module, such as `families` for `families.ilm`."""
   return name.split('.')[0]
 
 
 def narrow(name: str):
   """Return the list of imports that NARROW allows for a module, or None if NARROW has no rule for it."""
-  return NARROW.get(name, NARROW.get(room(name)))
+  return NARROW.get(name, NARROW.get(layer(name)))
 
 
 def test_a_module_imports_only_its_own_layer_and_lower_ones():
   for module in FILES:
     name = short(module)
     found = {short(n) for n in imports_of(module) if n.split('.')[0] == 'ilm_jax'} - {'ilm_jax'}
-    lower = ROOMS[: ROOMS.index(room(name)) + 1]
-    odd = {other for other in found if room(other) not in lower}
-    assert not odd, f'{module} imports {sorted(odd)}, which are not below {room(name)}'
+    lower = LAYERS[: LAYERS.index(layer(name)) + 1]
+    odd = {other for other in found if layer(other) not in lower}
+    assert not odd, f'{module} imports {sorted(odd)}, which are not below {layer(name)}'
     if (allowed := narrow(name)) is not None:
-      odd = {other for other in found if other not in allowed and room(other) not in allowed}
+      odd = {other for other in found if other not in allowed and layer(other) not in allowed}
       assert not odd, f'{module} imports {sorted(odd)}: allowed are {allowed}'
 
 

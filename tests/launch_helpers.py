@@ -1,4 +1,4 @@
-"""Test helpers for the launch scripts: run a script, parse its dry run, and replace programs by fake ones."""
+"""Test helpers for the launch scripts: run a script, parse its dry run, and replace programs with fakes."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ AWKWARD = ["--config.task.label=it's a b, $HOME", '--config.task.names=x,y', '--
 RUN = ['--config=configs/star.py:hard', '--workdir=gs://bucket/hard', *AWKWARD]
 TPU = ['--name=ilm', '--zone=us-west4-a']
 
-# A command that logs its start and exits with the next code in the file `codes`; a code 128 + n means by signal n.
+# A command that logs its start and exits with the next code in the file `codes`; for 128 + n, it dies of signal n.
 END_WITH_NEXT_CODE = """
 ulimit -c 0
 echo start >> starts
@@ -23,7 +23,7 @@ code=$(head -n 1 codes); sed -i 1d codes
 [ "$code" -lt 128 ] || kill -$((code - 128)) $$
 exit "$code"
 """
-# A command that runs until SIGTERM or SIGINT, logs it in `received` and exits with the code of a run that saved.
+# A command that runs until SIGTERM or SIGINT, logs the signal in the file `received` and exits as a training run does.
 RUN_UNTIL_SIGNAL = """
 trap 'echo TERM >> received; exit 75' TERM
 trap 'echo INT >> received; exit 130' INT
@@ -39,12 +39,12 @@ def environment(**variables) -> dict[str, str]:
 
 
 def path_with(folder) -> str:
-  """Return the PATH with a folder in front, whose programs therefore take precedence."""
+  """Return PATH with a folder prepended, so that the programs in this folder take precedence."""
   return f'{folder}:{os.environ["PATH"]}'
 
 
 def call(script, *arguments, folder=FOLDER, cwd=None, **variables) -> subprocess.CompletedProcess:
-  """Run a launcher with arguments and environment variables, by default from the repository root."""
+  """Run a launch script with arguments and environment variables, by default from the repository root."""
   return subprocess.run(
     ['bash', folder / script, *arguments],
     env=environment(**variables),
@@ -91,14 +91,14 @@ def wait_for_start(folder):
 
 
 def restore_signals():
-  """Undo ignored signals (the tests may run under nohup), because bash cannot trap a signal that was ignored."""
+  """Restore default signal handlers: bash cannot trap a signal that its parent ignores, for example under nohup."""
   for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def running(command, folder, **variables):
-  """Start a command in a session of its own, write its stderr to the file `stderr`, and kill it at the end."""
+  """Context manager: run a command in its own session, with stderr in the file `stderr`, and kill it at the end."""
   with open(folder / 'stderr', 'w') as stderr:
     process = subprocess.Popen(
       command, cwd=folder, stderr=stderr, env=environment(**variables), start_new_session=True,

@@ -8,7 +8,7 @@ from ilm_jax import paths
 from ilm_jax.types import UserError
 
 
-def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+def test_a_tilde_means_the_home_folder(monkeypatch, tmp_path):
   monkeypatch.setenv('HOME', str(tmp_path))
   assert os.fspath(paths.resolve('~/runs', '--workdir')) == f'{tmp_path}/runs'
   with pytest.raises(UserError, match=r'--workdir=~nobody9/runs: the home folder of ~nobody9 is unknown'):
@@ -27,13 +27,13 @@ def test_unknown_schemes_are_refused_in_one_line(text):
 
 
 @pytest.mark.parametrize('scheme', paths.BUCKETS)
-def test_a_bucket_without_its_package_names_what_to_install(monkeypatch, scheme):
+def test_the_error_for_a_bucket_names_the_package_to_install(monkeypatch, scheme):
   monkeypatch.setattr(paths, '_installed', lambda package: False)
   with pytest.raises(UserError, match=rf'--workdir={scheme}://b/x: reading {scheme}:// needs .*pip install'):
     paths.resolve(f'{scheme}://b/x', '--workdir')
 
 
-def test_a_name_with_brackets_is_no_pattern(tmp_path):
+def test_brackets_in_a_folder_name_are_not_read_as_a_glob_pattern(tmp_path):
   for folder in ('z1', 'z[1]'):
     (tmp_path / folder).mkdir()
     (tmp_path / folder / f'events.{folder}').write_text('')

@@ -165,7 +165,7 @@ def start(arguments, cache, *, module: str = 'ilm_jax.main', before: str = '', *
 
 
 def run(arguments, cache, *, text: str | None = None, **options) -> tuple[int, str, str]:
-  """Run `python -m MODULE ARGUMENTS` as `start` does; return (exit code, standard output, standard error)."""
+  """Run `python -m MODULE ARGUMENTS` to its end; return (exit code, standard output, standard error)."""
   process = start(arguments, cache, stdin=subprocess.PIPE, **options)
   out, err = process.communicate(text, timeout=300)
   return process.returncode, out, err
@@ -290,7 +290,7 @@ class Commands:
     return Command(self, int(pid), *files[1:])
 
   def __call__(self, module: str, arguments, **options) -> tuple[int, str, str]:
-    """Run a command as `start` does until it ends; return (exit code, standard output, standard error)."""
+    """Run a command to its end; return (exit code, standard output, standard error)."""
     command = self.start(module, arguments, **options)
     return command.wait(), command.out.read_text(), command.err.read_text()
 
@@ -309,7 +309,7 @@ LOOP_SETTINGS = (
 
 @contextlib.contextmanager
 def shared_programs():
-  """Context manager: runs of `loop.train` in this process with equal settings share their compiled programs."""
+  """Context manager: let runs of `loop.train` with equal settings share compiled programs."""
   from ilm_jax.training import loop
 
   made, real = {}, {name: getattr(loop, name) for name in ('compile_step', 'init_state', 'make_evaluator')}

@@ -15,7 +15,7 @@ def mix(x):
 
 
 def table(tokens_BxL, length_B, xp, *, vocab=9, scale=64, stop_shift=6.0):
-  """Return hashed (logits_BxLxV, stop_BxSx2): integers over powers of two, which float32 represents exactly.
+  """Return (logits_BxLxV, stop_BxSx2), hashed from the tokens to values that float32 represents exactly.
 
   Args:
     tokens_BxL: token ids.
@@ -39,7 +39,7 @@ def table(tokens_BxL, length_B, xp, *, vocab=9, scale=64, stop_shift=6.0):
 
 
 class Forward:
-  """The table as the `forward` argument of a sampler; its key/value cache holds the tokens themselves."""
+  """Fake model that returns the logits of `table` to a sampler; its key/value cache holds the token ids."""
 
   def __init__(self, **settings):
     self.settings = settings

@@ -1,4 +1,4 @@
-"""`ilm_jax.main`, but it saves each training batch in the folder $SEEN, and hangs after step $HOLD until killed."""
+"""Variant of `ilm_jax.main` that saves each training batch in folder $SEEN and hangs after step $HOLD until killed."""
 
 import os
 import pathlib

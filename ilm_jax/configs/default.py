@@ -1,6 +1,6 @@
 """The settings that every config shares, with the defaults of arXiv 2505.05755.
 
-A comment that begins with families (ilm, arm, it, mdm) marks a setting that only these families use.
+A comment that begins with model families (ILM, ARM, IT, MDM) marks a setting that only these families use.
 """
 
 import ml_collections
@@ -25,28 +25,28 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.final_norm = True  # LayerNorm before the output embedding; the authors' ILM runs have none
   config.model.dropout = config.model.attention_dropout = 0.1
   config.model.compute = 'mixed'  # mixed (matrix products in bfloat16, all else in float32), float32 or bfloat16
-  config.model.scan_layers = False  # scan over the layers: faster compilation, but a copy of their parameters
+  config.model.scan_layers = False  # apply the layers by lax.scan: compiles faster, but copies their parameters
   config.model.remat = False  # rematerialization: recompute each block in the backward pass to save memory
   config.model.init = 'normal'  # initial embeddings: normal, from N(0, 0.02), or reference, from N(0, 1)
-  config.model.open_gap_embedding = False  # ilm, it: embed whether a gap accepts insertions; needs close_prompt
-  config.model.conditioning = placeholder(str)  # mdm: condition on the noise level by adaln (default), or none
-  config.model.d_cond = placeholder(int)  # mdm: width of the noise level embedding; 128 by default
-  config.model.residual = placeholder(str)  # mdm: attention's skip connection: input, or modulated (authors' code)
+  config.model.open_gap_embedding = False  # ILM, IT: embed whether a gap accepts insertions; needs close_prompt
+  config.model.conditioning = placeholder(str)  # MDM: conditioning on the noise level: adaln (the default) or none
+  config.model.d_cond = placeholder(int)  # MDM: width of the noise level embedding; 128 by default
+  config.model.residual = placeholder(str)  # MDM: attention's output is added to: input, or modulated (after adaLN)
 
-  config.corrupt.close_prompt = False  # ilm, it: exclude gaps within the prompt from the training softmax
-  config.corrupt.infill_rate = 0.0  # ilm, it: fraction of examples trained as infilling, with 1 to 3 gaps to fill
-  config.corrupt.fim_rate = 0.0  # arm: fraction of examples rearranged for fill-in-the-middle
-  config.corrupt.eos_weight = 1.0  # it: loss weight of [EOS], the target of a gap that misses no token
-  config.corrupt.length = 0  # mdm: pad examples to this length and train to predict the [PAD]s; 0: no padding
-  config.corrupt.noise_eps = 1e-3  # mdm: fraction of tokens that stay unmasked at the end of the noise schedule
+  config.corrupt.close_prompt = False  # ILM, IT: exclude gaps within the prompt from the training softmax
+  config.corrupt.infill_rate = 0.0  # ILM, IT: fraction of examples turned into infilling examples with 1 to 3 gaps
+  config.corrupt.fim_rate = 0.0  # ARM: fraction of examples rearranged for fill-in-the-middle
+  config.corrupt.eos_weight = 1.0  # IT: loss weight of [EOS], the target of a gap with no missing tokens
+  config.corrupt.length = 0  # MDM: pad examples to this length and train to predict the [PAD]s; 0: no padding
+  config.corrupt.noise_eps = 1e-3  # MDM: fraction of tokens that stay unmasked at the end of the noise schedule
 
-  config.loss.stop_weight = 1.0  # ilm: weight of the stop head's loss
-  config.loss.length_weight = 'none'  # ilm: none (as in the paper), or elbo: minimize an upper bound on the NLL
-  config.loss.mdm = 'mean_masked'  # mdm: mean_masked (weighted mean over masked tokens, as the authors), or nelbo
+  config.loss.stop_weight = 1.0  # ILM: weight of the stop head's loss
+  config.loss.length_weight = 'none'  # ILM: none (as in the paper), or elbo: minimize an upper bound on the NLL
+  config.loss.mdm = 'mean_masked'  # MDM: mean_masked (weighted mean over masked tokens, as the authors) or nelbo
   config.loss.vocab_chunk = 2048  # vocabulary entries per chunk of the chunked softmax
 
   config.data.batch_size = 64  # examples per training step
-  config.data.groups = 1  # groups of a batch's examples that are packed separately; each process reads whole groups
+  config.data.groups = 1  # number of groups per batch that are packed separately; each process reads whole groups
   config.data.rows = 64  # packed rows per training step
   config.data.row_length = 128  # tokens per row
   config.data.targets = 0  # maximum loss targets (dropped tokens) per row; 0: twice row_length
@@ -69,25 +69,25 @@ def get_config() -> ml_collections.ConfigDict:
   config.distributed.initialization_timeout = 300  # seconds to wait for all processes of a run at the start
   config.distributed.heartbeat_timeout = 30  # seconds without a heartbeat after which a process counts as lost
 
-  config.sampling.max_length = 128  # tokens of prompt and completion together
+  config.sampling.max_length = 128  # maximum number of tokens of prompt and completion together
   config.sampling.max_steps = placeholder(int)  # maximum decoding steps; by default limited only by max_length
-  config.sampling.stop_threshold = 0.9  # ilm: stop when p(stop) exceeds this; 0: stop with probability p(stop)
-  config.sampling.stop_temperature = 1.0  # ilm: temperature of the stop head
-  config.sampling.end_threshold = 0.9  # it: finish a gap when p([EOS]) exceeds this; 0: when [EOS] is the argmax
-  config.sampling.parallel = False  # it: insert into all unfinished gaps in each decoding step
-  config.sampling.gaps = 1  # ilm: insertions per decoding step, into the most probable gaps; 0: all gaps
-  config.sampling.gap_threshold = 0.0  # ilm: with gaps != 1, skip gaps less probable than this fraction of the best
-  config.sampling.force_first = False  # ilm: insert at least one token before stopping
-  config.sampling.bytes = False  # generate tokens that are only a part of a character, whose text may hold U+FFFD
-  config.sampling.gap = rule(temperature=0.0)  # ilm: sampling rule for the gap to insert into
-  config.sampling.token = rule(temperature=0.0)  # sampling rule for the token
-  config.sampling.two_stage = True  # ilm: sample the gap, then the token; False: sample (gap, token) pairs by `joint`
-  config.sampling.joint = rule()  # ilm: sampling rule for (gap, token) pairs if two_stage is False
-  config.sampling.order = 'ancestral'  # mdm: ancestral, or most confident first: top_probability, margin, entropy
-  config.sampling.length = 'predicted'  # mdm: predicted (sample [PAD]s up to max_length), or given with each prompt
+  config.sampling.stop_threshold = 0.9  # ILM: stop when p(stop) exceeds this; 0: stop with probability p(stop)
+  config.sampling.stop_temperature = 1.0  # ILM: temperature of the stop head
+  config.sampling.end_threshold = 0.9  # IT: finish a gap when p([EOS]) exceeds this; 0: when [EOS] is the argmax
+  config.sampling.parallel = False  # IT: insert into all unfinished gaps in each decoding step
+  config.sampling.gaps = 1  # ILM: insertions per decoding step, into the most probable gaps; 0: all gaps
+  config.sampling.gap_threshold = 0.0  # ILM: with gaps != 1, skip gaps with probability below this times the maximum
+  config.sampling.force_first = False  # ILM: insert at least one token before stopping
+  config.sampling.bytes = False  # allow byte tokens (parts of a character); texts may then contain U+FFFD
+  config.sampling.gap = rule(temperature=0.0)  # ILM: sampling rule for the gap to insert into
+  config.sampling.token = rule(temperature=0.0)  # sampling rule for tokens
+  config.sampling.two_stage = True  # ILM: sample the gap, then the token; False: sample (gap, token) pairs by `joint`
+  config.sampling.joint = rule()  # ILM: sampling rule for (gap, token) pairs if two_stage is False
+  config.sampling.order = 'ancestral'  # MDM: ancestral, or most confident first: top_probability, margin, entropy
+  config.sampling.length = 'predicted'  # MDM: predicted (sample [PAD]s up to max_length), or given with each prompt
   config.sampling.score_draws = 32  # forward passes per example to estimate a bound on its likelihood
 
-  config.eval.every = 1_000  # training steps between validations
+  config.eval.every = 1_000  # training steps between evaluations on the validation split
   config.eval.batch_size = 100  # prompts per sampling batch
   config.eval.metric = 'exact_match'  # validation metric that selects the best checkpoint
   config.eval.mode = 'max'  # whether the best metric is the largest (max) or the smallest (min)
@@ -96,7 +96,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.eval.print_samples = 3  # completions to print at each evaluation
   config.eval.score = 'none'  # likelihood of test answers: none, exact, bound, importance-weighted; '': family default
 
-  config.log_every = 100  # training steps between records of metrics
+  config.log_every = 100  # training steps between two log entries
   config.report_seconds = 20.0  # seconds between progress lines on the console
   config.checkpoint_every = 1_000  # training steps between checkpoints
   config.keep = 2  # number of latest checkpoints to keep, besides the best

@@ -23,7 +23,7 @@ def run(values) -> int:
 
 
 def main(argv=None) -> int:
-  """Run `ilm-jax configs`; returns the exit code."""
+  """Run `ilm-jax configs`; return the exit code."""
   return command(__doc__, lambda values: None, run, argv)
 
 

@@ -1,4 +1,4 @@
-"""One Billion Word benchmark. Variants: full, small.
+"""Config for the One Billion Word benchmark. Variants: full, small.
 
 full    the paper's model (small, 85M parameters in the blocks), batch size (512), learning rate, length (128 tokens)
         and million steps, for a GPU or TPU. The paper uses the vocabulary of bert-base-uncased:
@@ -25,7 +25,7 @@ def get_config(name: str = 'full') -> ml_collections.ConfigDict:
   """Return the config of a variant, one of the keys of VARIANTS."""
   config = text.text_config('lm1b', name, length=128)
   config.task.update(source='lm1b', documents='line', detokenize=True, length=128)
-  # These rows held all examples of 10,000 sampled batches (family=arm needs 136 rows for full, 26 for small).
+  # With these data.rows, packing left out no example of 10,000 batches (family=arm needs 136 for full, 26 for small).
   if name == 'full':
     config.steps = 1_000_000
     config.task.tokenizer.size = 30_000

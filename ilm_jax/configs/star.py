@@ -1,4 +1,4 @@
-"""Star graphs: find the path from source to goal. Variants: tiny, mini, easy, medium, hard.
+"""Config for star graphs: find the path from source to goal. Variants: tiny, mini, easy, medium, hard.
 
 tiny    0.86M parameters, batch 32: on two CPU cores, solves 99.5 to 99.9 % of 1,000 test graphs after 3,500 to 4,000
         steps, 4 minutes (3 seeds, docs/measured.md).
@@ -28,7 +28,7 @@ GRAPHS = {  # (arms, shortest arm, longest arm, minimum nodes after the junction
   'medium': (3, 3, 6, 2, 20, 10),
   'hard': (5, 6, 12, 5, 56, 200),
 }
-BATCH = {  # enough rows to hold all examples of a batch
+BATCH = {  # batch shapes with enough rows for all examples
   'easy': {'rows': 32, 'row_length': 72, 'segments': 2},
   'medium': {'rows': 20, 'row_length': 128, 'segments': 8},
   'hard': {'rows': 16, 'row_length': 512, 'segments': 8},
@@ -45,7 +45,7 @@ def get_config(name: str = 'tiny') -> ml_collections.ConfigDict:
   task.num_train = 50_000  # graphs per epoch; 0: never repeat a graph
   task.num_validation = 100
   task.num_test = 5_000
-  task.seed = 0  # seed of the graphs
+  task.seed = 0  # random seed for generating the graphs
   task.order = 'path'  # order of the answer's edges: path (from source to goal), or oracle (from goal to source)
 
   longest = 2 * task.degree * (task.max_length - 1) + 4 + 2 * (task.max_length - 1)

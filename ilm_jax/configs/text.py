@@ -1,4 +1,4 @@
-"""Your own text: `--config=configs/text.py:small --config.data.path=PATH`. Variants: small, full.
+"""Config for your own text: `--config=configs/text.py:small --config.data.path=PATH`. Variants: small, full.
 
 small   documents of up to 256 tokens, 1.9M parameters, batch 32, for two CPU cores.
 full    documents of up to 1,024 tokens, with the model and learning rate that the paper uses for stories. Not yet
@@ -31,7 +31,7 @@ def get_config(name: str = 'small') -> ml_collections.ConfigDict:
 
 
 def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigDict:
-  """Return variant `name` for the corpus of the file configs/LABEL.py; the full one has `length` tokens an example."""
+  """Return variant `name` of configs/LABEL.py, whose full variant has examples of up to `length` tokens."""
   if name not in VARIANTS:
     raise ValueError(f'configs/{label}.py:{name}: expected one of {", ".join(VARIANTS)} after the colon')
   full = name == 'full'
@@ -44,7 +44,7 @@ def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigD
   task.detokenize = False  # undo the tokenization of the One Billion Word corpus
   task.length = length if full else 256  # maximum tokens of an example, including [CLS] and [BOS]
   task.split_long_documents = False  # split a long document into several examples, instead of truncating it
-  task.num_train = 0  # training examples; 0: all
+  task.num_train = 0  # number of training examples; 0: all
   task.num_validation = task.num_test = 1_000 if full else 200
   task.cache = 'data'  # folder for downloads, prepared text and trained tokenizers; '': a temporary folder
 
@@ -53,18 +53,18 @@ def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigD
   words.lowercase = True  # whether the WordPiece vocabulary at `path` is lower case
   words.size = 10_000 if full else 4_000  # vocabulary size of a trained tokenizer
   words.documents = 500_000 if full else 20_000  # maximum documents to train the tokenizer on
-  words.seed = 0  # seed of the choice of documents that the tokenizer is trained on
+  words.seed = 0  # random seed for choosing the documents to train the tokenizer on
   words.normalization = 'identity'  # Unicode normalization: identity, nfkc, nmt_nfkc, nfkc_cf or nmt_nfkc_cf
-  words.fingerprint = ''  # hash of the tokenizer; set by the run
+  words.fingerprint = ''  # hash of the tokenizer; set when a run starts
 
   config.corrupt.length = config.sampling.max_length = task.get_ref('length')
   config.sampling.token = default.rule(top_p=0.9)
   config.eval.metric, config.eval.mode = 'loss', 'min'
   config.eval.samples = config.eval.batch_size = 16
-  config.eval.perplexity_model = ''  # model that scores test samples: workdir of an ARM run, or hf:NAME
+  config.eval.perplexity_model = ''  # model that scores samples: workdir of an ARM run, or hf:NAME (Hugging Face)
   config.optimizer.warmup_steps = 1_000
-  # These rows held all examples of 10,000 sampled batches, even if every document has the full length. family=arm drops
-  # no tokens and needs almost twice as many.
+  # With these data.rows, packing left out no example of 10,000 batches, even of documents of maximum length. family=arm
+  # drops no tokens and needs almost twice as many rows.
   if full:
     config.steps = 100_000
     config.model.update({'final_norm': False, 'init': 'reference'})  # as in the reference implementation

@@ -1,4 +1,4 @@
-"""TinyStories. Variants: full, small.
+"""Config for TinyStories. Variants: full, small.
 
 full    the paper's model (small, 85M parameters in the blocks), batch size (512), learning rate and length (1,024
         tokens), for a GPU or TPU. The paper uses the vocabulary of bert-base-uncased:
@@ -23,8 +23,8 @@ def get_config(name: str = 'full') -> ml_collections.ConfigDict:
   """Return the config of a variant, one of the keys of VARIANTS."""
   config = text.text_config('tinystories', name, length=1_024)
   config.task.source = 'tinystories'
-  # Stories fill a fifth of 1,024 tokens on average: these rows held all examples of 10,000 sampled batches (family=arm
-  # needs 112 rows for full, 16 for small).
+  # The average story has a fifth of 1,024 tokens. With these data.rows, packing left out no example of 10,000
+  # batches (family=arm needs 112 rows for full, 16 for small).
   if name == 'full':
     config.data.update({'batch_size': 512, 'rows': 64})
   else:

@@ -1,4 +1,4 @@
-"""Zebra puzzles: deduce a table from clues. Variants: small, full.
+"""Config for zebra puzzles: deduce a table from clues. Variants: small, full.
 
 small   3 to 4 houses and attributes, 2.0M parameters, batch 64, for two CPU cores. Generates 21,200 puzzles once, in
         about a minute, and stores them in data/. Not yet trained.
@@ -28,19 +28,19 @@ def get_config(name: str = 'small') -> ml_collections.ConfigDict:
   task.min_houses = task.min_attributes = 3
   task.max_houses = task.max_attributes = 6 if full else 4
   task.order = 'solver'  # order of the answer's cells: solver (as a solver deduces them) or sorted
-  task.num_train = 1_500_000 if full else 20_000  # 0: all puzzles at `path`; without `path`, never repeat a puzzle
+  task.num_train = 1_500_000 if full else 20_000  # training puzzles; 0: all at `path`, or endless ones without `path`
   task.num_validation = 640 if full else 200
   task.num_test = 5_000 if full else 1_000
-  task.seed = 0  # seed of the generated puzzles
-  task.num_workers = 0  # worker processes that generate puzzles; 0: this process
+  task.seed = 0  # random seed for generating the puzzles
+  task.num_workers = 0  # worker processes that generate puzzles; 0: generate in this process
   task.cache = 'data'  # folder for generated puzzles; '': generate on demand, and keep in memory
   task.path = ''  # released puzzles to read: folder with the train and test files, or one file
 
   config.loss.stop_weight = 0.001
   config.model.update({'final_norm': False, 'init': 'reference'})  # as in the reference implementation
   config.optimizer.update(learning_rate=1e-3, warmup_steps=1_000)
-  # The rows (data.rows) below held all examples of 10,000 sampled batches.
-  config.corrupt.length = 460 if full else 240  # mdm: length to which examples are padded
+  # With the numbers of rows set below (data.rows), packing left out no example of 10,000 batches.
+  config.corrupt.length = 460 if full else 240  # MDM: length to which examples are padded
   if full:
     config.steps = 200_000
     config.model.preset = 'tiny2'

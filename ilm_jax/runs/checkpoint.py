@@ -13,20 +13,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import checkpoint_managers as managers
 
 from ilm_jax import paths
 from ilm_jax.distributed import processes
 from ilm_jax.types import UserError
 
 ITEMS = ('params', 'ema_params', 'opt_state')
-TRANSIENT = (  # substrings of read errors that do not mean that the checkpoint is damaged
-  'RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'Input/output error',
-)  # fmt: skip
+# Substrings of read errors that do not mean that the checkpoint is damaged.
+TRANSIENT = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'Input/output error')
 
 
 class ShapeError(UserError):
-  """The arrays of a checkpoint do not have the shapes that the model needs; `difference` has no advice in it."""
+  """Raised if the arrays of a checkpoint do not fit the model; `difference` is the message without the advice."""
 
   def __init__(self, difference: str):
     super().__init__(f'{difference}; use the config it was trained with, or another --workdir')
@@ -34,10 +33,10 @@ class ShapeError(UserError):
 
 
 def folder_of(workdir) -> epath.Path:
-  """Return the absolute path of the checkpoints in a workdir; UserError if Orbax would not find them there again."""
+  """Return the absolute path of the checkpoint folder in a workdir; UserError if Orbax cannot handle the path."""
   folder = paths.resolve(workdir, 'workdir').resolve() / 'checkpoints'  # Orbax accepts absolute paths only
   text = str(folder).encode(errors='replace').decode()  # bytes that are not UTF-8 become question marks
-  if set(text) & set('*?[\\'):  # Orbax reads the first three as a pattern, TensorStore the last one as a slash
+  if set(text) & set('*?[\\'):  # Orbax treats *, ? and [ as a pattern, TensorStore treats \ as /
     raise UserError(
       f'{text}: checkpoints cannot be stored in a folder whose path has a character *, ?, [ or \\, or is not UTF-8: '
       'give another folder'
@@ -63,15 +62,13 @@ class Checkpoints:
     def score(metrics):
       return metrics.get(metric, math.inf if mode == 'min' else -math.inf)
 
-    best = checkpoint_managers.BestN(
-      get_metric_fn=score, reverse=mode == 'min', n=1, keep_checkpoints_without_metrics=False
-    )
+    best = managers.BestN(get_metric_fn=score, reverse=mode == 'min', n=1, keep_checkpoints_without_metrics=False)
     verbosity = logging.get_verbosity()
     if read_only:
       logging.set_verbosity(logging.ERROR)  # hides Orbax's warning about read-only mode
     options = ocp.CheckpointManagerOptions(
       best_fn=score,  # without `best_fn`, Orbax would not write the metrics
-      preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep), best]),
+      preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(keep), best]),
       create=not read_only,
       read_only=read_only,
       lightweight_initialize=read_only,
@@ -127,7 +124,7 @@ class Checkpoints:
     return step
 
   def save(self, step: int, state, metrics: dict | None = None) -> None:
-    """Start to save a training state and its validation metrics; to a saved step, add its metrics if it has none."""
+    """Start saving a training state and its validation metrics; if the step is already saved, add metrics it lacks."""
     if step in self.steps():
       if metrics:
         self._guard(lambda: self._add_metrics(step, metrics))
@@ -154,7 +151,7 @@ class Checkpoints:
 
   def check(self) -> None:
     """Raise UserError if an asynchronous save has failed."""
-    # Orbax's `check_for_errors` would clear the error, and Orbax's finalizing thread would then delete old checkpoints.
+    # Orbax's `check_for_errors` clears the error; a background thread of Orbax would then delete older checkpoints.
     if not self._manager.is_saving_in_progress():
       self.wait()
 
@@ -187,9 +184,9 @@ class Checkpoints:
     return f'the last complete checkpoint is step {steps[-1]}' if steps else 'there is no complete checkpoint yet'
 
   def restore(self, step: int, item: str, abstract):
-    """Read one of ITEMS as arrays with the dtypes and shardings of `abstract`; ShapeError if their shapes differ."""
+    """Read an item, such as 'params', with the dtypes and shardings of `abstract`; ShapeError if its shapes differ."""
     metadata = (self._manager.item_metadata(step) or {}).get(item)
-    if metadata is not None:  # else reading fails below, and reports the reason
+    if metadata is not None:  # without metadata, the read below fails and reports why
       saved, wanted = _shapes(metadata), _shapes(abstract)
       for name, _ in sorted(saved.items() ^ wanted.items()):
         raise ShapeError(
@@ -229,7 +226,7 @@ class Checkpoints:
     return None
 
   def _set_aside(self, step: int, why: str) -> None:
-    """Move a damaged checkpoint to `damaged-checkpoint-STEP` in the workdir: it is neither read again nor deleted."""
+    """Move a damaged checkpoint to `damaged-checkpoint-STEP` in the workdir, where it is never read or deleted."""
     earlier = len(paths.matching(self.folder.parent, f'damaged-checkpoint-{step}*'))
     aside = self.folder.parent / (f'damaged-checkpoint-{step}' + (f'-{earlier + 1}' if earlier else ''))
     logging.warning('moved the damaged checkpoint of step %d to %s (%s)', step, aside, why)
@@ -264,7 +261,7 @@ def reason(error: Exception) -> str:
 
 
 def _shapes(tree) -> dict[str, tuple]:
-  """Return {path: shape} for all arrays of a tree; lists, tuples, dicts and named tuples give the same paths."""
+  """Return {path: shape} of all arrays in a tree; paths do not depend on container types, such as list or tuple."""
   return {
     '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path):
       tuple(getattr(leaf, 'shape', None) or ())

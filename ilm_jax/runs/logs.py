@@ -21,7 +21,7 @@ from ilm_jax import paths
 
 
 def _import_clu():
-  """Import CLU without TensorFlow, if necessary; return its modules (metric_writers, periodic_actions)."""
+  """Import CLU, without TensorFlow if it is not installed; return its modules (metric_writers, periodic_actions)."""
   name = 'clu.metric_writers.summary_writer'
   if importlib.util.find_spec('tensorflow') is None and name not in sys.modules:
     module = types.ModuleType(name)
@@ -64,7 +64,7 @@ class SummaryWriter:
 
 
 def make_writer(workdir, *, silent: bool = False):
-  """Return a CLU metric writer: it writes to the console and, unless `silent`, asynchronously to event files."""
+  """Return a CLU metric writer to the console and, unless `silent`, to event files (asynchronously)."""
   return _import_clu()[0].create_default_writer(None if silent else str(workdir), just_logging=silent)
 
 
@@ -89,12 +89,12 @@ def read_records(path):
 
 
 def event_files(workdir) -> list[epath.Path]:
-  """Return the event files of a run, in the order of its starts."""
+  """Return the event files of a run, oldest first."""
   return paths.matching(workdir, 'events.out.tfevents.*')
 
 
 def forget_after(workdir, step: int, *, validated: bool = True) -> None:
-  """Remove the events that a run will write again when it resumes at `step`: all of them if it starts at step 0.
+  """Remove the events that a run will write again when it resumes at `step`: all events if `step` is 0.
 
   Unless the checkpoint of `step` is `validated` (has validation metrics), the events of its validation are removed too.
   """

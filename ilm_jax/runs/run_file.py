@@ -103,15 +103,12 @@ def commit() -> str:
 
 
 def code() -> dict[str, str]:
-  """Return the commit, a hash of the source files and library versions, which must be equal in all processes."""
+  """Return commit, hash of the source files and library versions, which must be the same in all processes of a run."""
   files = hashlib.sha256()
   for path in sorted(PACKAGE.rglob('*.py')):
     files.update(f'{path.relative_to(PACKAGE)}\n{path.stat().st_size}\n'.encode() + path.read_bytes())
-  return {
-    'commit': commit(),
-    'code': files.hexdigest()[:16],
-    **{name: version(name) for name in (*PACKAGES[1:], 'sentencepiece', 'tokenizers')},
-  }
+  versions = {name: version(name) for name in (*PACKAGES[1:], 'sentencepiece', 'tokenizers')}
+  return {'commit': commit(), 'code': files.hexdigest()[:16], **versions}
 
 
 def version(name: str) -> str:
@@ -160,7 +157,7 @@ def read_run(workdir) -> dict | None:
     return None
   run = parse_run(path.read_text())
   if run is None:
-    logging.warning('ignored %s, which is malformed: not the run.json of a run', path)
+    logging.warning('ignored %s, which is malformed: not a valid run.json', path)
   return run
 
 

@@ -37,16 +37,14 @@ def claim(workdir, cfg):
           probe.write_text('')
           probe.unlink()
         if run_file.read_run(workdir) is None and paths.matching(path / 'checkpoints', '*'):
-          raise UserError(
-            f'{workdir} holds checkpoints but no run.json that says which run they belong to: give another --workdir'
-          )
+          raise UserError(f'{workdir} has checkpoints but no run.json that names their run: give another --workdir')
         check_same_run(workdir, cfg)
     yield
 
 
 @contextlib.contextmanager
 def lock(workdir):
-  """Context manager: lock a local folder against other processes of this machine; raise UserError if one holds it."""
+  """Context manager: lock a local folder against other processes on this machine; UserError if one has locked it."""
   if '://' in str(workdir):
     yield
     return
@@ -79,12 +77,12 @@ def check_same_run(workdir, cfg) -> None:
   if run is None:
     return
   old, new = flatten(run['config']), flatten(as_json(cfg))
-  common = (old.keys() & new.keys()) - set(FREE)  # the run.json of an older run lacks settings that were added since
+  common = (old.keys() & new.keys()) - set(FREE)  # an older run.json lacks settings that were added since
   changed = [key for key in sorted(common) if old[key] != new[key]]
   for key in sorted(changed, key=lambda key: key.split('.')[0] not in IDENTITY):
-    this = f'{workdir} holds a run with {key}={old[key]}, this one has {key}={new[key]}'
+    difference = f'{workdir} holds a run with {key}={old[key]}, this one has {key}={new[key]}'
     if key.split('.')[0] in IDENTITY:
-      raise UserError(f'{this}: give another --workdir (nothing was overwritten)')
+      raise UserError(f'{difference}: give another --workdir (nothing was overwritten)')
     if key == 'optimizer.ema_decay' and not (old[key] and new[key]):
-      raise UserError(f'{this}: a moving average cannot be added or removed during a run; give another --workdir')
+      raise UserError(f'{difference}: a moving average cannot be added or removed during a run; give another --workdir')
     logging.warning('this start of the run changes %s from %s to %s', key, old[key], new[key])

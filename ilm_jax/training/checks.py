@@ -15,7 +15,7 @@ from ilm_jax.runs.run_file import RENAMED, as_json, flatten
 from ilm_jax.tasks import TASKS
 from ilm_jax.types import UserError
 
-# (what is allowed, its test, the settings), for all numbers of a config but those of the sampler: see families.settings
+# (description, predicate, names of settings); the ranges of the sampler's settings are in families.settings.
 RANGES = (
   ('a finite number', math.isfinite, ('stop_at',)),
   ('at least 0 and below 2**32', lambda x: 0 <= x < 2**32, ('seed',)),
@@ -47,9 +47,9 @@ CHOICES = {
   'loss.length_weight': ('none', 'elbo'),
   'eval.mode': ('max', 'min'),
 }
-# Settings that a config may have although `configs.default` does not.
+# Valid settings that `configs.default` does not define.
 OPTIONAL = ('data.path', 'eval.perplexity_model', 'model.rotary_dim', *[f'sampling.{name}' for name in KNOWN])
-MAY_BE_PARTIAL = ('corrupt', 'distributed', 'model', 'sampling')  # sections whose readers have defaults
+MAY_BE_PARTIAL = ('corrupt', 'distributed', 'model', 'sampling')  # sections in which settings may be missing
 FAMILY_SECTIONS = ('corrupt', 'loss', 'model', 'sampling')  # a family outside this package may add settings to these
 
 
@@ -77,7 +77,7 @@ def check_settings(cfg) -> None:
 
 
 def check_names(cfg, names) -> None:
-  """Raise UserError for a setting that does not exist, such as `config.stpes`, or that is missing.
+  """Raise UserError if a setting does not exist, such as `config.stpes`, or if a required setting is missing.
 
   Tasks outside this package may have any settings below `task`; families outside it, any in FAMILY_SECTIONS and any new
   section.
@@ -102,9 +102,7 @@ def check_names(cfg, names) -> None:
     hint = f'did you mean config.{close[0]}?' if close else f'expected one of {", ".join(siblings)}'
     raise UserError(f'config.{name} is not a setting: {hint}')
   for name in sorted(name for name in required - names if name.split('.')[0] not in MAY_BE_PARTIAL):
-    raise UserError(
-      f'config.{name} is missing: start from ilm_jax.configs.default.get_config(), and change single settings'
-    )
+    raise UserError(f'config.{name} is missing: change single settings of ilm_jax.configs.default.get_config()')
 
 
 def check_memory(exp, training: bool) -> None:
@@ -113,10 +111,10 @@ def check_memory(exp, training: bool) -> None:
   width, shape, shards = model.d_model, shape_of(data, groups=1), sharding.num_row_shards(exp.mesh)
   weights = model.num_layers * (4 * width + 2 * model.d_ff) * width + 2 * model.vocab_size * width
   copies = 4 + bool(cfg.optimizer.ema_decay) if training else 1  # weights, gradients, two moments, moving average
-  block_bytes = shape.length * width * (4 if model.compute == 'float32' else 2)  # the input of a block, for one row
+  block_bytes = shape.length * width * (4 if model.compute == 'float32' else 2)  # input of a block, for one packed row
   batch_bytes = shape.rows * (13 * shape.length + 16 * shape.targets + 24 * shape.segments)
   decoded = cfg.eval.batch_size * max(sampling.max_length, sampling.max_steps or 0)
-  device = {  # settings -> bytes on each device
+  device = {  # settings that determine a use of memory -> bytes on each device
     f'model.num_layers={model.num_layers}, d_model={width}, d_ff={model.d_ff}':
       4 * copies * weights / exp.mesh.shape['fsdp'] / exp.mesh.shape['tensor'],
     f'data.rows={shape.rows}, row_length={shape.length}':
@@ -124,17 +122,15 @@ def check_memory(exp, training: bool) -> None:
     f'eval.batch_size={cfg.eval.batch_size}, sampling.max_length={sampling.max_length}, max_steps={sampling.max_steps}':
       16 * decoded / shards,
   }  # fmt: skip
-  host = {  # settings -> bytes on each host
+  host = {  # settings that determine a use of memory -> bytes on each host
     f'data.batch_size={data.batch_size}': training * 500 * data.batch_size / jax.process_count(),
     f'data.prefetch={data.prefetch} batches of data.rows={shape.rows}, row_length={shape.length}, '
-    f'targets={shape.targets}, segments={shape.segments}': training
-    * min(data.prefetch, cfg.steps)
-    * batch_bytes
-    / jax.process_count(),
-  }
+    f'targets={shape.targets}, segments={shape.segments}':
+      training * min(data.prefetch, cfg.steps) * batch_bytes / jax.process_count(),
+  }  # fmt: skip
   first = jax.local_devices()[0]
   limit = (first.memory_stats() or {}).get('bytes_limit')
-  if not limit:  # the devices of a CPU share the memory of the host
+  if not limit:  # CPU devices share the memory of the host
     host |= {name: size * jax.local_device_count() for name, size in device.items()}
   for where, parts, available in (
     (f'each device ({first.device_kind})', device, limit or math.inf), ('this host', host, memory.host_memory())

@@ -43,7 +43,7 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
     tokenizer = task.tokenizer(cfg.task)
     vocab_size, special_ids, byte_ids = tokenizer.vocab_size, tokenizer.special_ids, tokenizer.byte_ids
     source = task.source(cfg.task, 'train') if cfg.loss.length_weight == 'elbo' else None
-    task.source(cfg.task, 'test')  # raises UserError if the data are missing
+    task.source(cfg.task, 'test')  # called for its UserError if the data are missing
   else:
     special_ids, byte_ids, source = tuple(range(len(SPECIAL))), (), None
   family_settings = family.model_settings(cfg)
@@ -66,9 +66,7 @@ def check_choices(cfg, family, task) -> None:
   if cfg.eval.score != 'none':
     family.check_score(cfg.eval.score or None, task.longest_answer(cfg.task))
   if cfg.loss.length_weight not in family.length_weights:
-    raise UserError(
-      f'loss.length_weight={cfg.loss.length_weight} is not supported by family={cfg.family}: leave it out'
-    )
+    raise UserError(f'loss.length_weight={cfg.loss.length_weight} does not apply to family={cfg.family}: leave it out')
   if cfg.eval.metric == 'exact_match' and task.score is None:
     raise UserError(
       f'eval.metric=exact_match: the task {cfg.task.name} has no right answers: use eval.metric=loss and eval.mode=min'
@@ -79,22 +77,17 @@ def check_choices(cfg, family, task) -> None:
 
 def check_model_settings(cfg, family, family_settings: dict, task) -> None:
   """Raise UserError if the config asks for a model input that the family, with its settings, does not provide."""
-  if cfg.model.get('conditioning') not in (None, 'none') and 'conditioning' not in family_settings:
-    raise UserError(
-      f'model.conditioning={cfg.model.conditioning!r}: family={cfg.family} is not conditioned on noise: leave it out'
-    )
+  conditioning = cfg.model.get('conditioning')
+  if conditioning not in (None, 'none') and 'conditioning' not in family_settings:
+    raise UserError(f'model.conditioning={conditioning!r} does not apply to family={cfg.family}: leave it out')
   if not cfg.model.get('open_gap_embedding'):
     return
   if not family.open_gap_embedding:
     raise UserError(f'model.open_gap_embedding=True: family={cfg.family} cannot close gaps to insertions: leave it out')
   if not cfg.corrupt.close_prompt:
-    raise UserError(
-      'model.open_gap_embedding=True needs corrupt.close_prompt=True: sampling inserts nothing into a prompt, so '
-      'training must close the gaps of the prompt too'
-    )
+    raise UserError('model.open_gap_embedding=True needs corrupt.close_prompt=True: sampling never changes prompts')
   if not cfg.corrupt.infill_rate and task.score is None:
-    logging.warning('model.open_gap_embedding=True has no effect with corrupt.infill_rate=0 in training on text: '
-                    'all gaps of a training example accept insertions')  # fmt: skip
+    logging.warning('model.open_gap_embedding=True has no effect in training on text with corrupt.infill_rate=0')
 
 
 def check_batch(cfg, mesh, family, task) -> None:
@@ -107,14 +100,11 @@ def check_batch(cfg, mesh, family, task) -> None:
     raise UserError(f'data.rows={rows} does not divide into optimizer.accumulation_steps={parts} '
                     f'parts: use data.rows={pipeline.nearest_multiples(rows, parts)}')  # fmt: skip
   sharding.check_rows(rows // parts, mesh, 'data.rows / optimizer.accumulation_steps')
-
   length, targets = family.sizes(cfg, task.longest(cfg.task), task.longest_answer(cfg.task))
   if shape.length < length:
     raise UserError(f'data.row_length={shape.length} is shorter than the longest example, {length} tokens: raise it')
   if shape.targets < targets:
-    raise UserError(
-      f'data.targets={shape.targets} is less than the {targets} loss targets of the longest example: raise it'
-    )
+    raise UserError(f'data.targets={shape.targets}: the longest example has {targets} loss targets: raise data.targets')
 
 
 def mean_length_weight(cfg, family, source) -> float:

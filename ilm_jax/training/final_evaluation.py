@@ -35,17 +35,14 @@ def report(exp: Experiment, workdir, saved, step: int, abstract_params, evaluato
     values |= metrics_lib.means(likelihood.pairs())
   scored_texts = score_samples(exp.cfg, scores.samples, evaluator.source('test'))
   if scored_texts:
-    values |= {
-      f'scoring_model_{name}': value for name, value in text_statistics.values(scored_texts['samples']).items()
-    }
-  strings = None
-  if likelihood:
-    strings = {name: getattr(likelihood, f'{name}_N').round(4).tolist() for name in ('nll', 'error', 'tokens')}
+    found = text_statistics.values(scored_texts['samples'])
+    values |= {f'scoring_model_{name}': value for name, value in found.items()}
+  arrays = ('nll', 'error', 'tokens')
   latest = saved.find('latest')
   result = {
     'split': 'test',
     'likelihood': likelihood and likelihood.kind,
-    'strings': strings,
+    'strings': likelihood and {name: getattr(likelihood, f'{name}_N').round(4).tolist() for name in arrays},
     'step': step,
     'finished': latest >= exp.cfg.steps or reached_goal(exp.cfg, saved.metrics(latest)),
     'config': as_json(exp.cfg),
@@ -64,12 +61,12 @@ def report(exp: Experiment, workdir, saved, step: int, abstract_params, evaluato
     if processes.is_first():
       run_file.write_json(epath.Path(workdir) / 'eval.json', result)
   if processes.is_first():
-    print(result_text(exp, workdir, result, scores, scored_texts), flush=True)  # may fail, so eval.json comes first
+    print(result_text(exp, workdir, result, scores, scored_texts), flush=True)  # can fail, so it comes after eval.json
   return FINISHED
 
 
 def result_text(exp: Experiment, workdir, result: dict, scores, scored_texts: dict | None) -> str:
-  """Return the result of `report` and a few sampled completions as text."""
+  """Format the results of an evaluation, with a few sampled completions, as text."""
   step, values = result['step'], result['metrics']
   if 'exact_match' in scores.pairs:
     title = 'Sample answers, one line per decoding step, with the token inserted at that step in brackets'
@@ -89,14 +86,13 @@ def result_text(exp: Experiment, workdir, result: dict, scores, scored_texts: di
 
 
 def score_samples(cfg, samples, source) -> dict | None:
-  """Return the statistics of sampled texts and equally many test texts by `eval.perplexity_model`, or None."""
+  """Return statistics of samples and of as many test texts, scored by `eval.perplexity_model`; None if it is unset."""
   if not cfg.eval.get('perplexity_model', ''):
     return None
   model = scoring_models.get(cfg.eval.perplexity_model)
   columns = {'samples': list(samples), 'test': [source.text(i) for i in range(len(samples))]}
-  statistics = {
-    name: text_statistics.describe(texts, model.nll(texts), seed=cfg.seed) for name, texts in columns.items()
-  }
+  describe = text_statistics.describe
+  statistics = {name: describe(texts, model.nll(texts), seed=cfg.seed) for name, texts in columns.items()}
   notes = [line for name, one in statistics.items() for line in text_statistics.warnings(one, name, model)]
   return {'name': model.name, 'intervals': text_statistics.METHOD, **statistics, 'notes': notes}
 

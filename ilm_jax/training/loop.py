@@ -78,7 +78,7 @@ def build_on_all(cfg, workdir, mode: str) -> tuple[Experiment, epath.Path]:
 
 @contextlib.contextmanager
 def explain_out_of_memory():
-  """Context manager: convert an error of the device or the host about too little memory to a UserError."""
+  """Context manager: convert out-of-memory errors of the device or the host to a UserError."""
   try:
     yield
   except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -92,18 +92,17 @@ def explain_out_of_memory():
 
 def agree_on_checkpoints(found) -> None:
   """Raise PeerLost if the processes see different checkpoints, which a slow network file system can cause."""
-  processes.agree(
-    {'checkpoints': found}, processes.PeerLost, 'not all processes see the same workdir yet: start all of them again'
-  )
+  advice = 'not all processes see the same workdir yet: start all of them again'
+  processes.agree({'checkpoints': found}, processes.PeerLost, advice)
 
 
 def make_evaluator(exp: Experiment) -> evaluate.Evaluator:
-  """Return the evaluator of an experiment."""
+  """Return the evaluator that computes losses and samples answers for an experiment."""
   return evaluate.Evaluator(**exp._asdict())
 
 
 def _train(exp: Experiment, workdir, signals: Signals, evaluator: evaluate.Evaluator) -> int:
-  """Restore or create the training state, run the training loop, evaluate a finished run; return the exit code."""
+  """Restore or create the training state, train and, if the run is finished, evaluate it; return the exit code."""
   cfg = exp.cfg
   tx, schedule = optimizer.make_optimizer(cfg.optimizer, cfg.steps)
   state, abstract = init_state(exp, tx)
@@ -131,7 +130,7 @@ def _train(exp: Experiment, workdir, signals: Signals, evaluator: evaluate.Evalu
     code = loop.run(state, start)
     writer.flush()
   except Exception as error:
-    with contextlib.suppress(Exception):  # the original error is the one to report
+    with contextlib.suppress(Exception):  # report the original error, not a second one
       writer.flush()
     if 'AsyncError' in type(error).__name__:
       raise UserError(
@@ -189,10 +188,8 @@ class Loop:
     if reached_goal(cfg, metrics) or start >= cfg.steps or self.signals.received():
       return self.leave(start)
     self.progress(start)
-    batches = pipeline.train_batches(
-      self.evaluator.source('train'), self.exp.family.corrupt, cfg,
-      start=start, stop=cfg.steps, part=sharding.process_shard(self.exp.mesh),
-    )  # fmt: skip
+    source, part = self.evaluator.source('train'), sharding.process_shard(self.exp.mesh)
+    batches = pipeline.train_batches(source, self.exp.family.corrupt, cfg, start=start, stop=cfg.steps, part=part)
     try:
       for step in range(start + 1, cfg.steps + 1):
         before = time.monotonic()
@@ -229,7 +226,7 @@ class Loop:
     self.saved.wait()
     if self.signals.received():
       done = f'saved at step {step}' if step in self.saved.steps() else 'stopped before the first step'
-      logging.info('%s; the same command continues from there', done)
+      logging.info('%s; run the same command again to continue training', done)
       return self.signals.code
     return FINISHED
 
@@ -249,7 +246,7 @@ class Loop:
       ))  # fmt: skip
 
   def log(self, step: int) -> None:
-    """Write the mean metrics and the rates since the last call to the event files and the console."""
+    """Write the mean metrics and the rates since the last call, both to the event files and to the console."""
     now = time.monotonic()
     seconds = max(now - self.clock_start, 1e-9)
     values = metrics_lib.means(self.sums)
@@ -260,15 +257,14 @@ class Loop:
     values['left_out_examples'] = float(self.sums['left_out_examples'][0])
     values['epoch'] = step * self.cfg.data.batch_size / len(self.evaluator.source('train'))
     self.writer.write_scalars(step, {f'train/{name}': value for name, value in values.items()})
-    logging.info(
-      'step %d  loss %.4f (tokens %.4f, stop %.4f)  %s input tokens/s  %.0f %% waiting for data', step, values['loss'],
-      values.get('token_loss', values['loss']), values.get('stop_loss', 0.0),
-      f'{values["kept_tokens_per_second"]:,.0f}', 100 * values['input_wait'],
-    )  # fmt: skip
+    loss, rate = values['loss'], f'{values["kept_tokens_per_second"]:,.0f}'
+    token_loss, stop_loss = values.get('token_loss', loss), values.get('stop_loss', 0.0)
+    logging.info('step %d  loss %.4f (tokens %.4f, stop %.4f)  %s input tokens/s  %.0f %% waiting for data',
+                 step, loss, token_loss, stop_loss, rate, 100 * values['input_wait'])  # fmt: skip
     self.sums, self.input_wait, self.clock_start = {}, 0.0, now
 
   def evaluate(self, state: TrainState, step: int) -> dict | None:
-    """Evaluate on the validation split with averaged weights, if any; return {metric: mean}, or None after a signal."""
+    """Evaluate on the validation split, with averaged weights if any; return {metric: mean}, or None after a signal."""
     began = time.monotonic()
     params = state.params if state.ema_params is None else state.ema_params
     scores = self.evaluator.sample_answers(params, 'validation', progress=True, interrupted=self.signals.received)

@@ -25,12 +25,11 @@ def make_optimizer(cfg, steps: int) -> tuple[optax.GradientTransformation, optax
   schedule = make_schedule(cfg, steps)
 
   def is_decayed(path, _) -> bool:
-    """Return whether weight decay applies to a parameter: to all but biases and norm parameters."""
+    """Return whether weight decay applies to a parameter; biases and norm parameters are excluded."""
     names = jax.tree_util.keystr(path)
     return 'bias' not in names and 'norm' not in names
 
   mask = functools.partial(jax.tree_util.tree_map_with_path, is_decayed)
-
   adamw = optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=mask)
   clip = optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity()
   return optax.chain(clip, adamw), schedule

@@ -21,7 +21,7 @@ class Signals:
   """
 
   def __init__(self, saving: bool = True):
-    """Choose the signals to handle: none with several processes, unless the caller is `saving` checkpoints."""
+    """Choose the signals to handle; with several processes, none unless the command is `saving` checkpoints."""
     self._handled = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,) if saving else ()
     if threading.current_thread() is not threading.main_thread():
       self._handled = ()  # Python delivers signals to the main thread only
@@ -40,7 +40,7 @@ class Signals:
       signal.signal(number, handler)
 
   def _receive(self, number, _):
-    """Record a signal; raise KeyboardInterrupt or SystemExit if the process ends at once."""
+    """Record a signal; raise KeyboardInterrupt or SystemExit if it ends the process at once."""
     previous, self._own_code = self._own_code, PREEMPTED if number == signal.SIGTERM else INTERRUPTED
     if number == signal.SIGINT and (previous == INTERRUPTED or not self.begun):
       raise KeyboardInterrupt

@@ -21,7 +21,7 @@ class TrainState(NamedTuple):
 
 
 def _initializer(exp: Experiment, tx):
-  """Return the function () -> new TrainState, whose parameters are boxed with their logical axis names."""
+  """Return a function that creates a training state whose parameters are boxed with their logical axis names."""
 
   def initialize():
     params = transformer.init(exp.model_cfg, jax.random.fold_in(jax.random.key(exp.cfg.seed), 0x494E4954))
@@ -34,10 +34,8 @@ def _initializer(exp: Experiment, tx):
 def abstract_state(exp: Experiment, tx) -> TrainState:
   """Return the shapes, dtypes and shardings of a training state, without computing its values."""
   boxed = jax.eval_shape(_initializer(exp, tx))
-  shardings = sharding.state_shardings(boxed, exp.mesh)
-  return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), transformer.unbox(boxed), shardings
-  )
+  shapes, shardings = transformer.unbox(boxed), sharding.state_shardings(boxed, exp.mesh)
+  return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings)
 
 
 def init_state(exp: Experiment, tx) -> tuple[TrainState, TrainState]:
@@ -58,14 +56,11 @@ def make_step(exp: Experiment, tx, schedule):
   has_dropout = exp.model_cfg.dropout > 0 or exp.model_cfg.attention_dropout > 0
 
   def total_loss(params, batch, rng):
-    outputs = transformer.apply_batch(exp.model_cfg, params, batch, rng=rng)
+    outputs = transformer.apply_batch(exp.model_cfg, params, batch, rng=rng if has_dropout else None)
     pairs = exp.family.loss(outputs, batch, exp.loss_cfg)
     return pairs['loss'][0], pairs
 
-  gradient = jax.grad(total_loss, has_aux=True)
-
-  def whole(params, batch, rng):
-    return gradient(params, batch, rng if has_dropout else None)
+  whole = jax.grad(total_loss, has_aux=True)
 
   def accumulated(params, batch, rng):
     # Row r goes to microbatch r % microbatches, so that each row stays on its device.
@@ -115,7 +110,7 @@ def packing_metrics(batch, batch_size: int) -> dict:
 
 
 def compile_step(exp: Experiment, tx, schedule, abstract: TrainState):
-  """Return the jitted training step on the experiment's mesh; it donates its input state, which it overwrites."""
+  """Return the jitted training step on the experiment's mesh; its output reuses the memory of the input state."""
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return jax.jit(
     sharding.with_mesh(exp.mesh)(make_step(exp, tx, schedule)),

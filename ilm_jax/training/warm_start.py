@@ -38,7 +38,7 @@ def load_weights(cfg, abstract_params):
 
 
 def warm_start(cfg, state: TrainState, abstract: TrainState) -> TrainState:
-  """Return a new state with the weights of the run `cfg.init_from`, with which the moving average starts, too."""
+  """Return the state with its parameters and moving average set to the weights of the run `cfg.init_from`."""
   step, params = load_weights(cfg, abstract.params)
   logging.info('starting from the weights of step %d of %s', step, cfg.init_from)
   ema = None if state.ema_params is None else jax.tree.map(jnp.copy, params)

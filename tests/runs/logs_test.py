@@ -1,4 +1,4 @@
-"""Event files: only those in the folder itself are read and deleted, whatever characters its name has."""
+"""Event files are read and deleted only in the given folder, even if its name looks like a glob pattern."""
 
 import pytest
 

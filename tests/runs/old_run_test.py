@@ -22,7 +22,7 @@ def workdir(tmp_path):
   return tmp_path / 'old_run'
 
 
-def test_settings_of_an_old_run_get_their_new_names(workdir):
+def test_renamed_settings_of_an_old_run_get_their_new_names(workdir):
   raw = json.loads((workdir / 'run.json').read_text())['config']
   assert raw['hosts']['heartbeat_seconds'] == 20 and raw['eval']['show'] == 2
   config = run_file.read_config(workdir)

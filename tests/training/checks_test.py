@@ -20,16 +20,14 @@ def refused(cfg, message: str) -> None:
 
 
 def extended(settings) -> ConfigDict:
-  """Return the config of the small run with further settings, which need not exist."""
+  """Return the config of the small run with more settings, valid or not."""
   return ConfigDict(unflatten({**flatten(as_json(small.config())), **settings}))
 
 
 def numbers(cfg) -> dict:
   """Return the settings of a config that are numbers, except those of its task."""
   values = {name: value for name, value in flatten(as_json(cfg)).items() if not name.startswith('task.')}
-  return {
-    name: value for name, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)
-  }
+  return {name: value for name, value in values.items() if type(value) in (int, float)}
 
 
 def test_every_number_of_the_packaged_configs_has_a_range_that_its_value_meets():
@@ -74,7 +72,7 @@ def test_a_number_out_of_its_range_is_refused(name, value, allowed):
   refused(small.config({name: value}), f'{name}={value}: expected {allowed}')
 
 
-def test_a_text_in_place_of_a_number_is_refused():
+def test_a_string_in_place_of_a_number_is_refused():
   cfg = small.config()
   with cfg.ignore_type():
     cfg.optimizer.learning_rate = '1e-3'
@@ -112,7 +110,7 @@ def test_a_section_that_a_config_file_replaces_must_be_complete():
   cfg = small.config()
   with cfg.unlocked():
     cfg.mesh = ConfigDict({'data': 1, 'fsdp': 1})
-  advice = 'start from ilm_jax.configs.default.get_config(), and change single settings'
+  advice = 'change single settings of ilm_jax.configs.default.get_config()'
   refused(cfg, f'config.mesh.tensor is missing: {advice}')
   cfg = small.config()
   with cfg.unlocked():
@@ -126,18 +124,18 @@ def test_a_section_that_a_config_file_replaces_must_be_complete():
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 # Weights of the small run: one block of 4 matrices 16 x 16 and 2 of 16 x 32, and 2 tables of 17 x 16; five copies (the
-# weights, gradients, two moments, average) of 4 bytes a number.
+# weights, gradients, two moments, average) of 4 bytes per number.
 STATE = 5 * 4 * (4 * 16 * 16 + 2 * 16 * 32 + 2 * 17 * 16)
 BLOCKS = 8 * 44 * 16 * 4  # the input of one block: 8 rows of 44 positions, 16 channels of 4 bytes
-SAMPLER = 8 * 22 * 16  # 8 rows of 22 positions: token, order and two probabilities
+SAMPLER = 8 * 22 * 16  # 8 rows of 22 positions: token, order and two probabilities, 4 bytes each
 BATCHES = 2 * 8 * (44 * 13 + 88 * 16 + 3 * 24)  # two batches of 8 rows: 44 positions, 88 targets, 3 segments
 EXAMPLES = 16 * 500
 
 
 @pytest.mark.parametrize('spare', [-1, 0])
-def test_the_memory_of_a_run_is_compared_with_that_of_the_host(spare, monkeypatch):
+def test_a_run_that_needs_more_memory_than_its_host_has_is_refused(spare, monkeypatch):
   exp, *_ = small.uninitialized()
-  on_devices = 8 * (STATE + BLOCKS + SAMPLER)  # a mesh of one device, but the host is assumed to feed eight alike
+  on_devices = 8 * (STATE + BLOCKS + SAMPLER)  # the check counts the same memory for all 8 devices of the host
   monkeypatch.setattr(checks.memory, 'host_memory', lambda: on_devices + BATCHES + EXAMPLES + spare)
   if spare < 0:
     with pytest.raises(UserError, match=r'^model.num_layers=1, d_model=16, d_ff=32: the run needs at least 0.0 GB'):

@@ -133,7 +133,7 @@ def data_file(folder):
   return max((path for path in folder.glob('ocdbt.process_0/d/*')), key=lambda path: path.stat().st_size)
 
 
-def test_kills_signals_damaged_checkpoints_and_a_full_disk_do_not_change_the_weights(tmp_path, commands, abstract):
+def test_kills_signals_damaged_checkpoints_and_a_full_disk_do_not_change_final_weights(tmp_path, commands, abstract):
   undisturbed, workdir = tmp_path / 'undisturbed', tmp_path / 'run'
   finish(commands, undisturbed)
 
@@ -152,23 +152,19 @@ def test_kills_signals_damaged_checkpoints_and_a_full_disk_do_not_change_the_wei
   assert code == 130, err
   assert f'resuming at step {at} of' in err and f'saved at step {max(steps_in(workdir))};' in err
 
-  # Add an incomplete checkpoint, damage the latest one, and simulate a full disk by a limit on file sizes.
+  # Add an incomplete checkpoint, damage the latest one, and simulate a full disk: limit files to less than `_METADATA`.
   earlier, latest = steps_in(workdir)
   folder = workdir / 'checkpoints'
   shutil.copytree(folder / str(latest), folder / f'3{TMP}')
   data_file(folder / str(latest) / 'opt_state').unlink()
-  code, _, err = commands(
-    'ilm_jax.main', small.flags(workdir, RUN), file_limit=14_700
-  )  # below the size of `_METADATA` in opt_state
+  code, _, err = commands('ilm_jax.main', small.flags(workdir, RUN), file_limit=14_700)
   assert code == 1
   progress = r'\d\d:\d\d:\d\d (step|resuming|ilm on|[\d.]+ steps/s)'
   incomplete, damaged, full = (line for line in err.splitlines() if not re.match(progress, line))
   assert 'warning: removed the incomplete checkpoint' in incomplete and f'/3{TMP}' in incomplete
   assert f'warning: moved the damaged checkpoint of step {latest} to' in damaged
-  expected = (
-    rf'error: a checkpoint could not be written to {folder} \(File too large\): the last complete checkpoint is '
-  )
-  assert re.fullmatch(expected + rf'step {earlier}; make room .* start the same command again', full)
+  expected = rf'error: a checkpoint could not be written to {folder} \(File too large\): the last complete checkpoint '
+  assert re.fullmatch(expected + rf'is step {earlier}; make room .* start the same command again', full)
   assert f'resuming at step {earlier} of' in err and steps_in(workdir) == [earlier]
 
   assert f'resuming at step {earlier} of' in finish(commands, workdir)
@@ -220,7 +216,7 @@ def test_an_interrupted_evaluation_is_repeated_on_resume(tmp_path, finished, abs
   cfg, real = small.config(SHORT), evaluate.Evaluator.sample_answers
 
   def train_until(evaluation: int, number) -> int:
-    """Train, with signal `number` at the start of the n-th evaluation (n=`evaluation`); return the exit code."""
+    """Train, sending signal `number` when evaluation 1, 2, ... (`evaluation`) starts; return the exit code."""
     calls = []
 
     def answers(self, *args, **options):
@@ -286,7 +282,7 @@ def test_a_run_in_a_thread_or_with_jax_in_64_bit_mode_ends_with_the_same_weights
 
 
 class Broken(io.StringIO):
-  """A standard output on a full disk."""
+  """Fake standard output on a full disk."""
 
   def write(self, text):
     raise OSError(28, 'No space left on device')
@@ -301,7 +297,7 @@ def test_eval_json_is_written_even_if_standard_output_cannot_be(copy, one_device
 
 
 @pytest.mark.long
-def test_a_run_trains_without_asserts_and_docstrings(tmp_path, monkeypatch):
+def test_a_run_trains_if_python_removes_asserts_and_docstrings(tmp_path, monkeypatch):
   monkeypatch.setenv('PYTHONOPTIMIZE', '2')
   code, out, err = small.run(small.flags(tmp_path / 'run', {'steps': 5}), tmp_path / 'cache')
   assert code == 0 and 'test exact match at step 5' in out, err
@@ -367,7 +363,7 @@ def test_a_checkpoint_with_missing_files_is_moved_away_with_a_warning(lost, copy
 def test_a_run_starts_from_step_0_if_every_checkpoint_is_damaged(copy, abstract):
   for step in steps_in(copy):
     shutil.rmtree(copy / 'checkpoints' / str(step) / 'params')
-  (copy / f'damaged-checkpoint-{max(steps_in(copy))}').mkdir()  # left by an earlier start
+  (copy / f'damaged-checkpoint-{max(steps_in(copy))}').mkdir()  # as left by an earlier start
   assert checkpoint.Checkpoints(copy).restore_latest(abstract) is None
   assert len(list(copy.glob('damaged-checkpoint-*'))) == 3
 
@@ -443,7 +439,7 @@ def test_metrics_written_early_by_process_0_do_not_make_other_processes_skip_a_b
   def barrier(name):
     met.append(name)
     path.parent.mkdir(exist_ok=True)
-    path.write_text('{"exact_match": 0.5}')  # process 0 writes them right after the barrier
+    path.write_text('{"exact_match": 0.5}')  # process 0 writes the metrics right after the barrier
 
   monkeypatch.setattr(checkpoint.processes, 'barrier', barrier)
   monkeypatch.setattr(checkpoint.processes, 'is_first', lambda: False)
@@ -481,7 +477,7 @@ def state_of(*arrays):
 def test_training_steps_during_a_save_do_not_change_the_saved_state(axes, tmp_path):
   mesh = small.mesh(**axes)
   spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('fsdp', 'tensor'))
-  noise = np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32)  # noise is slow to compress
+  noise = np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32)  # noise takes long to compress
   arrays = [jax.device_put(noise + i, spec) for i in range(6)]
   state = state_of(*arrays, jax.device_put(noise, sharding.replicated(mesh)))[1:3]
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -500,7 +496,7 @@ def test_training_steps_during_a_save_do_not_change_the_saved_state(axes, tmp_pa
     saved.wait()
     for name, shapes, written in zip(('params', 'opt_state'), abstract, expected, strict=True):
       small.assert_same_bits(saved.restore(attempt, name, shapes), written)
-    np.testing.assert_allclose(trees[0]['w1'], 8 * expected[0]['w1'] + 7, rtol=1e-5, atol=1e-5)  # three steps ran
+    np.testing.assert_allclose(trees[0]['w1'], 8 * expected[0]['w1'] + 7, rtol=1e-5, atol=1e-5)  # after three steps
     if in_time:
       break
   else:

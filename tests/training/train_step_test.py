@@ -1,4 +1,4 @@
-"""The training step and the optimizer, against stored numbers and simple formulas, on one device and on meshes."""
+"""Tests of training step and optimizer against stored numbers and simple formulas, on one device and on meshes."""
 
 import functools
 
@@ -14,7 +14,7 @@ from ilm_jax.distributed import sharding
 from ilm_jax.inference import continuous_batching, static_batching
 from ilm_jax.training import experiment, loop, optimizer, train_step
 
-SHARED = {'task.num_nodes': 25, 'model.num_heads': 4, 'optimizer.ema_decay': 0.24}  # sizes divisible by 8 devices
+SHARED = {'task.num_nodes': 25, 'model.num_heads': 4, 'optimizer.ema_decay': 0.24}  # these sizes divide over 8 devices
 
 
 @pytest.fixture(scope='module')
@@ -53,7 +53,7 @@ class Steps:
 
 
 def frozen(items) -> tuple:
-  """Convert a dictionary to a tuple of items, which can be a cache key."""
+  """Convert a dictionary to a tuple of items, which is hashable."""
   return tuple(dict(items).items())
 
 
@@ -232,7 +232,7 @@ MESHES = [
 
 
 def spell(axes) -> str:
-  """Format a mesh as the id of a test case, such as fsdp=2,tensor=4."""
+  """Format the axes of a mesh as the id of a test case, such as fsdp=2,tensor=4."""
   return ','.join(f'{name}={size}' for name, size in axes.items())
 
 
@@ -283,7 +283,7 @@ def test_state_and_batch_are_sharded_by_their_logical_axes(axes):
       assert {shard.data.shape for shard in array.addressable_shards} == {expected(name, array.shape)}, name
       assert len(array.sharding.device_set) == 8, name
       arrays += array.ndim > 0
-    assert arrays == 4 * 23  # 23 each of parameters, two Adam moments, average
+    assert arrays == 4 * 23  # 23 arrays each of parameters, two Adam moments and the moving average
   for name, array in sharding.put_global_batch(batch, made.exp.mesh).items():
     shape = (8 // (data * fsdp), *batch[name].shape[1:])
     assert {shard.data.shape for shard in array.addressable_shards} == {shape}, name
