@@ -151,7 +151,7 @@ def test_convert_check_fails_if_one_reference_number_is_wrong(tmp_path, capsys):
   ('dropped', 'message'),
   [
     ('grad/', 'arm.npz holds no gradients'),
-    ('target_ids', 'arm.npz is no file of reference numbers'),
+    ('target_ids', 'arm.npz does not hold the expected arrays'),
     ('', 'cannot be'),
   ],
 )

@@ -249,7 +249,7 @@ EXPECTED_JSON = r'line 1: expected JSON with either "prompt" \(a text\) or "infi
     (['--workdir=runs/none', '--prompt=x'], '', 'runs/none: expected the workdir of a run, .* run.json'),
     (['--prompt=1,2|2,11/1,3'], '', r"prompt 1: unknown token '11': expected one of 0 ... 9 \(10 words\)"),
     (['--prompt=1,2/1,2', '--prompt=1,2|2/1,3'], '', r"prompt 2: .*'1,2\|2/1,3': expected"),
-    ([f'--prompt={LONG}'], '', r'prompt 1 is too long: 22 tokens leave no room .*sampling.max_length=20; shorten it'),
+    ([f'--prompt={LONG}'], '', r'prompt 1: 22 tokens leave no room .*sampling.max_length=20: shorten the prompt'),
     (['--prompt=1,2/1,2', '--infill=a ___'], '', '--prompt and --infill: expected one of them, got both'),
     (['--prompt=1,2/1,2', '--most=3'], '', '--least and --most apply only to gaps: use them with --infill'),
     (['--prompts=none.txt'], '', '--prompts=none.txt: No such file'),

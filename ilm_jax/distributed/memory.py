@@ -1,4 +1,4 @@
-"""The memory of devices and of this host, for checks before anything is allocated."""
+"""Memory sizes of devices and of this host, by which settings are checked before anything is allocated."""
 
 import contextlib
 import os
@@ -8,12 +8,12 @@ import jax
 
 
 def device_memory() -> float:
-  """Return the bytes of memory of a device; for a CPU, those of the host."""
+  """Return the memory of one device in bytes; the memory of the host if the device is a CPU."""
   return (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit') or host_memory()
 
 
 def host_memory() -> float:
-  """Return the bytes of memory that this process may use: those of the machine, or the limit of its control group."""
+  """Return the bytes of memory that this process may use: the machine's memory, or a lower limit of its cgroup."""
   sizes = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
   for name in ('memory.max', 'memory/memory.limit_in_bytes'):
     with contextlib.suppress(OSError, ValueError):

@@ -25,8 +25,8 @@ from ilm_jax.console import exit_code, fail
 from ilm_jax.types import UserError
 
 FILE_TIMEOUT = 60  # seconds to wait until a file that process 0 writes is visible to all processes
-PEER_LOST = 134  # exit code after losing contact with another process, the same as when the JAX runtime aborts
-# Parts of the JAX runtime's error messages after losing contact with another process.
+PEER_LOST = 134  # exit code after losing contact with another process: 128 + SIGABRT, as if JAX had aborted
+# Lower-case parts of JAX's error messages that indicate lost contact with another process.
 PEER_LOST_SIGNS = ('closed by peer', 'remote process exited', 'reset by peer', 'heartbeat', 'coordination service',
                    'tasks are unhealthy')  # fmt: skip
 FLAGS = ('coordinator', 'num_processes', 'process_id')
@@ -35,7 +35,7 @@ PROCESS_COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')  # set by Slur
 
 
 class PeerLost(UserError):
-  """Another process did not start, died, or sees different files; starting all processes again may succeed."""
+  """Error: another process did not start, died, or sees different files; starting all processes again may help."""
 
   code = PEER_LOST
 
@@ -111,17 +111,17 @@ def start(
         'does not set one): give --coordinator=HOST:PORT, --num_processes and --process_id'
       ) from None
     return  # the environment suggested several processes, but this is the only one
-  except Exception as error:  # the JAX runtime raises its own error types
+  except Exception as error:  # JAX raises various types of error if it cannot connect
     raise PeerLost(f'{timed_out} ({" ".join(str(error).split())[:200]})') from error
   finally:
     timer.cancel()
   if jax.process_index():
     logging.set_verbosity(logging.WARNING)  # only the first process logs progress
-  logging.info('%d processes with %d devices', jax.process_count(), jax.device_count())
+  logging.info('%d processes with %d devices in total', jax.process_count(), jax.device_count())
 
 
 def wait_for_port(address: str, seconds: float) -> None:
-  """Wait until a process listens at HOST:PORT, else raise PeerLost: JAX would abort without a clear message."""
+  """Wait until a process listens at HOST:PORT; raise PeerLost if none does (JAX's own error is unclear)."""
   host, _, port = address.rpartition(':')
   end = time.monotonic() + seconds
   while True:
@@ -148,12 +148,12 @@ def which() -> tuple[int, int]:
 
 
 def digest(value) -> str:
-  """Return a short hash of a value; its repr must be the same on every machine."""
+  """Return a short hash of repr(value), by which processes compare a large value."""
   return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def gather(text: str) -> list[str]:
-  """Return the texts of all processes, in order; every process must call it (a collective operation)."""
+  """Collective operation, which every process must call with a text: return the texts of all processes in order."""
   if jax.process_count() == 1:
     return [text]
   raw = np.frombuffer(text.encode(errors='backslashreplace'), np.uint8)
@@ -164,7 +164,7 @@ def gather(text: str) -> list[str]:
 
 
 def raised_by_all(error: UserError) -> UserError:
-  """Mark an error as one that every process raises, so that each may exit normally; return it."""
+  """Mark and return an error that every process raises, so that no process waits for another one when it exits."""
   error.everywhere = True
   return error
 
@@ -190,7 +190,7 @@ def raise_on_all():
 
 
 def agree(what: dict, error=UserError, advice: str = 'start all with the same command and code') -> None:
-  """Raise an error of class `error` in all processes if a value of `what`, a dict of JSON values, differs between them.
+  """Check that the dict `what` (of JSON values) is equal in all processes; if not, raise `error` in each of them.
 
   `advice` ends the error message: what the user should do.
   """
@@ -233,7 +233,7 @@ def barrier(name: str) -> None:
 
 
 def stop_requested(step: int) -> bool:
-  """Return whether a process has received SIGTERM or a preemption notice, in all processes at the same step.
+  """Return whether any process has received SIGTERM or a preemption notice; the answer is the same in all processes.
 
   Every process must call this once per training step.
   """
@@ -241,7 +241,7 @@ def stop_requested(step: int) -> bool:
 
 
 def is_peer_lost(error: BaseException | None) -> bool:
-  """Return whether a JAX runtime error (or such a cause of a UserError) reports lost contact with another process."""
+  """Return whether an error, or the cause of a UserError, is a JAX error about lost contact with another process."""
   if jax.process_count() == 1:
     return False
   if isinstance(error, UserError):
@@ -250,7 +250,7 @@ def is_peer_lost(error: BaseException | None) -> bool:
 
 
 def _exit(code: int) -> None:
-  """End this process at once; a normal exit would wait for the other processes."""
+  """End this process at once with an exit code; a normal exit would wait for the other processes."""
   lost = exit_code(sys.stdout.flush)
   with contextlib.suppress(OSError):
     sys.stderr.flush()
@@ -258,9 +258,9 @@ def _exit(code: int) -> None:
 
 
 def end_together(call) -> int:
-  """Return call(); if it fails in this process only, end the process at once.
+  """Return call(), which runs a command; if it fails in this process only, end the process at once.
 
-  A normal exit would wait for the other processes, which wait for this one. The JAX runtime ends those.
+  A normal exit would wait for the other processes, which wait for this one. JAX then ends the other processes.
   """
   if jax.process_count() == 1:
     return call()

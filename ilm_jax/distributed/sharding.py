@@ -84,7 +84,7 @@ def on_several_devices() -> bool:
 
 
 def constrain(x, names, whole: str | None = None):
-  """Constrain the sharding of x as in `spec_of`; return x unchanged without a mesh of several devices."""
+  """Shard an array by the logical names of its axes, as `spec_of` says; return it unchanged on a single device."""
   if not on_several_devices():
     return x
   return jax.lax.with_sharding_constraint(x, spec_of(names, x.shape, jax.sharding.get_abstract_mesh(), whole))
@@ -108,7 +108,7 @@ def read_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(cfg, devices=None) -> Mesh:
-  """Build the mesh of data x fsdp x tensor devices from the sizes in the mapping cfg; -1: all remaining devices.
+  """Build the mesh with axes data, fsdp and tensor; `cfg` maps each axis to its size (-1: all remaining devices).
 
   Raises UserError if the sizes do not fit the number of devices or of TPU slices.
   """
@@ -126,8 +126,8 @@ def make_mesh(cfg, devices=None) -> Mesh:
                     f'each size one of {", ".join(map(str, divisors))}, or -1 (all remaining devices)')  # fmt: skip
   slices = slices_of(devices)
   if sizes[0] % len(slices):
-    raise UserError(f'{requested}: the devices are on {len(slices)} slices, between which only mesh.data may go: make '
-                    f'it a multiple of {len(slices)}')  # fmt: skip
+    raise UserError(f'{requested}: the devices are on {len(slices)} TPU slices, and only mesh.data may span slices: '
+                    f'make mesh.data a multiple of {len(slices)}')  # fmt: skip
   slice_shape = (sizes[0] // len(slices), *sizes[1:])
   try:
     parts = [mesh_utils.create_device_mesh(slice_shape, part, allow_split_physical_axes=True) for part in slices]
@@ -148,7 +148,7 @@ def by_host(devices):
 
 
 def slices_of(devices) -> list[list]:
-  """Group devices by TPU slice: fast links (ICI) within a slice, a network (DCN) between slices."""
+  """Group devices by TPU slice: links within a slice (ICI) are faster than the network between slices (DCN)."""
   slices = {}
   for device in devices:
     index = getattr(device, 'slice_index', 0) if device.platform == 'tpu' else 0
@@ -157,30 +157,30 @@ def slices_of(devices) -> list[list]:
 
 
 def check_model(cfg, mesh: Mesh) -> str | None:
-  """Raise UserError if a model's num_heads, d_ff or d_model does not divide over its mesh axis.
+  """Raise UserError if a model's num_heads, d_ff or d_model is not divisible by the size of its mesh axis.
 
-  Return a warning if its vocab_size does not, else None.
+  Return a warning if its vocab_size is not divisible by the mesh, else None.
   """
   for name, axis in (('num_heads', 'tensor'), ('d_ff', 'tensor'), ('d_model', 'fsdp')):
     size, count = getattr(cfg, name), mesh.shape[axis]
     if size % count:
       fits = [n for n in range(1, min(size, mesh.size) + 1) if size % n == 0 and mesh.size % n == 0]
       advice = f'use mesh.{axis}= one of {", ".join(map(str, fits))}, or another model.{name}'
-      raise UserError(f'model.{name}={size} does not divide over mesh.{axis}={count}: {advice}')
+      raise UserError(f'model.{name}={size} is not divisible by mesh.{axis}={count}: {advice}')
   count = math.prod(mesh.shape[axis] for axis in RULES['vocab'])
   if cfg.vocab_size % count == 0:
     return None
   shard = NamedSharding(mesh, spec_of(('vocab',), (cfg.vocab_size,), mesh)).shard_shape((cfg.vocab_size,))
   shards = cfg.vocab_size // shard[0]
   placed = f'cut into {shards}' if shards > 1 else 'whole on each of them'
-  return (f'the vocabulary of {cfg.vocab_size} does not divide over {count} devices (mesh.fsdp x mesh.tensor): the two '
-          f'embedding tables are {placed}')  # fmt: skip
+  return (f'the vocabulary size {cfg.vocab_size} is not divisible by {count} devices (mesh.fsdp x mesh.tensor): '
+          f'the two embedding tables are {placed}')  # fmt: skip
 
 
 def describe_placement(tree) -> list[str]:
-  """Describe the sharding of a training state, with one line for the arrays of the same name in all blocks.
+  """Describe the sharding of a training state; arrays of the same name in all transformer blocks share a line.
 
-  A line gives the number of these arrays, their name, shape and PartitionSpec, and the bytes per device of one array.
+  A line has the number of these arrays, their name, shape and PartitionSpec, and the bytes per device of one array.
   """
   kinds = {}
   for path, array in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -204,16 +204,16 @@ def num_row_shards(mesh: Mesh) -> int:
 
 
 def check_rows(rows: int, mesh: Mesh, name: str) -> None:
-  """Raise UserError if the rows of a batch do not divide over the mesh; `name` is the setting to change."""
+  """Raise UserError if the rows of a batch cannot be split equally over the mesh; `name` is the setting to change."""
   count = num_row_shards(mesh)
   if rows % count:
     below = rows // count * count
     fits = f'{below} or {below + count}' if below else str(count)
-    raise UserError(f'{name}={rows} does not divide over {count} devices (mesh.data x mesh.fsdp): use {fits}')
+    raise UserError(f'{name}={rows} is not divisible by {count} devices (mesh.data x mesh.fsdp): use {fits}')
 
 
 def process_shard(mesh: Mesh) -> tuple[int, int]:
-  """Return (index, count): this process's devices hold part `index` of the `count` equal parts of a batch's rows.
+  """Return (index, count): a batch's rows are split into `count` equal parts, and this process holds part `index`.
 
   Processes that share a group of the tensor axis hold the same rows. Raises UserError if the rows are not contiguous.
   """

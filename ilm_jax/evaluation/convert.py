@@ -28,7 +28,7 @@ LOSS = {'compute': 'float32', 'vocab_chunk': 2048, 'stop_weight': 1.0, 'length_w
 def define(values: flags.FlagValues) -> None:
   """Define the flags of `ilm-jax convert`."""
   flags.DEFINE_string('check', None, 'Folder with outputs of the reference code to compare with.', flag_values=values)
-  flags.DEFINE_string('workdir', None, 'Folder of the run whose weights to export.', flag_values=values)
+  flags.DEFINE_string('workdir', None, 'Folder of the run whose weights are exported.', flag_values=values)
   flags.DEFINE_string('checkpoint', 'best', "Checkpoint to export: 'best', 'latest' or a step.", flag_values=values)
   flags.DEFINE_string('out', None, 'File to write: *.npz or *.safetensors.', flag_values=values)
 
@@ -42,7 +42,7 @@ def relative_error(actual, expected) -> float:
 
 
 def make_batch(numbers, used_BxT, gap_BxT, token_BxT) -> dict:
-  """Return a batch with one example in each row and the loss targets of `used_BxT`: tokens, and where they belong."""
+  """Return a batch with one example per row; its targets are the tokens and gaps for which `used_BxT` is true."""
   rows, length = numbers['input_ids'].shape
   segment_BxL = numbers.get('attention_mask', np.ones((rows, length))).astype(np.int32)
   one = np.ones((rows, 1), np.float32)
@@ -70,7 +70,7 @@ def ilm_batch(numbers) -> dict:
 
 
 def selected_batch(numbers, selected_BxL, target_BxL) -> dict:
-  """Return a batch with one example in each row, which predicts `target_BxL` where `selected_BxL` is true."""
+  """Return a batch with one example per row; its targets are `target_BxL` where `selected_BxL` is true."""
   first_BxL = np.argsort(~selected_BxL, axis=1, kind='stable')  # positions of the targets, then all other positions
   gap_BxT = first_BxL[:, : max(1, int(selected_BxL.sum(1).max()))]
   used_BxT = np.take_along_axis(selected_BxL, gap_BxT, axis=1)
@@ -122,7 +122,7 @@ def compare(name: str, numbers, num_heads: int | None = None) -> dict[str, float
 
 
 def read_num_heads(path) -> int | None:
-  """Return "num_heads" of a config.json; None without the file or the key."""
+  """Return the value of "num_heads" in a config.json; None if the file or the key is missing."""
   if not path.exists():
     return None
   try:
@@ -135,23 +135,22 @@ def read_num_heads(path) -> int | None:
 
 
 def read_numbers(path) -> dict:
-  """Return the arrays of a *.npz file of reference numbers."""
+  """Return the arrays of an *.npz file with outputs of the reference code."""
   try:
     with path.open('rb') as file, np.load(file) as arrays:
       numbers = dict(arrays)
   except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
     kind = type(error).__name__
-    raise UserError(f'{path} cannot be read ({kind}): expected arrays, as np.savez writes them') from None
+    raise UserError(f'{path} cannot be read ({kind}): expected a file written by np.savez') from None
   if not any(key.startswith('grad/') for key in numbers):
     raise UserError(f'{path} holds no gradients: expected arrays named grad/NAME')
   return numbers
 
 
 def check(folder) -> int:
-  """Compare all families in a folder with the reference code, print the errors; return 1 if one is above LIMIT."""
+  """Compare with the outputs of the reference code in a folder; print the errors, return 1 if one is above LIMIT."""
   path = paths.resolve(folder, '--check')
-  files = {name: path / f'{name}.npz' for name in FAMILIES}
-  files = {name: path for name, path in files.items() if path.exists()}
+  files = {name: file for name in FAMILIES if (file := path / f'{name}.npz').exists()}
   if not files:
     raise UserError(f'--check={folder}: expected a folder with ilm.npz, arm.npz or mdm.npz')
   num_heads = read_num_heads(path / 'config.json')
@@ -162,7 +161,7 @@ def check(folder) -> int:
     try:
       errors = compare(name, numbers, num_heads)
     except (KeyError, ValueError) as error:
-      raise UserError(f'{path} is no file of reference numbers: {" ".join(str(error).split())}') from None
+      raise UserError(f'{path} does not hold the expected arrays: {" ".join(str(error).split())}') from None
     grads = {key: value for key, value in errors.items() if key.startswith('grad/')}
     rows = {key: value for key, value in errors.items() if key not in grads}
     largest = max(grads, key=grads.get)

@@ -12,7 +12,6 @@ from ilm_jax.distributed import sharding
 from ilm_jax.evaluation.progress import Progress
 from ilm_jax.inference import static_batching
 from ilm_jax.models import transformer
-from ilm_jax.special_tokens import BOS, CLS
 from ilm_jax.types import Metrics
 
 
@@ -21,7 +20,7 @@ class Scores(NamedTuple):
 
   pairs: Metrics  # {metric: (total, weight)}
   texts: list[str]  # the first `eval.print_samples` answers, formatted for printing
-  order_counts_NxN: np.ndarray = np.zeros((0, 0), int)  # tokens inserted at each [decoding step, answer position]
+  order_counts_NxN: np.ndarray = np.zeros((0, 0), int)  # number of tokens by [decoding step, answer position]
   samples: tuple[str, ...] = ()  # all answers as plain text; empty if the task scores answers as right or wrong
 
 
@@ -30,7 +29,7 @@ class Likelihood(NamedTuple):
 
   kind: str  # 'exact', 'bound' or 'importance-weighted'
   nll_N: np.ndarray
-  error_N: np.ndarray  # standard error of each nll_N; 0 if exact
+  error_N: np.ndarray  # standard error of each NLL in nats; 0 if it is exact
   tokens_N: np.ndarray  # number of tokens of each string, not counting its end
 
   def pairs(self) -> Metrics:
@@ -88,7 +87,7 @@ class Evaluator:
     return functools.reduce(metrics_lib.add, pairs, {})
 
   def likelihood(self, params, split: str, *, interrupted=lambda: False) -> Likelihood | None:
-    """Compute the likelihood of the true answers of a split; return None if `interrupted()` is true before a batch."""
+    """Compute the likelihood of the true answers of a split; return None if `interrupted()` becomes true."""
     source, size, parts = self.source(split), self.cfg.eval.batch_size, []
     progress = Progress(f'{split}: likelihood of answers', len(source))
     for first in range(0, len(source), size):
@@ -96,26 +95,11 @@ class Evaluator:
         return None
       progress.update(first)
       examples = [source[i] for i in range(first, min(first + size, len(source)))]
-      rows = sharding.put_global_batch(self.rows_of(examples, self.rows), self.mesh)
+      length = max(self.sampler.cfg.max_length, *(len(example['tokens']) for example in examples))
+      rows = sharding.put_global_batch(static_batching.pad_examples(examples, self.rows, length), self.mesh)
       rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.cfg.seed), 0x4C4C), first)
       parts.append([array[: len(examples)] for array in jax.device_get(self._score(params, rng, rows))])
     return Likelihood(self._kind, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-
-  def rows_of(self, examples, rows: int) -> dict:
-    """Pad uncorrupted examples to a batch of `rows` rows; unused rows contain only [CLS] and [BOS]."""
-    length = max(self.sampler.cfg.max_length, max(len(example['tokens']) for example in examples))
-    batch = {
-      'tokens_BxL': np.zeros((rows, length), np.int32),
-      'fixed_BxL': np.ones((rows, length), bool),
-      'length_B': np.full(rows, 2, np.int32),
-    }
-    batch['tokens_BxL'][:, :2] = CLS, BOS
-    for row, example in enumerate(examples):
-      n = len(example['tokens'])
-      batch['tokens_BxL'][row, :n] = example['tokens']
-      batch['fixed_BxL'][row, :n] = example['fixed']
-      batch['length_B'][row] = n
-    return batch
 
   def sample_answers(self, params, split: str, *, progress: bool = False, interrupted=lambda: False) -> Scores | None:
     """Sample answers to the prompts of a split (the first `eval.samples` if set); score them if the task has a score.
@@ -140,7 +124,7 @@ class Evaluator:
         'reference_length': (float(len(reference)), 1.0),
         **metrics_lib.order_statistics(steps, task.landmark(row['tokens'], cfg.task)),
       }
-      if task.score:  # for text generation this matrix would be large and uninformative
+      if task.score:  # for generated text, a matrix of order counts would be large and uninformative
         np.add.at(order_counts_NxN, (steps, np.arange(len(steps))), 1)
       else:
         samples.append(task.decode(row['tokens'], cfg.task))

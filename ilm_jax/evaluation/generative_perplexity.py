@@ -124,7 +124,7 @@ def run(values) -> int:
     if out:
       with output.replacing(out, f'--out={values.out}') as file:
         file.write((json.dumps({**header, **text_statistics.plain(result)}, indent=2) + '\n').encode())
-  finally:  # the result is also printed if it cannot be written
+  finally:  # print the result even if the file cannot be written
     print(f'{values.samples}, scored by {model.name}:\n\n{format_result(result)}')
   return 0
 

@@ -64,10 +64,10 @@ def define(values: flags.FlagValues) -> None:
   define_corpus_flags(values, 'validation')
   flags.DEFINE_enum('kind', 'single', ['single', 'multi'], 'Make one gap in each text, or several.', flag_values=values)
   flags.DEFINE_enum('unit', None, ['sentence', 'words'], 'What --kind=single removes from a text.', flag_values=values)
-  flags.DEFINE_float('share', 0.2, 'Fraction of the words of a text to remove.', flag_values=values)
+  flags.DEFINE_float('share', 0.2, 'Fraction of the words of a text that is removed.', flag_values=values)
   flags.DEFINE_integer('count', 500, 'Maximum number of requests.', lower_bound=1, flag_values=values)
   flags.DEFINE_integer('seed', 0, 'Random seed for choosing texts and gaps.', lower_bound=0, flag_values=values)
-  flags.DEFINE_string('tokenizer', None, 'Workdir of a run whose length limit the texts must fit.', flag_values=values)
+  flags.DEFINE_string('tokenizer', None, 'Workdir of a run; texts too long for it are skipped.', flag_values=values)
   flags.DEFINE_bool('lengths', False, 'Add the number of tokens of each gap; needs --tokenizer.', flag_values=values)
   flags.DEFINE_string('out', None, 'JSONL file to write; standard output by default.', flag_values=values)
 
@@ -107,13 +107,11 @@ def remove_word_runs(text: str, rng: np.random.Generator, share: float, gaps: in
   kept = len(spans) - removed
   if kept < max(1, gaps - 1):
     return None
-  # Run i consists of the removed words ends[i]:ends[i+1]; kept_before[i] words that are not removed precede it.
+  # Gap i gets the removed words number ends[i] to ends[i+1] - 1, and follows the first kept_before[i] kept words.
   ends = [0, *sorted(1 + rng.choice(removed - 1, gaps - 1, replace=False)), removed]
   kept_before = sorted(rng.choice(kept + 1, gaps, replace=False))
-  runs = []
-  for before, (start, end) in zip(kept_before, itertools.pairwise(ends), strict=True):
-    runs.append((spans[before + start][0], spans[before + end - 1][1]))
-  return remove_spans(text, runs)
+  runs = zip(kept_before, itertools.pairwise(ends), strict=True)
+  return remove_spans(text, [(spans[before + start][0], spans[before + end - 1][1]) for before, (start, end) in runs])
 
 
 def make_gaps(text: str, rng: np.random.Generator, *, kind: str, unit: str, share: float) -> GappedText | None:
@@ -130,7 +128,7 @@ def make_gaps(text: str, rng: np.random.Generator, *, kind: str, unit: str, shar
 
 
 class RunTokenizer:
-  """The tokenizer of a run on text, and the maximum number of tokens (sampling.max_length) of that run."""
+  """The tokenizer of a run with task.name=text, and the maximum number of tokens (sampling.max_length) of that run."""
 
   def __init__(self, workdir: str):
     try:
@@ -143,10 +141,10 @@ class RunTokenizer:
     self.tokenizer, self.max_length = text_task.tokenizer(cfg.task), cfg.sampling.max_length
 
   def gap_lengths(self, gapped: GappedText) -> list[int] | None:
-    """Return the number of tokens of each gap; None if the text is too long, a gap is empty, or two gaps touch."""
+    """Return the token count of each filling; None if the text is too long, a filling is empty, or two gaps touch."""
     lengths, total = [], 2  # total: tokens of the text, including [CLS] and [BOS]
     for part, filling in zip(gapped.parts, gapped.fillings, strict=False):
-      before_space = part.rstrip(' ')  # the space before a gap is encoded with the filling: most tokens start with it
+      before_space = part.rstrip(' ')  # most tokenizers attach a space to the next token, here the filling
       given = len(self.tokenizer.encode(before_space))
       if lengths and not given:
         return None
@@ -186,7 +184,7 @@ def run(values) -> int:
   if not 0 < values.share < 1:
     raise UserError(f'--share={values.share}: expected a number between 0 and 1')
   if values.lengths and not values.tokenizer:
-    raise UserError('--lengths needs --tokenizer, the workdir of the run whose tokens it counts')
+    raise UserError('--lengths needs --tokenizer: give the workdir of a run, whose tokenizer counts the tokens')
   if values.unit and values.kind == 'multi':
     raise UserError('--unit applies to --kind=single only: the gaps of --kind=multi always remove words')
   out = output.check(values.out, [('--path', values.path)]) if values.out else None

@@ -1,4 +1,4 @@
-"""Result files of commands: their paths are checked before the work starts, and they are written completely or not."""
+"""Result files of commands: check their paths before the work starts, and never leave a partly written file."""
 
 import contextlib
 import os
@@ -10,7 +10,10 @@ from ilm_jax.types import UserError
 
 
 def check(out: str, inputs=()) -> epath.Path:
-  """Return the path of --out=`out`; UserError if it cannot be written, or is an input file (pairs of flag and path)."""
+  """Return the path that --out names; raise UserError if no file can be written there.
+
+  `inputs` are pairs of a flag and the file that the flag names, which --out must not overwrite.
+  """
   path = paths.resolve(out, '--out')
   if path.is_dir():
     raise UserError(f'--out={out} is a folder: expected a file')
@@ -28,10 +31,10 @@ def replacing(path: epath.Path, label: str):
 
   If writing fails, as on a full disk, the old file stays as it is, and a UserError starts with `label`.
   """
-  # Buckets create a file only when it is complete; devices such as /dev/stdout and pipes must not be replaced.
+  # Write directly to buckets, where only complete files appear, and to devices and pipes, which cannot be replaced.
   name = os.fspath(path)
   direct = '://' in name or name.startswith(('/dev/', '/proc/')) or (os.path.exists(name) and not os.path.isfile(name))
-  target = path if direct else epath.Path(os.path.realpath(name))  # a symbolic link stays
+  target = path if direct else epath.Path(os.path.realpath(name))  # replace the file that a symbolic link points to
   part = path if direct else target.parent / f'.{target.name}.{os.getpid()}.part'
   try:
     with part.open('wb') as file:

@@ -27,7 +27,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(arguments: list[str], values, workdirs: list[str]) -> int:
-  """Read the runs, write plots and print the report, which quotes `arguments`, the arguments of this command."""
+  """Read the runs, write plots and print the report, which quotes the command's `arguments`."""
   if not workdirs:
     raise UserError('no runs given: expected the folders of runs, as in `ilm-jax report runs/a runs/b > RESULTS.md`')
   workdirs = [os.fspath(paths.resolve(workdir, 'run')) for workdir in workdirs]

@@ -11,7 +11,7 @@ from ilm_jax.types import UserError
 
 
 def plot(workdir: str) -> None:
-  """Write the plots of a run: validation metrics by step (accuracy.png or loss.png), decoding order (order.png)."""
+  """Write the plots of a run: learning curve (accuracy.png or loss.png) and decoding order (order.png)."""
   try:
     from matplotlib.figure import Figure
   except ImportError:
@@ -26,7 +26,7 @@ def plot(workdir: str) -> None:
 
 
 def plot_learning_curve(figure, scalars: dict, title: str) -> str:
-  """Plot training loss and validation accuracy (validation loss without right answers) by step; return a file name."""
+  """Plot the training loss and the validation accuracy (or loss, if there is none) by step; return a file name."""
   axis = figure.subplots()
   if has_answers := 'validation/exact_match' in scalars:
     for name, color in (('exact_match', '#14609f'), ('token_accuracy', '#3a7d44')):
@@ -50,7 +50,7 @@ def plot_learning_curve(figure, scalars: dict, title: str) -> str:
 
 
 def plot_order(figure, order_places, title: str) -> None:
-  """Plot how often each decoding step inserts at each answer position, given token counts [step, position]."""
+  """Plot at which answer positions each decoding step inserts; `order_places` counts tokens by [step, position]."""
   axis = figure.subplots()
   share = np.array(order_places) / np.maximum(np.sum(order_places, axis=1, keepdims=True), 1)
   image = axis.imshow(share, cmap='Blues', vmin=0, vmax=1, aspect='auto')

@@ -99,7 +99,7 @@ def group(runs: list[Run], mixed_commits: bool) -> list[list[Run]]:
     row.sort(key=lambda run: run.seed)
     for a, b in itertools.pairwise(row):
       if a.seed == b.seed:
-        raise UserError(f'{a.workdir} and {b.workdir} are the same run twice (seed {a.seed}): leave one out')
+        raise UserError(f'{a.workdir} and {b.workdir} have equal settings and the seed {a.seed}: leave one out')
     commits = {commit: run.workdir for run in row for commit in run.commits}
     if 'unknown' in commits and not mixed_commits:
       advice = 'run it in a checkout, or accept it with --mixed_commits'

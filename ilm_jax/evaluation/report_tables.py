@@ -55,7 +55,7 @@ of the decoding steps from 0 (first) to 1 (last).
 
 
 def report(rows: list[Row], command: str, date: str) -> str:
-  """Return the whole report as Markdown; it quotes the `command` and the `date` of its creation."""
+  """Return the whole report as Markdown, which names the `command` that made it and the `date`."""
   names = {name for row in rows for run in row for name in run.pairs}
   sections = (
     (ACCURACY_TEXT, accuracy_cells, [row for row in rows if 'exact_match' in row[0].pairs]),
@@ -80,7 +80,7 @@ def table(rows: list[Row], cells_of) -> list[str]:
 
 
 def accuracy_cells(row: Row) -> dict[str, str]:
-  """Return a row's cells of the accuracy table."""
+  """Return {column: text} for one row of the accuracy table."""
   correct = [run.pairs['exact_match'] for run in row]
   by_seed = [100 * total / weight for total, weight in correct]
   paper = PAPER.get(row[0].label, {}).get(row[0].family)
@@ -95,11 +95,11 @@ def accuracy_cells(row: Row) -> dict[str, str]:
 
 
 def likelihood_cells(row: Row) -> dict[str, str]:
-  """Return a row's cells of the likelihood table."""
+  """Return {column: text} for one row of the likelihood table."""
   for run in row:
     if not run.strings:
       advice = 'evaluate it again with --mode=eval'
-      raise UserError(f'{run.workdir} has no likelihoods, but other runs of its row have them: {advice}')
+      raise UserError(f'{run.workdir} has no likelihoods, but other runs of its table row have them: {advice}')
   nll_SxN = np.array([run.strings['nll'] for run in row])  # S seeds, N strings
   per_string, per_token = nll_intervals(nll_SxN.mean(0), np.array(row[0].strings['tokens']))
   error = np.square([run.strings['error'] for run in row]).sum() ** 0.5 / nll_SxN.size
@@ -114,7 +114,7 @@ def likelihood_cells(row: Row) -> dict[str, str]:
 
 
 def training_cells(row: Row) -> dict[str, str]:
-  """Return a row's cells of the table on training and sampling settings."""
+  """Return {column: text} for one row of the table of training and sampling settings."""
   return {
     'seeds': ', '.join(str(run.seed) for run in row),
     'steps': ', '.join(f'{run.steps:,} of {run.budget:,}' for run in row),
@@ -127,26 +127,26 @@ def training_cells(row: Row) -> dict[str, str]:
 
 
 def order_cells(row: Row) -> dict[str, str]:
-  """Return a row's cells of the decoding-order table."""
+  """Return {column: text} for one row of the decoding-order table."""
   return {name: ratio(row, f'order_{name}', '{:.2f}') for name in ('tau', 'adjacent', 'junction')}
 
 
 def ratio(row: Row, name: str, form: str, scale: float = 1) -> str:
-  """Format scale * (sum of totals) / (sum of weights) of a statistic over a row's runs; a dash without weight."""
+  """Format the mean of a statistic over all examples of a row's runs, times `scale`; a dash if there are none."""
   pairs = [run.pairs[name] for run in row if name in run.pairs]
   total, weight = (sum(pair[i] for pair in pairs) for i in (0, 1))
   return form.format(scale * total / weight) if weight else '–'
 
 
 def pooled(pairs) -> str:
-  """Format the accuracy in % over all (correct, total) pairs, added up, with its 95 % Wilson interval."""
+  """Add up (correct, total) pairs, and format the accuracy in % with its 95 % Wilson interval."""
   total, weight = (sum(column) for column in zip(*pairs, strict=True))
   low, high = metrics.wilson_interval(total, weight)
   return f'{100 * total / weight:.1f} ({100 * low:.1f} – {100 * high:.1f})'
 
 
 def mean_of_seeds(values: list[float]) -> str:
-  """Format the mean of accuracies (%) with its 95 % Student interval, clipped to 0 - 100; a dash if fewer than 3."""
+  """Format the mean of at least 3 accuracies (%) with its 95 % Student interval, clipped to 0 - 100; else a dash."""
   if len(values) < 3:
     return '–'
   from scipy import stats
@@ -157,7 +157,7 @@ def mean_of_seeds(values: list[float]) -> str:
 
 
 def nll_intervals(nll_N, tokens_N) -> tuple[tuple[float, float], tuple[float, float]]:
-  """Return the mean NLL and the half width of its 95 % confidence interval: a pair per string, and a pair per token.
+  """Return two pairs, for the NLL per string and per token: the mean and the half width of its 95 % interval.
 
   `tokens_N` does not count the end token of each string. The mean per token is a ratio of sums; its interval is
   computed by linearization.
@@ -177,7 +177,7 @@ def _duration(seconds: float) -> str:
 
 
 def _plot_links(run: Run) -> str:
-  """Return Markdown links to the plots in the run's folder; brackets, spaces and the like are percent-encoded."""
+  """Return Markdown links to the plots in a run's folder; special characters of paths are percent-encoded."""
   paths = {title: epath.Path(run.workdir) / name for name, title in PLOTS.items()}
   links = [f'[{title}]({urllib.parse.quote(str(path), "/:")})' for title, path in paths.items() if path.exists()]
   return ': ' + ', '.join(links) if links else ''

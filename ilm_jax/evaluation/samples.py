@@ -11,7 +11,7 @@ from ilm_jax.types import UserError
 
 
 class Sample(NamedTuple):
-  """A generated text. The fields `parts` and below are None unless the text answers an infill request."""
+  """A generated text. The fields from `parts` on are None unless the text answers an infill request."""
 
   text: str
   id: int | str | None = None  # id of the request; several samples may answer one request
@@ -78,7 +78,7 @@ def read_samples(path: str) -> list[Sample]:
 
 
 def _add_gaps(sample: Sample, record: dict, where: str) -> Sample:
-  """Add parts, fillings and true text from a JSON record to the sample, an infilled text."""
+  """Return the sample of an infilled text, with the parts, fillings and true text that its JSON record gives."""
   spans, fillings = record.get('spans'), record.get('fillings')
   try:
     bounds = [0, *(bound for start, end in spans for bound in (start, end)), len(sample.text)]
@@ -97,7 +97,7 @@ def _add_gaps(sample: Sample, record: dict, where: str) -> Sample:
 
 
 def _add_truth(sample: Sample, truth: dict, where: str) -> Sample:
-  """Add the true text (key "text"), and the true fillings if there are any (key "fillings"), to a sample."""
+  """Return the sample with the true text, `truth["text"]`, and the true fillings, if `truth` has "fillings"."""
   text, fillings = truth.get('text'), truth.get('fillings')
   if not isinstance(text, str):
     raise UserError(f'{where}: expected the key "truth" with the true text, a string')

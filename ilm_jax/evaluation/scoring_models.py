@@ -82,7 +82,6 @@ class ArmScoringModel(ScoringModel):
     self.lm, self.prefix = lm, np.array([CLS, BOS], np.int32)
     super().__init__(name, lm.sample_cfg.max_length - len(self.prefix), batch_size)
     cfg = lm.sample_cfg._replace(suppressed_tokens=tuple(i for i in lm.sample_cfg.suppressed_tokens if i != UNK))
-
     self.next_losses = jax.jit(
       lambda params, *rows: arm.next_losses(transformer.Forward(lm.model_cfg, params), *rows, cfg)
     )

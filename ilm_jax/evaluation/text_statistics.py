@@ -80,7 +80,7 @@ def distinct(rows: list[list[int]], n: int) -> float | None:
 
 
 def describe(texts: list[str], scored: list[TextNLL], *, seed: int = 0) -> dict:
-  """Compute {name: Estimate} for the statistics in this module's docstring, given the texts and their scores.
+  """Compute {name: Estimate} for the statistics in the module docstring, from texts and their scores.
 
   The result also has three counts: `texts`, `empty` (texts without tokens) and `cut` (texts truncated to the scoring
   model's context).
@@ -110,7 +110,7 @@ def join_parts(parts: list[str]) -> str:
 
 
 def change(requests: list, scored: list[TextNLL], references: list[TextNLL], *, seed: int = 0) -> dict:
-  """Compute by how many % the NLL per token of infilled texts is above that of their reference texts.
+  """Compute how far, in %, the NLL per token of infilled texts is above the NLL per token of their reference texts.
 
   `requests` has the id of the infill request that each text answers: the change is averaged over the answers to a
   request, then over requests. Returns {'change': Estimate, 'left_out': the number of texts that are excluded because

@@ -24,7 +24,7 @@ from ilm_jax.inference.checks import check_memory, check_samples, check_whole, i
 from ilm_jax.models import transformer
 from ilm_jax.runs import checkpoint as checkpoint_lib
 from ilm_jax.runs import run_file
-from ilm_jax.special_tokens import PAD, UNK
+from ilm_jax.special_tokens import UNK
 from ilm_jax.types import UserError, check_seed
 
 
@@ -216,8 +216,7 @@ class LanguageModel:
     `number` is the index of the request, for the messages of UserErrors.
     """
     limit, max_steps = self.sample_cfg.max_length, self.sample_cfg.max_steps
-    name = f'{"text" if isinstance(request, infilling.Gaps) else "prompt"} {number + 1}'
-    with errors_of(name):
+    with errors_of(f'{"text" if isinstance(request, infilling.Gaps) else "prompt"} {number + 1}'):
       if isinstance(request, infilling.Gaps):
         given = infilling.encode(request, self.tokenizer, limit=limit, masks=self.family.fills == 'masks')
         least = sum(request.least)
@@ -225,15 +224,12 @@ class LanguageModel:
           raise UserError(f'the gaps need at least {least} tokens, more than sampling.max_steps={max_steps}')
       elif isinstance(request, str):
         tokens = np.array(self.task.encode_prompt(request, self.cfg.task), np.int32)
+        if (count := len(tokens)) >= limit:
+          problem = f'{count} tokens leave no room for a completion within sampling.max_length={limit}'
+          raise UserError(f'{problem}: shorten the prompt')
         given = {'tokens': tokens, 'open': np.arange(len(tokens)) == len(tokens) - 1}
       else:
         raise UserError(f'expected a text, got {repr(request)[:60]}')
-    if isinstance(request, str) and len(given['tokens']) >= limit:
-      raise UserError(
-        f'{name} is too long: {len(given["tokens"])} tokens leave no room for a completion within '
-        f'sampling.max_length={limit}; shorten it'
-      )
-    with errors_of(name):
       static_batching.check(given, self.family, self.sample_cfg)
     return given
 
@@ -299,7 +295,7 @@ class LanguageModel:
   # --- likelihood -----------------------------------------------------------------------------------------------------
 
   def score(self, texts: list[str], *, kind: str | None = None, seed: int = 0) -> list[TextScore]:
-    """Return the negative log-likelihood of each text of a run on a text corpus, or an upper bound on it.
+    """Return the negative log-likelihood of each text, or an upper bound on it; the run must have task.name=text.
 
     Args:
       texts: whole texts.
@@ -325,21 +321,17 @@ class LanguageModel:
         raise UserError(f'text {number + 1} has {len(row)} tokens, more than sampling.max_length={limit}; shorten it')
     longest = max((len(row) for row in rows), default=2) - 2
     self.family.check_score(kind, longest)
-    # Only the exact likelihood of insertion models uses `longest`, a static argument. Otherwise 0 avoids recompilation.
+    # Only exact likelihoods need `longest`, a static argument of the jitted scorer; 0 avoids recompiling it otherwise.
     options = {'kind': kind, 'longest': longest if kind == 'exact' else 0}
     out, batch_size = [], min(self.batch_size, 16)
     for first in range(0, len(rows), batch_size):
       chunk = rows[first : first + batch_size]
       size = static_batching.buffer_for(max(map(len, chunk)), self.sample_cfg)
-      tokens_BxL, fixed_BxL = np.full((batch_size, size), PAD, np.int32), np.ones((batch_size, size), bool)
-      length_B = np.full(batch_size, 2, np.int32)
-      tokens_BxL[:, :2] = rows[0][:2]  # [CLS] and [BOS], also in padding rows
-      for i, row in enumerate(chunk):
-        tokens_BxL[i, : len(row)], length_B[i] = row, len(row)
-        fixed_BxL[i, 2 : len(row)] = False
+      examples = [{'tokens': row, 'fixed': np.arange(len(row)) < 2} for row in chunk]
+      batch = static_batching.pad_examples(examples, batch_size, size)
       with jax.enable_x64(False):
         rng = jax.random.fold_in(jax.random.key(seed), first)
-        scored = self._scorer(self.params, rng, tokens_BxL, fixed_BxL, length_B, **options)
+        scored = self._scorer(self.params, rng, *batch.values(), **options)
       nll_B, error_B, tokens_B = jax.device_get(scored)
       score_kind = self._score_kinds[kind, options['longest']]
       out += [TextScore(float(nll_B[i]), float(error_B[i]), int(tokens_B[i]), score_kind) for i in range(len(chunk))]
@@ -355,7 +347,7 @@ class LanguageModel:
 
 @contextlib.contextmanager
 def errors_of(name: str):
-  """Prefix the message of a UserError with the name of the request, such as 'prompt 3'."""
+  """Context manager: a UserError raised in the body gets the name of the request, such as 'prompt 3', as prefix."""
   try:
     yield
   except UserError as error:

@@ -8,7 +8,7 @@ from ilm_jax.distributed import memory
 from ilm_jax.families import growing
 from ilm_jax.types import UserError
 
-SAMPLE_BYTES = 1_000  # lower bound of the memory of a sample: its text, its tokens as strings and their probabilities
+SAMPLE_BYTES = 1_000  # lower bound on the memory of a sample's text, token strings and probabilities, in bytes
 
 
 def is_whole(value, least: int, below: float = math.inf) -> bool:
@@ -23,7 +23,7 @@ def check_whole(name: str, value, *, least: int) -> None:
 
 
 def check_memory(cfg, model_cfg, batch_size: int, num_devices: int) -> None:
-  """Raise UserError if a lower bound of the memory of the sampler's rows exceeds that of the devices.
+  """Raise UserError if a lower bound on the memory of a batch of sampled rows exceeds the memory of the devices.
 
   A row has a token and its step for each position, two probabilities for each step, and, in the shortest buffer, at
   least 20 bytes of state and one activation of the transformer for each position.
@@ -34,12 +34,12 @@ def check_memory(cfg, model_cfg, batch_size: int, num_devices: int) -> None:
   if needed > available:
     raise UserError(
       f'batch_size={batch_size} and sampling.max_length={cfg.max_length} need at least {memory.gigabytes(needed)} of '
-      f'memory to decode, more than the {memory.gigabytes(available)} that there are: choose smaller values'
+      f'memory to decode, more than the {memory.gigabytes(available)} available: choose smaller values'
     )
 
 
 def check_samples(count: int, setting: str) -> None:
-  """Raise UserError, which names the setting, if the results of `count` samples exceed the memory of this host."""
+  """Raise UserError if `count` samples exceed the memory of this host; `setting` names the setting to reduce."""
   if count * SAMPLE_BYTES > memory.host_memory():
     raise UserError(
       f'{setting}: {count} samples need at least {memory.gigabytes(count * SAMPLE_BYTES)} of memory, more than the '

@@ -38,7 +38,7 @@ class Pool:
     return [slot for slot, owner in enumerate(self.owner) if owner is None]
 
   def running(self) -> int:
-    """Return the number of rows that are being decoded, not counting parked rows."""
+    """Return the number of rows that are being decoded, without the parked rows, which wait for a longer buffer."""
     return sum(owner is not None for owner in self.owner) - int(self.parked.sum())
 
 
@@ -98,7 +98,7 @@ class ContinuousSampler:
     @functools.partial(jax.jit, donate_argnums=1, **rows_and_replicated)
     @sharding.with_mesh(mesh)
     def advance(params, rows, min_exits):
-      """Decode until `min_exits` rows have finished or are parked; return (rows, (active_B, parked_B))."""
+      """Decode until `min_exits` rows have finished or outgrown their buffer; return (rows, (active_B, parked_B))."""
       step = functools.partial(growth.step, transformer.Forward(model_cfg, params), cfg)
       size, num_active = rows.tokens_BxL.shape[1], rows.active_B.sum()
 
@@ -143,7 +143,7 @@ class ContinuousSampler:
         return
       full = [pool for pool in running if not pool.free()]
       pool = full[-1] if full else running[0]
-      # If no other row can enter this pool any more, it runs until all its rows have finished or are parked.
+      # A pool that no further row can enter runs until all its rows have finished or outgrown their buffers.
       more_shorter = any(other.size < pool.size and other.running() + other.parked.sum() for other in pools)
       more_waiting = any(other.waiting for other in pools if other.size <= pool.size)
       refill = self.refill or max(1, pool.slots // 8)
@@ -176,7 +176,7 @@ class ContinuousSampler:
 
   @jax.enable_x64(False)
   def _promote(self, shorter: Pool, longer: Pool) -> None:
-    """Move parked rows of a pool to free slots of the pool with the next longer buffers."""
+    """Move rows that have outgrown their buffers to free slots of the pool with the next longer buffers."""
     if moves := dict(zip(longer.free(), np.flatnonzero(shorter.parked).tolist(), strict=False)):
       self._move(shorter.rows, longer, moves, shorter.owner)
       for row in moves.values():
@@ -198,7 +198,7 @@ class ContinuousSampler:
 
   @jax.enable_x64(False)
   def _run(self, params, pool: Pool, min_exits: int):
-    """Decode the rows of a pool until `min_exits` of them have finished or are parked; return the finished rows."""
+    """Decode a pool until `min_exits` rows have finished or outgrown their buffers; return the finished rows."""
     pool.rows, flags = self._advance(params, pool.rows, min_exits)
     active_B, parked_B = jax.device_get(flags)
     pool.parked |= parked_B

@@ -14,7 +14,7 @@ from ilm_jax.special_tokens import BOS, CLS, MASK
 from ilm_jax.types import UNLIMITED, UserError
 
 MARKER = '___'
-CONTEXT = 8  # number of tokens to the left of a filling that are decoded together with it
+CONTEXT = 8  # tokens left of a filling that are decoded together with the filling
 
 
 class Gaps(NamedTuple):
@@ -50,9 +50,7 @@ def parse_request(text, *, marker: str = MARKER, least=None, most=None, default_
     if not all(isinstance(part, str) for part in parts):
       raise UserError(f'expected a text, or a list of the parts around its gaps, got {repr(text)[:60]}')
     if len(parts) < 2:
-      raise UserError(
-        f'no gap: expected at least two parts, got {len(parts)} (a gap at either end needs an empty part)'
-      )
+      raise UserError(f'no gap: expected at least two parts, got {len(parts)}; for a gap at an end, add an empty part')
   for i, part in enumerate(parts[1:-1], 1):
     if not part.strip():
       raise UserError(f'gaps {i} and {i + 1} have only whitespace between them: merge them into one gap')
@@ -85,9 +83,7 @@ def encode(gaps: Gaps, tokenizer, *, limit: int, masks: bool = False) -> dict:
   if masks:
     for i, (low, high) in enumerate(zip(gaps.least, gaps.most, strict=True), 1):
       if low != high:
-        raise UserError(
-          f'gap {i}: this model replaces a fixed number of [MASK] tokens: set least and most to the same number'
-        )
+        raise UserError(f'gap {i}: this model replaces a fixed number of [MASK] tokens: set least equal to most')
   tokens, open_at = [CLS, BOS], []  # open_at: for each gap, the position of the last token before the gap
   for i, part in enumerate(gaps.parts[:-1]):
     ids = tokenizer.encode(part.rstrip(' '))
@@ -100,10 +96,8 @@ def encode(gaps: Gaps, tokenizer, *, limit: int, masks: bool = False) -> dict:
   tokens += tokenizer.encode(gaps.parts[-1])
   num_given = len(tokens) - tokens.count(MASK) * masks
   if num_given + sum(gaps.least) > limit or (num_given == limit and not masks):
-    raise UserError(
-      f'{num_given} given tokens and at least {sum(gaps.least)} in the gaps do not fit within '
-      f'sampling.max_length={limit}: shorten the text, or raise the limit'
-    )
+    needed = f'{num_given} given tokens and at least {sum(gaps.least)} in the gaps'
+    raise UserError(f'{needed} do not fit within sampling.max_length={limit}: shorten the text, or raise the limit')
   tokens = np.array(tokens, np.int32)
   if masks:
     return {'tokens': tokens, 'open': np.zeros(len(tokens), bool), 'free': 0}
@@ -136,10 +130,11 @@ def decode(gaps: Gaps, row: dict, tokenizer) -> Filled:
 
 def _fillings(gaps: Gaps, row: dict, tokenizer):
   """For each gap, yield (ids of the inserted tokens, ids of up to CONTEXT tokens to the left of the gap)."""
+  # `found` maps the number of given tokens to the left of a gap to the (start, token ids) of its filling.
   tokens, num_given, found = row['tokens'].tolist(), 0, {}
   for position, (token, order) in enumerate(zip(tokens, row['order'].tolist(), strict=True)):
     num_given += order < 0
-    if order >= 0:  # found: {given tokens left of a gap: (start, ids of its filling)}
+    if order >= 0:
       found.setdefault(num_given, (position, []))[1].append(token)
   num_left = 2  # number of given tokens left of the gap, including [CLS] and [BOS]
   for part in gaps.parts[:-1]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from ilm_jax.distributed import sharding
 from ilm_jax.models import transformer
+from ilm_jax.special_tokens import BOS, CLS
 from ilm_jax.types import UNLIMITED, Prompt, Sampled, UserError
 
 
@@ -94,6 +95,17 @@ def pad(prompts: list[dict], requests: list[int], rows: int, size: int) -> Promp
   return prompt
 
 
+def pad_examples(examples, rows: int, size: int) -> dict:
+  """Pad examples to be scored to a batch of `rows` rows; rows without an example contain only [CLS] and [BOS]."""
+  tokens_BxL, fixed_BxL = np.zeros((rows, size), np.int32), np.ones((rows, size), bool)
+  tokens_BxL[:, :2] = CLS, BOS
+  length_B = np.full(rows, 2, np.int32)
+  for row, example in enumerate(examples):
+    length_B[row] = length = len(example['tokens'])
+    tokens_BxL[row, :length], fixed_BxL[row, :length] = example['tokens'], example['fixed']
+  return {'tokens_BxL': tokens_BxL, 'fixed_BxL': fixed_BxL, 'length_B': length_B}
+
+
 def cut(sampled: Sampled, row: int) -> dict:
   """Return one row of a sampled batch as a dict of arrays without padding."""
   length, steps = int(sampled.length_B[row]), int(sampled.steps_B[row])
@@ -107,6 +119,6 @@ def cut(sampled: Sampled, row: int) -> dict:
 
 
 def prompt_of(example) -> dict:
-  """Return the prompt of an example: its fixed tokens, where tokens may be inserted only at the end."""
+  """Return the prompt of an example: its fixed tokens; new tokens may be inserted only after the last one."""
   given = example['tokens'][example['fixed']]
   return {'tokens': given, 'open': np.arange(len(given)) == len(given) - 1, 'free': int((~example['fixed']).sum())}

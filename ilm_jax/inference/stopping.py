@@ -31,8 +31,8 @@ class Lengths(NamedTuple):
 
   rule: str  # name of the stopping rule
   flag: str  # command-line flags that select the rule
-  prob_BxL: np.ndarray  # for each text, the probability that its length is l inserted tokens
-  limit: np.ndarray  # for each text, the probability that a length limit ends it, not the stopping rule
+  prob_BxL: np.ndarray  # for each text b and length l, the probability that l tokens are inserted
+  limit: np.ndarray  # for each text, the probability that a length limit ends it before the stopping rule
 
   def mean(self) -> float:
     """Return the mean text length under this stopping rule, in tokens."""
@@ -84,7 +84,7 @@ def sampled(stops: list[np.ndarray], temperature: float, *, longest: int) -> Len
 
 
 def fit(make, values, real) -> Lengths:
-  """Return the make(value), over all values, whose text lengths have the smallest distance to those of real texts."""
+  """Return the stopping rule make(value), among all values, whose text lengths are closest to those of real texts."""
   return min(map(make, values), key=lambda rule: (rule.distance(real), abs(rule.mean() - np.mean(real))))
 
 
@@ -99,7 +99,7 @@ def trajectories(lm, prompts: list[dict], *, seed: int = 0, report=lambda messag
   from ilm_jax.inference import continuous_batching
 
   check_seed(seed)
-  cfg = lm.sample_cfg._replace(stop_threshold=2.0, stop_temperature=1.0)  # no probability reaches a threshold of 2
+  cfg = lm.sample_cfg._replace(stop_threshold=2.0, stop_temperature=1.0)  # p(stop) never reaches a threshold of 2
   if cfg.gaps != 1:
     raise UserError(f'sampling.gaps={cfg.gaps}: stopping rules are compared only for sampling.gaps=1')
   sampler = continuous_batching.ContinuousSampler(lm.model_cfg, lm.family, cfg, lm.batch_size)
@@ -134,31 +134,28 @@ def rules_of(stops: list[np.ndarray], real, *, temperature: float = 1.0) -> list
 
 def table(rules: list[Lengths], real) -> str:
   """Format a plain-text table of the text lengths under each stopping rule and of the lengths of real texts."""
-  lines = [f'{"rule":<38}{"mean length":>12}{"median":>8}{"10 - 90 %":>12}{"at limit":>9}{"distance":>10}']
-
-  def line(name, mean, quantiles, limit, distance):
-    low, median, high = (int(quantiles[i]) for i in (10, 50, 89))
-    return f'{name:<38}{mean:>12.1f}{median:>8}{f"{low} - {high}":>12}{limit:>9}{distance:>10}'
-
-  lines.append(line('real texts', np.mean(real), np.quantile(real, QUANTILES, method='inverted_cdf'), '', ''))
+  rows = [('real texts', np.mean(real), np.quantile(real, QUANTILES, method='inverted_cdf'), '', '')]
   for rule in rules:
     limit, distance = f'{100 * rule.limit.mean():.0f} %', f'{rule.distance(real):.1f}'
-    lines.append(line(rule.rule, rule.mean(), rule.quantiles(), limit, distance))
+    rows.append((rule.rule, rule.mean(), rule.quantiles(), limit, distance))
+  lines = [f'{"rule":<38}{"mean length":>12}{"median":>8}{"10 - 90 %":>12}{"at limit":>9}{"distance":>10}']
+  for name, mean, quantiles, limit, distance in rows:
+    low, median, high = (int(quantiles[i]) for i in (10, 50, 89))
+    lines.append(f'{name:<38}{mean:>12.1f}{median:>8}{f"{low} - {high}":>12}{limit:>9}{distance:>10}')
   return '\n'.join(lines)
 
 
 def plot(rules: list[Lengths], real, path) -> None:
   """Plot the cumulative distributions of the text lengths under each stopping rule to a file."""
   try:
-    import matplotlib
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
   except ImportError:
     raise UserError('--plot needs matplotlib: pip install "ilm_jax[report]", or omit --plot') from None
-  matplotlib.use('agg')
-  from matplotlib import pyplot
-
-  figure, axis = pyplot.subplots(figsize=(7, 4), dpi=120)
+  figure = Figure(figsize=(7, 4), dpi=120)
+  axis = figure.subplots()
   axis.plot(np.quantile(real, QUANTILES), QUANTILES, color='black', linewidth=2.5, label='real texts')
-  colours = pyplot.get_cmap('viridis')(np.linspace(0, 0.95, len(rules)))
+  colours = colormaps['viridis'](np.linspace(0, 0.95, len(rules)))
   for rule, colour in zip(rules, colours, strict=True):
     style = '-' if 'fitted' in rule.rule else ':'
     axis.plot(rule.quantiles(), QUANTILES, style, color=colour, label=rule.rule)
@@ -167,14 +164,13 @@ def plot(rules: list[Lengths], real, path) -> None:
   figure.tight_layout()
   try:
     figure.savefig(path)
-  except (OSError, ValueError) as error:  # ValueError: the name's ending is not a format of images
+  except (OSError, ValueError) as error:  # ValueError: the file name does not end in a known image format
     raise UserError(f'--plot={path}: {getattr(error, "strerror", None) or error}') from None
-  pyplot.close(figure)
 
 
 def define(values: flags.FlagValues) -> None:
   """Define the flags of `ilm-jax stopping`."""
-  flags.DEFINE_string('workdir', None, 'Folder of the run whose model to use.', flag_values=values)
+  flags.DEFINE_string('workdir', None, 'Folder of the run whose model is used.', flag_values=values)
   flags.DEFINE_string('checkpoint', 'best', "Checkpoint: 'best', 'latest' or a step.", flag_values=values)
   flags.DEFINE_integer('count', 200, 'Number of texts to sample.', lower_bound=1, flag_values=values)
   flags.DEFINE_integer('batch_size', 64, 'Number of texts decoded at a time.', lower_bound=1, flag_values=values)
@@ -198,9 +194,8 @@ def run(values) -> int:
   prompts = [static_batching.prompt_of(source[i % len(source)]) for i in range(values.count)]
   stops = trajectories(lm, prompts, seed=values.seed, report=lambda message: print(message, file=sys.stderr))
   rules = rules_of(stops, real, temperature=lm.sample_cfg.stop_temperature)
-  print(
-    f'{len(stops)} texts sampled at step {lm.step}, at most {lm.sample_cfg.max_length} tokens; {len(real)} real texts\n'
-  )
+  limit = f'at most {lm.sample_cfg.max_length} tokens'
+  print(f'{len(stops)} texts sampled at step {lm.step}, {limit}; {len(real)} real texts\n')
   print(table(rules, real))
   print('\nfitted: ' + '\n    or: '.join(rule.flag for rule in rules[-2:]))
   print('(flags of `ilm-jax train` and `eval`; for `ilm-jax generate`, use --stop_threshold and --stop_temperature)')
@@ -212,7 +207,3 @@ def run(values) -> int:
 def main(argv=None) -> int:
   """Run the command `ilm-jax stopping`; return the exit code."""
   return command(__doc__, define, run, argv)
-
-
-if __name__ == '__main__':
-  sys.exit(main())

@@ -22,9 +22,8 @@ def edits(old: str, new: str, start: int) -> list[tuple[int, int, str]]:
 
 
 def common_prefix(one: str, other: str) -> int:
-  """Return the number of equal characters at the start of two strings."""
-  pairs = enumerate(zip(one, other, strict=False))
-  return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+  """Return the length of the longest common prefix of two strings."""
+  return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def record(result, parts: list[str], decode, graph: dict | None = None) -> dict:
@@ -34,7 +33,8 @@ def record(result, parts: list[str], decode, graph: dict | None = None) -> dict:
   gap if only these tokens are present. So the page shows, after every step, the text that the present tokens stand for.
   """
   present = [step < 0 for step in result.order]
-  texts, tokens, gap_of_place = decode(present), [], {}  # gap_of_place: {number of given tokens to the left: gap}
+  # gap_of_place: {number of given tokens to the left of a gap: index of the gap}
+  texts, tokens, gap_of_place = decode(present), [], {}
   owners = [[-1] * len(text) for text in texts]  # for each character of each gap, the index of the token it belongs to
   start = texts
   for step, index in sorted((step, index) for index, step in enumerate(result.order) if step >= 0):
@@ -50,8 +50,8 @@ def record(result, parts: list[str], decode, graph: dict | None = None) -> dict:
     place = sum(other < 0 for other in result.order[:index])
     if changes:
       gap_of_place[place] = changes[0][0]
-    token = {'step': step, 'token': result.tokens[index], 'after': result.tokens[left], 'edits': changes}
-    tokens.append({**token, 'gap': place})
+    names = {'token': result.tokens[index], 'after': result.tokens[left]}
+    tokens.append({'step': step, **names, 'edits': changes, 'gap': place})
   tokens = [{**token, 'gap': gap_of_place.get(token['gap'])} for token in tokens]
   return {
     'name': result.text[:60],

@@ -103,7 +103,7 @@ def test_the_error_for_a_missing_tpu_compiler_says_how_to_install_it(command):
 def test_an_experiment_can_be_built_without_data_if_the_vocabulary_size_is_given():
   exp = build(small.config(), devices=jax.devices()[:1], vocab_size=30_522)
   assert exp.model_cfg.vocab_size == 30_522
-  with pytest.raises(UserError, match=r'does not divide over mesh\.tensor=8'):
+  with pytest.raises(UserError, match=r'is not divisible by mesh\.tensor=8'):
     build(small.config({'mesh.tensor': 8}), vocab_size=96)
 
 

@@ -49,7 +49,7 @@ class Group:
     self, commands, workdir, *, processes=2, devices=4, changes=(), worker_changes=(), module='ilm_jax.main', words=(),
     hold=None,
   ):  # fmt: skip
-    """Start the processes.
+    """Start the processes of the run.
 
     Args:
       commands: the `small.Commands` that starts the processes.
@@ -171,7 +171,7 @@ def expected_losses(trained):
 
 
 def answers(commands, folder, workdir, graphs, *, processes=1, devices=1, mesh=None) -> dict[int, dict]:
-  """Run `generate` on prompts; check that each process wrote its share; return the results by id."""
+  """Run `ilm-jax generate` on prompts; check that each process wrote its share; return {id: result}."""
   folder.mkdir()
   (folder / 'graphs.txt').write_text('\n'.join(graphs))
   words = [f'--workdir={workdir}', f'--prompts={folder / "graphs.txt"}', f'--out={folder / "answers.jsonl"}']
@@ -192,7 +192,7 @@ def answers(commands, folder, workdir, graphs, *, processes=1, devices=1, mesh=N
 
 
 def assert_same(found: dict, expected: dict) -> None:
-  """Assert that two runs of `generate` gave the same answers."""
+  """Assert that two runs of `ilm-jax generate` gave the same answers."""
   for index, record in expected.items():
     for name in ('text', 'tokens', 'order', 'stopped'):
       assert found[index][name] == record[name], index
@@ -212,7 +212,7 @@ def graphs_of(number: int) -> list[str]:
   pytest.param((0,), id='coordinator', marks=pytest.mark.long), pytest.param((1,), id='worker'),
   pytest.param((0, 1), id='both', marks=pytest.mark.long),
 ])  # fmt: skip
-def test_two_processes_train_like_one_and_a_signal_stops_both_at_one_step(
+def test_two_processes_train_like_one_and_a_signal_stops_both_at_the_same_step(
   tmp_path, commands, expected_losses, signaled
 ):
   workdir = tmp_path / 'run'
@@ -451,7 +451,7 @@ def test_environment_variables_of_multi_process_launchers_are_recognized(tmp_pat
   assert not processes.environment_names_peers({'JAX_PLATFORMS': 'cpu', 'TPU_WORKER_HOSTNAMES': 'a,b'}, devices)
 
 
-def test_without_a_coordinator_there_is_one_process_or_an_error_if_a_launcher_started_several(monkeypatch):
+def test_a_process_without_coordinator_runs_alone_unless_a_launcher_started_several(monkeypatch):
   asked = []
 
   def initialize(**options):
@@ -467,14 +467,14 @@ def test_without_a_coordinator_there_is_one_process_or_an_error_if_a_launcher_st
     processes.start()
 
 
-def test_error_messages_that_mean_a_lost_process_are_recognized(monkeypatch):
+def test_error_messages_about_a_lost_process_are_recognized(monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   peer_lost = jax.errors.JaxRuntimeError('Gloo AllReduce failed: Connection closed by peer')
   assert processes.is_peer_lost(peer_lost)
   assert processes.is_peer_lost(jax.errors.JaxRuntimeError('NCCL: remote process exited or there was a network error'))
   for fault in ('RESOURCE_EXHAUSTED: out of memory', 'NCCL error: Duplicate GPU detected', '503 UNAVAILABLE'):
     assert not processes.is_peer_lost(jax.errors.JaxRuntimeError(fault))
-  assert not processes.is_peer_lost(OSError('Connection closed by peer'))  # raised by storage, not by a peer
+  assert not processes.is_peer_lost(OSError('Connection closed by peer'))  # as raised by a network file system
   wrapped = UserError('--workdir=/home/heartbeat cannot be written')
   assert not processes.is_peer_lost(wrapped)
   wrapped.__cause__ = peer_lost

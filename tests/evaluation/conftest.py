@@ -27,7 +27,7 @@ def arm(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def expected_nll(arm):
-  """Return a function: token ids -> their total -log p, from one forward pass per token over the preceding ones."""
+  """Return a function from token ids to their negative log-likelihood, with a separate forward pass per token."""
   forward = jax.jit(lambda *row: transformer.Forward(arm.lm.model_cfg, arm.lm.params)(*row))
   impossible = [i for i in range(7) if i not in (EOS, UNK)]
 

@@ -12,7 +12,7 @@ from ilm_jax.evaluation import convert
 from ilm_jax.inference import api
 
 
-def test_export_writes_a_complete_file_or_none(tokenizer, tmp_path, monkeypatch, capsys):
+def test_export_writes_a_complete_file_or_no_file(tokenizer, tmp_path, monkeypatch, capsys):
   lm = make_language_model(tokenizer, tmp_path / 'tokenizer', 'ilm')
   lm.step = 7
   monkeypatch.setattr(api, 'load', lambda *_: lm)

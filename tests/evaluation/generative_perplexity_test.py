@@ -28,7 +28,7 @@ def read_lines(path):
 
 @pytest.fixture
 def score_with(monkeypatch):
-  """Return a function that makes the command use a given scoring model instead of that of --model."""
+  """Return a function that makes `ilm-jax perplexity` use a given scoring model, whatever --model names."""
 
   def patch(model):
     monkeypatch.setattr(scoring_models, 'check', lambda *_: None)
@@ -39,7 +39,7 @@ def score_with(monkeypatch):
 
 @pytest.fixture(scope='module')
 def answered(tokenizer, tmp_path_factory):
-  """Return a folder with infill requests, their true texts, and two answers of `ilm-jax generate` to each."""
+  """Return a folder with infill requests, their true texts, and two answers of `ilm-jax generate` to each request."""
   folder = tmp_path_factory.mktemp('answered')
   lm = make_language_model(tokenizer, folder / 'tokenizer', 'ilm')
   requests = infill_sets.make_requests(sentences(30), kind='multi', unit='words', share=0.4, count=6, seed=0)
@@ -66,7 +66,7 @@ def test_infilled_texts_are_compared_with_the_true_texts_and_with_the_given_part
     return expected_nll(ids) / len(ids)
 
   for answer in answers:
-    given = re.sub(' +', ' ', ''.join(answer['infill'])).strip()  # all spaces are single
+    given = re.sub(' +', ' ', ''.join(answer['infill'])).strip()  # joining the parts doubles the spaces at gaps
     for name, reference in (('truth', answer['truth']['text']), ('input', given)):
       change = 100 * (nll_per_token(answer['text']) / nll_per_token(reference) - 1)
       changes[name].setdefault(answer['id'], []).append(change)
@@ -178,7 +178,7 @@ def test_samples_may_start_with_a_byte_order_mark_and_their_paths_with_a_tilde(
   assert json.loads((tmp_path / 'x.json').read_text())['samples']['nll']['value'] == 1.5
 
 
-def test_a_full_disk_is_an_error_and_the_statistics_are_still_printed(tmp_path, score_with, capsys):
+def test_a_full_disk_gives_an_error_but_the_statistics_are_still_printed(tmp_path, score_with, capsys):
   score_with(TableModel())
   made = f'--samples={write_lines(tmp_path / "samples.jsonl", [{"text": "a bb"}])}'
   code, out, err = run_command(capsys, generative_perplexity, '--model=m', made, '--out=/dev/full')

@@ -1,4 +1,4 @@
-"""Files and folders that the flags of commands name: complete results or the old file, ~, and mistyped schemes."""
+"""Paths in the flags of commands: output files are replaced atomically; ~ and URL schemes are checked."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from ilm_jax.types import UserError
 FULL = os.strerror(errno.ENOSPC)
 
 
-def test_a_result_file_is_replaced_only_by_a_complete_one(tmp_path):
+def test_a_result_file_is_replaced_only_by_a_complete_file(tmp_path):
   path, link = tmp_path / 'out.json', tmp_path / 'link.json'
   path.write_text('old')
   link.symlink_to(path)
@@ -31,7 +31,7 @@ def test_a_result_file_is_replaced_only_by_a_complete_one(tmp_path):
   assert {found.name for found in tmp_path.iterdir()} == {'out.json', 'link.json'}
 
 
-def test_a_pipe_is_written_and_not_replaced(tmp_path):
+def test_an_existing_pipe_is_written_to_and_not_replaced(tmp_path):
   os.mkfifo(tmp_path / 'pipe')
   reader = os.open(tmp_path / 'pipe', os.O_RDONLY | os.O_NONBLOCK)
   with output.replacing(output.check(str(tmp_path / 'pipe')), '--out=pipe') as file:
@@ -67,7 +67,7 @@ def test_an_output_file_that_cannot_be_written_or_is_an_input_is_refused(tmp_pat
     (convert, '--workdir=r --out={}', '--out'),
   ],
 )
-def test_every_path_flag_knows_home_folders_and_refuses_unknown_schemes(module, flags, name, tmp_path, capsys):
+def test_every_path_flag_refuses_unknown_home_folders_and_unknown_url_schemes(module, flags, name, tmp_path, capsys):
   (tmp_path / 'samples.jsonl').write_text('{"text": "a", "infill": ["a"], "id": 0, "spans": [], "fillings": []}')
   words = flags.replace('SAMPLES', str(tmp_path / 'samples.jsonl')).replace('CORPUS', str(write_corpus(tmp_path)))
   for value, message in (

@@ -75,7 +75,7 @@ def section(text, heading):
 
 
 def accuracy_rows(text):
-  """Return how many rows for `star easy | ilm` the accuracy table has."""
+  """Return the number of rows that start with `star easy | ilm` in the accuracy table."""
   return len(re.findall(r'^\| star easy \| ilm \|', text[: text.index('## Training')], re.M))
 
 
@@ -134,7 +134,7 @@ def test_a_run_in_a_folder_with_brackets_and_spaces_is_read_and_linked(tmp_path,
   assert (folder / 'order.png').exists() and not list((tmp_path / 'z1').glob('*.png'))
 
 
-def test_a_plot_that_cannot_be_written_is_a_one_line_error(tmp_path, run_report):
+def test_a_plot_that_cannot_be_written_gives_a_one_line_error(tmp_path, run_report):
   folder = write_run(tmp_path / 'a')
   (tmp_path / 'a' / 'order.png').mkdir()
   code, out, err = run_report(folder)
@@ -183,18 +183,18 @@ def test_runs_of_different_commits_share_a_row_only_with_mixed_commits(tmp_path,
   assert re.search(rf'aaaaaaaaa \({runs[0]}\), bbbbbbbbb \({runs[1]}\).*--mixed_commits', err)
   code, out, _ = run_report('--noplots', '--mixed_commits', *runs)
   assert code == 0 and 'aaaaaaaaa, bbbbbbbbb' in out
-  with pytest.raises(UserError, match='same run twice'):
+  with pytest.raises(UserError, match='have equal settings and the seed 0: leave one out'):
     report_rows.group([report_rows.read(runs[0])] * 2, mixed_commits=False)
   unknown = write_run(tmp_path / 'c', commit='unknown')
   assert 'was run outside a git checkout' in run_report('--noplots', unknown)[2]
 
 
-def test_a_row_of_runs_with_and_without_likelihoods_is_refused(tmp_path, run_report):
+def test_a_table_row_of_runs_with_and_without_likelihoods_is_refused(tmp_path, run_report):
   runs = [write_run(tmp_path / 'a', 0, label='stories'), write_run(tmp_path / 'b', 1, label='stories')]
   strings = {'nll': [1.0], 'error': [0.0], 'tokens': [1]}
   edit_result(tmp_path / 'b', lambda result: result.update(likelihood='bound', strings=strings))
   code, out, err = run_report('--noplots', *runs)
-  assert code == 1 and not out and f'{runs[0]} has no likelihoods, but other runs of its row have' in err
+  assert code == 1 and not out and f'{runs[0]} has no likelihoods, but other runs of its table row have' in err
 
 
 # --- runs and flags that are refused ----------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_training_time_is_summed_over_all_starts_of_a_run(tmp_path):
     ([0, 1, 2, 3], 1, {'order_tau': (1, 1), 'order_adjacent': (3, 3), 'order_junction': (1 / 3, 1)}),
     ([3, 2, 1, 0], 3, {'order_tau': (-1, 1), 'order_adjacent': (3, 3), 'order_junction': (0, 1)}),
     ([0, 2, 1], None, {'order_tau': (1 / 3, 1), 'order_adjacent': (2, 2)}),
-    ([0, 2, 3, 1], None, {'order_tau': (1 / 3, 1), 'order_adjacent': (3, 3)}),  # adjacent when inserted
+    ([0, 2, 3, 1], None, {'order_tau': (1 / 3, 1), 'order_adjacent': (3, 3)}),  # adjacent at insertion time
     ([0, 3, 1, 2, 4], None, {'order_tau': (0.6, 1), 'order_adjacent': (2, 4)}),
     ([0, 0, 1], 2, {'order_tau': (2 / 3, 1), 'order_adjacent': (1, 1), 'order_junction': (1, 1)}),
     ([0], 0, {}),

@@ -22,7 +22,7 @@ def test_the_nll_of_a_text_is_the_sum_of_its_token_nlls(arm, tokenizer, expected
     np.testing.assert_allclose(result.nll, expected_nll(ids), rtol=1e-5, atol=1e-5)
   assert scored[3] == (0.0, [], False)
   arm.cache.clear()
-  np.testing.assert_allclose(arm.nll(TEXTS[:1])[0].nll, scored[0].nll, rtol=1e-6)  # scored alone
+  np.testing.assert_allclose(arm.nll(TEXTS[:1])[0].nll, scored[0].nll, rtol=1e-6)  # the same NLL if scored alone
 
 
 def test_a_text_with_unknown_tokens_has_a_finite_nll(arm, expected_nll):

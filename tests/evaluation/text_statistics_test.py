@@ -91,7 +91,7 @@ def test_fillings_that_differ_only_in_spaces_count_as_exact_matches():
     'exact_match': (0.5, *metrics.wilson_interval(1, 2)),
     'filling_match': (0.75, *metrics.wilson_interval(1.5, 2)),
   }
-  assert text_statistics.matches([0, 1, 0, 1], made * 2, true * 2) == result  # two answers to a request: one trial
+  assert text_statistics.matches([0, 1, 0, 1], made * 2, true * 2) == result  # two answers to one request: one trial
 
 
 def test_join_parts_produces_no_double_spaces():
@@ -104,7 +104,7 @@ def test_join_parts_produces_no_double_spaces():
     assert text_statistics.join_parts(parts) == text
 
 
-def test_mauve_is_computed_by_its_package_and_a_failure_is_reported(monkeypatch):
+def test_mauve_is_computed_by_the_mauve_package_and_a_failure_is_reported(monkeypatch):
   monkeypatch.setitem(sys.modules, 'mauve', None)
   assert text_statistics.mauve(['a'], ['b']) == (
     None, 'MAUVE was not computed: the package mauve-text is not installed'

@@ -12,12 +12,12 @@ from ilm_jax.types import UserError
 
 
 def again(lm, **settings):
-  """Return a LanguageModel with the weights of another one, and other settings."""
+  """Return a LanguageModel with the same weights and other sampling settings."""
   return api.LanguageModel(lm.cfg, lm.model_cfg, lm.params, **settings)
 
 
 @pytest.mark.parametrize('seed', [-1, 2**32, 2**63, 1.5])
-def test_a_seed_whose_bits_do_not_all_count_is_refused(small_lm, seed):
+def test_a_seed_that_is_not_an_unsigned_32_bit_integer_is_refused(small_lm, seed):
   lm = small_lm('ilm')
   for call in (lm.generate, lm.score):
     with pytest.raises(UserError, match=rf'seed={seed}: expected an integer from 0 to 4294967295'):
@@ -46,12 +46,12 @@ def test_ids_must_be_whole_numbers_below_2_to_the_31(small_lm, ids):
     small_lm('ilm').generate(['the dog'], ids=ids)
 
 
-def test_settings_that_need_more_memory_than_there_is_are_refused_before_decoding(small_lm, monkeypatch):
-  lm = small_lm('ilm')  # 16 dimensions, at most 8 steps and 96 tokens
+def test_settings_that_need_more_memory_than_is_available_are_refused_before_decoding(small_lm, monkeypatch):
+  lm = small_lm('ilm')  # width 16, at most 8 decoding steps and 96 tokens
   monkeypatch.setattr(memory, 'device_memory', lambda: 10e9)
   monkeypatch.setattr(memory, 'host_memory', lambda: 10e9)
   settings = {'max_steps': 8, 'min_buffer': 96}
-  # A row of 10^9 tokens: 8 x 10^9 bytes for the tokens and their order, 8 x 9 for the probabilities, 96 x 52.
+  # Bytes of a row: 8 x 10^9 for 10^9 tokens and their order, 8 x 9 for probabilities, 96 x 52 for a short buffer.
   message = r'batch_size=4 and sampling.max_length=1000000000 need at least 32\.0 GB of memory .* the 10\.0 GB'
   with pytest.raises(UserError, match=message):
     again(lm, batch_size=4, max_length=10**9, **settings)
@@ -73,14 +73,14 @@ def test_64_bit_mode_changes_neither_samples_nor_scores(small_lm):
         assert call() == expected, family
 
 
-def test_a_masked_diffusion_model_scores_texts(small_lm):
+def test_a_masked_diffusion_model_scores_texts_by_a_bound(small_lm):
   lm = small_lm('mdm')
   (score,) = lm.score(['the dog ran .'])
   assert (score.kind, score.tokens) == ('bound', len(lm.tokenizer.encode('the dog ran .')))
   assert np.isfinite(score.nll) and score.nll > 0 and score.error > 0
 
 
-def test_the_spaces_of_a_prompt_are_kept(small_lm):
+def test_generation_preserves_the_spaces_of_a_prompt(small_lm):
   for prompt in ('  the dog', 'the  dog  ', ' ', '\n the'):
     assert small_lm('arm').generate([prompt])[0].text.startswith(prompt)
 
@@ -100,7 +100,7 @@ def test_paths_may_begin_with_a_tilde_and_an_unknown_scheme_is_refused(small_lm,
     ilm_jax.load('s4://bucket/run')
 
 
-def test_a_trace_has_its_page_in_the_file_and_the_text_of_the_result(sentencepiece, small_lm, tmp_path):
+def test_a_trace_is_written_to_a_file_and_escapes_closing_script_tags(sentencepiece, small_lm, tmp_path):
   page = small_lm('ilm').trace(['the ___ </script> ran', 'Tom'], path=tmp_path / 'page.html')
   assert (tmp_path / 'page.html').read_text(encoding='utf-8') == page
   assert page.count('</script>') == 2 and '\\u003c/script> ran' in page
@@ -124,7 +124,7 @@ def test_a_sampling_setting_that_is_not_finite_or_out_of_range_is_refused(small_
     again(small_lm('ilm'), **settings)
 
 
-def test_a_tiny_temperature_is_greedy(sentencepiece, tmp_path):
+def test_sampling_at_a_tiny_temperature_is_greedy(sentencepiece, tmp_path):
   texts = [
     [make_lm(sentencepiece, tmp_path, token={'temperature': t}, gap={'temperature': t}, max_steps=8, batch_size=4,
              stop_threshold=1.0).generate(['the', 'a cat'])]

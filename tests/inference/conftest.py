@@ -24,6 +24,6 @@ def wordpiece():
 
 @pytest.fixture(scope='session')
 def small_lm(sentencepiece, tmp_path_factory):
-  """Return a function from a family's name to a LanguageModel with random weights and four slots."""
+  """Return a function from a family's name to a LanguageModel with random weights and batch size 4."""
   folder = tmp_path_factory.mktemp('tokenizer')
   return functools.cache(lambda family: make_lm(sentencepiece, folder, family, max_steps=8, **FEW))

@@ -49,7 +49,7 @@ def make_model(kind):
 
 @functools.cache
 def make_sampler(kind, slots=8, **options):
-  """Return a function that samples prompts by continuous batching (cached, so that tests share its programs)."""
+  """Return a function that samples prompts by continuous batching (cached, so that tests share compiled programs)."""
   model_cfg, params, family, cfg = make_model(kind)
   return functools.partial(ContinuousSampler(model_cfg, family, cfg, slots, **options), params, jax.random.key(7))
 

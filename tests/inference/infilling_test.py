@@ -225,7 +225,7 @@ def test_prompts_and_infill_requests_in_one_batch_give_the_same_results_as_alone
   assert len({one.text for one in lm.infill(texts[0], n=8)}) > 3
 
 
-def test_the_error_for_an_invalid_request_gives_its_number(lm):
+def test_the_error_for_an_invalid_request_names_the_number_of_the_request(lm):
   with pytest.raises(UserError, match=r'text 1: \d+ given tokens and at least 1 in the gaps do not fit within'):
     lm.infill('the dog ran home . ' * 30 + '___')
   with pytest.raises(UserError, match=r'text 2: gap 1 has least=5, most=2'):

@@ -12,7 +12,7 @@ from ilm_jax.inference import api
 from ilm_jax.models import transformer
 
 WORDS = re.split(' ', 'the a dog cat ran home sat saw Tom Anna was happy sad . , ! and then bird big small blue')
-FEW = {'batch_size': 4, 'min_buffer': 96}  # LanguageModel settings: 4 slots, one buffer length
+FEW = {'batch_size': 4, 'min_buffer': 96}  # LanguageModel settings: small batches, a single buffer length
 SIZES = {'num_layers': 1, 'num_heads': 2, 'd_model': 16, 'd_ff': 32, 'dropout': 0.0, 'attention_dropout': 0.0}
 
 

@@ -1,4 +1,4 @@
-"""Stopping rules: lengths predicted from samples that never stop equal the lengths of sampling with each rule."""
+"""Stopping rules: lengths predicted from samples that never stop equal the lengths of samples that each rule stops."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def test_predicted_lengths_for_sampled_stopping_match_a_simulation(temperature):
     assert abs(rule.limit[i] - at_limit.mean()) < 0.03
 
 
-def test_the_distance_between_lengths_is_the_mean_difference_after_sorting():
+def test_the_distance_between_length_distributions_is_the_mean_difference_of_sorted_lengths():
   lengths_BxL = np.zeros((100, 140))
   lengths_BxL[np.arange(100), np.arange(100) + 30] = 1
   rule = stopping.Lengths('', '', lengths_BxL, np.zeros(100))
@@ -83,7 +83,7 @@ def sample(lm, prompts, **settings):
   return rows, [int((row['order'] >= 0).sum()) for row in rows]
 
 
-def test_predicted_lengths_for_a_threshold_equal_those_of_sampling_with_it(lm, prompts, stops):
+def test_predicted_lengths_for_a_stop_threshold_equal_the_lengths_of_samples(lm, prompts, stops):
   tempered = [stopping.apply_temperature(stop, lm.sample_cfg.stop_temperature) for stop in stops[:40]]
   threshold = float(np.quantile(np.concatenate(tempered), 0.9))
   rule = stopping.at_threshold(tempered, threshold, longest=30)
@@ -93,7 +93,7 @@ def test_predicted_lengths_for_a_threshold_equal_those_of_sampling_with_it(lm, p
   assert len(set(lengths)) > 3
 
 
-def test_the_predicted_mean_length_for_sampled_stopping_equals_that_of_sampling(lm, prompts, stops):
+def test_the_predicted_mean_length_for_sampled_stopping_equals_the_mean_length_of_samples(lm, prompts, stops):
   rule = stopping.sampled(stops, 20.0, longest=30)
   _, lengths = sample(lm, prompts, stop_threshold=None)
   assert abs(rule.mean() - np.mean(lengths)) < 4 * np.std(lengths) / len(lengths) ** 0.5

@@ -88,7 +88,7 @@ def records_of(page):
 
 
 def shown(record, step):
-  """Return the text that the page shows after a number of steps, and the text inserted in the last of them."""
+  """Return the text that the page shows after a number of steps, and the text inserted at the last of these steps."""
   gaps = [[(character, -1) for character in text] for text in record['start']]
   for token in record['tokens']:
     if token['step'] < step:
@@ -103,7 +103,7 @@ def shown(record, step):
 
 @pytest.mark.parametrize('kind', ['sentencepiece', 'wordpiece'])
 @pytest.mark.parametrize('per_step', [1, 4])
-def test_the_last_frame_is_the_text_and_the_first_frame_is_the_given_text(kind, per_step, request):
+def test_the_first_frame_shows_the_given_text_and_the_last_frame_the_whole_text(kind, per_step, request):
   tokenizer = request.getfixturevalue(kind)
   results = [
     infill(tokenizer, PARTS, FILLINGS, per_step),
@@ -131,7 +131,7 @@ def test_every_frame_shows_the_tokens_that_have_been_inserted(sentencepiece):
   assert after[result.order.index(-1, 3) and min(after)][0] in (0, 1) and len(after) == record['steps']
 
 
-def test_equal_neighbours_are_told_apart(sentencepiece):
+def test_edits_among_equal_characters_are_placed_near_the_given_offset(sentencepiece):
   assert traces.edits('aa', 'aaa', 0) == [(0, 0, 'a')] and traces.edits('aa', 'aaa', 2) == [(2, 0, 'a')]
   assert traces.edits('6,8', '9,6|8', 0) == [(1, 1, '|'), (0, 0, '9,')]
   assert traces.edits('a', '', 0) == [(0, 1, '')]
@@ -235,7 +235,7 @@ def test_keys_buttons_and_rows_of_the_table_move_between_the_steps():
   steps = [state[0] for state in seen[:8]]
   assert steps == [f'step {step} of 6' for step in (0, 1, 6, 5, 0, 1, 0, 3)]
   assert seen[7][2].endswith('/1,7=2,2|5')
-  assert seen[8][:3] == ['3', 'after “2”', '5']  # the current row: step, where, token
-  assert seen[9] == ['edge 2, 5']  # the only edge both of whose nodes have been inserted
+  assert seen[8][:3] == ['3', 'after “2”', '5']  # cells of the current table row: step, place, token
+  assert seen[9] == ['edge 2, 5']  # the only edge of which both nodes have been inserted
   assert [state[1] for state in seen[10:13]] == ['Play', 'Pause', 'Play'] and seen[13][1] == 'Pause'
   assert seen[14] == ['step 6 of 6', 'Play', result.text]

@@ -166,7 +166,7 @@ def test_a_run_saves_its_tokenizer_and_needs_no_corpus_to_generate_text(corpus, 
   story = stories(1)[0]
   answers = lm.generate([story[:40], ''])
   assert answers[0].text.startswith(story[:40]) and len(answers[1].tokens) > 2
-  with refused('prompt 1 is too long', 'sampling.max_length=64'):
+  with refused('tokens leave no room for a completion', 'sampling.max_length=64'):
     lm.generate([story * 9])
 
 

@@ -21,15 +21,15 @@ from ilm_jax.types import UserError
 @pytest.mark.parametrize(
   'changes, message',
   [
-    ({'data.rows': 12}, r'data.rows=12 does not divide over 8 devices .*: use 8 or 16'),
-    ({'data.rows': 4}, r'data.rows=4 does not divide over 8 devices .*: use 8$'),
+    ({'data.rows': 12}, r'data.rows=12 is not divisible by 8 devices .*: use 8 or 16'),
+    ({'data.rows': 4}, r'data.rows=4 is not divisible by 8 devices .*: use 8$'),
     (
       {'data.rows': 8, 'optimizer.accumulation_steps': 3},
       r'data.rows=8 .*optimizer.accumulation_steps=3 parts: use data.rows=6 or 9',
     ),
     (
       {'data.rows': 8, 'optimizer.accumulation_steps': 2},
-      r'data.rows / optimizer.accumulation_steps=4 does not divide over 8',
+      r'data.rows / optimizer.accumulation_steps=4 is not divisible by 8',
     ),
     ({'data.groups': 3}, r'data.batch_size=16 is not a multiple of data.groups=3: use data.batch_size=15 or 18'),
     ({'data.groups': 16}, r'data.rows=8 is not a multiple of data.groups=16: use data.rows=16'),
