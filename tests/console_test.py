@@ -113,7 +113,7 @@ def test_an_unusable_device_gives_a_one_line_error_even_inside_a_compiled_functi
   assert code == 1 and err.startswith('error: JAX_PLATFORMS=xpu: JAX cannot use') and err.count('\n') == 1, err
 
 
-def test_every_command_prints_help_if_python_removes_docstrings():
+def test_every_command_prints_help_even_if_python_removes_docstrings():
   program = 'from ilm_jax import cli; print([cli.main(["ilm-jax", name, "--help"]) for name in cli.SUBCOMMANDS])'
   done = subprocess.run([sys.executable, '-OO', '-c', program], cwd=small.ROOT, capture_output=True, text=True)
   assert (done.returncode, done.stderr) == (0, '') and done.stdout.count('  --workdir: ') >= 4

@@ -53,7 +53,9 @@ def read(workdir: str) -> Run:
       advice = 'evaluate the run with --mode=eval --config.eval.score='
       raise UserError(f'{workdir}: the task has no right answers, and no likelihoods were measured: {advice}')
     if not result['finished']:
-      raise UserError(f'{workdir} was evaluated before it was finished: finish the run, or lower --config.stop_at')
+      raise UserError(
+        f'the run in {workdir} was evaluated before its last step: finish training, and evaluate it again'
+      )
     starts = [*run['starts'], result['start']]
     settings = {name: value for name, value in run_file.flatten(config).items() if name not in FREE_SETTINGS}
     return Run(

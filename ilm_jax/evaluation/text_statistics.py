@@ -40,7 +40,7 @@ class Estimate(NamedTuple):
 
 
 def bootstrap(totals, weights=None, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-  """Estimate sum(totals) / sum(weights), with one total and weight (1 by default) per text, and its 95 % interval.
+  """Return sum(totals) / sum(weights) and its 95 % bootstrap interval; each text has one total and one weight (or 1).
 
   The value is None if the weights sum to 0; the interval is None for fewer than two texts.
   """

@@ -55,10 +55,9 @@ def apply_temperature(stop: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def lengths_under(stops: list[np.ndarray], longest: int) -> tuple[np.ndarray, np.ndarray]:
-  """Return `Lengths.prob_BxL` and `Lengths.limit` of texts that stop with the given probabilities.
+  """Return each text's distribution of lengths up to `longest`, and its probability of ending at the length limit.
 
-  `stops` has, for each text, the probability of stopping before each insertion and after the last one; `longest` is the
-  maximum number of insertions of a text.
+  `stops` has, for each text, the probability of stopping before each insertion and after the last one.
   """
   prob_BxL, limit = np.zeros((len(stops), longest + 1)), np.zeros(len(stops))
   for i, stop in enumerate(stops):

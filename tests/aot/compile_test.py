@@ -33,7 +33,8 @@ def test_the_training_flop_formula_agrees_with_the_operations_that_xla_counts():
 def test_the_training_flop_formula_counts_recomputation_only_on_request():
   cfg = transformer.ModelConfig(vocab_size=7, num_layers=2, num_heads=1, d_model=4, d_ff=6)
   blocks = 2 * (8 * 16 + 4 * 4 * 6 + 4 * 5 * 4)  # FLOPs of two blocks per position, in rows of 5 positions
-  once = 3 * (5 * (blocks + 2 * 7 * 4) + 2 * 4 * 10)  # 3 rows with 10 targets each
+  # FLOPs of the forward pass of 3 rows: 5 positions with a vocabulary of 7, and 10 targets, all of width 4.
+  once = 3 * (5 * (blocks + 2 * 7 * 4) + 10 * 2 * 4)
   again = 3 * 5 * 2 * 7 * 4
   assert roofline.training_flops(cfg, 3, 5, 10, again=False) == 3 * once
   assert roofline.training_flops(cfg, 3, 5, 10) == 3 * once + again

@@ -249,7 +249,7 @@ def test_byte_ids_are_the_tokens_that_are_a_part_of_a_character(tokenizers):
   assert len(tokenizers['trained'].byte_ids) == 128 and WordTokenizer(['<0xFF>']).byte_ids == ()
 
 
-def test_the_smallest_size_for_the_characters_of_the_text_works():
+def test_a_vocabulary_just_large_enough_for_the_characters_of_the_text_can_be_trained():
   needed = 7 + 256 + len(set(''.join(LINES)))
   assert lib.train_sentencepiece(LINES * 3, size=needed).vocab_size == needed
   with refused(f'size={needed - 1}', f'at least {needed}'):

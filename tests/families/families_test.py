@@ -203,7 +203,7 @@ def assert_same_samples(first, second):
     np.testing.assert_array_equal(a['log_prob'], b['log_prob'])
 
 
-def test_parts_of_characters_are_generated_only_on_request_and_probabilities_are_renormalized(made):
+def test_byte_tokens_are_sampled_only_if_allowed_and_the_other_probabilities_are_renormalized(made):
   prompts, parts = prompts_of(16), (8, 11, 12, 13)
   closed = sample(made, prompts, byte_ids=parts)
   assert not any(np.isin(row['tokens'][row['order'] >= 0], parts).any() for row in closed)

@@ -184,7 +184,7 @@ def test_train_gives_up_on_a_tpu_that_cannot_be_set_up(cloud, tmp_path):
   assert sum(line.endswith('ssh') for line in launch.lines(tmp_path / 'calls')) >= 3, 'setup is retried first'
 
 
-def test_train_reuses_a_tpu_left_by_keep_and_deletes_it_when_the_run_fails(cloud, tmp_path):
+def test_train_reuses_a_tpu_that_an_earlier_run_kept_and_deletes_it_if_the_new_run_fails(cloud, tmp_path):
   done = cloud('exit 0', *TRAIN, '--keep')
   assert done.returncode == 0 and changes(tmp_path) == ['delete', 'create']
   assert 'the TPU is kept, and costs money' in done.stderr

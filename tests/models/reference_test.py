@@ -91,7 +91,7 @@ def test_our_parameters_are_unchanged_after_conversion_and_back(changes, heads_n
   assert_trees_equal(back, params)
 
 
-def test_converted_linear_layers_have_the_row_order_of_the_reference_code():
+def test_weights_of_converted_linear_layers_have_the_row_order_of_the_reference_code():
   cfg = dataclasses.replace(CFG, num_layers=2)
   params = random_params(cfg)
   state = reference.to_reference(cfg, params)

@@ -118,7 +118,7 @@ def test_remat_and_scan_with_dropout_do_not_change_the_gradients():
   assert scan_lines < 0.7 * unrolled_lines, 'scan over the layers must give a shorter program'
 
 
-def test_scan_with_conditioning_and_without_dropout_does_not_change_the_gradients():
+def test_scan_over_layers_gives_the_same_gradients_with_conditioning_and_no_dropout():
   params = random_params(CONDITIONED)
   (plain, _), (scan, _) = (
     value_and_grads(dataclasses.replace(CONDITIONED, scan_layers=scan), params, None) for scan in (False, True)
