@@ -40,7 +40,7 @@ def devices_of(topology: str):
   """Return the devices of a topology, which need not be attached, as targets for compilation."""
   kind, _, shape = topology.partition(':')
   sizes = shape.split('x')
-  if kind not in (*roofline.CHIPS, 'cpu') or not all(size.isdigit() and int(size) for size in sizes):
+  if kind not in (*roofline.CHIPS, 'cpu') or not all(size.isdecimal() and int(size) for size in sizes):
     chips = ', '.join(roofline.CHIPS)
     raise UserError(f'--topology={topology}: expected {chips} and the shape of a slice, such as v5e:2x4, or cpu:8')
   import jax

@@ -100,7 +100,7 @@ def read_mesh(text: str) -> dict[str, int]:
   sizes = {'data': -1, 'fsdp': 1, 'tensor': 1}
   for part in text.split(','):
     name, _, size = part.strip().partition('=')
-    if name not in AXES or not size.removeprefix('-').isdigit():
+    if name not in AXES or not size.removeprefix('-').isdecimal():
       expected = f'sizes of {", ".join(AXES)}, such as data=4,tensor=2 (-1: all remaining devices)'
       raise UserError(f'mesh {text!r}: expected {expected}')
     sizes[name] = int(size)

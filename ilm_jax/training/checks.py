@@ -33,11 +33,11 @@ RANGES = (
   ('at least 2', lambda x: x >= 2, ('data.row_length',)),
   ('at least 5', lambda x: x >= 5, ('distributed.heartbeat_timeout',)),
   ('-1 or at least 1', lambda x: x == -1 or x >= 1, ('mesh.data', 'mesh.fsdp', 'mesh.tensor')),
-  ('from 0 to 1024', lambda x: 0 <= x <= 1024, ('data.num_workers', 'task.num_workers')),
-  ('from 0 to 1', lambda x: 0 <= x <= 1, (
+  ('a whole number from 0 to 1024', lambda x: 0 <= x <= 1024, ('data.num_workers', 'task.num_workers')),
+  ('a number from 0 to 1', lambda x: 0 <= x <= 1, (
     'corrupt.infill_rate', 'corrupt.fim_rate', 'corrupt.noise_eps', 'optimizer.final_fraction',
   )),
-  ('at least 0 and below 1', lambda x: 0 <= x < 1, (
+  ('a number of at least 0 and below 1', lambda x: 0 <= x < 1, (
     'model.dropout', 'model.attention_dropout', 'optimizer.b1', 'optimizer.b2', 'optimizer.ema_decay',
   )),
 )  # fmt: skip
@@ -72,7 +72,7 @@ def check_settings(cfg) -> None:
     if values[name] not in allowed:
       raise UserError(f'{name}={values[name]!r}: expected one of {", ".join(allowed)}')
   which = str(values['eval.checkpoint'])
-  if which not in ('best', 'latest') and not which.isdigit():
+  if which not in ('best', 'latest') and not which.isdecimal():
     raise UserError(f"eval.checkpoint={which!r}: expected 'best', 'latest' or a step")
 
 

@@ -88,7 +88,7 @@ def test_row_length_must_leave_room_for_the_two_masks():
   short = {'family': 'arm', 'corrupt.fim_rate': 0.5, 'data.row_length': 21}
   with pytest.raises(UserError, match=r'data\.row_length=21.* 24 '):
     experiment.build(small.config(short))
-  with pytest.raises(UserError, match=r'corrupt\.fim_rate=1\.5: expected a fraction from 0 to 1'):
+  with pytest.raises(UserError, match=r'corrupt\.fim_rate=1\.5: expected a number from 0 to 1'):
     experiment.build(small.config({**short, 'corrupt.fim_rate': 1.5}))
 
 
