@@ -37,7 +37,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def devices_of(topology: str):
-  """Return the devices of a topology, which need not be attached, as targets for compilation."""
+  """Return the devices of a topology as compilation targets; they need not be attached to this machine."""
   kind, _, shape = topology.partition(':')
   sizes = shape.split('x')
   if kind not in (*roofline.CHIPS, 'cpu') or not all(size.isdecimal() and int(size) for size in sizes):
@@ -150,7 +150,7 @@ def run(values: flags.FlagValues, log: Path) -> int:
   jax.config.update('jax_enable_x64', False)  # whatever JAX_ENABLE_X64 says, as in training
   jax.config.update('jax_enable_compilation_cache', False)  # cached programs for other devices could not be loaded here
   devices, chip = devices_of(topology), roofline.CHIPS.get(topology.partition(':')[0])
-  words = cfg.task.get('tokenizer')  # settings for training a tokenizer; neither it nor the corpus need exist here
+  words = cfg.task.get('tokenizer')  # they give the vocabulary size, so no trained tokenizer is needed
   size = values.vocab_size or (words.size if words else tasks.get(cfg.task.name).tokenizer(cfg.task).vocab_size)
   exp = build(cfg, devices=devices, vocab_size=size)
   data, sizes = cfg.data, exp.model_cfg

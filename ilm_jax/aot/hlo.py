@@ -29,7 +29,7 @@ class Instruction(NamedTuple):
   opcode: str
   arrays: list[Array]  # arrays of the result, which may be a tuple
   operands: list[str]  # names of the operands
-  attributes: str  # text after the operands
+  attributes: str  # the text that follows the operands, such as `dimensions={0}`
   root: bool
 
   def size(self) -> int:

@@ -49,7 +49,7 @@ def _moved(body: dict[str, Instruction], bodies: dict) -> int:
 
 
 def _fusion(one: Instruction, operands: list[Instruction], body: dict[str, Instruction]) -> int:
-  """Return the bytes that a fusion reads and writes; sliced or updated arrays count only with the affected part."""
+  """Return the bytes that a fusion reads and writes; of an array that it slices or updates, only that part."""
   total = 0
   parameters = {int(inner.operands[0]): inner.name for inner in body.values() if inner.opcode == 'parameter'}
   for slot, operand in enumerate(operands):

@@ -1,4 +1,4 @@
-"""Export weights for the PyTorch reference code of the ILM paper, and check this code against its outputs.
+"""Export weights for the PyTorch reference code of the ILM paper, and check this package against outputs of that code.
 
     ilm-jax convert --workdir=runs/hard --out=weights.safetensors    export a run's best weights
     ilm-jax convert --check=tests/golden                             compare logits, losses and gradients

@@ -18,7 +18,7 @@ from ilm_jax.types import Metrics
 class Scores(NamedTuple):
   """Metrics of sampled answers, and some of the answers as text."""
 
-  pairs: Metrics  # {metric: (total, weight)}
+  pairs: Metrics  # {metric name: (total, weight)}; the metric is total / weight
   texts: list[str]  # the first `eval.print_samples` answers, formatted for printing
   order_counts_NxN: np.ndarray = np.zeros((0, 0), int)  # number of tokens by [decoding step, answer position]
   samples: tuple[str, ...] = ()  # all answers as plain text; empty if the task scores answers as right or wrong
@@ -27,10 +27,10 @@ class Scores(NamedTuple):
 class Likelihood(NamedTuple):
   """The negative log-likelihood of each string, including its end, in nats, or an estimated upper bound on it."""
 
-  kind: str  # 'exact', 'bound' or 'importance-weighted'
+  kind: str  # 'exact', 'bound' (an upper bound) or 'importance-weighted' (an estimate)
   nll_N: np.ndarray
   error_N: np.ndarray  # standard error of each NLL in nats; 0 if it is exact
-  tokens_N: np.ndarray  # number of tokens of each string, not counting its end
+  tokens_N: np.ndarray  # number of tokens of each string, without the end token
 
   def pairs(self) -> Metrics:
     """Return the metrics `nll` (nats per string), `nll_per_token` (the end counts as a token) and `nll_variance`.
@@ -81,7 +81,7 @@ class Evaluator:
     return self.sources[split]
 
   def validation_loss(self, params, split: str = 'validation') -> Metrics:
-    """Compute the loss and its components on a split; examples are corrupted with fixed, stratified randomness."""
+    """Compute the loss and its components on a split; each example is corrupted in the same way at every call."""
     batches = pipeline.validation_batches(self.source(split), self.family.corrupt, self.cfg)
     pairs = (jax.device_get(self._loss(params, sharding.put_global_batch(batch, self.mesh))) for batch in batches)
     return functools.reduce(metrics_lib.add, pairs, {})
@@ -102,7 +102,7 @@ class Evaluator:
     return Likelihood(self._kind, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
   def sample_answers(self, params, split: str, *, progress: bool = False, interrupted=lambda: False) -> Scores | None:
-    """Sample answers to the prompts of a split (the first `eval.samples` if set); score them if the task has a score.
+    """Sample answers to the prompts of a split (the first `eval.samples` if set); score them if `task.score` exists.
 
     `progress` logs how many answers are done. If `interrupted()` is true after an example, None is returned.
     """
@@ -135,7 +135,7 @@ class Evaluator:
         return None
       if progress:
         log.update(done)
-    # Remove the decoding steps and positions that no answer reached.
+    # Remove the rows and columns of decoding steps and answer positions that no answer reached.
     used = int(max(np.flatnonzero(order_counts_NxN.sum(0) + order_counts_NxN.sum(1)), default=-1)) + 1
     return Scores(total, texts, order_counts_NxN[:used, :used], tuple(samples))
 
@@ -161,7 +161,7 @@ def show(task, tokenizer, row, example, cfg) -> str:
 
 
 def show_text(task, row, cfg) -> str:
-  """Format a sampled text for printing: its length, what ended it, the text, and three intermediate states."""
+  """Format a sampled text for printing: length, reason for stopping, the text, and its state at three earlier steps."""
   tokens, order = row['tokens'], row['order']
   steps = int(order.max(initial=-1)) + 1
   ended = 'stopped by the model' if row['stopped'] else 'stopped by the length or step limit'

@@ -53,7 +53,7 @@ def infill_statistics(model, samples: list[Sample], *, seed: int = 0) -> dict | 
   if None in truths:
     if set(truths) != {None}:
       one = ids[truths.index(None)]
-      raise UserError(f'the sample with id {one!r} has no true text, but other samples have one: pass --requests')
+      raise UserError(f'the sample with id {one!r} has no true text, but others have one: add --requests=FILE')
     del references['truth']
   scored = model.nll([sample.text for sample in infilled])
   out = {'answers': len(infilled), 'requests': len(set(ids))}

@@ -67,7 +67,7 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_float('share', 0.2, 'Fraction of the words of a text that is removed.', flag_values=values)
   flags.DEFINE_integer('count', 500, 'Maximum number of requests.', lower_bound=1, flag_values=values)
   flags.DEFINE_integer('seed', 0, 'Random seed for choosing texts and gaps.', lower_bound=0, flag_values=values)
-  flags.DEFINE_string('tokenizer', None, 'Workdir of a run; texts too long for it are skipped.', flag_values=values)
+  flags.DEFINE_string('tokenizer', None, 'Folder of a run; skips texts too long for its model.', flag_values=values)
   flags.DEFINE_bool('lengths', False, 'Add the number of tokens of each gap; needs --tokenizer.', flag_values=values)
   flags.DEFINE_string('out', None, 'JSONL file to write; standard output by default.', flag_values=values)
 
@@ -107,7 +107,7 @@ def remove_word_runs(text: str, rng: np.random.Generator, share: float, gaps: in
   kept = len(spans) - removed
   if kept < max(1, gaps - 1):
     return None
-  # Gap i gets the removed words number ends[i] to ends[i+1] - 1, and follows the first kept_before[i] kept words.
+  # Number removed and kept words separately: gap i replaces removed[ends[i]:ends[i+1]], after kept[:kept_before[i]].
   ends = [0, *sorted(1 + rng.choice(removed - 1, gaps - 1, replace=False)), removed]
   kept_before = sorted(rng.choice(kept + 1, gaps, replace=False))
   runs = zip(kept_before, itertools.pairwise(ends), strict=True)
@@ -141,8 +141,8 @@ class RunTokenizer:
     self.tokenizer, self.max_length = text_task.tokenizer(cfg.task), cfg.sampling.max_length
 
   def gap_lengths(self, gapped: GappedText) -> list[int] | None:
-    """Return the token count of each filling; None if the text is too long, a filling is empty, or two gaps touch."""
-    lengths, total = [], 2  # total: tokens of the text, including [CLS] and [BOS]
+    """Return the token count of each filling; None if the text is too long, or no token is in a gap or between two."""
+    lengths, total = [], 2  # total: number of tokens; the first two are [CLS] and [BOS]
     for part, filling in zip(gapped.parts, gapped.fillings, strict=False):
       before_space = part.rstrip(' ')  # most tokenizers attach a space to the next token, here the filling
       given = len(self.tokenizer.encode(before_space))

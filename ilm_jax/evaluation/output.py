@@ -21,7 +21,7 @@ def check(out: str, inputs=()) -> epath.Path:
     raise UserError(f'--out={out}: the folder {path.parent} does not exist: create it')
   for flag, given in inputs:
     if given and paths.resolve(given, flag).resolve() == path.resolve():
-      raise UserError(f'--out and {flag} are the same file, {path}: choose another')
+      raise UserError(f'--out and {flag} are the same file, {path}: choose another --out')
   return path
 
 

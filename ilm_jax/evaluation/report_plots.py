@@ -26,7 +26,7 @@ def plot(workdir: str) -> None:
 
 
 def plot_learning_curve(figure, scalars: dict, title: str) -> str:
-  """Plot the training loss and the validation accuracy (or loss, if there is none) by step; return a file name."""
+  """Plot the training loss and validation accuracy (validation loss if there is none) by step; return a file name."""
   axis = figure.subplots()
   if has_answers := 'validation/exact_match' in scalars:
     for name, color in (('exact_match', '#14609f'), ('token_accuracy', '#3a7d44')):

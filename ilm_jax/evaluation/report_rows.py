@@ -9,7 +9,7 @@ from etils import epath
 from ilm_jax.runs import logs, run_file
 from ilm_jax.types import UserError
 
-FREE_SETTINGS = (  # settings that (almost) do not affect results, so runs in one table row may differ in them
+FREE_SETTINGS = (  # settings with little or no effect on results, so runs in one table row may differ in them
   *('seed', 'keep', 'log_every', 'report_seconds', 'checkpoint_every', 'eval.print_samples'),
   *('data.num_workers', 'data.prefetch', 'model.remat', 'model.scan_layers', 'mesh.data', 'mesh.fsdp', 'mesh.tensor'),
   *('distributed.initialization_timeout', 'distributed.heartbeat_timeout'),
@@ -26,19 +26,19 @@ class Run(NamedTuple):
   steps: int  # training steps of the evaluated weights
   budget: int  # training steps that the config allows
   key: str  # all settings except FREE_SETTINGS, as JSON; equal for all runs in a table row
-  pairs: dict  # (total, weight) of accuracies (none if the task has no right answers) and decoding-order statistics
-  chance: float | None  # expected exact match accuracy of random answers
+  pairs: dict  # name -> (total, weight): decoding-order statistics, and accuracies if the task has right answers
+  chance: float | None  # exact-match accuracy to expect from random answers
   kind: str | None  # kind of likelihood: 'exact', 'bound' or 'importance-weighted'; None if not measured
-  strings: dict | None  # per test string: lists 'nll' (nats), 'error' (standard error of nll) and 'tokens'
+  strings: dict | None  # lists over the test strings: 'nll' (nats), 'error' (standard error of nll) and 'tokens'
   parameters: int  # number of parameters of the model
   seconds: float  # training time
   hardware: str
-  commits: tuple[str, ...]  # commits of all starts of the run
+  commits: tuple[str, ...]  # git commits from which the run was started or resumed
   sampler: str  # description of the sampler's settings
 
 
 def read(workdir: str) -> Run:
-  """Read a run from its run.json, eval.json and event files; UserError if it is not finished and evaluated."""
+  """Read a run from its run.json, eval.json and event files; raise UserError if it is unfinished or not evaluated."""
   path = epath.Path(workdir)
   run = run_file.parse_run((path / 'run.json').read_bytes()) if (path / 'run.json').exists() else None
   if run is None:
@@ -101,11 +101,11 @@ def group(runs: list[Run], mixed_commits: bool) -> list[list[Run]]:
     row.sort(key=lambda run: run.seed)
     for a, b in itertools.pairwise(row):
       if a.seed == b.seed:
-        raise UserError(f'{a.workdir} and {b.workdir} have equal settings and the seed {a.seed}: leave one out')
+        raise UserError(f'{a.workdir} and {b.workdir} have equal settings and the same seed {a.seed}: leave one out')
     commits = {commit: run.workdir for run in row for commit in run.commits}
     if 'unknown' in commits and not mixed_commits:
       advice = 'run it in a checkout, or accept it with --mixed_commits'
-      raise UserError(f'{commits["unknown"]} was run outside a git checkout, so its commit is unknown: {advice}')
+      raise UserError(f'run {commits["unknown"]} was started outside a git checkout, so it has no commit: {advice}')
     if len(commits) > 1 and not mixed_commits:
       listed = ', '.join(f'{short_commit(commit)} ({workdir})' for commit, workdir in sorted(commits.items()))
       advice = 'run them again at one commit, or accept them with --mixed_commits'

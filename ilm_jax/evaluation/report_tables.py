@@ -132,7 +132,7 @@ def order_cells(row: Row) -> dict[str, str]:
 
 
 def ratio(row: Row, name: str, form: str, scale: float = 1) -> str:
-  """Format the mean of a statistic over all examples of a row's runs, times `scale`; a dash if there are none."""
+  """Format the mean of a statistic over all examples of a row's runs, times `scale`; a dash if no run has it."""
   pairs = [run.pairs[name] for run in row if name in run.pairs]
   total, weight = (sum(pair[i] for pair in pairs) for i in (0, 1))
   return form.format(scale * total / weight) if weight else '–'
@@ -146,7 +146,7 @@ def pooled(pairs) -> str:
 
 
 def mean_of_seeds(values: list[float]) -> str:
-  """Format the mean of at least 3 accuracies (%) with its 95 % Student interval, clipped to 0 - 100; else a dash."""
+  """Format the mean of at least 3 accuracies (%) with its 95 % Student interval, cut to 0 - 100; a dash for fewer."""
   if len(values) < 3:
     return '–'
   from scipy import stats

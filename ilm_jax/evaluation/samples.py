@@ -22,7 +22,7 @@ class Sample(NamedTuple):
 
 
 def records(path: str, flag: str):
-  """Yield (location for error messages, JSON object) for each non-empty line of the JSONL file that `flag` names.
+  """Yield (location for error messages, JSON object) for each non-empty line of a JSONL file that is given by a flag.
 
   Raises UserError if the file cannot be read, or a line is not a JSON object in valid UTF-8.
   """

@@ -59,7 +59,7 @@ def bootstrap(totals, weights=None, *, seed: int = 0, resamples: int = RESAMPLES
 
 
 def proportion(successes, trials, independent: int | None = None) -> Estimate:
-  """Estimate successes / trials with its Wilson interval for `independent` independent trials (default: all trials)."""
+  """Estimate successes / trials with its Wilson interval, as if there were `independent` trials (default: all)."""
   if not trials:
     return Estimate(None)
   independent = trials if independent is None else independent
@@ -80,7 +80,7 @@ def distinct(rows: list[list[int]], n: int) -> float | None:
 
 
 def describe(texts: list[str], scored: list[TextNLL], *, seed: int = 0) -> dict:
-  """Compute {name: Estimate} for the statistics in the module docstring, from texts and their scores.
+  """Compute {name: Estimate} for the statistics that the module docstring lists, from texts and their scores.
 
   The result also has three counts: `texts`, `empty` (texts without tokens) and `cut` (texts truncated to the scoring
   model's context).

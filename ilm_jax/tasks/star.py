@@ -175,7 +175,7 @@ def decode(tokens, cfg) -> str:
 
 TASK = Task(
   name='star', tokenizer=tokenizer, source=Source, encode_prompt=encode_prompt, decode=decode, score=score,
-  longest=lambda cfg: 2 * (cfg.degree + 1) * (cfg.max_length - 1) + 4,  # edges and answer; [CLS], source, goal, [BOS]
+  longest=lambda cfg: 2 * (cfg.degree + 1) * (cfg.max_length - 1) + 4,  # 2 for each edge of arms and answer, 4 others
   longest_answer=lambda cfg: 2 * (cfg.max_length - 1),  # two tokens for each edge of the path
   chance=lambda cfg: 1 / cfg.degree,  # probability that a random arm at the junction is right
   landmark=landmark,

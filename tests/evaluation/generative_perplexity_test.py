@@ -145,7 +145,7 @@ ANSWER = {'id': 0, 'text': 'a b c', 'infill': ['a ', ' c'], 'fillings': ['b'], '
     ([ANSWER, ANSWER], None, 'line 2 has the same "id" and "sample" as .*line 1: expected every answer once'),
     ([ANSWER | {'truth': 3}], None, 'expected the key "truth" with the true text'),
     ([ANSWER | {'truth': {'text': 'a d c', 'fillings': ['e']}}], None, 'do not join to the true text .a d c.'),
-    ([ANSWER | {'truth': 'a d c'}, ANSWER | {'id': 1}], None, 'with id 1 has no true text, but other samples have'),
+    ([ANSWER | {'truth': 'a d c'}, ANSWER | {'id': 1}], None, 'with id 1 has no true text, but others have'),
     ([ANSWER | {'id': 7}], [{'id': 0, 'truth': 'a d c'}], 'has no request with id 7, which a sample answers'),
     ([ANSWER], [{'id': 0}], 'requests.jsonl, line 1: expected the key "truth" with the true text'),
     ([ANSWER], [{'id': 0, 'truth': 'x d y', 'fillings': ['d']}], 'do not join to the true text .x d y.'),

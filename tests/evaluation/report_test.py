@@ -183,10 +183,10 @@ def test_runs_of_different_commits_share_a_row_only_with_mixed_commits(tmp_path,
   assert re.search(rf'aaaaaaaaa \({runs[0]}\), bbbbbbbbb \({runs[1]}\).*--mixed_commits', err)
   code, out, _ = run_report('--noplots', '--mixed_commits', *runs)
   assert code == 0 and 'aaaaaaaaa, bbbbbbbbb' in out
-  with pytest.raises(UserError, match='have equal settings and the seed 0: leave one out'):
+  with pytest.raises(UserError, match='have equal settings and the same seed 0: leave one out'):
     report_rows.group([report_rows.read(runs[0])] * 2, mixed_commits=False)
   unknown = write_run(tmp_path / 'c', commit='unknown')
-  assert 'was run outside a git checkout' in run_report('--noplots', unknown)[2]
+  assert 'was started outside a git checkout' in run_report('--noplots', unknown)[2]
 
 
 def test_a_table_row_of_runs_with_and_without_likelihoods_is_refused(tmp_path, run_report):

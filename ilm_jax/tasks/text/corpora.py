@@ -64,7 +64,7 @@ class File(NamedTuple):
 
 
 class Corpus(NamedTuple):
-  """The files of each split; if several splits read the same files, `shared` maps each of them to the tuple of all."""
+  """The files of each split; `shared` maps a split to all splits that read the same files (including itself)."""
 
   files: dict[str, list[File]]
   shared: dict[str, tuple[str, ...]]
@@ -74,7 +74,7 @@ class Corpus(NamedTuple):
     return [list(self.hashes(split).items()), self.shared.get(split)]
 
   def hashes(self, *splits: str) -> dict[str, str]:
-    """Return the hash of the content of each file of some splits, by name."""
+    """Return {file name: hash of the content} of the files of the given splits."""
     return file_hashes.hashes_of({file.name: file.path for split in splits for file in self.files[split]})
 
 
@@ -137,7 +137,7 @@ def _check_unread(path: str, unread: list[str], files: list[File]) -> None:
   if not files:
     raise UserError(f'data.path={path} holds no text: expected a file that is not empty, or a folder of {READABLE}'
                     + (f'; found {names}' if unread else ''))  # fmt: skip
-  # Names of folders count only if the files that are read include held-out files but no training files.
+  # A folder named like training text matters only if the files that are read are held-out files without training files.
   splits = {split_named(file.name) for file in files}
   by_folder = 'train' not in splits and not splits <= {None}
   for name in unread:

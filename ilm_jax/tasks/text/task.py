@@ -1,4 +1,4 @@
-"""The text task: language modelling on TinyStories, LM1B (arXiv 2505.05755) or any other corpus.
+"""The text task: language modelling on TinyStories, the One Billion Word corpus (LM1B) or any other corpus.
 
 An example is `[CLS] [BOS] text`; all tokens of the text are generated, none is given. There is no correct answer, so
 the task has no `score`, and runs are evaluated by their validation loss. A document that is too long is cut after a
@@ -29,7 +29,7 @@ from ilm_jax.types import UserError
 
 PREFIX = 2  # fixed tokens before the text: [CLS] and [BOS]
 FOLDER = 'tokenizer'  # subfolder of a run's folder that holds its tokenizer
-WINDOW = 8  # characters scanned per expected token when truncating a document; doubled if they have too few
+WINDOW = 8  # characters tokenized per wanted token when cutting a document; doubled if they give too few tokens
 SENTENCE = re.compile(r'[.!?…]["\'”’)\]]*(?=\s)|[。！？][」』”’]*|(?<=\S)(?=\n)')  # matches the end of a sentence
 WORD = re.compile(r'(?<=\S)(?=\s)')  # matches the end of a word
 
@@ -94,7 +94,7 @@ def pieces_of(text: str, tokenizer, limit: int):
     _, spans = tokenizer.encode_with_offsets(window)
     piece = window[: cut_at(window, max(spans[limit - 1][1], 1))]
     ids, spans = tokenizer.encode_with_offsets(piece)
-    # Encoded on its own, the piece may have more tokens than it had within the window: shorten it further.
+    # Encoded on its own, the piece may have more tokens than it had within the longer text: shorten it further.
     while len(ids) > limit and (end := max(spans[limit - 1][1], 1)) < len(piece):
       piece = piece[:end]
       ids, spans = tokenizer.encode_with_offsets(piece)
@@ -267,7 +267,7 @@ def resolve_assets(cfg, folder) -> None:
   try:
     is_there = path and paths.resolve(path, 'task.tokenizer.path').exists()
   except (UserError, OSError):
-    is_there = False  # the run has a copy of its tokenizer, so the original may be unreachable
+    is_there = False  # not an error: the run's own copy of the tokenizer is used
   if is_there and (other := given(cfg).fingerprint) != words.fingerprint:
     raise UserError(f'task.tokenizer.path={path} has fingerprint {other}, but the checkpoints in {folder} were trained '
                     f'with a tokenizer with fingerprint {words.fingerprint}: omit task.tokenizer.path, or choose '

@@ -29,7 +29,7 @@ NUM_REFERENCES = {'=': 2, '!=': 2, 'nbr': 2, 'ends': 1, 'immediate-left': 2, 'le
 SYMMETRIC = ('=', '!=', 'nbr')  # kinds whose two references can be swapped
 DIGITS = ('0', '1', '2', '3', '4', '5')  # the only numbers in the vocabulary
 MAX_SIZE = len(DIGITS)  # maximum number of houses and of attributes
-REFERENCE = '( c [0-5]| n 0) [0-5]'  # regular expression of a reference in the text form, with a space before it
+REFERENCE = '( c [0-5]| n 0) [0-5]'  # regular expression of a reference in the text form, such as ' c 0 3'
 
 
 class Clue(NamedTuple):
@@ -40,7 +40,7 @@ class Clue(NamedTuple):
 
 
 class Puzzle(NamedTuple):
-  """A puzzle: clues, the table that solves them, and its (attribute, house, value) cells in the solver's order."""
+  """A puzzle: clues, solution table, and (attribute, house, value) cells in the order that the solver fills them."""
 
   clues: list[Clue]
   table: list[list[int]]
@@ -52,7 +52,7 @@ class Puzzle(NamedTuple):
     return len(self.table[0]), len(self.table) - 1
 
 
-MEANING = {  # kind of clue (except `ends`) -> function: house numbers of its references -> whether the clue is true
+MEANING = {  # {kind of clue, except `ends`: predicate of the house numbers that the clue refers to}
   '=': lambda a, b: a == b,
   '!=': lambda a, b: a != b,
   'nbr': lambda a, b: abs(a - b) == 1,
@@ -63,7 +63,7 @@ MEANING = {  # kind of clue (except `ends`) -> function: house numbers of its re
 
 
 def is_true_of_houses(kind: str, at: tuple[int, ...], houses: int) -> bool:
-  """Return whether a clue of this kind is true if its references stand for the house numbers `at`."""
+  """Return whether a clue of this kind is true if it refers to the house numbers `at`, in this order."""
   return at[0] in (0, houses - 1) if kind == 'ends' else MEANING[kind](*at)
 
 

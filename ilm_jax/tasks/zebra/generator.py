@@ -24,7 +24,7 @@ class ClueGenerator:
     self.row_counts = [0] * (attributes + 1)  # number of references to each row of the table in the clues
 
   def run(self) -> list[Clue]:
-    """Draw clues until the solver fills the table; return those that a new solver uses if it gets all at once.
+    """Draw clues until the solver fills the table; return those that a solver uses when it starts with all of them.
 
     The references of symmetric clues are swapped at random.
     """
@@ -76,7 +76,7 @@ class ClueGenerator:
     return row
 
   def _cell(self) -> tuple[int, int]:
-    """Draw a cell (row, house); once the solver has run, prefer rows with few filled cells, and their filled cells."""
+    """Draw a cell (row, house); once the solver has run, prefer rows with few filled cells, then filled cells."""
     if not self.guided:
       return self._row(), self._below(self.houses)
     row = self._weighted_index([self.houses - self.solver.num_filled(row) + 1 for row in range(self.attributes + 1)])
@@ -113,7 +113,7 @@ class ClueGenerator:
 
 
 def relabel(rng: np.random.Generator, clues: list[Clue], houses: int, attributes: int) -> list[Clue]:
-  """Rename the values of every attribute at random: the new puzzle is equally likely, but may be in another split."""
+  """Rename every attribute's values at random. The distribution of puzzles stays the same; the split may change."""
   new_values = [list(range(houses)), *(rng.permutation(houses).tolist() for _ in range(attributes))]
   return [Clue(kind, tuple((row, new_values[row][value]) for row, value in refs)) for kind, refs in clues]
 

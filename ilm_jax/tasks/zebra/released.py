@@ -55,7 +55,7 @@ def find_files(path: str) -> dict[str, pathlib.Path]:
   if place.is_file():
     return {'all': place}
   if not place.is_dir():
-    raise UserError(f'task.path={path}: no such file or folder; name the released pickle files, or set task.path=""')
+    raise UserError(f'task.path={path} does not exist: name released files, or set task.path="" to generate puzzles')
   found = {}
   for split in ('train', 'test'):
     files = [file for file in place.iterdir() if split in file.name and file.suffix in ('.pkl', '.pickle')]

@@ -35,13 +35,13 @@ class Solver:
   def __init__(self, houses: int, attributes: int, clues=()):
     self.houses, self.attributes = houses, attributes
     self.filled_cells = []
-    # `_known` and `_house` are indexed by reference; the references of row 0, the house numbers, are always known.
+    # `_known` and `_house` are indexed by row * houses + value; row 0, the house numbers, is known from the start.
     self._known = [True] * houses + [False] * (houses * attributes)
-    self._house = list(range(houses)) + [-1] * (houses * attributes)  # house of each reference, -1 if unknown
+    self._house = list(range(houses)) + [-1] * (houses * attributes)  # house of each value of each row; -1: unknown
     self._all_houses = (1 << houses) - 1  # bit mask of all houses
     self._open_houses = [0] + [self._all_houses] * attributes  # bit mask of the empty cells of each row
     self._clues = []  # (kind, references, rows) of every clue
-    self._open_clues = 0  # bit mask of the clues that have a reference whose house is unknown
+    self._open_clues = 0  # bit mask of the clues that mention a value whose house is unknown
     self._reset_search()
     for clue in clues:
       self.add(clue)
@@ -52,7 +52,7 @@ class Solver:
     return len(self.filled_cells) == self.houses * self.attributes
 
   def is_known(self, ref: tuple[int, int]) -> bool:
-    """Return whether the house of a reference (row, value) is known."""
+    """Return whether it is known which house has this value; `ref` is a pair (row of the table, value)."""
     return self._known[ref[0] * self.houses + ref[1]]
 
   def num_filled(self, row: int) -> int:
@@ -90,7 +90,7 @@ class Solver:
     return used
 
   def _search(self, state: int, applied: tuple[int, ...], length: int):
-    """Return (clues, (reference, house)) of the first sequence of `length` more clues that determines a cell, or None.
+    """Return the first sequence of `length` more clues that determines a cell, and its (reference, house); else None.
 
     All shorter sequences have failed before, so sequences that start with a clue without effect need not be tried.
     """
@@ -114,7 +114,7 @@ class Solver:
     return None
 
   def _apply(self, state: int, index: int):
-    """Apply a clue to a state; return the new state and the (reference, house) that is now determined, or None."""
+    """Apply a clue to a state; return the new state and the (reference, house) pair now determined, or None."""
     kind, refs, rows = self._clues[index]
     new, cell = self._apply_rule(state, kind, refs)
     if cell is None and new != state:
@@ -128,7 +128,7 @@ class Solver:
     return new, cell
 
   def _eliminate(self, state: int, row: int):
-    """Return a (reference, house) pair of a row that is determined by the candidates, or None.
+    """Return a cell of a row, as (reference, house), that the remaining candidates determine, or None.
 
     Prefers the first house with only one possible value, then the first value with only one possible house.
     """
@@ -149,7 +149,7 @@ class Solver:
     return single_candidate
 
   def _commit(self, ref: int, house: int) -> None:
-    """Fill a cell and the last empty cell of each row that has only one; drop clues whose references are all known."""
+    """Fill a cell, and the last empty cell of each row that has only one; drop clues that mention filled cells only."""
     self._fill(ref, house)
     for row in range(1, self.attributes + 1):
       if self._open_houses[row].bit_count() == 1:
@@ -172,15 +172,15 @@ class Solver:
       1 << self._house[ref] if known else self._open_houses[ref // self.houses] for ref, known in enumerate(self._known)
     ]
     self._start_state = sum(mask << ref * self.houses for ref, mask in enumerate(masks))
-    # State -> [bit mask of the clues tried on it without determining a cell, {clue: new state, if it changed}].
+    # {state: [bit mask of the clues that were tried and determined no cell, {clue that changed the state: new state}]}
     self._tried = {}
 
   def _candidates(self, state: int, ref: int) -> int:
-    """Return the bit mask of the candidate houses of a reference in a state."""
+    """Return the bit mask of the houses that a state leaves possible for the value numbered `ref`."""
     return state >> ref * self.houses & self._all_houses
 
   def _restrict(self, state: int, ref: int, allowed: int) -> int:
-    """Remove a reference's candidates outside the bit mask `allowed`, unless its house is known; return the state."""
+    """Limit the houses of the value numbered `ref` to a bit mask, unless it is placed; return the new state."""
     candidates = self._candidates(state, ref)
     if self._known[ref] or not candidates & ~allowed:
       return state
@@ -198,7 +198,7 @@ class Solver:
     return self._restrict(state, b, -2 << _lowest(self._candidates(state, a)))
 
   def _apply_rule(self, state: int, kind: str, refs: tuple[int, ...]):
-    """Remove candidates that a clue rules out; return the new state and the (reference, house) it determines, or None.
+    """Remove candidates that a clue excludes; return the new state and the (reference, house) now determined, or None.
 
     At least one reference has no known house. With two of them, one pass (restrict a by b, then b by a) removes all it
     can; `inbetween` needs two passes.

@@ -30,12 +30,12 @@ TOKENIZER = WordTokenizer((*DIGITS, *KINDS, 'c', 'n', 'CLUE_END', 'RHS', 'LHS'))
 
 
 def max_tokens(houses: int, attributes: int) -> int:
-  """Return the maximum number of tokens of a puzzle; none of 16,000 generated puzzles was longer."""
+  """Return the maximum number of tokens of a puzzle of this size; none of 16,000 generated puzzles was longer."""
   return 64 + 11 * houses * attributes
 
 
 def to_ids(puzzle: Puzzle) -> np.ndarray:
-  """Return the token ids of a puzzle's clues and answer as uint8[n], with the cells in the solver's order."""
+  """Return a puzzle's token ids (clues, then cells in the order that the solver fills them) as uint8[n]."""
   digits = [str(number) for cell in puzzle.cells for number in cell]
   return np.array([CLS, *TOKENIZER.ids(to_words(puzzle.clues)), BOS, *TOKENIZER.ids(digits)], np.uint8)
 
@@ -206,12 +206,12 @@ def released_puzzles(cfg, split: str):
   if num_skipped:
     logging.info('zebra %s: left out %d puzzles that are too long or occur in the test set', split, num_skipped)
   if not num_yielded:
-    raise UserError(f'task.path={cfg.path}: no puzzle of the {split} split has the sizes that the config asks for: '
-                    'widen task.min_houses ... task.max_attributes')  # fmt: skip
+    raise UserError(f'task.path={cfg.path}: no puzzle of the {split} split has an allowed size: lower task.min_houses '
+                    'or task.min_attributes, or raise task.max_houses or task.max_attributes')  # fmt: skip
 
 
 def released_hashes(cfg) -> dict[str, str]:
-  """Return the hash of the content of each released file, by name."""
+  """Return {name: hash of the content} of the released files."""
   return file_hashes.hashes_of({file.name: file for file in released.find_files(cfg.path).values()})
 
 

@@ -20,7 +20,7 @@ from ilm_jax.types import UserError
 
 
 def chance(cfg) -> float:
-  """Return the expected exact match accuracy of answers with random permutations, averaged over puzzle sizes."""
+  """Return the exact-match accuracy to expect if each row is a random permutation, averaged over puzzle sizes."""
   houses, attributes = (range(cfg[f'min_{what}'], cfg[f'max_{what}'] + 1) for what in ('houses', 'attributes'))
   return float(np.mean([math.factorial(n) ** -m for n in houses for m in attributes]))
 
