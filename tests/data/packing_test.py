@@ -1,4 +1,4 @@
-"""Tests of packing: against a simple implementation with lists, and with the row sizes of the star configs."""
+"""Tests of packing: against a simple implementation with lists, and with the row sizes of the star-graph configs."""
 
 import collections
 import fractions
@@ -60,7 +60,7 @@ def test_packed_examples_can_be_read_back_unchanged():
   assert missing > 50
 
 
-def test_batch_arrays_have_the_shapes_of_their_name_suffixes_and_the_documented_dtypes():
+def test_batch_arrays_have_the_shapes_that_their_names_state_and_the_documented_dtypes():
   batch = packing.pack(random_examples(np.random.default_rng(0), 5), list(range(5)), packing.Shape(3, 20, 30, 4))
   sizes = {'B': 3, 'L': 20, 'T': 30, 'S': 4}
   for name, value in batch.items():
@@ -88,7 +88,7 @@ def count_left_out(cfg, steps, pool):
 
 @pytest.mark.parametrize('size', ['tiny', 'mini', 'easy', 'medium', 'hard'])
 @pytest.mark.parametrize('steps', [200, pytest.param(10_000, marks=pytest.mark.long)])
-def test_star_configs_have_just_enough_rows_for_every_example(size, steps):
+def test_star_graph_configs_have_just_enough_rows_for_every_example(size, steps):
   cfg = star_config.get_config(size)
   shape = packing.shape_of(cfg.data)
   assert star.TASK.longest(cfg.task) <= shape.length and 2 * (cfg.task.max_length - 1) <= shape.targets

@@ -131,14 +131,14 @@ def test_each_epoch_has_a_new_permutation_and_each_example_its_own_random_genera
   back = {}
   for batch in first_eight:
     back |= unpack(batch)
-  assert sorted(back) == list(range(128))  # 8 steps of 16 examples; an epoch has 50 examples
+  assert sorted(back) == list(range(128))  # 128 = 8 steps of 16 examples
 
   def graph_of(i):
     for graph in range(50):
       example = corruption.ilm(np.random.default_rng((3, 0, i)), SOURCE[graph], CORRUPT)
       if all(np.array_equal(back[i][name], example[name]) for name in back[i]):
         return graph
-    raise AssertionError(f'example {i} is not the corruption of any source graph with random generator {i}')
+    raise AssertionError(f'no source graph gives example {i} when corrupted with random generator {i}')
 
   graphs = [graph_of(i) for i in range(128)]
   epochs = graphs[:50], graphs[50:100]
@@ -154,12 +154,12 @@ def test_examples_of_an_endless_source_are_read_in_order():
     assert_same_example(got, corruption.ilm(np.random.default_rng((3, 0, i)), source[i], CORRUPT))
 
 
-def test_examples_that_fit_into_no_row_are_missing_from_the_batch():
+def test_examples_that_fit_into_no_row_are_left_out_of_the_batch():
   cfg = config(rows=4, segments=1)
   (batch,) = make_batches(0, 1, cfg=cfg)
   ids = batch['example_id_BxS']
   assert (ids >= 0).sum() == 4 == batch['segment_weight_BxS'].sum()
-  for group in range(4):  # each group has four examples, but one row with room for one of them
+  for group in range(4):  # each group has four examples, but only one row, which has room for one of them
     assert 4 * group <= ids[group, 0] < 4 * (group + 1)
 
 
@@ -205,7 +205,7 @@ def dying_corrupt(rng, example, cfg, u=None):
   os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_the_error_for_a_killed_worker_process_names_the_setting():
+def test_the_error_for_a_killed_worker_process_names_the_setting_num_workers():
   with refused('was killed', 'shared memory', 'data.num_workers'):
     make_batches(0, 1, cfg=config(num_workers=1), corrupt=dying_corrupt)
 
@@ -253,7 +253,7 @@ def test_validation_batches_hold_each_example_once_with_the_same_corruption_for_
       assert [token for row in tokens for token in row] == source[i]['tokens'].tolist()
 
 
-def test_validation_stratifies_the_number_of_dropped_tokens():
+def test_validation_uses_every_number_of_dropped_tokens_equally_often():
   # All answers have 8 tokens, so 0 to 8 tokens can be dropped.
   task = star_task(num_train=0, degree=2, min_length=5, max_length=5, min_plan=0)
   source, seen = star.Source(task, 'validation'), collections.Counter()

@@ -18,14 +18,14 @@ def home(tmp_path, monkeypatch):
   return tmp_path
 
 
-def test_cache_paths_may_start_with_a_tilde_or_a_file_scheme_and_contain_brackets(home):
+def test_cache_paths_may_start_with_a_tilde_or_a_file_url_scheme_and_contain_brackets(home):
   for folder in ('~/z[1]', f'file://{home}/z[1]', str(home / 'z[1]')):
     made = storage.once(folder, 'entry', lambda place: (place / 'x').write_text('once'))
     assert made == home / 'z[1]' / 'entry' and (made / 'x').read_text() == 'once'
   assert sorted(path.name for path in home.rglob('*')) == ['.entry.lock', 'entry', 'x', 'z[1]']
 
 
-def test_a_stale_unfinished_cache_entry_is_removed_only_from_its_own_cache_folder(tmp_path):
+def test_writing_a_cache_entry_removes_unfinished_copies_only_from_its_own_cache_folder(tmp_path):
   own, other = tmp_path / 'z[1]' / '.entry.part-1', tmp_path / 'z1' / '.entry.part-1'
   for folder in (own, other):
     folder.mkdir(parents=True)
@@ -52,7 +52,7 @@ def test_a_path_in_an_unknown_home_folder_gives_an_error_that_names_the_setting(
 
 
 @pytest.mark.parametrize('path', ['gss://bucket/x', 'hf:/me/words', 's3://bucket/x'])
-def test_unknown_schemes_and_buckets_without_their_package_are_refused(monkeypatch, path):
+def test_unknown_url_schemes_and_buckets_whose_python_package_is_missing_are_refused(monkeypatch, path):
   monkeypatch.setattr(paths, '_installed', lambda package: False)
   with refused(f'task.cache={path}'):
     storage.once(path, 'entry', None)
@@ -60,7 +60,7 @@ def test_unknown_schemes_and_buckets_without_their_package_are_refused(monkeypat
     tokenizers.read(path)
 
 
-def test_settings_with_worker_processes_are_refused_without_shared_memory(monkeypatch):
+def test_worker_processes_are_refused_if_there_is_too_little_shared_memory(monkeypatch):
   def disk(blocks, free):
     monkeypatch.setattr(
       os, 'statvfs', lambda path: types.SimpleNamespace(f_blocks=blocks, f_bavail=free, f_frsize=4096)

@@ -239,7 +239,7 @@ def test_every_character_of_the_training_text_is_a_piece_of_its_own():
   assert seen == set(''.join(texts) + 'ж').difference(' ') | {'\u2581'}
 
 
-def test_byte_ids_are_the_tokens_that_are_a_part_of_a_character(tokenizers):
+def test_byte_ids_are_the_tokens_for_bytes_that_are_not_a_whole_character(tokenizers):
   for name, tokenizer in tokenizers.items():
     whole = [bytes([b]).decode(errors='replace') for b in range(256)]
     expected = (
@@ -256,7 +256,7 @@ def test_a_vocabulary_just_large_enough_for_the_characters_of_the_text_can_be_tr
     lib.train_sentencepiece(LINES * 3, size=needed - 1)
 
 
-def test_long_lines_and_lines_with_a_reserved_character_or_a_space_at_the_end_are_used_in_training(caplog):
+def test_training_uses_long_lines_and_lines_that_end_in_a_reserved_character_or_a_space(caplog):
   caplog.set_level(logging.INFO, 'absl')
   names = ['quagga', 'gnus', 'okapi', 'zebu']
   words = np.random.default_rng(0).choice(names, 200_000)
@@ -270,7 +270,7 @@ def test_long_lines_and_lines_with_a_reserved_character_or_a_space_at_the_end_ar
   assert line == 'cut 1 of the lines to train the tokenizer on, which had more than 262,144 characters'
 
 
-def test_a_given_sentencepiece_model_keeps_the_order_of_its_pieces_without_control_symbols():
+def test_a_sentencepiece_model_loaded_from_a_file_keeps_its_pieces_in_order_but_not_its_control_symbols():
   import sentencepiece
 
   model = given_model()
@@ -351,7 +351,7 @@ def test_the_path_of_a_tokenizer_may_start_with_a_tilde_or_a_file_scheme(tmp_pat
 
 
 @needs_real_text
-def test_the_bert_base_uncased_vocabulary_has_the_size_used_in_the_paper():
+def test_the_bert_base_uncased_vocabulary_has_the_size_published_in_the_ilm_paper():
   wordpiece = lib.read(DATA / 'bert-base-uncased' / 'vocab.txt')
   lines = (DATA / 'bert-base-uncased' / 'vocab.txt').read_text('utf-8').split('\n')[:-1]
   assert wordpiece.vocab_size == 30_524 == len(lines) + 2

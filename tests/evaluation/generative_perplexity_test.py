@@ -215,7 +215,7 @@ def test_wrong_flags_give_a_one_line_error(tmp_path, capsys):
 # --- eval.perplexity_model in training runs ---------------------------------------------------------------------------
 
 
-def test_a_training_run_scores_its_samples_and_the_same_number_of_test_texts(monkeypatch):
+def test_a_training_run_scores_its_samples_and_an_equal_number_of_test_texts(monkeypatch):
   monkeypatch.setattr(scoring_models, 'get', lambda name: TableModel())
   cfg = ConfigDict({'seed': 1, 'eval': {'perplexity_model': 'runs/arm'}})
   source = types.SimpleNamespace(text=['a bb', 'ccc', 'not scored'].__getitem__)
@@ -225,7 +225,7 @@ def test_a_training_run_scores_its_samples_and_the_same_number_of_test_texts(mon
   assert final_evaluation.score_samples(ConfigDict({'eval': {}}), (), source) is None
 
 
-def test_eval_json_has_the_statistics_of_the_scoring_model(monkeypatch, tmp_path, capsys):
+def test_eval_json_contains_the_statistics_computed_with_the_scoring_model(monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(scoring_models, 'get', lambda name: TableModel())
   monkeypatch.setattr(final_evaluation.settings, 'describe', lambda sample_cfg: 'greedy')
   cfg = text_config.get_config('small')

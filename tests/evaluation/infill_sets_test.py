@@ -69,7 +69,7 @@ def test_infill_requests_depend_only_on_the_seed_and_the_corpus(tmp_path, capsys
   assert code == 0 and not out and f'made {len(out_file.read_text().splitlines())} requests of --count=99' in err
 
 
-def test_the_lengths_of_a_request_count_the_tokens_that_generate_must_insert(tokenizer):
+def test_the_lengths_in_a_request_are_the_numbers_of_tokens_to_insert_into_its_gaps(tokenizer):
   run_tokenizer = infill_sets.RunTokenizer.__new__(infill_sets.RunTokenizer)
   run_tokenizer.tokenizer, run_tokenizer.max_length = tokenizer, 40
   settings = {'kind': 'multi', 'unit': 'words', 'share': 0.4, 'count': 60, 'seed': 0, 'run_tokenizer': run_tokenizer}
@@ -84,7 +84,7 @@ def test_the_lengths_of_a_request_count_the_tokens_that_generate_must_insert(tok
   assert 0 < len(short) < len(requests) and all(len(tokenizer.encode(request['truth'])) < 8 for request in short)
   run_tokenizer.tokenizer, run_tokenizer.max_length = types.SimpleNamespace(encode=list), 200
   for request in infill_sets.make_requests(sentences(60), **settings, lengths=True):
-    spaces = [len(part) - len(part.rstrip(' ')) for part in request['infill'][:-1]]  # encoded with the fillings
+    spaces = [len(part) - len(part.rstrip(' ')) for part in request['infill'][:-1]]  # counted as part of the filling
     assert request['least'] == [n + len(text) for n, text in zip(spaces, request['fillings'], strict=True)]
 
 

@@ -88,14 +88,14 @@ def run_report(capsys):
 # --- tables and plots -------------------------------------------------------------------------------------------------
 
 
-def test_a_table_row_pools_the_seeds_and_the_report_lists_runs_and_command(tmp_path, run_report):
+def test_a_table_row_pools_runs_with_different_seeds_and_the_report_lists_its_runs_and_command(tmp_path, run_report):
   runs = [write_run(tmp_path / f's{seed}', seed, correct) for seed, correct in ((2, 80), (0, 90), (1, 100))]
   runs += [write_run(tmp_path / f'arm{seed}', seed, 31, family='arm') for seed in (0, 1)]
   runs.append(write_run(tmp_path / 'oracle', family='arm', task={'label': 'star easy', 'order': 'oracle'}))
   code, out, err = run_report('--noplots', *runs)
   assert code == 0 and not err, err
   low, high = metrics.wilson_interval(270, 300)
-  half = 4.302653 * 10 / 3**0.5  # 4.30: 97.5 % quantile of Student's t with 2 degrees of freedom
+  half = 4.302653 * 10 / 3**0.5  # 97.5 % quantile of t (2 degrees of freedom) x standard error of three results
   assert cells(out, 'star easy', 'ilm')[2:] == [
     f'90.0 ({100 * low:.1f} – {100 * high:.1f})', '90.0, 100.0, 80.0', f'90.0 ({90 - half:.1f} – 100.0)',
     f'{(8 * 270 + 120) / 24:.1f}', '33.3', '100.0',
@@ -176,7 +176,7 @@ def test_runs_share_a_table_row_if_their_results_are_comparable(one, other, rows
   assert accuracy_rows(run_report('--noplots', *runs)[1]) == rows
 
 
-def test_runs_of_different_commits_share_a_row_only_with_mixed_commits(tmp_path, run_report):
+def test_runs_of_different_commits_share_a_row_only_with_the_flag_mixed_commits(tmp_path, run_report):
   runs = [write_run(tmp_path / 'a', 0), write_run(tmp_path / 'b', 1, commit=OTHER_COMMIT)]
   code, out, err = run_report('--noplots', *runs)
   assert code == 1 and not out
@@ -256,7 +256,7 @@ def test_training_time_is_summed_over_all_starts_of_a_run(tmp_path):
     ([0, 1, 2, 3], 1, {'order_tau': (1, 1), 'order_adjacent': (3, 3), 'order_junction': (1 / 3, 1)}),
     ([3, 2, 1, 0], 3, {'order_tau': (-1, 1), 'order_adjacent': (3, 3), 'order_junction': (0, 1)}),
     ([0, 2, 1], None, {'order_tau': (1 / 3, 1), 'order_adjacent': (2, 2)}),
-    ([0, 2, 3, 1], None, {'order_tau': (1 / 3, 1), 'order_adjacent': (3, 3)}),  # adjacent at insertion time
+    ([0, 2, 3, 1], None, {'order_tau': (1 / 3, 1), 'order_adjacent': (3, 3)}),  # adjacent when inserted
     ([0, 3, 1, 2, 4], None, {'order_tau': (0.6, 1), 'order_adjacent': (2, 4)}),
     ([0, 0, 1], 2, {'order_tau': (2 / 3, 1), 'order_adjacent': (1, 1), 'order_junction': (1, 1)}),
     ([0], 0, {}),

@@ -34,7 +34,7 @@ def test_a_text_with_unknown_tokens_has_a_finite_nll(arm, expected_nll):
 
 def test_scoring_texts_of_all_lengths_compiles_at_most_three_programs(arm):
   arm.nll([' '.join(['dog'] * n) for n in range(1, 90)])
-  assert arm.next_losses._cache_size() <= 3  # padded lengths 32, 64 and the model's maximum
+  assert arm.next_losses._cache_size() <= 3  # texts are padded to 32, 64 or the model's maximum number of tokens
 
 
 def test_texts_that_are_too_long_are_truncated_and_marked_as_truncated(arm, tokenizer):

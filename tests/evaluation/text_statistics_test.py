@@ -91,7 +91,7 @@ def test_fillings_that_differ_only_in_spaces_count_as_exact_matches():
     'exact_match': (0.5, *metrics.wilson_interval(1, 2)),
     'filling_match': (0.75, *metrics.wilson_interval(1.5, 2)),
   }
-  assert text_statistics.matches([0, 1, 0, 1], made * 2, true * 2) == result  # two answers to one request: one trial
+  assert text_statistics.matches([0, 1, 0, 1], made * 2, true * 2) == result  # answers to one request are one trial
 
 
 def test_join_parts_produces_no_double_spaces():

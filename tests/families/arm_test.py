@@ -51,7 +51,7 @@ def prompt_of(rows, size=8):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_targets_are_the_next_tokens_and_eos():
+def test_the_targets_of_an_answer_are_its_tokens_followed_by_eos():
   corrupted = corruption.arm(None, example([7, 8], [9, 10, 11]), PLAIN)
   assert corrupted['tokens'].tolist() == [CLS, 7, 8, BOS, 9, 10, 11]
   assert corrupted['target_gap'].tolist() == [3, 4, 5, 6]
@@ -61,7 +61,7 @@ def test_targets_are_the_next_tokens_and_eos():
   assert empty['target_gap'].tolist() == [2] and empty['target_token'].tolist() == [EOS]
 
 
-def test_given_tokens_after_free_tokens_are_rejected():
+def test_an_example_with_given_tokens_after_free_tokens_is_rejected():
   with pytest.raises(UserError, match=r'family=arm writes from left to right'):
     corruption.arm(None, {'tokens': np.arange(5), 'fixed': np.array([True, True, False, True, False])}, PLAIN)
 
@@ -121,7 +121,7 @@ def next_token(forward, tokens_1xL, length, rng, cfg):
 
 
 def decode_without_cache(forward, rng, row, request, cfg):
-  """Decode one row with the RNG keys of `arm.sample`; return (row, log-probabilities, p([EOS])s, stopped)."""
+  """Decode one row with the RNG keys of `arm.sample`; return (row, log-probabilities, p([EOS]) per step, stopped)."""
   row, log_probs, end_probs, max_steps = list(row), [], [], cfg.max_length if cfg.max_steps is None else cfg.max_steps
   request_rng = jax.random.fold_in(rng, request)
   while True:
@@ -212,7 +212,7 @@ def test_probabilities_of_all_strings_sum_to_one():
   assert 0.01 < longer < 0.99
 
 
-def test_the_score_of_a_sample_equals_the_log_probabilities_recorded_by_the_sampler(forward):
+def test_the_score_of_a_sample_equals_the_sum_of_the_log_probabilities_recorded_by_the_sampler(forward):
   out = jax.device_get(sample(forward, jax.random.key(3), prompt_of(ROWS), BASE))
   nll_B, _, tokens_B = score(forward, out.tokens_BxL, out.order_BxL < 0, out.length_B, BASE)
   rows = [i for i in range(len(ROWS)) if out.stopped_B[i]]

@@ -1,4 +1,4 @@
-"""Samples and infilled texts contain only whole characters: samplers exclude tokens for a part of a character."""
+"""Samples and infilled texts contain only whole characters: tokens for single bytes of a character are excluded."""
 
 import functools
 
@@ -22,7 +22,7 @@ SIZES = {'num_layers': 1, 'num_heads': 2, 'd_model': 16, 'd_ff': 32, 'dropout': 
 
 @pytest.fixture(scope='module')
 def make_lm(tmp_path_factory):
-  """Return a function from a family to a LanguageModel whose most probable tokens are parts of characters."""
+  """Return a function from a family to a LanguageModel whose most probable tokens are single bytes of characters."""
   tokenizer, folder = tokenizers.train_sentencepiece(iter(LINES), size=320), tmp_path_factory.mktemp('tokenizer')
   tokenizer.save(folder)
   logit_V = np.zeros(tokenizer.vocab_size, np.float32)
@@ -35,7 +35,7 @@ def make_lm(tmp_path_factory):
     cfg.sampling.update({'max_length': 40, 'stop_threshold': 1.0, 'end_threshold': 0.99})
     model_cfg = transformer.ModelConfig(tokenizer.vocab_size, **SIZES, **families.get(family).model_settings(cfg))
     params = jax.jit(lambda key: transformer.unbox(transformer.init(model_cfg, key)))(jax.random.key(0))
-    # The features are the first unit vector for every text, so that the logits are the unembedding's first column.
+    # The hidden features of every text are (1, 0, 0, ...), so the logits are the first column of the unembedding.
     params['final_norm']['scale'] *= 0
     shift = params['final_modulation']['linear'] if family == 'mdm' else params['final_norm']
     shift['bias'] = jnp.zeros_like(shift['bias']).at[0].set(1.0)
@@ -47,7 +47,7 @@ def make_lm(tmp_path_factory):
 
 
 def texts_of(lm, number):
-  """Return `number` samples and `number` texts with filled gaps."""
+  """Return `number` generated texts followed by `number` infilled texts."""
   parts = ['Don’t say “', '” to the ', '.'] if lm.family.name in ('ilm', 'it') else ['Don’t say “', '” to Zoë.']
   limits = {'least': 3, 'most': 3} if lm.family.name == 'mdm' else {}
   filled = lm.infill([parts], n=number, **limits)[0]
@@ -58,13 +58,13 @@ def texts_of(lm, number):
 
 
 @pytest.mark.parametrize('family', ['ilm', 'it', 'arm', 'mdm'])
-def test_samples_and_infilled_gaps_contain_no_parts_of_characters(make_lm, family):
+def test_samples_and_infilled_gaps_contain_no_incomplete_utf8_characters(make_lm, family):
   texts = texts_of(make_lm(family), 40)
   assert len(texts) == 80 and sum(BROKEN in text for text in texts) == 0
   assert len(set(texts)) > 40
 
 
-def test_the_setting_bytes_allows_parts_of_characters_to_be_generated(make_lm):
+def test_the_setting_bytes_allows_incomplete_utf8_characters_to_be_generated(make_lm):
   assert sum(BROKEN in text for text in texts_of(make_lm('ilm', bytes=True), 40)) > 60
 
 

@@ -61,7 +61,7 @@ def test_the_number_and_the_choice_of_dropped_tokens_are_uniformly_random():
 def test_fixed_tokens_are_never_dropped_and_inserting_the_targets_restores_the_example(fixed):
   for ex in (example(fixed), example(fixed, np.random.default_rng(0).integers(0, 3, len(fixed)))):
     for got in many(ex, 50):
-      if ex['tokens'].max() >= 10:  # in this example, all tokens are different
+      if ex['tokens'].max() >= 10:  # all tokens of this example differ, so a fixed one can be recognized
         assert set(got['tokens'].tolist()) >= set(ex['tokens'][ex['fixed']].tolist())
       pieces = [[token] for token in got['tokens'].tolist()]
       for gap, token in zip(got['target_gap'], got['target_token'].tolist(), strict=True):
@@ -71,7 +71,7 @@ def test_fixed_tokens_are_never_dropped_and_inserting_the_targets_restores_the_e
       assert got['open'].tolist() == [False] + [True] * (len(got['tokens']) - 1)
 
 
-def test_u_determines_how_many_tokens_are_dropped_but_not_which_tokens():
+def test_the_argument_u_determines_how_many_tokens_are_dropped_but_not_which():
   ex = example('CB....')
   numbers = [
     len(corruption.ilm(np.random.default_rng(0), ex, OPEN, u=(i + 0.5) / 50)['target_token']) for i in range(50)
@@ -89,7 +89,7 @@ def test_u_determines_how_many_tokens_are_dropped_but_not_which_tokens():
     ('CppB..x..yy.', '   oooooo oo'),
     ('CpppB...', '    oooo'),  # the gap right of the prompt's last token is open
     ('CB..x', ' ooo '),  # a fixed token at the end closes the last gap
-    ('C..', ' oo'),  # the gap right of [CLS] is closed even beside a free token
+    ('C..', ' oo'),  # the gap right of [CLS] is closed even if the next token is free
   ],
 )
 def test_with_close_prompt_exactly_the_gaps_beside_free_tokens_are_open(fixed, expected):
@@ -124,7 +124,7 @@ def test_infilling_examples_drop_tokens_only_inside_the_chosen_spans():
   for seed in range(200):
     made = corruption.ilm(np.random.default_rng(seed), INFILL, cfg)
     rng = np.random.default_rng(seed)
-    rng.random()  # skip the draw that decides whether this is an infilling example
+    rng.random()  # skip the number that decides whether this is an infilling example
     free = corruption.choose_spans(rng, ~INFILL['fixed'])
     missing = np.setdiff1d(INFILL['tokens'], made['tokens'])
     assert set(made['target_token'].tolist()) == set(missing.tolist()) <= set(INFILL['tokens'][free].tolist())

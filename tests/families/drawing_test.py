@@ -53,7 +53,7 @@ def chi_square(counts, probabilities):
 
 
 @pytest.mark.parametrize('rule', RULES)
-def test_choose_draws_with_the_probabilities_of_the_rule(rule):
+def test_the_function_choose_draws_with_the_probabilities_of_the_sampling_rule(rule):
   logits, number = np.array([0.1, -1.0, 1.5, 0.7, -0.3, 1.1], np.float32), 20_000
   drawn = choose(keys(1, number), jnp.tile(logits, (number, 1)), rule)
   counts = np.bincount(drawn, minlength=6)
@@ -63,7 +63,7 @@ def test_choose_draws_with_the_probabilities_of_the_rule(rule):
 
 
 @pytest.mark.parametrize('rule', RULES)
-def test_restrict_allows_the_same_entries_as_a_sorted_list(rule):
+def test_the_function_restrict_allows_the_entries_found_with_a_sorted_list(rule):
   logits = 2 * random_logits(50, 9)
   got = restrict(logits / rule.temperature, rule)
   for row, row_logits in zip(np.asarray(got), np.asarray(logits), strict=True):

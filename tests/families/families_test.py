@@ -87,7 +87,7 @@ def test_corruption_depends_only_on_the_random_generator_and_its_examples_can_be
   for used, fresh in zip(examples, examples_of(), strict=True):
     for name in used:
       np.testing.assert_array_equal(used[name], fresh[name], err_msg='the corruption modified its input example')
-  assert pickle.loads(pickle.dumps(functools.partial(family.corrupt, cfg=cfg.corrupt)))  # as data workers do
+  assert pickle.loads(pickle.dumps(functools.partial(family.corrupt, cfg=cfg.corrupt)))  # as sent to data workers
 
 
 def test_packing_examples_into_rows_does_not_change_the_losses(made):
@@ -218,12 +218,12 @@ def test_sampling_at_a_tiny_temperature_is_greedy(made):
     assert make_sample_config(made, token=rule, gap=rule, joint=rule) == greedy
 
 
-def test_scores_are_finite_and_name_their_kind_of_likelihood(made):
+def test_scores_are_finite_and_state_which_kind_of_likelihood_they_are(made):
   family, cfg, forward = made
   sampling_cfg = {**cfg.sampling.to_dict(), 'max_length': LENGTH}
   special = tuple(range(len(SPECIAL)))
   sample_cfg = family.SampleConfig.create(sampling_cfg, suppressed_tokens=special, compute='float32', vocab_chunk=6)
-  sample_cfg = sample_cfg._replace(byte_ids=tuple(range(len(SPECIAL), V)))  # never sampled, but scored
+  sample_cfg = sample_cfg._replace(byte_ids=tuple(range(len(SPECIAL), V)))  # byte tokens are never sampled, but scored
   rng = np.random.default_rng(0)
   examples = [example(rng, prompt=1, answer=n) for n in (0, 3)]
   tokens_BxL, fixed_BxL = np.full((2, LENGTH), PAD, np.int32), np.ones((2, LENGTH), bool)

@@ -45,7 +45,7 @@ sample = jax.jit(arm.sample, static_argnames=('forward', 'cfg'))
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_rearranging_moves_the_middle_to_the_end():
+def test_rearranging_an_example_moves_its_middle_to_the_end():
   tokens, place = corruption.rearrange(np.array([CLS, 7, 8, 9, 10]), 2, 4)
   assert tokens.tolist() == [CLS, 7, MASK, 10, MASK, 8, 9]
   assert tokens[place].tolist() == [CLS, 7, 8, 9, 10]
@@ -83,7 +83,7 @@ def test_an_example_with_given_text_after_its_gap_is_always_rearranged():
     corruption.arm(np.random.default_rng(0), two_gaps, HALF)
 
 
-def test_row_length_must_leave_room_for_the_two_masks():
+def test_row_length_must_leave_room_for_the_two_mask_tokens_of_a_rearranged_example():
   assert experiment.build(small.config({'family': 'arm', 'data.row_length': 22})).cfg.data.row_length == 22
   short = {'family': 'arm', 'corrupt.fim_rate': 0.5, 'data.row_length': 21}
   with pytest.raises(UserError, match=r'data\.row_length=21.* 24 '):
@@ -161,7 +161,7 @@ def test_the_score_of_a_middle_equals_a_plain_loop_over_the_rearranged_text():
     assert tokens_B[i] == len(middle)
 
 
-def test_the_score_of_a_sample_equals_the_log_probabilities_recorded_by_the_sampler():
+def test_the_score_of_a_sample_equals_the_sum_of_the_log_probabilities_recorded_by_the_sampler():
   out = jax.device_get(sample(CAUSAL.table, jax.random.key(2), prompt_of(GAPS), BASE))
   nll_B, _, _ = score(out.tokens_BxL, out.order_BxL < 0, out.length_B)
   rows = [i for i in range(len(GAPS)) if out.stopped_B[i] and out.steps_B[i]]

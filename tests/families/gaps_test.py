@@ -116,7 +116,7 @@ def test_greedy_decoding_equals_insertion_into_a_python_list(settings, limits):
   assert bool(several) == (cfg.gaps != 1) and bool(limited) == limits and (full or cfg.max_steps)
 
 
-def test_with_a_gap_threshold_every_step_inserts_a_token():
+def test_every_step_inserts_at_least_one_token_if_gaps_below_a_threshold_are_skipped():
   cfg = CFG._replace(gaps=3, gap_threshold=0.9, gap=Rule(), token=Rule(), stop_threshold=1.0)
   out = jax.device_get(sample(jax.random.key(0), tables.make_prompt(requests(limits=False), size=10), cfg=cfg))
   for row, steps in zip(out.order_BxL.tolist(), out.steps_B.tolist(), strict=True):
@@ -127,7 +127,7 @@ def test_with_a_gap_threshold_every_step_inserts_a_token():
 
 
 @pytest.mark.parametrize('rule', [Rule(), Rule(0.7, top_p=0.8)], ids=str)
-def test_the_first_of_several_draws_equals_a_single_draw(rule):
+def test_the_first_of_several_tokens_drawn_together_equals_a_token_drawn_alone(rule):
   logits = 2 * jax.random.normal(jax.random.key(0), (300, 7))
   logits = logits.at[:100, 3:].set(numerics.NEG_INF)
   rng_B = jax.random.split(jax.random.key(1), 300)
@@ -138,7 +138,7 @@ def test_the_first_of_several_draws_equals_a_single_draw(rule):
   assert (np.asarray(index)[:100][np.asarray(ok)[:100]] < 3).all()
 
 
-def test_choose_several_draws_without_replacement():
+def test_the_function_choose_several_draws_without_replacement():
   weight = np.array([0.5, 0.3, 0.2])
   rng_B = jax.random.split(jax.random.key(0), 40_000)
   index, _ = drawing.choose_several(rng_B, jnp.tile(jnp.log(weight), (40_000, 1)), Rule(), count=2)
@@ -152,7 +152,7 @@ def test_choose_several_draws_without_replacement():
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def test_sample_settings_are_read_from_a_config():
+def test_sampling_settings_are_read_from_a_config():
   sampling = ConfigDict({'max_length': 9, 'gap': {'temperature': 0.0}, 'token': {'top_p': 0.9}, 'stop_threshold': 0.0})
   cfg = ilm.SampleConfig.create(sampling, suppressed_tokens=(0, 1))
   assert cfg == ilm.SampleConfig(

@@ -53,7 +53,7 @@ def run(params, batch):
 
 @jax.jit
 def losses(outputs, batch):
-  """Return the losses without length weights, the losses with them, and the parts of each example's loss."""
+  """Return the losses without length weights, the losses with length weights, and the loss terms of each example."""
   return ilm.loss(outputs, batch, LOSS), ilm.loss(outputs, batch, ELBO), ilm.example_losses(outputs, batch, chunk=5)
 
 
@@ -77,7 +77,7 @@ def log_softmax(z):
 
 
 def dense_losses(outputs, examples):
-  """Return the (token, stop) loss of each example, by a softmax over all L x V pairs and a table of target counts."""
+  """Return the (token, stop) loss of each example, by a softmax over all (gap, token) pairs and their target counts."""
   hidden, unembed, stop = (np.asarray(x, np.float64) for x in outputs)
   result = []
   for row, (_, corrupted) in enumerate(examples):
@@ -121,10 +121,10 @@ def test_the_loss_equals_a_dense_softmax_over_all_gaps_and_tokens(params, close_
 
 
 def mask_in_place(examples, batch):
-  """Reinsert the dropped tokens, hidden by segment 0; return the batch and the positions of the other tokens."""
+  """Put the dropped tokens back, hidden from attention by segment 0; return the batch and the indices of the others."""
   masked, kept = {name: value.copy() for name, value in batch.items()}, []
   for row, (example, corrupted) in enumerate(examples):
-    # A dropped token follows the input token left of its gap and the earlier dropped tokens of the same gap.
+    # A dropped token is put behind the token left of its gap and behind earlier dropped tokens of this gap.
     in_gap = np.bincount(corrupted['target_gap'], minlength=len(corrupted['tokens']))
     place = np.arange(len(corrupted['tokens'])) + np.cumsum(in_gap) - in_gap
     n, keep = len(example['tokens']), np.isin(np.arange(len(example['tokens'])), place)
@@ -140,7 +140,7 @@ def mask_in_place(examples, batch):
   return masked, kept
 
 
-def test_removing_dropped_tokens_equals_hiding_them_from_attention(params):
+def test_removing_the_dropped_tokens_gives_the_same_outputs_as_hiding_them_from_attention(params):
   examples = make_examples()
   removed = one_per_row([corrupted for _, corrupted in examples])
   masked, kept = mask_in_place(examples, removed)

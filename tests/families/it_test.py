@@ -77,7 +77,7 @@ TABLE = tables.Forward(vocab=V, scale=256)
 
 
 def forward(tokens_BxL, length_B, open_BxL=None):
-  """Return the table's logits as model Outputs, with [EOS] more probable in longer rows."""
+  """Return logits from a table as a model returns them, with [EOS] more probable in longer rows."""
   outputs = TABLE(tokens_BxL, length_B)
   bonus_BxV = jnp.where(jnp.arange(V)[None] == EOS, 0.25 * length_B[:, None].astype(jnp.float32), 0.0)
   return outputs._replace(hidden_BxLxD=outputs.hidden_BxLxD + bonus_BxV[:, None])
@@ -95,7 +95,7 @@ sample = jax.jit(functools.partial(it.sample, forward), static_argnames='cfg')
 
 
 def grow(tokens, open_, cfg):
-  """Decode one row greedily in Python: return [(token, open, step)], steps, stopped, log-probabilities, p([EOS])s."""
+  """Decode one row greedily: return [(token, open, step)], steps, stopped, log-probabilities, p([EOS]) of each step."""
   row, log_probs, ends = [(token, o, -1) for token, o in zip(tokens, open_, strict=True)], [], []
   steps = 0
   while True:

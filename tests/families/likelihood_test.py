@@ -37,7 +37,7 @@ def plain_rows(tokens_BxL, fixed_BxL, length_B):
 
 
 def evaluate(tokens, fixed, *, keep):
-  """Evaluate the table on the tokens in `keep`: return (log p(stop), log p(go on), {missing position: log p(pair)})."""
+  """Evaluate the table without dropped tokens: return (log p(stop), log p(go on), {dropped index: log p(insert)})."""
   row = [t for t, k in zip(tokens, keep, strict=True) if k]
   complete = [not f or (i + 1 < len(fixed) and not fixed[i + 1]) for i, f in enumerate(fixed)]
   complete[0] = False
@@ -104,7 +104,7 @@ def test_the_exact_likelihood_is_the_sum_over_all_insertion_orders(case):
   np.testing.assert_allclose(nll_B, expected_B, rtol=1e-5, atol=1e-6)
 
 
-def test_the_probabilities_of_finished_and_unfinished_strings_sum_to_one():
+def test_the_probabilities_of_all_finished_and_unfinished_strings_sum_to_one():
   strings = [s for n in range(4) for s in itertools.product(WORDS, repeat=n)]
   nll_B, _, _ = score(None, rows_of(strings), kind='exact', longest=3)
   finished = np.exp(-np.asarray(nll_B, np.float64))
@@ -118,7 +118,7 @@ def test_the_probabilities_of_finished_and_unfinished_strings_sum_to_one():
 
 
 @pytest.mark.parametrize('case', [CASES['prompt'], CASES['gap']], ids=['prompt', 'gap'])
-def test_the_bound_and_the_importance_weighted_estimate_have_the_right_expectations(case):
+def test_the_means_of_the_bound_and_of_the_importance_weighted_estimate_equal_their_expectations(case):
   strings = STRINGS[-3:]
   rows = rows_of(strings, **case)
   nll_B, error_B, _ = score(jax.random.key(0), rows, samples=400)
@@ -133,7 +133,7 @@ def test_the_bound_and_the_importance_weighted_estimate_have_the_right_expectati
     )
     assert 0 < error_B[i] < 0.2
     assert abs(nll_B[i] - mean) < 4 * error_B[i]
-    # Expectation of the importance-weighted estimate: it draws orders with replacement, so draw them likewise.
+    # Simulate the importance-weighted estimate, which draws insertion orders with replacement.
     drawn = np.random.default_rng(0).choice(logs, (20_000, few))
     draws = np.log(math.factorial(len(strings[i]))) + np.logaddexp.reduce(drawn, axis=1) - math.log(few)
     error = tight[:, i].std(ddof=1) / runs**0.5
@@ -152,7 +152,7 @@ def test_standard_errors_match_the_spread_of_repeated_estimates():
   assert np.isnan(error_B[0])
 
 
-def test_rows_with_too_many_free_tokens_score_nan_and_invalid_kinds_are_rejected():
+def test_rows_with_too_many_free_tokens_score_nan_and_invalid_kinds_of_likelihood_are_rejected():
   nll_B, _, _ = score(None, rows_of([(7, 8, 9), (7,)]), kind='exact', most=2)
   assert np.isnan(nll_B[0]) and np.isfinite(nll_B[1])
   with pytest.raises(UserError, match="kind='tight': expected one of bound, importance-weighted, exact"):
@@ -161,8 +161,8 @@ def test_rows_with_too_many_free_tokens_score_nan_and_invalid_kinds_are_rejected
     ilm.check_score('exact', 13)
 
 
-def test_the_training_loss_averaged_over_all_sets_of_dropped_tokens_is_the_bound():
-  """The bound is (L + 1) E_n[token loss + stop loss] - log L!, with n = 0 .. L dropped tokens and close_prompt=True."""
+def test_the_training_loss_averaged_over_all_sets_of_dropped_tokens_gives_the_bound_on_the_nll():
+  """The bound is (L + 1) E_n[token loss + stop loss] - log L!, with n = 0 .. L of the L free tokens dropped."""
   shape, losses = pipeline.Shape(rows=1, length=SIZE, targets=3, segments=1), jax.jit(ilm.example_losses)
   for row, fixed in plain_rows(*rows_of([(), (7, 7), (7, 8, 9)])):
     free, tokens, packed = np.flatnonzero(~np.array(fixed)), np.array(row, np.int32), []

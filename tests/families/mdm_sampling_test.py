@@ -50,7 +50,7 @@ def random_rows(number=24, seed=0):
 
 
 def denoise(tokens, tail_open, free, cfg):
-  """Sample one row greedily by certainty; return (tokens, order, log-probability of each step)."""
+  """Sample one row greedily, the most certain tokens first; return (tokens, order, log-probability of each step)."""
   new = cfg.max_length - len(tokens)
   new = new if cfg.length == 'predicted' else min(max(free, 0), new)
   row = list(tokens) + [MASK] * (new if tail_open else 0)
@@ -124,7 +124,7 @@ def test_no_mask_remains_after_the_last_step(order, steps):
     assert set(row[order_of_tokens >= 0].tolist()) <= {5, 6, 7}
 
 
-def test_an_unknown_number_of_tokens_to_generate_means_zero_and_a_large_number_is_limited():
+def test_no_tokens_are_generated_if_their_number_is_unknown_and_max_length_limits_a_large_number():
   cfg = mdm.SampleConfig(max_length=6, length='given', suppressed_tokens=(*CLOSED, PAD))
   out = sample(make_prompt([([CLS, BOS], True, -1), ([CLS, BOS], True, 50)]), jax.random.key(0), cfg)
   assert out.length_B.tolist() == [2, 6]
@@ -147,7 +147,7 @@ even_forward = functools.partial(forward, **EVEN)
 
 
 def test_ancestral_samples_follow_the_enumerated_distribution():
-  """Each token is revealed at an independent, uniformly random step, given the row and the noise level before it."""
+  """Each token is revealed at a uniformly random step and drawn given the row and the noise level before this step."""
   number, steps, exact = 30_000, 3, {}
   closed = (*CLOSED, PAD)
   for times in itertools.product(range(steps), repeat=2):
@@ -171,7 +171,7 @@ def test_ancestral_samples_follow_the_enumerated_distribution():
 
 
 def test_a_row_depends_only_on_its_own_request():
-  """Other rows, position in the batch, batch size and prompt buffer size change neither tokens nor their order."""
+  """Other rows, batch position, batch size and prompt buffer size change neither its tokens nor their order."""
   rows, requests = random_rows(8, seed=3), [11, 3, 7, 2**31 - 1, 0, 5, 8, 2]
   cfg = mdm.SampleConfig(max_length=12, max_steps=5, order='margin', token=Rule(top_p=0.9), suppressed_tokens=CLOSED)
 
@@ -207,7 +207,7 @@ CFG = mdm.SampleConfig(max_length=10, suppressed_tokens=CLOSED)
 def test_samples_do_not_depend_on_how_many_positions_are_drawn_at_a_time(monkeypatch):
   prompt, rng = make_prompt(random_rows(6)), jax.random.key(0)
   expected = sample(prompt, rng, CFG)
-  monkeypatch.setattr(mdm, 'MAX_LOGITS', 6 * V * 3)  # draws 3, 3, 3 and 1 positions at a time
+  monkeypatch.setattr(mdm, 'MAX_LOGITS', 6 * V * 3)  # of 10 positions in 6 rows, draw 3, 3, 3 and 1 at a time
   got = jax.jit(lambda prompt: mdm.sample(forward, rng, prompt, CFG))(prompt)
   np.testing.assert_array_equal(got.tokens_BxL, expected.tokens_BxL)
   np.testing.assert_array_equal(got.order_BxL, expected.order_BxL)

@@ -35,7 +35,7 @@ def exact_bound(text, closed, mask_probability=lambda t: t, lowest=0.0):
   subsets = [d for n in range(1, len(text) + 1) for d in itertools.combinations(range(len(text)), n)]
   total = 0.0
   for node, weight in zip(nodes, weights, strict=True):
-    # Substitute t = 1 - (1 - lowest) s^2, which is dense near 1, where the noise level is steep.
+    # Substitute t = 1 - (1 - lowest) s^2: the points are dense near t = 1, where the noise level changes fastest.
     s = (node + 1) / 2
     t, jacobian = 1 - (1 - lowest) * s * s, (1 - lowest) * s * weight
     p = mask_probability(t)
@@ -46,7 +46,7 @@ def exact_bound(text, closed, mask_probability=lambda t: t, lowest=0.0):
 
 
 def order_log_probs(text, closed):
-  """Return log p(text, order) for each order of revealing single tokens, with a table that ignores the noise level."""
+  """Return log p(text, order) for each order in which single tokens are revealed; the noise level has no effect."""
   out = []
   for order in itertools.permutations(range(len(text))):
     losses = [masked_losses(text, tuple(sorted(order[i:])), 0.0, closed, tilt=0.0)[j] for i, j in enumerate(order)]
@@ -62,7 +62,7 @@ def run_score(tokens_BxL, fixed_BxL, length_B, cfg, forward):
 
 
 def score(tokens, fixed, length, cfg, forward=forward):
-  """Return (nll_B, error_B, list of token counts) of rows given as lists."""
+  """Score rows given as lists: return (NLLs, their standard errors, list of token counts)."""
   arrays = np.array(tokens, np.int32), np.array(fixed, bool), np.array(length, np.int32)
   nll_B, error_B, tokens_B = run_score(*arrays, cfg, forward)
   return np.asarray(nll_B, np.float64), np.asarray(error_B, np.float64), tokens_B.tolist()
@@ -83,7 +83,7 @@ def test_the_score_is_unbiased_and_its_standard_error_is_correct():
   assert tokens_B == [3] * rows
 
 
-def test_the_bound_is_the_mean_over_reveal_orders_and_above_the_exact_value():
+def test_the_bound_is_the_mean_nll_over_reveal_orders_and_above_the_exact_nll():
   closed = GIVEN.suppressed_tokens
   texts = list(itertools.product((5, 6, 7), repeat=3))
   orders = {text: order_log_probs(text, closed) for text in texts}
@@ -104,7 +104,7 @@ def test_a_single_free_token_is_scored_exactly_if_the_model_ignores_the_noise_le
   assert error_B[0] < 1e-6
 
 
-def test_with_predicted_length_the_score_includes_the_padding():
+def test_the_score_includes_the_padding_if_the_model_predicts_the_length():
   cfg = GIVEN._replace(length='predicted', max_length=6, suppressed_tokens=CLOSED)
   row, fixed = [CLS, 7, BOS, 6], [1, 1, 1, 0]
   predicted = score([row], [fixed], [4], cfg)
@@ -116,7 +116,7 @@ def test_with_predicted_length_the_score_includes_the_padding():
   assert longer_buffer[2] == [1] and longer_buffer[0][0] > 0
 
 
-def test_impossible_strings_score_infinity_and_empty_rows_zero():
+def test_the_nll_is_infinite_for_impossible_texts_and_zero_for_empty_rows():
   rows = [[CLS, BOS, 6, 5], [CLS, BOS, 6, BOS], [CLS, BOS, 6, PAD], [PAD] * 4, [CLS, BOS, 5, 5]]
   fixed = [[1, 1, 0, 0]] * 4 + [[1, 1, 1, 1]]
   nll_B, error_B, tokens_B = score(rows, fixed, [4, 4, 4, 0, 4], GIVEN._replace(score_draws=32))
@@ -127,7 +127,7 @@ def test_impossible_strings_score_infinity_and_empty_rows_zero():
   assert np.isinf(score(rows[:1], fixed[:1], [4], short)[0][0]), 'a row longer than max_length cannot be sampled'
 
 
-def test_the_training_bound_is_the_nelbo_integral_over_the_training_times():
+def test_the_mean_training_bound_equals_the_nelbo_integral_over_the_diffusion_times_used_in_training():
   text, number = (6, 5, 7), 6_000
   ex = {'tokens': np.array([CLS, BOS, *text], np.int32), 'fixed': np.array([True, True, False, False, False])}
   plain = ConfigDict({'length': 0, 'noise_eps': 1e-3})

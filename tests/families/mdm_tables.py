@@ -23,13 +23,13 @@ def sigma(t, eps=1e-3):
 
 
 def table(tokens_BxL, length_B, noise_B, xp, *, scale=192, tilt=1 / 8):
-  """Return logits_BxLxV; half of the hash gives the logits at noise level 0, the other half their slopes in it."""
+  """Return logits_BxLxV, linear in the noise level: one half of the hashed values is the intercepts, one the slopes."""
   hashed_BxLx2V, _ = tables.table(tokens_BxL, length_B, xp, vocab=2 * V, scale=scale)
   return hashed_BxLx2V[..., :V] + tilt * noise_B[:, None, None] * hashed_BxLx2V[..., V:]
 
 
 def forward(tokens_BxL, length_B, noise_BxS, **settings):
-  """Return the table's logits as the Outputs of a model."""
+  """Return the logits of `table` as a model returns them."""
   return Outputs(table(tokens_BxL, length_B, noise_BxS[:, 0], jnp, **settings), jnp.eye(V))
 
 

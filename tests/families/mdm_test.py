@@ -70,7 +70,7 @@ def test_corrupted_arrays_have_fixed_dtypes_even_without_targets():
   assert {name: corrupted[name].dtype for name in types} == types and len(corrupted['target_gap']) == 0
 
 
-def test_free_tokens_are_masked_independently_with_the_probability_of_the_schedule():
+def test_free_tokens_are_masked_independently_with_the_probability_given_by_the_noise_schedule():
   ex, number = example('CB' + '.' * 10), 3_000
   for eps, u in [(1e-3, 0.0), (1e-3, 0.3), (0.2, 0.0), (0.2, 0.9)]:
     p = (1 - eps) * (1 - 0.999 * u)
@@ -93,7 +93,7 @@ def test_diffusion_times_are_uniformly_random_unless_u_is_given():
 
 
 @pytest.mark.parametrize('eps', [1e-3, math.exp(-10)])
-def test_target_weights_are_the_noise_rate_divided_by_the_odds_of_masking(eps):
+def test_the_loss_weight_of_a_masked_token_is_the_noise_rate_divided_by_the_odds_of_masking(eps):
   cfg = ConfigDict({'length': 0, 'noise_eps': eps})
   for t in (0.01, 0.4, 0.9):
     corrupted = corruption.mdm(np.random.default_rng(0), example('CB' + '.' * 300), cfg, u=(1 - t) / 0.999)
@@ -226,7 +226,7 @@ def test_padding_and_unused_targets_do_not_change_the_loss(params):
   assert_same(losses_and_gradients(params, noisy), losses_and_gradients(params, batch))
 
 
-def test_example_weights_multiply_the_loss_and_the_number_of_masks(params):
+def test_an_example_of_weight_2_counts_as_two_copies_and_one_of_weight_0_as_none(params):
   corrupted = make_corrupted()
   batch = one_per_row(corrupted)
   batch['segment_weight_BxS'][:, 0] = [1, 0, 2, 1, 0, 0, 1]
@@ -244,7 +244,7 @@ def test_an_empty_batch_has_zero_loss_and_zero_gradient(params):
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def test_sample_settings_are_read_from_a_config():
+def test_sampling_settings_are_read_from_a_config():
   sampling_cfg = ConfigDict({'max_length': 9, 'token': {'top_p': 0.9}, 'stop_threshold': 0.5, 'order': 'margin'})
   cfg = mdm.SampleConfig.create(sampling_cfg, suppressed_tokens=(0, 1, 4), noise_eps=0.01)
   assert cfg == mdm.SampleConfig(
@@ -263,7 +263,7 @@ def test_sample_settings_are_read_from_a_config():
     ({'score_draws': 3}, 'sampling.score_draws=3: expected an even number of at least 2'),
   ],
 )
-def test_invalid_sample_settings_are_rejected_with_a_one_line_message(settings, line):
+def test_invalid_sampling_settings_are_rejected_with_a_one_line_message(settings, line):
   assert error_line(mdm.SampleConfig.create, {'max_length': 9, **settings}, noise_eps=1e-3) == line
 
 
@@ -311,7 +311,7 @@ def test_the_config_determines_the_settings_of_the_model_and_the_sampler():
 # --- with a transformer -----------------------------------------------------------------------------------------------
 
 
-def test_a_training_step_uses_the_noise_level_and_equals_gradient_accumulation():
+def test_a_training_step_gives_the_same_update_with_gradient_accumulation_and_learns_to_use_the_noise_level():
   linear = {'optimizer.eps': 1.0, 'optimizer.warmup_steps': 0, 'optimizer.learning_rate': 0.1, 'optimizer.clip': 0.0}
   made = {}
   for parts in (1, 2):
@@ -332,7 +332,7 @@ def test_a_training_step_uses_the_noise_level_and_equals_gradient_accumulation()
   assert np.abs(first - other).max() > 1e-4
 
 
-def test_with_length_given_prompts_must_specify_the_number_of_tokens_to_generate(params):
+def test_the_setting_length_given_requires_the_number_of_tokens_to_generate_in_each_prompt(params):
   cfg = mdm.SampleConfig(max_length=8, length='given', suppressed_tokens=tuple(range(7)))
   sampler = static_batching.StaticSampler(MODEL, families.get('mdm'), cfg, batch_size=3)
   prompt = {'tokens': np.array([CLS, BOS]), 'open': np.array([False, True])}

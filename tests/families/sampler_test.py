@@ -1,4 +1,4 @@
-"""Random sampling from the insertion family with a table as the model, compared to replays and enumeration."""
+"""Random sampling from the insertion family with a table as the model: replayed insertions, enumerated strings."""
 
 import collections
 import functools
@@ -42,7 +42,7 @@ RANDOM = ilm.SampleConfig(
 
 
 def draw(rows, *, seed=0, requests=None):
-  """Sample completions of `rows` with random gaps, tokens and stops, in one batch of 240."""
+  """Sample completions of `rows`, padded with empty rows to a batch of 240; gaps, tokens and stopping are random."""
   return jax.device_get(sample(make_prompt(rows, requests=requests, fill=240), jax.random.key(seed), RANDOM))
 
 
@@ -62,7 +62,7 @@ def drawn():
 
 
 def replay(row, order):
-  """Yield (tokens before an insertion, their steps, gap, inserted token) for each insertion recorded in `order`."""
+  """Yield (tokens before an insertion, steps that inserted them, gap, new token) for each insertion in `order`."""
   for step in range(max(order) + 1):
     before = [token for token, age in zip(row, order, strict=True) if age < step]
     ages = [age for age in order if age < step]
@@ -133,9 +133,9 @@ def test_a_sample_does_not_depend_on_other_rows_batch_position_or_buffer_sizes()
     out = jax.device_get(sample(prompt, rng, cfg, rarely_stops))
     return {number: jax.tree.map(lambda x, i=i: x[i], out) for i, number in enumerate(numbers)}
 
-  expected = results(range(8))  # buffers of 8 and 12 positions
+  expected = results(range(8))  # the token buffer has 8, later 12 positions
   assert sum(int(out.steps_B) for out in expected.values()) > 20
-  other_buffers = RANDOM._replace(min_buffer=5)  # buffers of 10 and 12 positions
+  other_buffers = RANDOM._replace(min_buffer=5)  # the token buffer has 10, later 12 positions
   for variant in (results([5, 2, 7, 0, 1, 6, 4, 3]), *(results([i], other_buffers) for i in range(8))):
     for number, out in variant.items():
       for name in ('tokens_BxL', 'order_BxL', 'length_B', 'steps_B', 'stopped_B'):
@@ -144,7 +144,7 @@ def test_a_sample_does_not_depend_on_other_rows_batch_position_or_buffer_sizes()
       np.testing.assert_allclose(out.stop_prob_BxM, expected[number].stop_prob_BxM, atol=1e-5)
 
 
-def test_different_requests_and_different_keys_give_different_samples():
+def test_different_request_ids_and_different_rng_keys_give_different_samples():
   rows = [([CLS, BOS], [0, 1])] * 16
   first, other = strings(draw(rows)), strings(draw(rows, seed=1))
   assert len({tuple(row) for row in first[:16]}) > 8 and first != other
@@ -167,7 +167,7 @@ MANY = 20_000
 
 
 def chi_square(counts: dict, probabilities: dict) -> float:
-  """Return Pearson's chi-square statistic, minus its mean, in standard deviations; rare outcomes share a cell."""
+  """Return Pearson's chi-square statistic, minus its mean, in standard deviations; rare outcomes are pooled."""
   number = sum(counts.values())
   assert set(counts) <= set(probabilities), 'an outcome of probability 0 was drawn'
   rare = [key for key, p in probabilities.items() if p * number < 5]
@@ -196,7 +196,7 @@ def test_drawing_a_gap_then_a_token_gives_the_distribution_of_drawing_a_pair():
     np.testing.assert_allclose(out.log_prob_BxM[:, 0], [math.log(exact[pair]) for pair in pairs], atol=1e-5)
 
 
-def test_the_frequency_of_stops_equals_p_stop_at_the_stop_temperature():
+def test_the_frequency_of_stopping_equals_the_stop_probability_at_the_stop_temperature():
   row, temperature = [CLS, BOS, 5], 3.0
   _, p = TABLE.look_up(row)
   p = 1 / (1 + ((1 - p) / p) ** (1 / temperature))
@@ -207,11 +207,11 @@ def test_the_frequency_of_stops_equals_p_stop_at_the_stop_temperature():
   np.testing.assert_allclose(out.stop_prob_BxM[:, 0], p, rtol=1e-5)
 
 
-TINY = tables.Forward(vocab=3, scale=512, stop_shift=4.5)  # no token is suppressed
+TINY = tables.Forward(vocab=3, scale=512, stop_shift=4.5)  # all 3 tokens can be sampled
 
 
 def enumerate_strings(longest):
-  """Return {(text, stopped): probability}, by moving probability mass from strings to those one token longer."""
+  """Return {(text, stopped): probability}, computed for all strings of each length from those one token shorter."""
   mass, out = {(0, 1): 1.0}, {}
   for length in range(longest + 1):
     longer = collections.Counter()

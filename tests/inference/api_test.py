@@ -41,7 +41,7 @@ def test_batch_size_and_n_must_be_whole_numbers_of_at_least_1(small_lm, value):
 
 
 @pytest.mark.parametrize('ids', [[0.5], [True], ['1'], [-1], [2**31]])
-def test_ids_must_be_whole_numbers_below_2_to_the_31(small_lm, ids):
+def test_request_ids_must_be_whole_numbers_from_0_to_2_to_the_31_minus_1(small_lm, ids):
   with pytest.raises(UserError, match=r'ids: expected a number from 0 to 2\*\*31 - 1 for each of 1 requests'):
     small_lm('ilm').generate(['the dog'], ids=ids)
 
@@ -51,7 +51,7 @@ def test_settings_that_need_more_memory_than_is_available_are_refused_before_dec
   monkeypatch.setattr(memory, 'device_memory', lambda: 10e9)
   monkeypatch.setattr(memory, 'host_memory', lambda: 10e9)
   settings = {'max_steps': 8, 'min_buffer': 96}
-  # Bytes of a row: 8 x 10^9 for 10^9 tokens and their order, 8 x 9 for probabilities, 96 x 52 for a short buffer.
+  # A row needs 8 bytes per position and per step (8 + 1), and 52 bytes for each of the 96 positions of its buffer.
   message = r'batch_size=4 and sampling.max_length=1000000000 need at least 32\.0 GB of memory .* the 10\.0 GB'
   with pytest.raises(UserError, match=message):
     again(lm, batch_size=4, max_length=10**9, **settings)
@@ -85,7 +85,7 @@ def test_generation_preserves_the_spaces_of_a_prompt(small_lm):
     assert small_lm('arm').generate([prompt])[0].text.startswith(prompt)
 
 
-def test_paths_may_begin_with_a_tilde_and_an_unknown_scheme_is_refused(small_lm, tmp_path, monkeypatch):
+def test_paths_may_begin_with_a_tilde_and_an_unknown_url_scheme_is_refused(small_lm, tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   lm = small_lm('arm')
   page = lm.trace('the dog', path='~/page.html')

@@ -69,7 +69,7 @@ def test_an_infill_request_without_gaps_or_with_contradictory_limits_is_refused(
     infilling.parse_request(text, **settings)
 
 
-def test_a_gap_accepts_insertions_after_the_last_token_of_the_part_before_it():
+def test_the_last_token_before_a_gap_is_marked_as_open_and_carries_the_limits_of_the_gap():
   tokenizer = tokenizers.WordTokenizer(WORDS)
   gaps = infilling.parse_request('the ___ ran home . ___', least=[2, 0], most=[4, None])
   prompt = infilling.encode(gaps, tokenizer, limit=96)
@@ -86,7 +86,7 @@ def test_a_gap_accepts_insertions_after_the_last_token_of_the_part_before_it():
     infilling.encode(infilling.parse_request('the ___ ran', least=1), tokenizer, limit=9, masks=True)
 
 
-def test_given_tokens_plus_minimum_fillings_may_reach_but_not_exceed_max_length():
+def test_given_tokens_plus_the_minimum_number_of_insertions_may_reach_but_not_exceed_max_length():
   tokenizer = tokenizers.WordTokenizer(WORDS)
   gaps = infilling.parse_request('the ___ ran', least=2, most=2)
   for masks in (False, True):
@@ -101,7 +101,7 @@ def test_given_tokens_plus_minimum_fillings_may_reach_but_not_exceed_max_length(
 
 
 def parts_of(filled):
-  """Return the parts of an infilled text around its fillings."""
+  """Return the parts of an infilled text that lie outside its fillings."""
   ends = [0, *(end for _, end in filled.spans)]
   starts = [*(start for start, _ in filled.spans), len(filled.text)]
   return [filled.text[end:start] for end, start in zip(ends, starts, strict=True)]
@@ -127,7 +127,7 @@ def test_decode_preserves_the_given_parts_and_returns_the_inserted_tokens_as_fil
     try:
       prompt = infilling.encode(gaps, tokenizer, limit=96)
     except UserError as error:
-      assert 'have no token between them' in str(error)  # the tokenizer ignores all characters of a part
+      assert 'have no token between them' in str(error)  # the tokenizer ignores all text between two gaps
       continue
     row, ids_of_gaps = random_row(prompt, tokenizer, rng)
     filled = infilling.decode(gaps, row, tokenizer)
@@ -178,7 +178,7 @@ def test_infilling_preserves_the_given_text_of_hundreds_of_requests(lm):
   assert num_filled > 1.5 * len(accepted)
 
 
-def test_the_number_of_tokens_inserted_into_a_gap_is_within_least_and_most(lm):
+def test_the_number_of_tokens_inserted_into_a_gap_is_within_the_limits_least_and_most(lm):
   for seed, (least, most) in enumerate([(1, 1), (2, 3), (0, 2), (4, None), (0, 0)]):
     text = f'the dog ___ {WORDS[seed]} ran ___ .'
     first, second = 1 + np.flatnonzero(lm.encode(lm.gaps(text))['open'])  # number of given tokens before each gap

@@ -1,4 +1,4 @@
-"""Stopping rules: lengths predicted from samples that never stop equal the lengths of samples that each rule stops."""
+"""Stopping rules: lengths predicted from unstopped samples equal the lengths of samples that each rule stops."""
 
 import dataclasses
 
@@ -83,7 +83,7 @@ def sample(lm, prompts, **settings):
   return rows, [int((row['order'] >= 0).sum()) for row in rows]
 
 
-def test_predicted_lengths_for_a_stop_threshold_equal_the_lengths_of_samples(lm, prompts, stops):
+def test_the_lengths_predicted_for_a_stop_threshold_equal_the_lengths_of_samples(lm, prompts, stops):
   tempered = [stopping.apply_temperature(stop, lm.sample_cfg.stop_temperature) for stop in stops[:40]]
   threshold = float(np.quantile(np.concatenate(tempered), 0.9))
   rule = stopping.at_threshold(tempered, threshold, longest=30)
@@ -99,7 +99,7 @@ def test_the_predicted_mean_length_for_sampled_stopping_equals_the_mean_length_o
   assert abs(rule.mean() - np.mean(lengths)) < 4 * np.std(lengths) / len(lengths) ** 0.5
 
 
-def test_force_first_sets_the_first_stop_probability_to_0_and_gaps_must_be_1(lm, prompts, stops, monkeypatch):
+def test_force_first_sets_the_first_stop_probability_to_0_and_several_gaps_are_refused(lm, prompts, stops, monkeypatch):
   rows = [(i, {'stop_prob': stop}) for i, stop in enumerate(stops)]
   monkeypatch.setattr(continuous_batching, 'ContinuousSampler', lambda *_: lambda *_: rows)
   monkeypatch.setattr(lm, 'sample_cfg', lm.sample_cfg._replace(force_first=True))
@@ -110,7 +110,7 @@ def test_force_first_sets_the_first_stop_probability_to_0_and_gaps_must_be_1(lm,
     stopping.trajectories(lm, prompts)
 
 
-def test_the_command_prints_all_stopping_rules_and_needs_a_stop_head(lm, monkeypatch, capsys, tmp_path):
+def test_the_command_prints_all_rules_and_refuses_models_without_a_stop_head(lm, monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(api, 'load', lambda *_, **__: lm)
   monkeypatch.setattr(stopping, 'quiet', lambda: None)  # do not change process-wide settings
   code = stopping.main(['stopping', '--workdir=run', '--count=10', f'--plot={tmp_path / "plot.png"}'])

@@ -131,7 +131,7 @@ def test_every_frame_shows_the_tokens_that_have_been_inserted(sentencepiece):
   assert after[result.order.index(-1, 3) and min(after)][0] in (0, 1) and len(after) == record['steps']
 
 
-def test_edits_among_equal_characters_are_placed_near_the_given_offset(sentencepiece):
+def test_an_insertion_possible_at_several_offsets_is_placed_near_the_given_offset(sentencepiece):
   assert traces.edits('aa', 'aaa', 0) == [(0, 0, 'a')] and traces.edits('aa', 'aaa', 2) == [(2, 0, 'a')]
   assert traces.edits('6,8', '9,6|8', 0) == [(1, 1, '|'), (0, 0, '9,')]
   assert traces.edits('a', '', 0) == [(0, 1, '')]
@@ -188,7 +188,7 @@ def test_a_page_contains_its_data_and_loads_nothing_from_the_network(sentencepie
 
 
 def in_browser(page, hash_='', script=''):
-  """Return the parsed page after its scripts, and a further script, have run in Chromium."""
+  """Run the page's scripts and then `script` in Chromium; return the resulting page, parsed."""
   flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking', '--dump-dom']
   flags.append('--virtual-time-budget=20000')  # wait for the page's script, also on a busy machine
   with tempfile.TemporaryDirectory() as short:  # Chromium's socket does not work in folders with long paths
@@ -229,7 +229,7 @@ setTimeout(() => { state(); document.body.append(element('pre', {id: 'log'}, JSO
 
 @needs_browser
 @pytest.mark.long
-def test_keys_buttons_and_rows_of_the_table_move_between_the_steps():
+def test_keys_buttons_and_table_rows_select_which_step_is_shown():
   lm, result = star_example()
   seen = json.loads(in_browser(lm.page([result]), script=KEYS).content['log'])
   steps = [state[0] for state in seen[:8]]

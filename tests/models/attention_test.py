@@ -16,7 +16,7 @@ def layer_norm(x, params):
   return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * params['scale'] + params['bias']
 
 
-@pytest.mark.parametrize('rotary_dim', [64, 4])  # rotate all 8 channels of a head, or only the first 4
+@pytest.mark.parametrize('rotary_dim', [64, 4])  # a head has 8 channels: rotate all of them, or only the first 4
 def test_attention_and_its_layer_norm_match_their_formulas(rotary_dim):
   cfg = dataclasses.replace(TINY, num_layers=1, final_norm=False, rotary_dim=rotary_dim)
   params, tokens, positions = random_params(cfg), [11, 12, 13], [0, 35, 2]
@@ -67,7 +67,7 @@ def test_the_mlp_and_its_layer_norm_match_their_formulas(activation):
 
 
 def influence(cfg, tokens, position, segment, cls=(0,)):
-  """Return masks, from gradients, of the tokens on which each feature (LxL) and each stop logit (SxL) depends."""
+  """Find from gradients on which tokens each feature and each stop logit depends; return masks (LxL and SxL)."""
   tokens, position, segment, cls = (np.array([list(values)]) for values in (tokens, position, segment, cls))
   assert len(set(tokens[0])) == tokens.size, 'each token id must occur once'
   params = random_params(cfg)

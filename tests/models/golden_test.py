@@ -97,7 +97,7 @@ def test_ilm_logits_and_losses_depend_on_positions_and_not_on_storage_order(inse
   numbers, cfg, params = insertion
   batch, prefix = (permuted_batch_of(numbers, ilm_batch(numbers)), 'storage_') if permuted else (ilm_batch(numbers), '')
   outputs = outputs_of(cfg, params, batch)
-  assert_close(logits_of(outputs), numbers[prefix + 'vocab_logits'])  # also at padding
+  assert_close(logits_of(outputs), numbers[prefix + 'vocab_logits'])  # compares padding positions too
   assert_close(outputs.stop_BxSx2[:, 0], numbers[prefix + 'stop_logits'])
   token_BxS, stop_BxS, dropped_BxS = example_losses(outputs, batch, chunk=CHUNK)
   assert_close(token_BxS[:, 0], numbers['example_ce'])
@@ -134,7 +134,7 @@ def test_ilm_loss_metrics_are_weighted_sums_of_the_example_losses_of_the_referen
     stop += weight * numbers['example_stop_loss'][row]
     says_stop = numbers['stop_logits'][row, 0] >= numbers['stop_logits'][row, 1]
     right += weight * (says_stop == (numbers['num_dropped'][row] == 0))
-  bound = 2 * (token + stop)  # bound on -log p(string) if one token is generated
+  bound = 2 * (token + stop)  # (L + 1) (token + stop) - log L! with L = 1 free token per example
   expected = {
     'loss': token + 0.25 * stop,
     'string_bound': bound,
@@ -226,7 +226,7 @@ def test_arm_logits_loss_and_gradients_equal_those_of_the_reference_implementati
     return -log_prob[row, index, numbers['target_ids'][row, index]].mean(), logits
 
   (loss, logits), grads = jax.jit(jax.value_and_grad(cross_entropy, has_aux=True))(params)
-  assert_close(logits, numbers['logits'])  # also at padding
+  assert_close(logits, numbers['logits'])  # compares padding positions too
   assert_close(loss, numbers['loss'])
   assert_gradients_close(cfg, grads, numbers)
 
@@ -285,7 +285,7 @@ def test_mdm_logits_loss_and_gradients_equal_those_of_the_reference_implementati
   assert_gradients_close(cfg, grads, numbers)
 
 
-def test_with_residual_input_and_zero_modulation_the_mdm_features_equal_the_embeddings(diffusion):
+def test_mdm_blocks_with_zero_modulation_return_their_input_if_the_setting_residual_is_input(diffusion):
   numbers, cfg, params = diffusion
   batch = mdm_batch(numbers)
   run = jax.jit(transformer.apply_batch, static_argnums=0)

@@ -42,7 +42,7 @@ def test_mixed_einsum_and_its_gradients_equal_float64_einsums_of_the_bfloat16_op
   value, grad_x, grad_y = value_and_gradients(x, y, cotangent)
   assert {a.dtype for a in (value, grad_x, grad_y)} == {jnp.dtype('float32')}
   np.testing.assert_allclose(value, np.einsum(spec, x, y, dtype=np.float64), rtol=1e-5, atol=1e-5)
-  # The product is linear in each operand: <gradient, step> equals <cotangent, product with the step>.
+  # The einsum is linear in each operand: <gradient, x> equals <cotangent, einsum with x as this operand>.
   for seed in range(5):
     step_x, step_y = (np.random.default_rng(seed).normal(size=a.shape) for a in (x, y))
     for grad, step, product in [
@@ -70,7 +70,7 @@ def test_mixed_einsum_rounds_its_operands_to_bfloat16():
 
 
 @pytest.mark.parametrize('compute', ['float32', 'bfloat16', 'mixed'])
-def test_devices_save_only_their_weight_shard_for_the_backward_pass(compute):
+def test_each_device_saves_only_its_shard_of_the_weights_for_the_backward_pass(compute):
   mesh, layers, width = small.mesh(fsdp=8), 6, 64
   shape, kernels = (8, 4, width), jnp.ones((layers, width, width))
   place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, 'fsdp'))
@@ -132,7 +132,7 @@ def test_hash_bits_of_an_entry_depend_on_its_index_but_not_on_the_array_shape():
 # --- sum and logsumexp per segment ------------------------------------------------------------------------------------
 
 
-def test_segment_sum_and_logsumexp_equal_loops():
+def test_segment_sum_and_segment_logsumexp_equal_plain_loops():
   rng = np.random.default_rng(0)
   value, segment, mask = rng.normal(size=(3, 9)) * 5, rng.integers(0, 4, (3, 9)), rng.random((3, 9)) < 0.7
   segment[0][segment[0] == 2] = 1  # segment 2 of row 0 is empty

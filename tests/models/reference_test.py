@@ -74,8 +74,8 @@ CFG = transformer.ModelConfig(vocab_size=11, num_layers=3, num_heads=3, d_model=
     ({'final_norm': False}, False),
     ({'causal': True, 'stop_head': False}, False),
     ({'stop_head': False, 'conditioning': 'adaln', 'residual': 'modulated', 'd_cond': 5}, False),
-    ({'d_model': 64, 'num_heads': 1}, False),  # only one head of 64 channels fits
-    ({'d_model': 144, 'num_heads': 2}, True),  # 1 or 2 heads: both rotate 64 channels
+    ({'d_model': 64, 'num_heads': 1}, False),  # rotary buffers for 64 channels: only one head is possible
+    ({'d_model': 144, 'num_heads': 2}, True),  # rotary buffers for 64 channels: 1 or 2 heads are possible
   ],
   ids=str,
 )
@@ -153,7 +153,7 @@ def test_num_heads_is_checked_against_the_rotary_buffers(weights):
     assert line == f'num_heads={wrong}: expected one of 3 for d_model=48 and 8 rotary frequencies'
 
 
-def test_without_rotary_buffers_num_heads_must_be_given(weights):
+def test_num_heads_must_be_given_for_weights_without_rotary_buffers(weights):
   state = {name: array for name, array in weights('ilm').items() if not name.endswith('inv_freq')}
   line = error_of(reference.from_reference, state)
   choices = 'd_model=48 allow 1, 2, 3, 4, 6, 8, 12, 24'  # all numbers of heads that give an even head dimension
@@ -245,7 +245,7 @@ def test_wrong_weights_give_a_one_line_error(weights, change, line):
   assert line in error_of(reference.from_reference, change(weights('ilm')))
 
 
-def test_the_family_must_match_the_weights(weights):
+def test_weights_of_another_family_than_the_given_one_are_rejected(weights):
   for family in ('arm', 'mdm'):
     line = error_of(reference.from_reference, weights('ilm'), family)
     assert line.startswith(
@@ -305,7 +305,7 @@ def assert_states_equal(actual, expected):
 
 
 @pytest.mark.parametrize(('prefix', 'dtype'), [('', np.float32), ('param/', np.float16), ('param/', jnp.bfloat16)])
-def test_npz_files_are_read(weights, tmp_path, prefix, dtype):
+def test_weights_are_read_from_npz_files(weights, tmp_path, prefix, dtype):
   state = {name: array.astype(dtype) for name, array in weights('ilm').items()}
   other = {'loss': np.ones(3)} if prefix else {}
   np.savez(tmp_path / 'w.npz', **{prefix + name: array for name, array in state.items()}, **other)
@@ -313,7 +313,7 @@ def test_npz_files_are_read(weights, tmp_path, prefix, dtype):
 
 
 @pytest.mark.parametrize('dtype', [np.float32, np.float16, jnp.bfloat16])
-def test_safetensors_files_are_read(weights, tmp_path, dtype):
+def test_weights_are_read_from_safetensors_files(weights, tmp_path, dtype):
   numpy = pytest.importorskip('safetensors.numpy')
   state = {name: array.astype(dtype) for name, array in weights('ilm').items()}
   numpy.save_file(state, tmp_path / 'w.safetensors')
@@ -401,7 +401,7 @@ def test_missing_and_unsupported_weights_files_are_rejected(tmp_path):
 
 
 @pytest.mark.parametrize(('file', 'dtype'), [('w.pt', 'float32'), ('w.pth', 'float16'), ('w.ckpt', 'bfloat16')])
-def test_pytorch_files_are_read(weights, tmp_path, file, dtype):
+def test_weights_are_read_from_pytorch_files(weights, tmp_path, file, dtype):
   torch = pytest.importorskip('torch')
   state = weights('ilm')
   tensors = {name: torch.tensor(array).to(getattr(torch, dtype)) for name, array in state.items()}

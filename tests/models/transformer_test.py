@@ -47,7 +47,7 @@ def test_a_noise_conditioned_model_without_a_noise_level_raises_an_error():
 
 
 @pytest.mark.parametrize('compute', ['float32', 'bfloat16'])
-def test_the_open_gap_embedding_is_equivalent_to_two_embeddings_per_token(compute):
+def test_the_open_gap_embedding_is_equivalent_to_separate_token_embeddings_for_open_and_closed_gaps(compute):
   cfg = dataclasses.replace(TINY, open_gap_embedding=True, compute=compute)
   params = random_params(cfg)
   assert params['open'].shape == (2, 16)
@@ -157,7 +157,7 @@ def test_every_dropout_layer_has_its_own_key(monkeypatch):
     return keys
 
   keys = dropout_keys(random_params(cfg), jax.random.key(0))
-  # Dropout rates in each of two blocks: attention weights, attention output, MLP. Last, the stop head.
+  # Rates of attention weights, attention output and MLP in each of the two blocks, then of the stop head.
   assert rates == [0.3, 0.2, 0.2] * 2 + [0.2]
   assert len({tuple(key.tolist()) for key in keys}) == len(keys), 'two dropout layers have the same RNG key'
 

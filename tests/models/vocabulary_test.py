@@ -128,7 +128,7 @@ def test_a_sharded_vocabulary_head_gives_equal_results_without_gathering_the_who
   shapes = re.findall(r'= \w+\[([\d,]+)\]\S* all-gather\(', compiled.as_text())
   gathered = {math.prod(map(int, shape.split(','))) for shape in shapes}
   if compute == 'float32':  # with compute=mixed, XLA for CPUs gathers more arrays
-    shard = 16 * vocab // 2  # number of entries of a table shard, after gathering over fsdp
+    shard = 16 * vocab // 2  # after gathering over fsdp, a shard has `vocab` / 2 rows of width 16
     assert gathered == (set() if vocab % 2 else {shard}), 'only a shard of the table may be gathered'
 
 
