@@ -267,7 +267,7 @@ def test_long_lines_and_lines_with_a_reserved_character_or_a_space_at_the_end_ar
     trained = lib.train_sentencepiece([*lines, *LINES], size=340)
     assert [trained.pieces(trained.encode(f' {name}')) for name in names] == [[f'\u2581{name}'] for name in names]
   (line,) = [line for line in caplog.messages if line.startswith('cut ')]
-  assert line == 'cut 1 of the lines to train the tokenizer on, which had more than 262,144 characters'
+  assert line == 'cut 1 of the training lines of the tokenizer at the limit of 262,144 characters'
 
 
 def test_a_given_sentencepiece_model_keeps_the_order_of_its_pieces_without_control_symbols():
