@@ -26,13 +26,13 @@ def _builders() -> dict[str, type]:
     """A DatasetInfo that does not look for metadata of an unprepared data set in TFDS's public bucket."""
 
     def initialize_from_bucket(self):
-      """Do nothing; the TFDS method would search for the data set online and leave an empty temporary folder."""
+      """Do nothing; the overridden method would search for the data set online and leave an empty temporary folder."""
 
   class LocalBuilder:
-    """Base class of both TFDS builders; `make()` returns a generator of the examples to write."""
+    """Base class of this file's two TFDS builders; `make()` returns a generator of the examples to write."""
 
-    VERSION = tfds.core.Version('1.0.0')  # part of the path of a data set
-    code_path = None  # with a path, TFDS searches for metadata files there, using a package that it does not install
+    VERSION = tfds.core.Version('1.0.0')  # TFDS makes it part of the data set's path
+    code_path = None  # else TFDS looks for metadata files at this path, with a package that it does not install
 
     def __init__(self, *, make=None, **settings):
       self.make = make
@@ -47,7 +47,7 @@ def _builders() -> dict[str, type]:
         for index, example in enumerate(examples):
           yield index, self._record(example)
 
-  # TFDS names the folder of a data set after its builder class.
+  # TFDS names a data set's folder after its builder class, so renaming one would hide the data already on disk.
   class TokenSequences(LocalBuilder, tfds.core.GeneratorBasedBuilder):
     """Sequences of token ids below 256, stored in the order in which `make()` yields them."""
 
@@ -140,7 +140,7 @@ class Documents(Prepared):
 
 
 def open_or_prepare_sequences(folder, name: str, make) -> Sequences:
-  """Open token sequences in a cache folder, writing those that `make()` yields (ids below 256) if they are missing.
+  """Open the token sequences `name` (ids below 256) in a cache folder; if missing, first write what `make()` yields.
 
   The name must be unique to the content. Raises UserError if the cache cannot be written.
   """
@@ -148,7 +148,7 @@ def open_or_prepare_sequences(folder, name: str, make) -> Sequences:
 
 
 def open_or_prepare_documents(folder, name: str, make) -> Documents:
-  """Open documents in a cache folder, writing those that `make(counts)` yields if they are missing.
+  """Open the documents `name` in a cache folder; if they are missing, first write those that `make(counts)` yields.
 
   `make` yields (text, token ids) and may write statistics to the dict `counts`. The name must be unique to the content.
   Raises UserError if the cache cannot be written or the documents cannot be read.

@@ -1,4 +1,4 @@
-"""Hashes of file contents, which identify prepared data and reveal changes of the data that a run was started with."""
+"""Hashes of file contents: they identify prepared data, and show whether a run's data changed since its last start."""
 
 import concurrent.futures
 import hashlib
@@ -35,7 +35,7 @@ def hashes_of(files: dict) -> dict[str, str]:
   def read(path) -> str:
     try:
       return hash_of(path)
-    except (OSError, ImportError) as error:  # ImportError: the package that epath needs for a bucket is missing
+    except (OSError, ImportError) as error:  # ImportError: the package for cloud storage that epath needs is missing
       raise UserError(f'{path} cannot be read: {getattr(error, "strerror", None) or error}') from None
 
   with concurrent.futures.ThreadPoolExecutor(16) as pool:

@@ -6,7 +6,7 @@ import numpy as np
 
 from ilm_jax.types import Batch, UserError
 
-DTYPES = {  # array of a batch (described in `ilm_jax.types`) -> dtype
+DTYPES = {  # name of an array in a batch (described in `ilm_jax.types`) -> dtype
   **dict.fromkeys(('tokens_BxL', 'segment_BxL', 'position_BxL'), np.int32),
   'open_BxL': bool,
   **dict.fromkeys(('target_gap_BxT', 'target_token_BxT', 'target_segment_BxT'), np.int32),
@@ -21,8 +21,8 @@ class Shape:
   """Packing capacities: the number of rows, and how many tokens, targets and examples one row can hold."""
 
   rows: int
-  length: int  # token positions per row
-  targets: int  # prediction targets per row
+  length: int  # number of token positions per row
+  targets: int  # maximum number of prediction targets per row
   segments: int  # maximum number of examples per row
 
   def empty(self) -> Batch:

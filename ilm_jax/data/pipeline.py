@@ -26,7 +26,7 @@ from ilm_jax.data import storage
 from ilm_jax.data.packing import Shape, assign_rows, concatenate, nearest_multiples, pack, shape_of  # noqa: F401 (re-exported)
 from ilm_jax.types import Batch, UserError
 
-BATCHES_PER_WORKER = 4  # maximum number of batches of a worker process that wait in shared memory
+BATCHES_PER_WORKER = 4  # maximum number of finished batches per worker process that wait in shared memory
 STREAMS = {'train': 0, 'validation': 1}  # part of the seed, so that training and validation use different randomness
 
 
@@ -36,7 +36,7 @@ def permute(index: np.ndarray, size: int, seed: tuple[int, ...]) -> np.ndarray:
   The permutation is a Feistel network on enough bits for `size`, rounded up to an even number. Outputs that are not
   below `size` are fed through the network again until they are (cycle walking).
   """
-  half = max(1, math.ceil(math.log2(max(size, 2)) / 2))  # bits in each half of the Feistel network
+  half = max(1, math.ceil(math.log2(max(size, 2)) / 2))  # number of bits in each half of a Feistel block
   keys = np.random.default_rng(seed).integers(0, 2**63, size=6, dtype=np.uint64)
   mask = np.uint64(2**half - 1)
 
@@ -60,12 +60,12 @@ def epoch_order(global_index: np.ndarray, size: int, seed: int) -> np.ndarray:
   epoch, within = np.divmod(global_index, size)
   out = np.empty_like(within)
   for e in np.unique(epoch):
-    out[epoch == e] = permute(within[epoch == e], size, (seed, 0x45504F43, int(e)))  # the constant spells "EPOC"
+    out[epoch == e] = permute(within[epoch == e], size, (seed, 0x45504F43, int(e)))  # the constant is "EPOC" in ASCII
   return out
 
 
 def example_rng(seed: int, stream: str, index: int) -> np.random.Generator:
-  """Return the random generator that corrupts example `index` of a stream ('train' or 'validation')."""
+  """Return the random generator for the corruption of example `index` of a stream ('train' or 'validation')."""
   return np.random.default_rng((seed, STREAMS[stream], index))
 
 
@@ -73,10 +73,10 @@ def example_rng(seed: int, stream: str, index: int) -> np.random.Generator:
 class Packed:
   """A picklable function from a step number to this process's packed rows of that step; grain maps it over steps."""
 
-  source: Any  # random access to the training examples, a `tasks.contract.Source`
+  source: Any  # the training examples, with random access (a `tasks.contract.Source`)
   corrupt: Any  # function (rng, example, cfg) -> corrupted example
   cfg: Any  # the whole config
-  shape: Shape  # packing shape of one group
+  shape: Shape  # size of a group, a separately packed part of each batch
   groups_of_process: tuple[int, int]  # half-open range of the groups of each step that this process reads
 
   def __reduce__(self):
@@ -100,7 +100,7 @@ class Packed:
 
 
 def _unpickle(*fields) -> Packed:
-  """Rebuild a `Packed`; in a worker process, also ignore Ctrl-C, which only the parent process should handle."""
+  """Rebuild a `Packed` from its fields; in a worker process, also ignore Ctrl-C, which the parent process handles."""
   if multiprocessing.parent_process() is not None and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
   return Packed(*fields)
@@ -161,14 +161,14 @@ def _explain_killed_workers(batches):
 
 
 def validation_batches(source, corrupt, cfg):
-  """Yield packed batches that hold each validation example once, always with the same corruption.
+  """Yield packed batches that together hold each validation example once, always with the same corruption.
 
   The numbers of dropped tokens are stratified over the examples, not drawn independently. The batches do not depend on
   `cfg.seed`, so losses of different steps and runs can be compared. Unused segments of a row have weight 0. Raises
   UserError if an example does not fit into an empty row.
   """
   count, size = len(source), cfg.data.batch_size
-  quantile = (permute(np.arange(count), count, (0, 0x53545241)) + 0.5) / count  # the constant spells "STRA"
+  quantile = (permute(np.arange(count), count, (0, 0x53545241)) + 0.5) / count  # the constant is "STRA" in ASCII
   shape = dataclasses.replace(shape_of(cfg.data), rows=cfg.data.rows)
   for first in range(0, count, size):
     ids = range(first, min(first + size, count))

@@ -43,7 +43,7 @@ class Progress:
     self.initial = None  # work already done at the first call, excluded from the estimate of the remaining time
 
   def __call__(self, done: int, count: int) -> None:
-    """Log the work done (in the unit of `total`) and the number of items, at most once every REPORT_SECONDS."""
+    """Log progress, at most once every REPORT_SECONDS: `done` of the total work, and `count` items."""
     now = time.monotonic()
     self.initial = done if self.initial is None else self.initial
     if now - self.reported < REPORT_SECONDS:
@@ -74,7 +74,7 @@ def size_of(path) -> int:
 
 
 def free_shared_memory(setting: str, value: int) -> int:
-  """Return the bytes free in /dev/shm; raise UserError if they are too few for the worker processes of a setting."""
+  """Return the number of free bytes in /dev/shm; if it cannot be used, raise UserError with advice on `setting`."""
   try:
     multiprocessing.get_context('spawn').Lock()
     status = os.statvfs('/dev/shm')
@@ -133,7 +133,7 @@ def once(folder, name: str, make) -> pathlib.Path:
             raise
       finally:
         shutil.rmtree(part, ignore_errors=True)
-  except (OSError, ImportError) as error:  # ImportError: the package that epath needs for this bucket is missing
+  except (OSError, ImportError) as error:  # ImportError: the package for cloud storage that epath needs is missing
     reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
     raise UserError(
       f'task.cache={folder} could not be written ({reason}): free some disk space or choose another folder'

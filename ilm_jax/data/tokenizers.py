@@ -51,7 +51,7 @@ class Tokenizer:
   kind: str
   words: tuple[str, ...]  # the text of each token id
   special_ids = tuple(range(len(SPECIAL)))
-  byte_ids: tuple[int, ...] = ()  # ids of the tokens that are only a part of a character's UTF-8 bytes
+  byte_ids: tuple[int, ...] = ()  # ids of the tokens that stand for one byte of a character with several UTF-8 bytes
 
   @property
   def vocab_size(self) -> int:
@@ -59,7 +59,7 @@ class Tokenizer:
     return len(self.words)
 
   def pieces(self, ids) -> list[str]:
-    """Return the piece of each id; special tokens are in brackets, and SentencePiece writes U+2581 for a space."""
+    """Return a readable string for each id: special tokens in brackets; in SentencePiece, U+2581 for a space."""
     return [self.words[int(i)] for i in ids]
 
   def files(self) -> dict[str, bytes]:
@@ -118,7 +118,7 @@ class WordTokenizer(Tokenizer):
 
 
 class SentencePiece(Tokenizer):
-  """A SentencePiece model as a tokenizer, from the content of the model file; `name` names it in error messages.
+  """Tokenizer from the content of a SentencePiece model file, which error messages call `name`.
 
   The model's pieces, except control symbols, unused pieces and <unk>, get the ids 7, 8, ... in the model's order.
   """
@@ -142,7 +142,7 @@ class SentencePiece(Tokenizer):
     for our_id, model_id in enumerate(ordinary, len(SPECIAL)):
       self._from_model[model_id] = our_id
     self.words = (*SPECIAL, *map(sp.id_to_piece, ordinary))
-    # The pieces <0x00> to <0x7F> are whole characters, such as a line break.
+    # The byte pieces <0x00> to <0x7F> are whole characters, such as a line break, so byte_ids excludes them.
     bytes_only = [i for i, model_id in enumerate(self._to_model) if sp.is_byte(model_id)]
     self.byte_ids = tuple(i for i in bytes_only if int(self.words[i][3:5], 16) >= 0x80)
 
@@ -168,7 +168,7 @@ class SentencePiece(Tokenizer):
 
 
 class WordPiece(Tokenizer):
-  """WordPiece, as in BERT, from the content of a vocabulary file with one entry per line.
+  """WordPiece tokenizer, as in BERT, from the content of a vocabulary file with one entry per line.
 
   The entries, except special tokens, get the ids 7, 8, ... in file order. With `lowercase` (for uncased vocabularies),
   texts are lower-cased and stripped of accents. `name` names the vocabulary in error messages.
@@ -253,7 +253,7 @@ def _sentences(lines):
         part = part[end:]
       yield part.rstrip(' ')
   if cut:
-    logging.info('cut %d of the lines to train the tokenizer on, which had more than %s characters', cut, f'{LINE:,}')
+    logging.info('cut %d of the training lines of the tokenizer at the limit of %s characters', cut, f'{LINE:,}')
 
 
 def train_sentencepiece(lines, *, size: int, normalization: str = 'identity', characters=frozenset()) -> SentencePiece:
@@ -273,7 +273,7 @@ def train_sentencepiece(lines, *, size: int, normalization: str = 'identity', ch
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=_sentences(itertools.chain(lines, sorted(characters - {'\n'}))),
       model_writer=model,
-      vocab_size=size - len(SPECIAL) + 1,  # + 1: SentencePiece's count includes <unk>, which is also in SPECIAL
+      vocab_size=size - len(SPECIAL) + 1,  # of SPECIAL, SentencePiece counts only <unk>
       hard_vocab_limit=False,
       character_coverage=1.0,
       user_defined_symbols=[RESERVED] if RESERVED in characters else [],
@@ -345,7 +345,7 @@ def load(folder) -> Tokenizer:
 
 
 def read(path, *, lowercase: bool = True) -> Tokenizer:
-  """Read the tokenizer at a path of the config; raise UserError if it is missing or unreadable.
+  """Read the tokenizer at a path given in the config; raise UserError if it is missing or unreadable.
 
   The path names a SentencePiece model (*.model), a WordPiece vocabulary (*.txt; `lowercase` if it is uncased), a folder
   with one of MODEL_FILES, or a folder that `Tokenizer.save` wrote.
@@ -364,8 +364,8 @@ def read(path, *, lowercase: bool = True) -> Tokenizer:
     raise UserError(
       f'the tokenizer {path} does not exist: expected a *.model, a vocabulary *.txt, or a folder with one'
     ) from None
-  except (OSError, ImportError) as error:  # ImportError: the package that epath needs for this bucket is missing
+  except (OSError, ImportError) as error:  # ImportError: the package for cloud storage that epath needs is missing
     raise UserError(f'the tokenizer {file} could not be read: {_one_line(error)}') from None
-  if file.suffix == '.txt':  # some editors start UTF-8 files with a byte order mark
+  if file.suffix == '.txt':  # remove the byte order mark with which some editors start UTF-8 files
     return WordPiece(content.removeprefix(codecs.BOM_UTF8), lowercase, name=str(file))
   return SentencePiece(content, name=str(file))

@@ -61,11 +61,11 @@ class SampleConfig(NamedTuple):
   force_first: bool = False  # do not allow [EOS] as the first generated token
   fim: bool = False  # whether the model was trained with fill-in-the-middle
   suppressed_tokens: tuple[int, ...] = ()  # ids of tokens that are never generated
-  byte_ids: tuple[int, ...] = ()  # ids of tokens for parts of characters: sampled only if `bytes` is set, always scored
-  bytes: bool = False  # whether tokens in byte_ids may be generated; the text may then be invalid UTF-8
-  min_buffer: int = 64  # initial cache length in tokens; it doubles up to `capacity` as rows grow
+  byte_ids: tuple[int, ...] = ()  # tokens for one byte of a character: sampled only if bytes=True, but always scored
+  bytes: bool = False  # whether to sample the one-byte tokens (byte_ids) too; the text may then be invalid UTF-8
+  min_buffer: int = 64  # initial cache length in tokens; it doubles as rows grow, up to their maximum length
   compute: str = 'float32'  # precision of the matrix products in the vocabulary head
-  vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
+  vocab_chunk: int = 2048  # the logits are computed for this many vocabulary entries at a time
 
   @property
   def capacity(self) -> int:
@@ -100,7 +100,7 @@ def begin(forward, rng, prompt: Prompt, cfg: SampleConfig, size: int) -> Rows:
   if cfg.fim:
     open_BxL, length_B = jnp.asarray(prompt.open_BxL, bool), jnp.asarray(prompt.length_B, jnp.int32)
     start_B = jnp.where(open_BxL.any(axis=1), open_BxL.argmax(axis=1) + 1, length_B)
-    memo = Layout.of(start_B, start_B, length_B)  # the middle is still empty: it ends where it starts
+    memo = Layout.of(start_B, start_B, length_B)  # the middle (text to fill in) is still empty: it ends where it starts
     prompt = prompt._replace(tokens_BxL=memo.arrange(prompt.tokens_BxL), length_B=memo.length_B)
   count, given = prompt.tokens_BxL.shape
   cache = forward.apply_cached(
@@ -112,7 +112,7 @@ def begin(forward, rng, prompt: Prompt, cfg: SampleConfig, size: int) -> Rows:
 def finish(rows: Rows, cfg: SampleConfig) -> Sampled:
   """Return the sampled rows, with their tokens in reading order."""
   if cfg.fim:
-    rows = growing.resize(rows, cfg.capacity)  # `restore` shortens every row by two positions, even without [MASK]s
+    rows = growing.resize(rows, cfg.capacity)  # because `restore` removes two positions even without [MASK]s
     layout = rows.memo.extend_middle(rows.steps_B)
     rows = rows._replace(
       tokens_BxL=layout.restore(rows.tokens_BxL, 0),
@@ -128,10 +128,10 @@ class Layout(NamedTuple):
   A row without a suffix contains no [MASK]s, and its two orders are the same.
   """
 
-  start_B: jax.Array  # index of the first token of the middle, in reading order
-  end_B: jax.Array  # index after the last token of the middle, in reading order
-  length_B: jax.Array  # row length in model order, including the [MASK]s
-  masks_B: jax.Array  # number of [MASK]s in the row: 2, or 0 if the row has no suffix
+  start_B: jax.Array  # index in reading order of the first token of the middle (the filled-in text)
+  end_B: jax.Array  # index in reading order just after the last token of the middle
+  length_B: jax.Array  # row length as the model reads it, including the [MASK]s
+  masks_B: jax.Array  # number of [MASK]s in the row: 2, or 0 if no text follows the filled-in text
 
   @classmethod
   def of(cls, start_B, end_B, length_B) -> 'Layout':
@@ -140,11 +140,11 @@ class Layout(NamedTuple):
     return cls(start_B, end_B, length_B + masks_B, masks_B)
 
   def extend_middle(self, count_B) -> 'Layout':
-    """Return the layout after `count_B` tokens were appended to the middle."""
+    """Return the layout after `count_B` tokens were appended to the middle (the filled-in text)."""
     return self._replace(end_B=self.end_B + count_B, length_B=self.length_B + count_B)
 
   def model_index(self, size: int):
-    """Return (index in model order, whether it is in the row) for each of the first `size` tokens in reading order."""
+    """Return (index in the model's order, whether it is in the row) for the first `size` positions in reading order."""
     index_1xL = jnp.arange(size)[None]
     start_Bx1, end_Bx1, masks_Bx1 = self.start_B[:, None], self.end_B[:, None], self.masks_B[:, None]
     suffix_Bx1 = (self.length_B - self.masks_B - self.end_B)[:, None]
@@ -153,7 +153,7 @@ class Layout(NamedTuple):
     return jnp.where(unmoved_BxL, index_1xL, moved_BxL), index_1xL < (self.length_B - self.masks_B)[:, None]
 
   def arrange(self, tokens_BxL):
-    """Reorder tokens from reading order to model order; the result is two positions longer."""
+    """Reorder tokens from reading order to the order that the model reads, with room for its two [MASK]s."""
     rows, size = tokens_BxL.shape
     to_BxL, valid_BxL = self.model_index(size)
     row_Bx1, beyond = jnp.arange(rows)[:, None], size + 2
@@ -164,7 +164,7 @@ class Layout(NamedTuple):
     return out_BxL.at[row_Bx1, jnp.stack([first_mask_B, second_mask_B], axis=1)].set(MASK, mode='drop')
 
   def restore(self, array_BxL, fill: int):
-    """Reorder an array from model order to reading order, two positions shorter, with `fill` after each row's end."""
+    """Reorder an array from the model's order to reading order, without room for [MASK]s; pad each row with `fill`."""
     from_BxL, valid_BxL = self.model_index(array_BxL.shape[1] - 2)
     from_BxL = from_BxL.clip(0, array_BxL.shape[1] - 1)
     return jnp.where(valid_BxL, jnp.take_along_axis(array_BxL, from_BxL, axis=1), fill)
@@ -221,14 +221,14 @@ def logits(hidden, unembed_VxD, cfg: SampleConfig):
 
 
 def check_score(kind: str | None, longest: int) -> None:
-  """Raise UserError unless `kind` is None or 'exact', the only score of this family."""
+  """Raise UserError unless `kind` is None or 'exact', the only kind of likelihood that this family computes."""
   if kind not in (None, 'exact'):
     raise UserError(f"score: kind={kind!r}: expected 'exact' for family=arm")
 
 
 def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, kind: str | None = None,
           longest: int = 0) -> Score:  # fmt: skip
-  """Return the exact -log p of each row's free tokens and [EOS], under the distribution of `sample` at temperature 1.
+  """Return the exact -log p of each row's free (not given) tokens and [EOS] when sampling at temperature 1.
 
   The given tokens precede the free tokens or, with `cfg.fim`, surround them. Tokens in `cfg.suppressed_tokens` are
   never generated, so they have probability 0. `rng` and `longest` are not used.
@@ -251,7 +251,7 @@ def score(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg: SampleConfig, *, k
 
 
 def next_losses(forward, tokens_BxL, length_B, cfg: SampleConfig):
-  """Return -log p (BxL, in nats) of the token after each position in model order; [EOS] ends each row."""
+  """Return -log p (BxL, nats) of the token after each position, [EOS] after the last; rows are in the model's order."""
   index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
   next_BxL = jnp.where(index_BxL == length_B[:, None] - 1, EOS, jnp.roll(tokens_BxL, -1, axis=1))
   head = {'chunk': cfg.vocab_chunk, 'compute': cfg.compute}

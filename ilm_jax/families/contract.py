@@ -45,7 +45,7 @@ class Sample(Protocol):
   """Complete a batch of prompts, inside one jitted function."""
 
   def __call__(self, forward: Callable[..., Outputs], rng, prompt: Prompt, cfg: Any) -> Sampled:
-    """Return the completed rows.
+    """Return the rows of the prompts, completed by the model.
 
     `forward` maps (tokens_BxL, length_B) to Outputs; `cfg` is an instance of the family's SampleConfig. A row's
     randomness may depend only on `rng` and its number in `prompt.request_B`.
@@ -58,7 +58,7 @@ class Likelihood(Protocol):
 
   def __call__(self, forward: Callable[..., Outputs], rng, tokens_BxL, fixed_BxL, length_B, cfg: Any, *,
                kind: str | None = None, longest: int = 0) -> Score:  # fmt: skip
-    """Return the score of each row in nats.
+    """Return each row's negative log-likelihood, or an upper bound on it, in nats.
 
     `forward` and `cfg` are those of `Sample`. Rows are complete and have `length_B` tokens, of which those in
     `fixed_BxL` are given. `rng` is for random estimates. `kind` is 'exact', 'bound' or 'importance-weighted'; None
@@ -68,7 +68,7 @@ class Likelihood(Protocol):
 
 
 class Growth(Protocol):
-  """Decoding functions of a family whose rows grow token by token; `growing.Growth` implements this protocol."""
+  """Decoding functions of a model family whose rows grow token by token; `growing.Growth` implements this protocol."""
 
   def begin(self, forward, rng, prompt: Prompt, cfg, size: int, /) -> Any:
     """Return the initial rows: the prompts in a buffer of `size` positions."""
@@ -77,14 +77,14 @@ class Growth(Protocol):
     """Return the rows after one decoding step."""
 
   def needed(self, length_B, cfg, /) -> Any:
-    """Return an upper bound on each row's number of tokens after the next step."""
+    """Return an upper bound on each row's number of tokens after the next decoding step."""
 
   def finish(self, rows, cfg, /) -> Sampled:
-    """Return the completed rows, from a buffer of any size."""
+    """Return the decoded rows as a `Sampled`, whatever the size of their buffer."""
 
 
 def no_likelihood(kind: str | None, longest: int) -> None:
-  """Raise UserError because the family has no likelihood: the default of `Family.check_score`."""
+  """Raise UserError: the default `Family.check_score`, for families that define no likelihood."""
   raise UserError('this family has no likelihood: use eval.score=none')
 
 
@@ -101,8 +101,8 @@ class Family:
   SampleConfig: Any
   # config -> the fields of ModelConfig that the family determines (`causal`, `stop_head`, ...)
   model_settings: Callable[[ConfigDict], dict]
-  # (config, tokens of the longest example, tokens of the longest answer) -> (positions, targets) of the largest
-  # corrupted example; raises UserError for `corrupt` and `loss` settings that the family does not support.
+  # (config, length of the longest example, length of the longest answer) -> maximum numbers of positions and of targets
+  # of a corrupted example; raises UserError for `corrupt` and `loss` settings that the family does not support.
   sizes: Callable[[ConfigDict, int, int], tuple[int, int]]
   score: Likelihood | None = None  # None: the family defines no likelihood
   # (kind, longest) -> None; raises UserError if `score` does not support these arguments.
@@ -115,12 +115,12 @@ class Family:
   # maximum), 'free' (nothing) or 'masks' (the exact number).
   fills: Literal['limits', 'free', 'masks'] = 'limits'
   growth: Growth | None = None  # decoding functions for continuous batching; None: rows do not grow token by token
-  open_gap_embedding: bool = False  # whether the family supports `model.open_gap_embedding`
+  open_gap_embedding: bool = False  # whether its models support the setting `model.open_gap_embedding`
   length_weights: tuple[str, ...] = ('none',)  # the values of `loss.length_weight` that the family supports
 
 
 def check_completion(family: Family, given: dict, row: dict) -> None:
-  """Raise UserError unless a sampled row keeps the tokens of its prompt and has new tokens in open gaps only."""
+  """Raise UserError unless a sampled row keeps its prompt's tokens and has new ones only where the prompt allows."""
   new, tokens = row['order'] >= 0, np.asarray(given['tokens'])
   has_masks, fault = family.fills == 'masks', ''
   if row['tokens'][~new].tolist() != (tokens[tokens != MASK] if has_masks else tokens).tolist():

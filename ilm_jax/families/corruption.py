@@ -108,7 +108,7 @@ def rearrange(tokens: np.ndarray, first: int, past: int) -> tuple[np.ndarray, np
 
 
 def it(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
-  """Drop tokens as `ilm` does, and list at least one target for every open gap.
+  """Drop tokens as `ilm` does; the targets of a gap are its dropped tokens, or [EOS] if it has none.
 
   In a gap with c > 0 dropped tokens, each of these is a target with weight 1 / (c + 1). In a gap without dropped
   tokens, [EOS] is the target, with weight `cfg.eos_weight`.
@@ -125,7 +125,7 @@ def it(rng: np.random.Generator, example, cfg, u: float | None = None) -> dict:
 
 
 def choose_spans(rng: np.random.Generator, free: np.ndarray, most: int = 3) -> np.ndarray:
-  """Return a mask of one to `most` disjoint, nonadjacent spans of the free tokens, cut uniformly at random."""
+  """Return a mask of one to `most` disjoint, nonadjacent random spans of the free tokens."""
   where, chosen = np.flatnonzero(free), np.zeros(len(free), bool)
   number = min(int(rng.integers(1, most + 1)), (len(where) + 1) // 2)
   cuts = np.sort(rng.permutation(len(where) + 1)[: 2 * number])
@@ -135,7 +135,7 @@ def choose_spans(rng: np.random.Generator, free: np.ndarray, most: int = 3) -> n
 
 
 def open_gaps(fixed: np.ndarray) -> np.ndarray:
-  """Return a mask of the tokens whose gap to the right is open: it is beside a free token and not right of [CLS]."""
+  """Return a mask of the tokens after which tokens may be inserted: beside a free token, but not after [CLS]."""
   open_ = ~fixed | np.append(~fixed[1:], False)
   open_[0] = False
   return open_

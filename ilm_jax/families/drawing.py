@@ -8,7 +8,7 @@ from ilm_jax.types import Outputs, Rule
 
 
 def choose(rng_B, logits_BxN, rule: Rule):
-  """Draw one index per row under the sampling rule, with the row's own RNG key.
+  """Draw one index per row from the logits under a sampling rule, with the row's own RNG key.
 
   The noise added to an entry depends only on the key and the entry's index, so appending entries of logit NEG_INF to a
   row does not change its draw. Nucleus sampling includes the entry that crosses top_p.
@@ -18,7 +18,7 @@ def choose(rng_B, logits_BxN, rule: Rule):
 
 
 def choose_several(rng_B, logits_BxN, rule: Rule, *, count: int):
-  """Draw `count` different indices per row under the sampling rule, without replacement.
+  """Draw `count` different indices per row from the logits under a sampling rule (temperature, top-k, top-p).
 
   The `count` largest sums of logit and Gumbel noise are a draw without replacement (the Gumbel top-k trick), so the
   first index equals that of `choose` with the same key. Returns (index_BxG, ok_BxG) in the order of the draws; ok is
@@ -41,16 +41,16 @@ def draw_token(rng_B, outputs: Outputs, gap_B, bias_V, rule: Rule, *, compute: s
 
 
 def _perturbed(rng_B, logits_BxN, rule: Rule):
-  """Apply the rule to the logits and add Gumbel noise; entries that the rule excludes become NEG_INF."""
+  """Apply the rule (temperature, top-k, top-p) to the logits and add Gumbel noise; excluded entries become NEG_INF."""
   logits_BxN = logits_BxN.astype(jnp.float32)
-  allowed_BxN = logits_BxN > numerics.NEG_INF / 2  # before division by the temperature, which may shrink NEG_INF
+  allowed_BxN = logits_BxN > numerics.NEG_INF / 2  # test before dividing by the temperature, which changes NEG_INF
   logits = restrict(jnp.where(allowed_BxN, logits_BxN / rule.temperature, numerics.NEG_INF), rule)
   gumbel = jax.vmap(lambda rng: jax.random.gumbel(rng, logits.shape[1:], jnp.float32))(rng_B)
   return jnp.where(logits > numerics.NEG_INF / 2, logits + gumbel, numerics.NEG_INF)
 
 
 def restrict(logits_BxN, rule: Rule):
-  """Set all logits except the top_k largest to NEG_INF, then those outside the nucleus of probability top_p."""
+  """Set all but the top_k largest logits to NEG_INF, then all outside the nucleus: the largest ones up to top_p."""
   size = logits_BxN.shape[-1]
   if 0 < rule.top_k < size:
     key_BxN = _sort_key(logits_BxN)
@@ -59,7 +59,7 @@ def restrict(logits_BxN, rule: Rule):
     key_BxN = _sort_key(logits_BxN)
     sorted_BxN = jnp.sort(key_BxN, axis=-1)  # sorting integers is many times faster than an argsort of floats
     prob_BxN = jax.nn.softmax(_from_sort_key(sorted_BxN)[..., ::-1], axis=-1)
-    before_BxN = jnp.cumsum(prob_BxN, axis=-1) - prob_BxN  # total probability of the entries that precede each entry
+    before_BxN = jnp.cumsum(prob_BxN, axis=-1) - prob_BxN  # total probability of the entries sorted before each entry
     count_B = jnp.maximum((before_BxN < rule.top_p).sum(axis=-1), 1)
     logits_BxN = jnp.where(_largest(key_BxN, sorted_BxN, count_B), logits_BxN, numerics.NEG_INF)
   return logits_BxN

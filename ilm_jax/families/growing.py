@@ -17,15 +17,15 @@ class Rows(NamedTuple):
   """Partially decoded rows. The first axis of every array is the row axis; M is the maximum number of steps plus 1."""
 
   tokens_BxL: jax.Array  # token ids, 0 on padding
-  order_BxL: jax.Array  # step that inserted each token, -1 for given tokens and padding
-  max_left_BxL: jax.Array  # how many more tokens the gap right of each position may receive; 0: closed
-  min_left_BxL: jax.Array  # how many more tokens the gap right of each position must receive
-  gap_BxL: jax.Array  # number of the prompt's gap that each position belongs to (0: none)
+  order_BxL: jax.Array  # decoding step that inserted each token; -1 for tokens of the prompt and padding
+  max_left_BxL: jax.Array  # how many more tokens may be inserted into the gap right of each position
+  min_left_BxL: jax.Array  # how many more tokens must be inserted into the gap right of each position
+  gap_BxL: jax.Array  # which of the prompt's gaps (1, 2, ...) lies right of each position; 0: none
   length_B: jax.Array  # number of tokens in each row
   active_B: jax.Array  # whether the row is still being decoded
   steps_B: jax.Array  # number of decoding steps that inserted a token into the row
   stopped_B: jax.Array  # whether the model ended the row (False: still active, or ended by a limit)
-  rng_B: jax.Array  # RNG key of each request
+  rng_B: jax.Array  # RNG key of each row; the keys of its decoding steps are derived from it
   log_prob_BxM: jax.Array  # log-probability of each step's insertions
   stop_prob_BxM: jax.Array  # the model's probability of stopping at each step
   cache: Any = ()  # key/value cache of a causal model; its arrays have positions as their second axis
@@ -37,7 +37,7 @@ FILL = {'tokens_BxL': 0, 'order_BxL': -1, 'max_left_BxL': 0, 'min_left_BxL': 0, 
 
 
 def most_steps(cfg) -> int:
-  """Return the largest number of decoding steps that insert a token into a row."""
+  """Return the maximum number of decoding steps that may insert a token into a row."""
   return min(cfg.max_length if cfg.max_steps is None else cfg.max_steps, cfg.max_length)
 
 
@@ -58,7 +58,7 @@ def open_gaps(rows: Rows):
 
 
 def buffers(start: int, cfg) -> list[int]:
-  """Return the buffer sizes of rows that start with `start` tokens: cfg.min_buffer, doubled up to cfg.capacity."""
+  """Return the buffer sizes for rows that grow from `start` tokens: cfg.min_buffer, its doubles, cfg.capacity."""
   size, sizes = cfg.min_buffer, []
   while size < min(start, cfg.capacity):
     size *= 2
@@ -106,7 +106,7 @@ def advance(rows: Rows, *, go_B, stops_B, inserted_B, log_prob_B, stop_prob_B, *
   Rows become inactive unless the step inserts tokens (`go_B`); `stops_B`: the model ends the row. `log_prob_B` is
   recorded where `go_B` is true, and `stop_prob_B` in the rows that were active.
   """
-  # With jax_enable_x64, sums and indices become int64, but a while loop does not allow types to change.
+  # Cast back: with jax_enable_x64, sums and indices become int64, but in a while loop types must not change.
   old = {name: getattr(rows, name) for name in arrays}
   arrays = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), arrays, old)
   return rows._replace(
@@ -127,13 +127,13 @@ def resize(rows: Rows, size: int) -> Rows:
 
 
 def finish(rows: Rows, cfg) -> Sampled:
-  """Return the rows as a `Sampled`, with tokens and order padded or cut to max_length positions."""
+  """Return the rows as a `Sampled`, whose arrays over positions are padded or cut to max_length."""
   rows = resize(rows._replace(cache=()), cfg.max_length)
   return Sampled(**{name: getattr(rows, name) for name in Sampled._fields})
 
 
 class Growth(NamedTuple):
-  """The decoding functions of a family, described in `contract.Growth`."""
+  """The decoding functions of a model family, described in `contract.Growth`."""
 
   begin: Callable[..., Rows]
   step: Callable[..., Rows]
@@ -142,7 +142,7 @@ class Growth(NamedTuple):
 
 
 def sample(growth: Growth, forward, rng, prompt: Prompt, cfg) -> Sampled:
-  """Decode until no row is active: one while loop for each buffer size, without synchronizing with the host.
+  """Decode until all rows are finished: one while loop for each buffer size, without synchronizing with the host.
 
   Step t of request r draws with the key fold_in(fold_in(rng, r), t). The prompt's buffer may be shorter than
   cfg.max_length. A loop ends when no row is active, or when an active row might outgrow the buffer in its next step.
@@ -167,6 +167,6 @@ def pad_or_cut(array, size: int, fill):
 
 
 def record(trace_BxM, steps_B, value_B, where_B):
-  """Write each row's value into column `steps_B` of a trace, in the rows where `where_B` is true."""
+  """Write value_B[b] into trace_BxM[b, steps_B[b]] for each row b where `where_B` is true; return the new trace."""
   row_B = jnp.arange(steps_B.shape[0])
   return trace_BxM.at[row_B, steps_B].set(jnp.where(where_B, value_B, trace_BxM[row_B, steps_B]))

@@ -30,7 +30,7 @@ score, check_score = likelihood.score, likelihood.check_score
 
 
 def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
-  """Return the maximum numbers of tokens (if none is dropped) and targets (if all free tokens are) of an example."""
+  """Return the maximum numbers of an example's tokens (if none is dropped) and targets (its dropped tokens)."""
   if not 0 <= cfg.corrupt.infill_rate <= 1:
     raise UserError(f'corrupt.infill_rate={cfg.corrupt.infill_rate}: expected a fraction from 0 to 1')
   return longest, answer
@@ -93,20 +93,20 @@ class SampleConfig(NamedTuple):
 
   max_length: int  # maximum number of tokens per row, counting the prompt
   max_steps: int | None = None  # maximum number of decoding steps that insert into a row; None: no limit
-  gap: Rule = GREEDY  # first stage: rule for drawing a gap by the total probability of its tokens
+  gap: Rule = GREEDY  # first stage: rule for drawing a gap, weighted by the total probability of inserting there
   token: Rule = GREEDY  # second stage: rule for drawing a token for the gap
   joint: Rule | None = None  # if set: rule for drawing a (gap, token) pair in a single stage
-  gaps: int = 1  # maximum insertions per decoding step, each right of a different token; 0: right of every token
+  gaps: int = 1  # maximum number of insertions per decoding step, at most one right of each token; 0: no maximum
   gap_threshold: float = 0.0  # with gaps != 1: skip gaps less probable than this fraction of the best gap's probability
   stop_threshold: float | None = 0.9  # stop when p(stop) >= this; None (0 in a config): stop with probability p(stop)
   stop_temperature: float = 1.0  # divides the logits of the stop head
   force_first: bool = False  # insert at least one token before stopping
   suppressed_tokens: tuple[int, ...] = ()  # token ids that are never inserted (special tokens)
-  byte_ids: tuple[int, ...] = ()  # ids of tokens for parts of characters: sampled only if `bytes` is set, always scored
-  bytes: bool = False  # whether tokens in byte_ids may be generated; the text may then be invalid UTF-8
+  byte_ids: tuple[int, ...] = ()  # tokens for one byte of a character: sampled only if bytes=True, but always scored
+  bytes: bool = False  # whether to sample the one-byte tokens (byte_ids) too; the text may then be invalid UTF-8
   min_buffer: int = 64  # initial buffer length in tokens; it doubles up to max_length as rows grow
   compute: str = 'float32'  # precision of the matrix products in the vocabulary head
-  vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
+  vocab_chunk: int = 2048  # the logits are computed for this many vocabulary entries at a time
 
   @property
   def capacity(self) -> int:
@@ -175,12 +175,12 @@ sample = functools.partial(growing.sample, GROWTH)
 
 
 def _within_limits(rows: Rows, gap_BxG, ok_BxG, limit_BxL, lack_B, cfg: SampleConfig):
-  """Return a BxG mask of the proposed insertions (best first) that respect the limits of their gaps and of the row."""
+  """Return a BxG mask of those proposed insertions (best first) that keep the token limits of gap and row."""
   number_BxG = jnp.take_along_axis(rows.gap_BxL, gap_BxG, axis=1)
   same_gap_BxGxG = (number_BxG[:, :, None] == number_BxG[:, None, :]) & ok_BxG[:, None, :]
   before_BxG = (same_gap_BxGxG & jnp.tri(gap_BxG.shape[1], k=-1, dtype=bool)[None]).sum(axis=2)
   ok_BxG &= before_BxG < jnp.take_along_axis(limit_BxL, gap_BxG, axis=1)
-  # Insertions beyond the minimum of their gap may not use the space that other gaps need to reach their minimum.
+  # An insertion beyond its gap's minimum number of tokens may not use space that other gaps need for theirs.
   required_BxG = before_BxG < jnp.take_along_axis(rows.min_left_BxL, gap_BxG, axis=1)
   spare_B = cfg.max_length - rows.length_B - lack_B
   ok_BxG &= required_BxG | (jnp.cumsum(ok_BxG & ~required_BxG, axis=1) <= spare_B[:, None])
@@ -188,7 +188,7 @@ def _within_limits(rows: Rows, gap_BxG, ok_BxG, limit_BxL, lack_B, cfg: SampleCo
 
 
 def _insert(rows: Rows, gap_BxG, token_BxG, go_BxG) -> dict:
-  """Insert the tokens where go_BxG is true; return the new BxL arrays of `rows`."""
+  """Insert token_BxG right of positions gap_BxG where go_BxG is true; return the changed arrays of `rows` by name."""
 
   def insert(array_BxL, value_BxG):
     if gap_BxG.shape[1] == 1:
@@ -252,8 +252,8 @@ def choose_pairs(outputs: Outputs, open_BxL, cfg: SampleConfig, gap_rng_B, token
     candidate_BxL = jnp.where(lse_BxL >= least_Bx1, lse_BxL, numerics.NEG_INF)
   gap_BxG, ok_BxG = drawing.choose_several(gap_rng_B, candidate_BxL, cfg.gap, count=count)
   more = jax.vmap(lambda number: jax.vmap(jax.random.fold_in, (0, None))(token_rng_B, number))(jnp.arange(1, count))
-  rng_GxB = jnp.concatenate([token_rng_B[None], more])  # the first gap uses the same key as with gaps=1
-  token_GxB, logit_GxB = jax.lax.map(draw, (rng_GxB, gap_BxG.T))  # the logits of all gaps would need too much memory
+  rng_GxB = jnp.concatenate([token_rng_B[None], more])  # the first gap's key is the one that gaps=1 uses
+  token_GxB, logit_GxB = jax.lax.map(draw, (rng_GxB, gap_BxG.T))  # a loop: the logits of all gaps are too large
   return gap_BxG, token_GxB.T, logit_GxB.T - log_z_Bx1, ok_BxG
 
 

@@ -56,15 +56,15 @@ class SampleConfig(NamedTuple):
   gap: Rule = GREEDY  # with parallel=False: rule for drawing a gap by the log-sum-exp of its token logits
   token: Rule = GREEDY  # rule for drawing the token to insert into a gap
   parallel: bool = False  # whether a step inserts a token into every unfinished gap, instead of into one gap
-  # A gap is finished if p([EOS]) > end_threshold; None (0 in a config): if [EOS] is the most probable token.
+  # A gap is finished if p([EOS]) > end_threshold or, with None (0 in a config), if [EOS] is its most probable token.
   end_threshold: float | None = None
   force_first: bool = False  # insert at least one token before stopping
   suppressed_tokens: tuple[int, ...] = ()  # token ids that are never inserted (special tokens)
-  byte_ids: tuple[int, ...] = ()  # ids of tokens for parts of characters: sampled only if `bytes` is set, always scored
-  bytes: bool = False  # whether tokens in byte_ids may be generated; the text may then be invalid UTF-8
+  byte_ids: tuple[int, ...] = ()  # tokens for one byte of a character: sampled only if bytes=True, but always scored
+  bytes: bool = False  # whether to sample the one-byte tokens (byte_ids) too; the text may then be invalid UTF-8
   min_buffer: int = 64  # initial buffer length in tokens; it doubles up to max_length as rows grow
   compute: str = 'float32'  # precision of the matrix products in the vocabulary head
-  vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
+  vocab_chunk: int = 2048  # the logits are computed for this many vocabulary entries at a time
 
   @property
   def capacity(self) -> int:
@@ -81,7 +81,7 @@ class SampleConfig(NamedTuple):
 
 
 def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
-  """Run one decoding step: a forward pass, then a token in one gap (or in every unfinished gap) of each active row.
+  """Run one decoding step: a forward pass, then an insertion into one gap (or every unfinished gap) of each row.
 
   It records log p(token | gap, not [EOS]), summed over the tokens, and as p(stop) the least p([EOS]) of an open gap.
   """
@@ -146,7 +146,7 @@ def _gap_states(outputs: Outputs, closed_V, cfg: SampleConfig):
 
 
 def _draw_everywhere(rng_B, outputs: Outputs, closed_V, cfg: SampleConfig):
-  """Draw a token for every position of every row; return (token_BxL, logit_BxL) of the drawn tokens."""
+  """Draw a token to insert right of every position; return the drawn tokens and their logits, both BxL."""
 
   def draw(row):  # one row at a time: the logits of all rows would need too much memory
     rng, hidden_LxD = row
@@ -159,7 +159,7 @@ def _draw_everywhere(rng_B, outputs: Outputs, closed_V, cfg: SampleConfig):
 
 
 def check_prompt(given: dict, cfg: SampleConfig) -> None:
-  """Raise UserError if a prompt limits the number of tokens in a gap; this family ends a gap only through [EOS]."""
+  """Raise UserError if a prompt limits the number of tokens in a gap, because only [EOS] can end a gap here."""
   del cfg
   if given.get('least') is not None or given.get('most') is not None:
     raise UserError('family=it supports no minimum or maximum length of a gap: remove the limits, or use family=ilm')
@@ -173,7 +173,7 @@ def check_score(kind: str | None, longest: int) -> None:
 FAMILY = Family(
   name='it', corrupt=corrupt, loss=loss, sample=sample, SampleConfig=SampleConfig,
   model_settings=lambda cfg: {'causal': False, 'stop_head': False}, check_score=check_score,
-  # A token causes at most one target: itself if it is dropped, else perhaps [EOS] for the gap to its right.
+  # Each token gives at most one target: itself if dropped, else [EOS] if no token is missing right of it.
   sizes=lambda cfg, longest, answer: (longest, longest), check_prompt=check_prompt, fills='free', growth=GROWTH,
   open_gap_embedding=True,
 )  # fmt: skip

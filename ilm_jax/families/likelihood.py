@@ -29,13 +29,13 @@ MOST_EXACT = 12  # maximum number n of free tokens for kind='exact', which runs 
 class _Partial(NamedTuple):
   """Log-probabilities of the next decoding step, given a text with some tokens missing."""
 
-  log_stop_B: jax.Array  # log pi(s): the model stops at this text
-  log_go_B: jax.Array  # log (1 - pi(s)): the model inserts a token instead of stopping
-  log_pair_BxL: jax.Array  # log p(pair_j | s) at the position j of each missing token, 0 elsewhere
+  log_stop_B: jax.Array  # log pi(s), the log-probability that the model stops at this text
+  log_go_B: jax.Array  # log (1 - pi(s)), the log-probability that the model inserts a token instead
+  log_pair_BxL: jax.Array  # log-probability that an insertion adds the token missing here; 0 if none is missing
 
 
 def _evaluate(forward, tokens_BxL, fixed_BxL, length_B, keep_BxL, cfg) -> _Partial:
-  """Remove the tokens that are not in keep_BxL, run the model on the shortened rows, and score the removed tokens."""
+  """Remove the tokens where keep_BxL is false, run the model on the shortened rows, and score the removed tokens."""
   index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
   valid_BxL = index_BxL < length_B[:, None]
   keep_BxL = keep_BxL & valid_BxL
@@ -60,7 +60,7 @@ def _evaluate(forward, tokens_BxL, fixed_BxL, length_B, keep_BxL, cfg) -> _Parti
 
 
 def _random_ranks(rng, free_BxL):
-  """Draw a uniformly random order of each row's free tokens; return each token's rank, and L at all other positions."""
+  """Draw a uniformly random order of each row's free tokens; return each token's rank, and L at other positions."""
   rows, size = free_BxL.shape
   rng_B = jax.vmap(lambda b: jax.random.fold_in(rng, b))(jnp.arange(rows))
   noise_BxL = jnp.where(free_BxL, jax.vmap(lambda key: jax.random.uniform(key, (size,), jnp.float32))(rng_B), 2.0)
@@ -91,7 +91,7 @@ def _standard_error(value_KxB, samples: int):
 
 
 def bound(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int = 2) -> Score:
-  """Return an unbiased estimate of the upper bound on -log p(x), the mean over `samples` samples.
+  """Estimate the upper bound on -log p(x) without bias, as the mean of `samples` random samples.
 
   A sample draws one random set of missing tokens of every size n = 0 .. L, which takes L + 1 forward passes. A standard
   error needs at least 2 samples. `rng` draws the sets; of `cfg`, the settings of the vocabulary head are used.
@@ -112,7 +112,7 @@ def bound(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int = 2) 
 
 
 def importance(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int = 16) -> Score:
-  """Estimate -log p(x) as minus the log of the mean of L! p(x, order) over `samples` insertion orders.
+  """Estimate -log p(x) as -log of the mean of L! p(x, order) over random insertion orders of the L free tokens.
 
   Its expectation lies between the exact value and the upper bound; its standard error is of first order (delta method).
   """
@@ -121,7 +121,7 @@ def importance(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, samples: int 
   def once(k):
     rank_BxL = _random_ranks(jax.random.fold_in(rng, k), free_BxL)
 
-    def term(t):  # the decoding step at which t free tokens have been inserted
+    def term(t):  # log-probability of the decoding step after t insertions
       partial = _evaluate(forward, tokens_BxL, fixed_BxL, length_B, ~(free_BxL & (rank_BxL >= t)), cfg)
       pair_B = jnp.where(rank_BxL == t, partial.log_pair_BxL, 0.0).sum(axis=1)
       return jnp.where(t == free_B, partial.log_stop_B, partial.log_go_B + pair_B)
@@ -154,7 +154,7 @@ def exact(forward, rng, tokens_BxL, fixed_BxL, length_B, cfg, most: int = MOST_E
   log_stop_AxB, log_pair_AxBxF = jax.lax.map(evaluate, jnp.arange(subsets))  # axes: A subsets, F free tokens
 
   def reach(subset, log_AxB):
-    """Set the log-probability of reaching a subset: a sum over the token that was inserted last."""
+    """Set the log-probability of reaching a subset: a log-sum-exp over which of its tokens was inserted last."""
     last_F = jnp.arange(most)
     inside_F = (subset >> last_F) & 1 == 1
     before_F = jnp.where(inside_F, subset ^ (1 << last_F), 0)

@@ -41,14 +41,14 @@ MAX_LOGITS = 2**24  # maximum number of logits that the sampler holds in memory 
 
 
 def model_settings(cfg) -> dict:
-  """Return the ModelConfig fields that this family sets; adaLN conditioning requires the final norm."""
+  """Return the ModelConfig fields that this family sets; adaLN conditioning requires the final LayerNorm."""
   conditioning = cfg.model.get('conditioning') or 'adaln'
   norm = {'final_norm': True} if conditioning == 'adaln' else {}
   return {'causal': False, 'stop_head': False, 'conditioning': conditioning, **norm}
 
 
 def sizes(cfg, longest: int, answer: int) -> tuple[int, int]:
-  """Return (tokens, targets) of the longest padded example; raise UserError if the settings contradict each other."""
+  """Return the numbers of tokens and targets of the longest padded example; raise UserError if settings conflict."""
   eps, length, data = cfg.corrupt.noise_eps, cfg.corrupt.length, cfg.data
   if not 0 < eps < 1:
     raise UserError(f'corrupt.noise_eps={eps}: expected a fraction above 0 and below 1')
@@ -82,7 +82,7 @@ def noise_level(time, eps: float):
 
 
 def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', chunk: int = 2048):
-  """Return each segment's cross-entropy (weighted and not, in nats, summed over its [MASK]s) and number of [MASK]s."""
+  """Return per segment: cross-entropy in nats, summed over [MASK]s, with and without weights; number of [MASK]s."""
   segments, segment_BxT = batch['cls_BxS'].shape[1], batch['target_segment_BxT']
   loss_BxT = vocabulary.target_nll(
     outputs, batch['target_gap_BxT'], batch['target_token_BxT'], chunk=chunk, compute=compute
@@ -92,7 +92,7 @@ def example_losses(outputs: Outputs, batch: Batch, *, compute: str = 'float32', 
 
 
 def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
-  """Return `loss` (see `cfg.mdm`), `string_bound` and `token_loss` (per [MASK]) as (total, weight) pairs, in nats.
+  """Return `loss` (of kind `cfg.mdm`), `string_bound` and `token_loss` (per [MASK]) as (total, weight) pairs, in nats.
 
   `string_bound` is an unbiased estimate of the NELBO integral over the training times, from SHORTEST_TIME to 1. Only
   `score` includes the rest of the integral, which is about SHORTEST_TIME times the loss of a single [MASK].
@@ -100,7 +100,7 @@ def loss(outputs: Outputs, batch: Batch, cfg) -> Metrics:
   weighted_BxS, plain_BxS, masks_BxS = example_losses(outputs, batch, compute=cfg.compute, chunk=cfg.vocab_chunk)
   weight_BxS = batch['segment_weight_BxS']
   weighted, masks = (weight_BxS * weighted_BxS).sum(), (weight_BxS * masks_BxS).sum()
-  bound = (1.0 - _corrupt.SHORTEST_TIME) * weighted, weight_BxS.sum()  # t has density 1 / (1 - SHORTEST_TIME)
+  bound = (1.0 - _corrupt.SHORTEST_TIME) * weighted, weight_BxS.sum()  # undo the density 1 / (1 - SHORTEST_TIME) of t
   return {
     'loss': bound if cfg.mdm == 'nelbo' else (weighted, masks),
     'string_bound': bound,
@@ -115,18 +115,18 @@ class SampleConfig(NamedTuple):
   """Sampling settings; hashable, because jit takes them as a static argument."""
 
   max_length: int  # maximum tokens per row, counting the prompt; with length='predicted', the padded training length
-  max_steps: int | None = None  # number of denoising steps; None: max_length
+  max_steps: int | None = None  # maximum number of denoising steps; None: max_length
   order: str = 'ancestral'  # which [MASK]s each step reveals: one of ORDERS
   length: str = 'predicted'  # number of tokens to generate: 'predicted' by the model, or 'given' in Prompt.free_B
   token: Rule = Rule()  # rule for drawing each token: temperature, top-k, top-p
   suppressed_tokens: tuple[int, ...] = (MASK,)  # ids of tokens that are never generated
-  byte_ids: tuple[int, ...] = ()  # ids of tokens for parts of characters: sampled only if `bytes` is set, always scored
-  bytes: bool = False  # whether tokens in byte_ids may be generated; the text may then be invalid UTF-8
+  byte_ids: tuple[int, ...] = ()  # tokens for one byte of a character: sampled only if bytes=True, but always scored
+  bytes: bool = False  # whether to sample the one-byte tokens (byte_ids) too; the text may then be invalid UTF-8
   noise_eps: float = 1e-3  # eps of the training schedule, which masks a token with probability (1 - eps) t
   score_draws: int = 32  # number of random maskings that `score` averages for the upper bound on a string's -log p
-  min_buffer: int = 64  # minimum length of the prompt buffer
+  min_buffer: int = 64  # minimum length in tokens to which prompts are padded
   compute: str = 'float32'  # precision of the matrix products in the vocabulary head
-  vocab_chunk: int = 2048  # vocabulary entries per chunk of logits
+  vocab_chunk: int = 2048  # the logits are computed for this many vocabulary entries at a time
 
   @classmethod
   def create(cls, sampling, *, suppressed_tokens=(), **others) -> 'SampleConfig':
@@ -234,9 +234,9 @@ def _step(forward, request_rng_B, cfg: SampleConfig, limit: int, length_B, masks
   token_BxL, log_prob_BxL, certainty_BxL = choose_tokens(outputs, cfg, token_rng_B, given_BxL)
   if cfg.order == 'ancestral':
     draw_BxL = jax.vmap(lambda rng: jax.random.uniform(rng, masked_BxL.shape[1:], jnp.float32))(reveal_rng_B)
-    reveal_BxL = masked_BxL & (draw_BxL < 1.0 / (limit - state.step))  # probability (t - s) / t of a step from t to s
+    reveal_BxL = masked_BxL & (draw_BxL < 1.0 / (limit - state.step))  # (t - s) / t for the step from time t to s
   else:
-    steps_B = jnp.clip(masks_B, 1, limit)  # each step reveals at least one [MASK]
+    steps_B = jnp.clip(masks_B, 1, limit)  # no more steps than [MASK]s, so each step reveals at least one
     after_B = masks_B * (steps_B - 1 - state.step) // steps_B
     order_BxL = jnp.argsort(-jnp.where(masked_BxL, certainty_BxL, -jnp.inf), axis=1, stable=True)
     rank_BxL = jnp.argsort(order_BxL, axis=1)
@@ -287,7 +287,7 @@ def choose_tokens(outputs: Outputs, cfg: SampleConfig, rng_B, given_BxL):
 
 
 def check_score(kind: str | None, longest: int) -> None:
-  """Raise UserError unless `kind` is None or 'bound', the only score of this family."""
+  """Raise UserError unless `kind` is None or 'bound', the only kind of likelihood that this family computes."""
   if kind not in (None, 'bound'):
     raise UserError(f"score: kind={kind!r}: expected 'bound' for family=mdm")
 

@@ -5,7 +5,7 @@ import sys
 
 from ilm_jax.types import LEAST_TEMPERATURE, Rule, UserError
 
-RULES = ('gap', 'token', 'joint')  # settings whose value is a Rule
+RULES = ('gap', 'token', 'joint')  # settings whose value is a sampling rule (temperature, top-k, top-p)
 # The sampling settings of all families; a family ignores those that its SampleConfig lacks.
 KNOWN = frozenset([
   *['max_length', 'max_steps', 'min_buffer', 'force_first', 'bytes', 'two_stage', *RULES],
@@ -14,7 +14,7 @@ KNOWN = frozenset([
 ])  # fmt: skip
 WHOLE = ('max_length', 'max_steps', 'min_buffer', 'gaps', 'score_draws', 'top_k')  # settings that are whole numbers
 OPTIONAL = ('max_steps', 'stop_threshold', 'end_threshold')  # settings that may be None
-ALLOWED = {  # setting or field of a Rule -> (test of a finite number, the allowed values in words)
+ALLOWED = {  # name of a sampling setting -> (test whether a number is allowed, the allowed numbers in words)
   'max_length': (lambda x: x >= 3, 'at least 3'),
   'max_steps': (lambda x: x >= 0, 'at least 0'),
   'min_buffer': (lambda x: x >= 1, 'at least 1'),
@@ -31,7 +31,7 @@ ALLOWED = {  # setting or field of a Rule -> (test of a finite number, the allow
 
 
 def check(settings: dict, prefix: str) -> None:
-  """Raise UserError if a setting in ALLOWED is not a finite (whole) number in its range."""
+  """Raise UserError unless each setting in ALLOWED is a finite number in its range; in WHOLE, a whole number."""
   for name, (allowed, expected) in ALLOWED.items():
     value = settings.get(name)
     if value is None and (name in OPTIONAL or name not in settings):
@@ -75,7 +75,7 @@ def make_rule(value, name: str) -> Rule:
 
 
 def never_generated(cfg) -> tuple[int, ...]:
-  """Return the ids of tokens that are never sampled: special tokens and, unless `cfg.bytes`, parts of characters."""
+  """Return the ids of tokens never sampled: special tokens and, unless `cfg.bytes`, tokens for single UTF-8 bytes."""
   return cfg.suppressed_tokens + (() if cfg.bytes else cfg.byte_ids)
 
 

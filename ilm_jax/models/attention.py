@@ -58,12 +58,12 @@ class Cache(NamedTuple):
 def empty_cache(cfg: ModelConfig, rows: int, size: int) -> Cache:
   """Return an empty key-value cache for one transformer block, with room for `size` positions per row."""
   shape = rows, size, cfg.num_heads, cfg.head_dim
-  dtype = jnp.float32 if cfg.compute == 'float32' else jnp.bfloat16  # keys and values are rounded to bfloat16 anyway
+  dtype = jnp.float32 if cfg.compute == 'float32' else jnp.bfloat16  # other modes round keys and values to it anyway
   return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def update_cache(cache: Cache, k_BxQxHxK, v_BxQxHxK, position_BxQ) -> Cache:
-  """Write keys and values into the cache at their positions; positions beyond its size are dropped."""
+  """Write keys and values into the cache at their positions; entries for positions beyond its size are dropped."""
   row_Bx1 = jnp.arange(position_BxQ.shape[0])[:, None]
   return Cache(*(
     old.at[row_Bx1, position_BxQ].set(new.astype(old.dtype), mode='drop')

@@ -72,7 +72,7 @@ class ModelConfig:
 
   @property
   def head_dim(self) -> int:
-    """Channels per attention head."""
+    """Number of channels per attention head."""
     return self.d_model // self.num_heads
 
   @classmethod

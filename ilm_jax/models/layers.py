@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from ilm_jax.models import numerics
 from ilm_jax.models.config import ModelConfig
 
-NOISE_FREQUENCIES = 128  # frequencies of the sinusoidal embedding of a noise level; each gives a cosine and a sine
+NOISE_FREQUENCIES = 128  # number of frequencies of the sinusoidal noise level embedding, each with a cosine and a sine
 
 
 def uniform_init(fan_in: int):
@@ -23,7 +23,7 @@ class Linear(nn.Module):
   shape: tuple[int, ...]  # shape of the kernel
   names: tuple[str | None, ...]  # logical axis names of the kernel
   fan_in: int  # number of input features, which scales the random initialization
-  compute: str  # compute type, as in ModelConfig
+  compute: str  # 'float32', 'bfloat16' or 'mixed', as in ModelConfig
   bias: bool = False
   zero_init: bool = False  # initialize kernel and bias with zeros
 

@@ -35,7 +35,7 @@ def einsum(spec: str, x, y, compute: str, names=None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 4))
 def _einsum(product, spec, x, y, names):
-  """Return product(spec, x, y), with y all-gathered as in `einsum`; the backward pass also uses `product`."""
+  """Return product(spec, x, y), an einsum of x and the all-gathered y; the backward pass also uses `product`."""
   return _einsum_fwd(product, spec, x, y, names)[0]
 
 
@@ -45,7 +45,7 @@ def _gather(y, names):
 
 def _einsum_fwd(product, spec, x, y, names):
   if product is _bf16_einsum:
-    # The barrier makes the backward pass reuse the rounded operands; without it, XLA rounds them again each time.
+    # The barrier makes the backward pass reuse the rounded operands; without it, XLA rounds them again for each use.
     x, y = jax.lax.optimization_barrier((x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)))
   y = y if names is None else sharding.constrain(y, names)  # save only the shard: the backward pass gathers y again
   return product(spec, x, _gather(y, names)), (x, y)
@@ -126,7 +126,7 @@ def dropout(x, rate: float, rng):
 
 
 def segment_logsumexp(value_BxL, segment_BxL, mask_BxL, num_segments: int):
-  """Return the BxS log-sum-exp of the values of each segment 1..S with mask True; NEG_INF if there are none."""
+  """Return the BxS log-sum-exp of the values with mask True in each segment 1..S; NEG_INF for a segment without any."""
   ids_S = jnp.arange(1, num_segments + 1)
   member_BxSxL = (segment_BxL[:, None, :] == ids_S[None, :, None]) & mask_BxL[:, None, :]
   return jax.nn.logsumexp(jnp.where(member_BxSxL, value_BxL[:, None, :], NEG_INF), axis=-1)

@@ -53,7 +53,7 @@ NOISE = {
 
 
 def _names(num_layers: int, *, final_norm: bool, stop_head: bool, noise: bool) -> dict[str, list[str]]:
-  """Map each PyTorch parameter name to our paths. With noise conditioning, the LayerNorms have no bias."""
+  """Map each PyTorch parameter name to the paths of our parameters; with noise conditioning, LayerNorms lack a bias."""
   names = dict(EMBEDDING)
   for layer in range(num_layers):
     block = BLOCK | (MODULATION if noise else {})
@@ -65,7 +65,7 @@ def _names(num_layers: int, *, final_norm: bool, stop_head: bool, noise: bool) -
 def _shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Map the path of every parameter of our model to its shape."""
   leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0))))
-  keys = jax.tree_util.DictKey  # skip the path entries of Flax's boxes with logical axis names
+  keys = jax.tree_util.DictKey  # all other path entries are Flax's boxes for axis names: skip these
   return {'/'.join(part.key for part in path if isinstance(part, keys)): leaf.shape for path, leaf in leaves}
 
 
@@ -163,7 +163,7 @@ def from_reference(state_dict, family: str = 'ilm', num_heads: int | None = None
 
 
 def to_reference(cfg: ModelConfig, params) -> dict[str, np.ndarray]:
-  """Convert unboxed parameters to the reference's state_dict of float32 NumPy arrays; the inverse of `from_reference`.
+  """Convert parameters (without Flax boxes) to the reference's state_dict, in float32; inverts `from_reference`.
 
   Raises UserError if the reference implementation does not support the architecture.
   """
@@ -187,7 +187,7 @@ def to_reference(cfg: ModelConfig, params) -> dict[str, np.ndarray]:
       leaf = np.asarray(leaf, np.float32)
       shape = _reference_shape(path, leaf.shape)
       parts.append(leaf.reshape(shape[::-1]).T if path.endswith('/kernel') else leaf)
-    state[name] = np.ascontiguousarray(np.concatenate(parts))  # safetensors ignores strides
+    state[name] = np.ascontiguousarray(np.concatenate(parts))  # contiguous, because safetensors ignores strides
   for layer in range(cfg.num_layers):
     state[f'encoder.{layer}.rotary_emb.inv_freq'] = _inverse_frequencies(rotated)
   return state
@@ -213,7 +213,7 @@ def _head_count(rotary_buffers: dict[str, np.ndarray], d_model: int, num_heads: 
   if num_heads is None:
     if rotary_buffers and len(allowed) == 1:
       return allowed[0]
-    raise UserError(f'num_heads is ambiguous ({given} allow {choices}): pass num_heads=')
+    raise UserError(f'num_heads is ambiguous ({given} allow {choices}): pass one as num_heads')
   if num_heads not in allowed:
     raise UserError(f'num_heads={num_heads}: expected one of {choices} for {given}')
   return int(num_heads)
@@ -221,7 +221,7 @@ def _head_count(rotary_buffers: dict[str, np.ndarray], d_model: int, num_heads: 
 
 def _check_frequencies(name: str, buffer: np.ndarray, expected: np.ndarray, owner: str) -> None:
   """Raise UserError if a buffer does not hold the expected frequencies; `owner` names the layer that uses them."""
-  if buffer.shape != expected.shape or not np.allclose(buffer, expected, rtol=1e-2):  # bfloat16 buffers differ by 0.4 %
+  if buffer.shape != expected.shape or not np.allclose(buffer, expected, rtol=1e-2):  # bfloat16 rounds by up to 0.4 %
     raise UserError(f'{name}: expected the {expected.size} frequencies of {owner} with base 10000, got other values')
 
 
@@ -292,7 +292,7 @@ def _tensors(loaded) -> dict[str, Array]:
 
 def _float32(name: str, value) -> np.ndarray:
   """Convert an array or a PyTorch tensor of any number type to a float32 NumPy array."""
-  if hasattr(value, 'detach'):  # a PyTorch tensor; NumPy has no bfloat16
+  if hasattr(value, 'detach'):  # a PyTorch tensor: PyTorch must cast it, because NumPy has no bfloat16
     value = value.detach().cpu().float()
   try:
     array = np.asarray(value)

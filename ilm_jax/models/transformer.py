@@ -21,7 +21,7 @@ from ilm_jax.models.layers import LayerNorm, Linear, Modulation, NoiseEmbedding,
 from ilm_jax.types import Batch, Outputs
 
 FEATURES = ('rows', None, None)  # logical axis names of BxLxD activations
-OPEN_TABLE = (None, 'embed')  # logical axis names of the table of model.open_gap_embedding
+OPEN_TABLE = (None, 'embed')  # logical axis names of the embedding table that model.open_gap_embedding adds
 
 
 class Block(nn.Module):
@@ -140,7 +140,7 @@ class Transformer(nn.Module):
     x_BxLxD = jnp.where((tokens_BxL == 0)[..., None], jax.lax.stop_gradient(x_BxLxD), x_BxLxD)
     if cfg.open_gap_embedding:
       if open_BxL is None:
-        raise ValueError('model.open_gap_embedding needs open_BxL, a mask of the tokens with an open gap to the right')
+        raise ValueError('model.open_gap_embedding needs open_BxL, a mask of the tokens that may get a right neighbor')
       init = nn.with_logical_partitioning(nn.initializers.normal(std), OPEN_TABLE)
       open_2xD = self.param('open', init, (2, cfg.d_model), jnp.float32)
       x_BxLxD += jnp.take(sharding.gather(open_2xD, OPEN_TABLE), open_BxL.astype(jnp.int32), axis=0).astype(dtype)
@@ -216,7 +216,7 @@ class Forward(NamedTuple):
   params: Any
 
   def __call__(self, tokens_BxL, length_B, noise_BxS=None, open_BxL=None) -> Outputs:
-    """Run the model on rows that hold one sequence each (S = 1): [CLS] first, then padding after `length_B` tokens."""
+    """Run the model on rows of one sequence each (S = 1): [CLS] at index 0, padding from index `length_B` on."""
     index_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
     segment_BxL = (index_BxL < length_B[:, None]).astype(jnp.int32)
     cls_Bx1 = jnp.zeros((tokens_BxL.shape[0], 1), jnp.int32)

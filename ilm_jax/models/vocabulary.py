@@ -24,7 +24,7 @@ def suppressed_bias(vocab: int, tokens):
 
 
 def head_compute(compute: str) -> str:
-  """Return the compute type of the vocabulary head: 'mixed' for a bfloat16 model, as logits are always float32."""
+  """Return the compute type of the vocabulary head: 'mixed' for a bfloat16 model, because logits are always float32."""
   return 'mixed' if compute == 'bfloat16' else compute
 
 
@@ -65,7 +65,7 @@ def target_nll(outputs: Outputs, gap_BxT, token_BxT, suppressed=(), *, chunk: in
 
 
 def vocab_logsumexp(hidden, unembed_VxD, bias_V=None, *, chunk: int = 2048, compute: str = 'float32'):
-  """Return the float32 log-sum-exp over the vocabulary of hidden @ unembed.T + bias, where hidden is ...xD.
+  """Return the float32 log-sum-exp over the vocabulary of hidden @ unembed.T + bias, for `hidden` of shape ...xD.
 
   It is computed in chunks of `chunk` vocabulary entries. The backward pass recomputes the logits of each chunk, so that
   at most hidden.size / D * chunk logits are stored. The gradient of bias_V (see `suppressed_bias`) is zero.
@@ -83,7 +83,7 @@ def vocab_logsumexp(hidden, unembed_VxD, bias_V=None, *, chunk: int = 2048, comp
 
 
 def vocab_max(hidden, unembed_VxD, bias_V, *, chunk: int = 2048, compute: str = 'float32'):
-  """Return the largest entry of hidden @ unembed.T + bias over the vocabulary, computed in chunks; no gradient."""
+  """Return the largest entry of hidden @ unembed.T + bias over the vocabulary, computed in chunks, without gradient."""
   shards_PxVxD, bias_PxV = _shards(unembed_VxD), bias_V.reshape(_num_shards(unembed_VxD), -1)
   settings = min(chunk, shards_PxVxD.shape[1]), head_compute(compute)
   return _reduce_shards(
@@ -165,7 +165,7 @@ def _num_shards(unembed_VxD) -> int:
 
 
 def _shards(unembed_VxD):
-  """Gather the output embedding over fsdp and return it as PxVxD, one shard per device of the tensor axis."""
+  """All-gather the output embedding over the fsdp axis; return it as PxVxD, a shard per device of the tensor axis."""
   table = sharding.gather(unembed_VxD, TABLE).reshape(_num_shards(unembed_VxD), -1, unembed_VxD.shape[1])
   return sharding.constrain(table, ('vocab_shard', None, None))
 

@@ -267,7 +267,7 @@ def test_training_uses_long_lines_and_lines_that_end_in_a_reserved_character_or_
     trained = lib.train_sentencepiece([*lines, *LINES], size=340)
     assert [trained.pieces(trained.encode(f' {name}')) for name in names] == [[f'\u2581{name}'] for name in names]
   (line,) = [line for line in caplog.messages if line.startswith('cut ')]
-  assert line == 'cut 1 of the lines to train the tokenizer on, which had more than 262,144 characters'
+  assert line == 'cut 1 of the training lines of the tokenizer at the limit of 262,144 characters'
 
 
 def test_a_sentencepiece_model_loaded_from_a_file_keeps_its_pieces_in_order_but_not_its_control_symbols():

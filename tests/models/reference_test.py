@@ -85,7 +85,7 @@ def test_our_parameters_are_unchanged_after_conversion_and_back(changes, heads_n
   state = reference.to_reference(cfg, params)
   family = 'ilm' if cfg.stop_head else 'arm' if cfg.causal else 'mdm'
   if heads_needed:
-    assert 'pass num_heads=' in error_of(reference.from_reference, state, family)
+    assert 'pass one as num_heads' in error_of(reference.from_reference, state, family)
   back_cfg, back = reference.from_reference(state, family, num_heads=cfg.num_heads if heads_needed else None)
   assert back_cfg == cfg
   assert_trees_equal(back, params)
@@ -157,7 +157,7 @@ def test_num_heads_must_be_given_for_weights_without_rotary_buffers(weights):
   state = {name: array for name, array in weights('ilm').items() if not name.endswith('inv_freq')}
   line = error_of(reference.from_reference, state)
   choices = 'd_model=48 allow 1, 2, 3, 4, 6, 8, 12, 24'  # all numbers of heads that give an even head dimension
-  assert line == f'num_heads is ambiguous ({choices}): pass num_heads='
+  assert line == f'num_heads is ambiguous ({choices}): pass one as num_heads'
   cfg, params = reference.from_reference(state, num_heads=6)
   assert params['block_1']['query']['kernel'].shape == (48, cfg.num_heads, 8)
   assert 'num_heads=5: expected one of 1, 2,' in error_of(reference.from_reference, state, num_heads=5)
@@ -168,7 +168,7 @@ def test_the_error_for_an_ambiguous_number_of_heads_lists_the_candidates():
   state = reference.to_reference(cfg, random_params(cfg))
   line = error_of(reference.from_reference, state)
   choices = 'd_model=768 and 32 rotary frequencies allow 1, 2, 3, 4, 6, 8, 12'
-  assert line == f'num_heads is ambiguous ({choices}): pass num_heads='
+  assert line == f'num_heads is ambiguous ({choices}): pass one as num_heads'
   for heads in (12, 6):
     assert reference.from_reference(state, num_heads=heads)[0].num_heads == heads
   assert 'num_heads=24' in error_of(reference.from_reference, state, num_heads=24)
