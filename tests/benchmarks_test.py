@@ -53,7 +53,7 @@ def test_the_dense_loss_and_its_gradients_equal_those_of_the_chunked_loss():
 
 
 @pytest.mark.parametrize('name', train_step.MIXES)
-def test_a_batch_has_exactly_the_rows_that_the_largest_group_of_examples_needs(name):
+def test_a_batch_has_exactly_as_many_rows_as_the_largest_group_of_examples_needs(name):
   mix, groups = groups_of(name, 24)
   for packed in (False, True):
     shape = train_step.shape_of(mix, packed, groups)
@@ -93,7 +93,7 @@ def test_each_configuration_is_measured_in_its_own_child_process(monkeypatch, tm
     return subprocess.CompletedProcess(command, code, stdout=out.getvalue())
 
   monkeypatch.setattr(train_step, 'SURVEYED', 240)
-  # Replace the module only in train_step: run_file needs the real subprocess.run to ask git for the commit.
+  # Replace `subprocess` only in train_step: run_file needs the real subprocess.run to ask git for the commit.
   monkeypatch.setattr(train_step, 'subprocess', types.SimpleNamespace(run=run_here, PIPE=subprocess.PIPE))
   assert train_step.main(flags) == 0
   child = [sys.executable, '-m', 'benchmarks.train_step', *flags]
@@ -172,7 +172,7 @@ def test_the_compilation_counter_counts_each_new_program_once():
   assert compilations.count == before + 1
 
 
-def test_fewer_insertions_are_measured_if_each_takes_longer():
+def test_the_benchmark_measures_fewer_insertions_if_each_takes_longer():
   args = types.SimpleNamespace(insert=16, seconds=15.0)
   assert [sample.choose_insertions(args, seconds) for seconds in (0.0, 0.2, 0.4, 2.0, 100.0)] == [16, 16, 8, 1, 1]
 
@@ -200,7 +200,7 @@ def test_measurements_that_cannot_be_written_give_a_one_line_error():
     (parallel, '--gap_threshold=1.5'),
   ],
 )
-def test_a_wrong_flag_is_reported_in_one_line(module, flag, capsys):
+def test_a_wrong_flag_gives_a_one_line_error(module, flag, capsys):
   with pytest.raises(SystemExit) as stopped:
     module.main([flag])
   assert stopped.value.code == 1
@@ -221,5 +221,5 @@ def test_static_and_continuous_batching_give_the_same_tokens(capsys, tmp_path):
   assert re.search(r'^ *8  continuous +\S+', out, re.M) and re.search(r'^ *8 +all +\S+', out, re.M)
   measured = json.loads((tmp_path / 'out.json').read_text())
   one_gap, all_gaps = measured['several']
-  assert one_gap['passes'] - 1 == measured['both']['tokens'] / 20  # one forward pass per token, then one to stop
+  assert one_gap['passes'] - 1 == measured['both']['tokens'] / 20  # 20 requests: one pass per token, then one to stop
   assert all_gaps['passes'] < one_gap['passes'] / 2

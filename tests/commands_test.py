@@ -182,7 +182,7 @@ def edit_config(workdir, change):
   path.write_text(json.dumps(run))
 
 
-def test_a_checkpoint_with_other_array_shapes_is_refused_and_left_unchanged(command, copy):
+def test_a_checkpoint_whose_array_shapes_differ_from_the_model_is_refused_and_left_unchanged(command, copy):
   edit_config(copy, lambda config: config['model'].update(d_model=32))
   before = snapshot(copy)
   message = r'checkpoint of step 10 .*shape.* \w+ .* \(\d+,.*, \(\d+,.* model'
@@ -195,7 +195,7 @@ def test_a_checkpoint_with_other_array_shapes_is_refused_and_left_unchanged(comm
   assert snapshot(copy) == before
 
 
-def test_initializing_from_a_model_with_other_array_shapes_is_refused(command, trained, tmp_path):
+def test_init_from_a_run_whose_array_shapes_differ_from_the_model_is_refused(command, trained, tmp_path):
   changes = {**CHANGES, 'model.d_model': 32, 'init_from': str(trained)}
   assert_refused(command('ilm_jax.main', small.flags(tmp_path / 'new', changes)), rf'init_from={trained}: .*shape')
   assert not (tmp_path / 'new').exists()
@@ -446,7 +446,7 @@ def test_with_n_samples_per_request_the_first_equals_the_result_of_a_single_samp
 
 def test_a_sampled_result_depends_on_its_id_and_the_seed_but_not_on_other_requests(generate, three):
   lines = [json.dumps({'prompt': PROMPTS[i], 'id': i}) for i in (2, 0)]
-  with_blank_line = f'{PROMPTS[0]}\n\n{PROMPTS[2]}\n'  # the default id is the line number, counting blank lines
+  with_blank_line = f'{PROMPTS[0]}\n\n{PROMPTS[2]}\n'  # default id of a prompt: its line number, counting blank lines
   for found in (
     results_of(generate('--batch_size=1', stdin='\n'.join(lines))),
     results_of(generate(stdin=with_blank_line)),
@@ -461,7 +461,7 @@ def test_a_sampled_result_depends_on_its_id_and_the_seed_but_not_on_other_reques
   assert sum(discrete_fields(a) == discrete_fields(b) for a, b in zip(results, other_seed, strict=True)) < 6
 
 
-def test_the_python_api_gives_the_same_results_as_generate(trained, three, load_once):
+def test_the_python_api_gives_the_same_results_as_the_generate_command(trained, three, load_once):
   lm = load_once(trained, mesh=None, batch_size=64)
   assert lm.step == 10
   for result, expected in zip(lm.generate(PROMPTS), three, strict=True):

@@ -24,7 +24,7 @@ GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
 @pytest.fixture(scope='session')
 def golden():
-  """Return a function that loads tests/golden/NAME.npz (numbers from the authors' code), such as `golden('ilm')`."""
+  """Return a function that loads tests/golden/NAME.npz (numbers from the reference code), such as `golden('ilm')`."""
 
   def load(name: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / f'{name}.npz') as file:

@@ -73,7 +73,7 @@ def test_an_error_of_a_command_takes_precedence_over_lost_output(monkeypatch, ca
   assert console.guard(call) == 1 and capsys.readouterr().err == 'error: too late\n'
 
 
-def test_a_failed_write_to_another_file_is_not_reported_as_lost_output(monkeypatch):
+def test_a_failed_write_to_a_file_is_not_reported_as_lost_standard_output(monkeypatch):
   def call():
     print('result')
     full_disk(buffering=1).write('x\n')

@@ -57,7 +57,7 @@ def test_the_toy_family_sorts_digits_from_right_to_left(tmp_path):
   ],
   ids=['no module', 'no FAMILY', 'broken import', 'missing fields'],
 )
-def test_a_family_that_cannot_be_used_is_reported_in_one_line(code, message, tmp_path, monkeypatch):
+def test_an_unusable_family_module_gives_a_one_line_error(code, message, tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
   if code is not None:
     (tmp_path / 'broken_family.py').write_text(code)

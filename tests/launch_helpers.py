@@ -33,7 +33,7 @@ for _ in $(seq 1500); do sleep 0.02; done
 
 
 def environment(**variables) -> dict[str, str]:
-  """Return the environment of the test process plus `variables`, without PYTHON and the Slurm variables."""
+  """Return the environment variables of the test process, except PYTHON and SLURM_*, plus `variables`."""
   inherited = {k: v for k, v in os.environ.items() if not k.startswith('SLURM_') and k != 'PYTHON'}
   return inherited | {k: str(v) for k, v in variables.items()}
 

@@ -21,7 +21,7 @@ def test_a_file_url_is_a_local_path(text):
 
 
 @pytest.mark.parametrize('text', ['gss://b/x', 'http://b/x', 'gs:/b/x', 'hdfs://b'])
-def test_unknown_schemes_are_refused_in_one_line(text):
+def test_unknown_schemes_are_refused_with_a_one_line_error(text):
   with pytest.raises(UserError, match=r'--out=.*: unknown scheme .*: expected a local path, or one of gs://, s3://'):
     paths.resolve(text, '--out')
 

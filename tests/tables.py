@@ -15,7 +15,7 @@ def mix(x):
 
 
 def table(tokens_BxL, length_B, xp, *, vocab=9, scale=64, stop_shift=6.0):
-  """Return (logits_BxLxV, stop_BxSx2), hashed from the tokens to values that float32 represents exactly.
+  """Return (logits_BxLxV, stop_BxSx2): hashes of the tokens, as values that float32 represents exactly.
 
   Args:
     tokens_BxL: token ids.
@@ -67,7 +67,11 @@ class Forward:
 
 
 def make_prompt(rows, *, size=8, requests=None, fill=0) -> Prompt:
-  """Build a Prompt from rows (tokens, open) or (tokens, open, least, most), adding empty rows up to `fill` rows."""
+  """Build a Prompt from rows, and append empty rows until there are `fill`.
+
+  A row is (tokens, open) or (tokens, open, least, most). The last three have one value per token: whether insertions
+  are allowed to the right of it, and their minimum and maximum number.
+  """
   rows = [*rows, *[([], [])] * (fill - len(rows))]
   columns = [(0, np.int32), (False, bool), (0, np.int32), (UNLIMITED, np.int32)]
   arrays = [np.full((len(rows), size), value, dtype) for value, dtype in columns]

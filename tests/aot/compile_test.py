@@ -32,7 +32,7 @@ def test_the_training_flop_formula_agrees_with_the_operations_that_xla_counts():
 
 def test_the_training_flop_formula_counts_recomputation_only_on_request():
   cfg = transformer.ModelConfig(vocab_size=7, num_layers=2, num_heads=1, d_model=4, d_ff=6)
-  blocks = 2 * (8 * 16 + 4 * 4 * 6 + 4 * 5 * 4)  # FLOPs of two blocks per position, in rows of 5 positions
+  blocks = 2 * (8 * 16 + 4 * 4 * 6 + 4 * 5 * 4)  # FLOPs of 2 blocks per position: projections, MLP, attention
   # FLOPs of the forward pass of 3 rows: 5 positions with a vocabulary of 7, and 10 targets, all of width 4.
   once = 3 * (5 * (blocks + 2 * 7 * 4) + 10 * 2 * 4)
   again = 3 * 5 * 2 * 7 * 4
@@ -143,7 +143,7 @@ def test_involuntary_rematerializations_by_the_tpu_compiler_are_reported(tmp_pat
 
 @pytest.mark.long
 @pytest.mark.parametrize('mesh', [{'fsdp': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
-def test_the_tpu_compiler_gathers_weights_but_neither_features_nor_logits(mesh, tmp_path):
+def test_the_tpu_compiler_gathers_weights_but_neither_activations_nor_logits(mesh, tmp_path):
   pytest.importorskip('libtpu')
   width, hidden, vocab, rows = 768, 3072, 10_240, 32
   sizes = {'num_layers': 2, 'scan_layers': True, 'compute': 'bfloat16'}
@@ -154,8 +154,8 @@ def test_the_tpu_compiler_gathers_weights_but_neither_features_nor_logits(mesh, 
   code, out, err = small.run(words, tmp_path, module='ilm_jax.aot.compile', before=WITHOUT)
   assert code == 0 and 'ematerialization' not in err, err
   assert re.findall(r'involuntary full rematerializations: (.*)', out) == ['0', '0']
-  weight = 2 * max(width * hidden, vocab * width) / 1e6  # largest weight in MB, in bfloat16
+  weight = 2 * max(width * hidden, vocab * width) / 1e6  # MB of the largest weight matrix, with 2 bytes per number
   rows_of_group = rows / mesh.get('data', 1)
-  features = 2 * rows_of_group * 1024 * width / 1e6  # MB of features of one data-parallel group, in bfloat16
+  features = 2 * rows_of_group * 1024 * width / 1e6  # MB (bfloat16) of a data-parallel group: 1024 positions a row
   found = [float(size) for size in re.findall(r'all-gather: .*; the largest: ([\d.]+) MB', out)]
   assert found and max(found) <= weight + 0.05 < features

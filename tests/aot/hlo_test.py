@@ -113,7 +113,7 @@ ENTRY %main (a: f32[10,100], b: f32[100]) -> f32[100] {
 
 def test_memory_traffic_counts_only_the_parts_of_sliced_arrays():
   row = 4 * 100
-  turn = row + row + row  # per iteration: read the slice and b, write the updated row
+  turn = row + row + row  # per iteration: read one row of x and all of y, write one row of z
   started = (row + 4 * row) + (row + row)
   # The program has a loop of ten iterations, a copy to on-chip memory, two asynchronous collectives and a result.
   assert bytes_moved(hlo.parse(MOVES)) == 10 * turn + 10 * row + started + row
@@ -136,7 +136,7 @@ def test_collectives_in_loops_count_once_per_iteration_and_each_channel_is_liste
   assert (counted.times, counted.certain) == (4, True)  # loop counter: 0, 2, 4, 6
   fused = found['reduce-scatter', 128 * 4 // 4]
   assert (fused.group, fused.traffic()) == (4, 3 * 128)
-  assert found['all-gather', (4 + 6) * 4].group == 2  # one operation, in a conditional, gathers two arrays
+  assert found['all-gather', (4 + 6) * 4].group == 2  # one operation gathers two arrays, of 4 and 6 floats
   head = found['all-gather', 64 * 16 * 4]
   assert (head.group, head.times, head.certain, head.where) == (8, 5, True, 'jit(step)/scan/head')
   assert head.traffic() == 5 * 7 / 8 * 64 * 16 * 4

@@ -76,12 +76,12 @@ SIZES = {'num_heads': 4, 'd_model': 32, 'd_ff': 64, 'vocab_size': 32}
   ({'d_ff': 66}, 'model.d_ff=66 is not divisible by mesh.tensor=4: use mesh.tensor= one of 1, 2, or'),
   ({'d_model': 33}, 'model.d_model=33 is not divisible by mesh.fsdp=2: use mesh.fsdp= one of 1, or'),
 ])  # fmt: skip
-def test_the_error_for_an_indivisible_model_size_lists_the_mesh_sizes_that_fit(sizes, message):
+def test_the_error_for_a_model_size_that_the_mesh_does_not_divide_lists_mesh_sizes_that_do(sizes, message):
   with pytest.raises(UserError, match=re.escape(message)):
     sharding.check_model(SimpleNamespace(**SIZES | sizes), small.mesh(fsdp=2, tensor=4))
 
 
-def test_a_warning_reports_a_vocabulary_size_that_is_not_divisible_by_the_devices():
+def test_a_warning_reports_a_vocabulary_size_that_is_not_divisible_by_the_number_of_devices():
   mesh = small.mesh(fsdp=2, tensor=4)
   assert sharding.check_model(SimpleNamespace(**SIZES), mesh) is None
   for size, how in ((30, 'cut into 2'), (31, 'whole on each of them')):

@@ -451,7 +451,7 @@ def test_environment_variables_of_multi_process_launchers_are_recognized(tmp_pat
   assert not processes.environment_names_peers({'JAX_PLATFORMS': 'cpu', 'TPU_WORKER_HOSTNAMES': 'a,b'}, devices)
 
 
-def test_a_process_without_coordinator_runs_alone_unless_a_launcher_started_several(monkeypatch):
+def test_a_process_without_coordinator_runs_alone_unless_a_launcher_started_several_processes(monkeypatch):
   asked = []
 
   def initialize(**options):

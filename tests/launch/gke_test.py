@@ -21,7 +21,7 @@ def load_manifest(name) -> tuple[dict, dict, dict, dict]:
 
 
 @pytest.mark.parametrize('name', MANIFESTS)
-def test_a_jobset_restarts_a_failed_run_unless_its_exit_code_means_an_error(name):
+def test_a_jobset_restarts_a_failed_run_unless_its_exit_code_is_1_2_or_130(name):
   jobset, replicated, spec, container = load_manifest(name)
   assert (jobset['apiVersion'], jobset['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
   for label in (jobset['metadata']['name'], replicated['name'], container['name']):

@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture
 def resume(tmp_path):
-  """Return a function that runs resume.sh on a command with the given exit codes: -> (result, number of starts)."""
+  """Return a function that runs resume.sh on a command that ends with `codes` in turn -> (result, number of starts)."""
 
   def run(codes, *flags, command=None, **variables):
     (tmp_path / 'codes').write_text('\n'.join(map(str, codes)))
@@ -46,7 +46,7 @@ def test_a_killed_run_is_restarted_and_the_log_names_the_cause(resume):
     assert f'exit code {code}: ' in line and cause in line and 'restarting in 0 s' in line
 
 
-def test_resume_sh_returns_the_exit_code_given_by_stop_on_instead_of_restarting(resume):
+def test_resume_sh_does_not_restart_a_command_that_ends_with_the_stop_on_exit_code(resume):
   done, starts = resume([143, 75, 0], '--stop_on=75')
   assert (done.returncode, starts) == (75, 2)
   assert 'exit code 143: killed by SIGTERM before it could save; restarting' in done.stderr
@@ -59,7 +59,7 @@ def test_resume_sh_gives_up_after_max_restarts(resume):
 
 
 def test_resume_sh_gives_up_after_five_early_exits_in_a_row(resume, tmp_path):
-  """The fourth run appears to last two minutes (a trap changes SECONDS), which resets the count of early exits."""
+  """The fourth run seems to last two minutes (a trap changes bash's SECONDS), which resets the count of early exits."""
   clock = tmp_path / 'clock'
   clock.write_text(
     """trap '[ "$BASH_COMMAND" != wait_for_child ] || [ "${restarts:-}" != 3 ] || SECONDS=$((SECONDS + 120))' DEBUG"""

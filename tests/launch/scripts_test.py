@@ -36,7 +36,7 @@ def test_the_header_of_every_launch_file_says_when_it_was_last_run_or_built():
     assert re.search(r'^# Last real (run|build): \S+', header, re.M), name
 
 
-def test_help_prints_the_header_of_the_launch_script():
+def test_help_prints_the_header_comment_of_the_launch_script():
   for name in SCRIPTS:
     done = call(name, '--help')
     assert done.returncode == 0 and not done.stderr

@@ -57,7 +57,7 @@ def test_setup_installs_the_code_and_its_dependencies_on_the_hosts():
   assert re.fullmatch(r'>=3\.11(\.\d)?', project['requires-python']) and int(python) >= 11
 
 
-def test_logs_stop_and_delete_call_gcloud_for_the_right_hosts():
+def test_the_actions_logs_stop_and_delete_call_gcloud_for_the_right_hosts():
   (logs,) = launch.dry_run('tpu_vm.sh', 'logs', *launch.TPU, '--worker=3')
   assert '--worker=3' in logs and remote_command(logs).startswith('tail ')
   (stop,) = launch.dry_run('tpu_vm.sh', 'stop', *launch.TPU)
@@ -67,7 +67,7 @@ def test_logs_stop_and_delete_call_gcloud_for_the_right_hosts():
   assert delete[3:6] == ['queued-resources', 'delete', 'ilm'] and '--force' in delete
 
 
-def test_a_dry_run_of_train_prints_the_commands_of_create_setup_run_and_delete():
+def test_a_dry_run_of_train_prints_the_commands_of_the_actions_create_setup_run_and_delete():
   kind = ['--type=v5e-8', '--spot', '--queue']
   train = launch.dry_run('tpu_vm.sh', 'train', *launch.TPU, *kind, *launch.RUN)
   actions = [('create', kind), ('setup', []), ('run', launch.RUN)]
@@ -104,7 +104,7 @@ esac
 """
 # A fake python3 for the hosts: `python3 -m uv venv` creates a .venv whose Python is the program `main` of the test.
 PYTHON = '[ "$3" != venv ] || { mkdir -p .venv/bin && cp "$CLOUD/main" .venv/bin/python; }'
-# A fake training run that lasts until `train` has checked the TPU four times; append the exit code to this text.
+# A fake training run that lasts until `train` has checked the TPU four times. The tests append its exit code.
 LAST_FOUR_CHECKS = """
 echo start >> "$CLOUD/starts"
 checks() { grep -c 'tpu-vm describe' "$CLOUD/calls"; }
@@ -139,7 +139,7 @@ def cloud(tmp_path, checkout):
 
 
 def changes(tmp_path) -> list[str]:
-  """Return the create and delete calls of gcloud, in order."""
+  """Return the names, create or delete, of the gcloud calls that create or delete a TPU, in order."""
   return [line.split()[-1] for line in launch.lines(tmp_path / 'calls') if line.endswith(('create', 'delete'))]
 
 
@@ -203,7 +203,7 @@ def is_sleeping(pid) -> bool:
   return False
 
 
-def test_after_ctrl_c_in_train_the_run_continues_until_stop_saves_and_ends_it(cloud, tmp_path, checkout):
+def test_ctrl_c_ends_the_train_action_but_not_the_training_run_which_the_stop_action_ends(cloud, tmp_path, checkout):
   assert cloud(launch.RUN_UNTIL_SIGNAL, 'create', '--type=v5e-8').returncode == 0
   variables = {'PATH': launch.path_with(tmp_path / 'local'), 'CLOUD': tmp_path, 'TMPDIR': tmp_path}
   command = ['bash', checkout / 'launch' / 'tpu_vm.sh', TRAIN[0], *launch.TPU, *TRAIN[1:], '--poll=30']

@@ -22,7 +22,7 @@ HELD_OUT = ('validation', 'test')
 
 
 def find(tmp_path, *names):
-  """Create a corpus of files with these names; return {split: names of its files} and the corpus's `shared` table."""
+  """Create a corpus of files with these names; return {split: its file names} and which splits share files."""
   for name in names:
     file = tmp_path / 'folder' / name
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def test_a_warning_lists_the_files_in_the_corpus_folder_that_are_not_read(tmp_pa
   assert f'unknown endings and are not read: {listed}' in caplog.text
 
 
-def test_split_names_count_as_whole_words():
+def test_split_names_in_file_names_are_recognized_only_as_whole_words():
   named = {
     **dict.fromkeys(['train.txt', 'x/TRAIN-1.txt', 'myTrain.txt', 'trainset2.txt', 'training_data.txt'], 'train'),
     **dict.fromkeys(['valid.txt', 'validation/a.txt', 'held_out.txt', 'evaluation.txt', 'devset.txt'], 'validation'),
@@ -167,7 +167,7 @@ def test_the_hash_assigns_each_document_to_one_split(tmp_path):
       assert {0: 'validation', 1: 'test'}.get(bucket, 'train') == split
 
 
-def test_the_hash_divides_held_out_documents_into_halves(tmp_path):
+def test_the_hash_divides_held_out_documents_into_a_validation_and_a_test_half(tmp_path):
   texts = stories(400)
   write(tmp_path / 'train.txt', stories(10, seed=2))
   write(tmp_path / 'valid.txt', texts)
@@ -202,7 +202,7 @@ def read(tmp_path, content, mode='endoftext', name='all.txt') -> list[str]:
     ('\ufeffone\n\ufefftwo', 'line', ['one', '\ufefftwo']),
   ],
 )
-def test_the_documents_mode_determines_where_documents_end(tmp_path, content, mode, expected):
+def test_the_documents_setting_determines_where_documents_end(tmp_path, content, mode, expected):
   assert read(tmp_path, content, mode) == expected
 
 

@@ -71,7 +71,7 @@ def test_an_interrupted_download_is_resumed(server, tmp_path):
   assert len(task.Source(cfg, 'validation')) > 0, 'downloaded files must not be downloaded again'
 
 
-def test_a_temporary_download_file_is_used_if_complete_and_replaced_if_too_long(server, tmp_path):
+def test_a_temporary_download_file_is_used_if_complete_and_replaced_if_larger_than_the_download(server, tmp_path):
   server.files = {'/a': b'all of it'}
   url = corpora.SOURCES['tinystories'][0].rpartition('/')[0] + '/a'
   (tmp_path / 'a.part').write_bytes(b'all of it')

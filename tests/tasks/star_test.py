@@ -96,7 +96,7 @@ def test_a_star_example_lists_edges_source_and_goal_and_then_the_edges_of_the_pa
   assert answer_lengths == set(range(shortest_answer, longest_answer + 1, 2)), 'every allowed path length should occur'
 
 
-def test_lengths_vocabularies_and_chance_of_the_star_configs_have_the_expected_values():
+def test_the_star_configs_have_the_expected_lengths_vocabulary_sizes_and_chance_accuracy():
   for name, cfg in TASKS.items():
     assert star.TASK.longest(cfg) == LENGTHS[name][0][1] + LENGTHS[name][1][1] + 2  # + 2: [CLS] and [BOS]
     assert star.TASK.longest_answer(cfg) == LENGTHS[name][1][1]
@@ -165,7 +165,7 @@ def test_node_names_and_the_order_of_edges_are_uniform():
 
 
 def test_training_validation_and_test_share_no_graph():
-  """Only 120 different graphs exist and far more are drawn, so without the hash, every split would contain them all."""
+  """Only 120 graphs exist, and far more are drawn; if splits were not chosen by hash, each would have all graphs."""
   cfg = changed('tiny', min_length=3, max_length=3, num_nodes=5, num_train=1_500, num_validation=300, num_test=300)
   found = {}
   for split in star.SPLITS:
@@ -221,7 +221,7 @@ def test_the_training_split_is_endless_only_if_num_train_is_zero():
     {'degree': 0},
   ],
 )
-def test_settings_that_allow_no_graph_are_refused_in_one_line(change):
+def test_settings_that_allow_no_graph_are_refused_with_a_one_line_error(change):
   star.check_config(TASKS['medium'])
   with pytest.raises(UserError) as error:
     star.Source(changed('medium', **change), 'train')
@@ -247,7 +247,7 @@ def test_a_split_that_no_graph_belongs_to_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize('name', TASKS)
-def test_decoding_and_encoding_a_prompt_gives_the_same_tokens(name):
+def test_decoding_a_prompt_and_encoding_the_text_gives_the_same_tokens(name):
   cfg = TASKS[name]
   for graph in graphs(name, 30):
     example = star.encode(graph)
@@ -292,7 +292,7 @@ UNKNOWN = ['1,20/1,2', '1,x/1,2', '1,2/1,-2', '01,2/1,2', '[BOS],2/1,2', '1,/1,2
 @pytest.mark.parametrize(
   'prompts, parts', [(MALFORMED, ['u,v|u,v|.../source,goal']), (UNKNOWN, ['unknown token', '0 ... 19'])]
 )
-def test_a_malformed_prompt_is_refused_in_one_line(prompts, parts):
+def test_a_malformed_prompt_is_refused_with_a_one_line_error(prompts, parts):
   for prompt in prompts:
     with pytest.raises(UserError) as error:
       star.encode_prompt(prompt + '\n', TASKS['easy'])

@@ -16,21 +16,21 @@ def forget_tokenizers(monkeypatch):
 
 
 def prepare(corpus, cache):
-  """Return the fingerprint of the tokenizer trained on a corpus, and the training texts."""
+  """Train a tokenizer on a corpus; return its fingerprint and the training texts of the corpus."""
   task._TOKENIZERS.clear()
   cfg = task_config(corpus, cache)
   return task.tokenizer(cfg).fingerprint, all_texts(task.Source(cfg, 'train'))
 
 
 def replace(file, old: str, new: str):
-  """Replace text in a file without changing the file's size or time."""
+  """Replace text in a file without changing the file's size or modification time."""
   times = file.stat()
   file.write_text(file.read_text().replace(old, new))
   os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
   assert file.stat().st_size == times.st_size
 
 
-def test_an_edited_file_of_the_same_size_and_time_gives_the_new_text(tmp_path):
+def test_an_edited_file_with_unchanged_size_and_modification_time_is_read_again(tmp_path):
   corpus, cache = write_corpus(tmp_path / 'corpus'), tmp_path / 'cache'
   before, texts = prepare(corpus, cache)
   replace(corpus / 'my-train.txt', 'Mara', 'Nora')
@@ -40,7 +40,7 @@ def test_an_edited_file_of_the_same_size_and_time_gives_the_new_text(tmp_path):
   )
 
 
-def test_another_folder_with_the_same_text_uses_the_same_preparation(tmp_path):
+def test_a_second_folder_with_the_same_text_reuses_the_prepared_data(tmp_path):
   cache = tmp_path / 'cache'
   prepare(write_corpus(tmp_path / 'one'), cache)
   entries = sorted(cache.iterdir())
@@ -63,7 +63,7 @@ def test_a_resumed_run_warns_if_its_corpus_has_changed(tmp_path, caplog):
   assert str(corpus) in line and line.endswith(': more-train.txt is new, my-valid.txt has other content')
 
 
-def test_every_character_of_the_training_text_is_a_token_although_the_tokenizer_sees_a_sample(tmp_path):
+def test_every_character_of_the_training_text_is_a_token_although_the_tokenizer_is_trained_on_a_sample(tmp_path):
   corpus = write_corpus(tmp_path)
   with (corpus / 'my-train.txt').open('a', encoding='utf-8') as file:
     file.write('She said: “Ça va, 日本 🙂?”\n<|endoftext|>\n')

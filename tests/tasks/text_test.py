@@ -65,7 +65,7 @@ class Letters:
 
 
 class Pairs(Letters):
-  """A tokenizer that makes one token of every two characters in texts of more than 12 characters, else of each one."""
+  """A tokenizer: one token for every two characters in texts of more than 12 characters, else for each character."""
 
   def encode_with_offsets(self, text):
     size = 2 if len(text) > 12 else 1
@@ -91,7 +91,7 @@ def test_a_long_text_is_cut_after_a_sentence_or_if_impossible_after_a_word(whole
   assert [piece for piece, _ in text.pieces_of(whole, Letters(), limit)] == pieces
 
 
-def test_a_piece_that_has_more_tokens_when_encoded_alone_is_shortened_to_the_limit():
+def test_a_text_piece_that_has_more_tokens_when_encoded_alone_is_shortened_to_the_token_limit():
   pieces = list(text.pieces_of('abcdefghijklmnopqrstuvwxyz', Pairs(), 5))
   assert [piece for piece, _ in pieces] == ['abcde', 'fghij', 'klmno', 'pqrst', 'uvwxy', 'z']
   assert [''.join(map(chr, ids)) for _, ids in pieces] == [piece for piece, _ in pieces]
@@ -125,16 +125,16 @@ def test_very_long_texts_and_characters_with_many_byte_tokens_are_cut(tokenizer)
   pieces = list(text.pieces_of(whole, Watched(), 50))
   assert max(lengths) <= 50 * text.WINDOW < len(whole)
   assert without_spaces(''.join(piece for piece, _ in pieces)) == without_spaces(whole)
-  # Each of these characters has more than two byte tokens, so its tokens are truncated to the limit.
+  # Each of these characters has more than two byte tokens, so its tokens are truncated to the limit of two.
   assert [(piece, len(ids)) for piece, ids in text.pieces_of('日本', tokenizer, 2)] == [('日', 2), ('本', 2)]
-  spaces = 'a' + ' ' * 9_999 + 'b'  # the window grows until it contains more than one token
+  spaces = 'a' + ' ' * 9_999 + 'b'  # the part of the text that is encoded grows until it has more than one token
   assert [piece.split() for piece, _ in text.pieces_of(spaces, Letters(), 1)] == [['a'], ['b']]
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_text_example_is_cls_bos_and_the_tokens_of_the_text(corpus, cache):
+def test_a_text_example_consists_of_cls_bos_and_the_tokens_of_the_text(corpus, cache):
   cfg = task_config(corpus, cache)
   tokenizer = text.tokenizer(cfg)
   sources = {split: text.Source(cfg, split) for split in corpora.SPLITS}
@@ -269,7 +269,7 @@ def test_without_file_locks_the_cache_keeps_the_data_of_the_process_that_finishe
 
   def make(folder):
     (folder / 'file').write_text('slow')
-    storage.once(tmp_path, 'place', lambda other: (other / 'file').write_text('fast'))  # simulates a faster process
+    storage.once(tmp_path, 'place', lambda other: (other / 'file').write_text('fast'))  # a faster process, simulated
 
   assert (storage.once(tmp_path, 'place', make) / 'file').read_text() == 'fast'
   assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ['place']
@@ -417,7 +417,7 @@ def test_unknown_url_schemes_and_missing_bucket_packages_are_errors(corpus, tmp_
       text.Source(cfg, 'train')
 
 
-def test_the_error_for_an_unwritable_cache_folder_names_task_cache(corpus, tmp_path, monkeypatch):
+def test_the_error_for_an_unwritable_cache_folder_names_the_setting_task_cache(corpus, tmp_path, monkeypatch):
   (tmp_path / 'file').write_text('')
   monkeypatch.setattr(text, '_TOKENIZERS', {})
   with refused('task.cache', 'could not be written'):

@@ -211,7 +211,7 @@ def test_exact_match_is_refused_as_the_evaluation_metric_for_text(corpus, cache)
     experiment.build(run_config(corpus, cache, **{'eval.metric': 'exact_match', 'eval.mode': 'max'}))
 
 
-def test_1000_samples_and_infilled_texts_of_a_trained_model_have_only_whole_characters(cache, tmp_path):
+def test_1000_texts_sampled_or_infilled_by_a_trained_model_contain_no_incomplete_characters(cache, tmp_path):
   texts = [story.replace('Mara', 'Zoë’s cat').replace('goat', '山羊').replace('!', '…') for story in stories(84)]
   write(tmp_path / 'corpus' / 'train.txt', texts[:60])
   write(tmp_path / 'corpus' / 'valid.txt', texts[60:])

@@ -20,7 +20,7 @@ def refused(cfg, message: str) -> None:
 
 
 def extended(settings) -> ConfigDict:
-  """Return the config of the small run with more settings, valid or not."""
+  """Return the config of the small run with `settings`, valid or not, added or replaced."""
   return ConfigDict(unflatten({**flatten(as_json(small.config())), **settings}))
 
 
@@ -30,7 +30,7 @@ def numbers(cfg) -> dict:
   return {name: value for name, value in values.items() if type(value) in (int, float)}
 
 
-def test_every_number_of_the_packaged_configs_has_a_range_that_its_value_meets():
+def test_every_numeric_setting_of_the_packaged_configs_has_a_range_that_contains_its_value():
   ranges = {name for _, _, names in checks.RANGES for name in names}
   for module in (star, text, zebra, lm1b):
     for variant in module.VARIANTS:
@@ -128,14 +128,15 @@ def test_a_section_that_a_config_file_replaces_must_be_complete():
 STATE = 5 * 4 * (4 * 16 * 16 + 2 * 16 * 32 + 2 * 17 * 16)
 BLOCKS = 8 * 44 * 16 * 4  # the input of one block: 8 rows of 44 positions, 16 channels of 4 bytes
 SAMPLER = 8 * 22 * 16  # 8 rows of 22 positions: token, order and two probabilities, 4 bytes each
-BATCHES = 2 * 8 * (44 * 13 + 88 * 16 + 3 * 24)  # two batches of 8 rows: 44 positions, 88 targets, 3 segments
+# Two batches of 8 rows: 44 positions of 13 bytes, 88 targets of 16 bytes and 3 segments of 24 bytes.
+BATCHES = 2 * 8 * (44 * 13 + 88 * 16 + 3 * 24)
 EXAMPLES = 16 * 500
 
 
 @pytest.mark.parametrize('spare', [-1, 0])
 def test_a_run_that_needs_more_memory_than_its_host_has_is_refused(spare, monkeypatch):
   exp, *_ = small.uninitialized()
-  on_devices = 8 * (STATE + BLOCKS + SAMPLER)  # the check counts the same memory for all 8 devices of the host
+  on_devices = 8 * (STATE + BLOCKS + SAMPLER)  # all 8 CPU devices use the memory of the host
   monkeypatch.setattr(checks.memory, 'host_memory', lambda: on_devices + BATCHES + EXAMPLES + spare)
   if spare < 0:
     with pytest.raises(UserError, match=r'^model.num_layers=1, d_model=16, d_ff=32: the run needs at least 0.0 GB'):

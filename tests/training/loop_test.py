@@ -88,7 +88,7 @@ def crash_at(monkeypatch, number: int, change=None):
       if int(state.step) != number:
         return step_fn(state, batch)
       if change is None:
-        self.saved.wait()  # the threads that save checkpoints survive this simulated crash
+        self.saved.wait()  # the crash is simulated, so the threads that save checkpoints would go on
         raise Crash
       return change(*step_fn(state, batch))
 
@@ -296,7 +296,7 @@ def planned(monkeypatch, values):
   monkeypatch.setattr(evaluate.Evaluator, 'sample_answers', answers)
 
 
-def test_a_run_that_stopped_early_at_stop_at_does_not_train_again_when_restarted(tmp_path, monkeypatch, one_device):
+def test_a_run_that_reached_the_score_stop_at_does_not_train_again_when_restarted(tmp_path, monkeypatch, one_device):
   changes = {'eval.every': 10, 'eval.mode': 'min', 'steps': 40, 'stop_at': 2.0}
   planned(monkeypatch, [4.0, 3.0, 2.0])
   assert loop.train(small.config(changes), tmp_path) == 0

@@ -26,7 +26,7 @@ from ilm_jax.runs.workdir import lock
 from ilm_jax.training import loop, signals, train_step
 from ilm_jax.types import UserError
 
-# When a read or write fails, TensorStore leaves coroutines that were never awaited.
+# After a failed read or write, Python warns of coroutines that TensorStore never awaited.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
 RUN = {'steps': 100, 'eval.every': 50}  # a checkpoint is saved every 5 steps
@@ -152,7 +152,8 @@ def test_kills_signals_damaged_checkpoints_and_a_full_disk_do_not_change_final_w
   assert code == 130, err
   assert f'resuming at step {at} of' in err and f'saved at step {max(steps_in(workdir))};' in err
 
-  # Add an incomplete checkpoint, damage the latest one, and simulate a full disk: limit files to less than `_METADATA`.
+  # Add an incomplete checkpoint and damage the latest one. To simulate a full disk, limit files to a
+  # size that the file `_METADATA` of a checkpoint exceeds.
   earlier, latest = steps_in(workdir)
   folder = workdir / 'checkpoints'
   shutil.copytree(folder / str(latest), folder / f'3{TMP}')
@@ -216,7 +217,7 @@ def test_an_interrupted_evaluation_is_repeated_on_resume(tmp_path, finished, abs
   cfg, real = small.config(SHORT), evaluate.Evaluator.sample_answers
 
   def train_until(evaluation: int, number) -> int:
-    """Train, sending signal `number` when evaluation 1, 2, ... (`evaluation`) starts; return the exit code."""
+    """Train, and send signal `number` when evaluation number `evaluation` (from 1) starts; return the exit code."""
     calls = []
 
     def answers(self, *args, **options):
@@ -245,7 +246,7 @@ def test_an_interrupted_evaluation_is_repeated_on_resume(tmp_path, finished, abs
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop.Loop, 'save', fail)
     with pytest.raises(RuntimeError, match='power cut'):
-      loop.train(cfg, tmp_path)  # the validation is logged, but not saved
+      loop.train(cfg, tmp_path)  # crashes after logging the validation metrics, before saving a checkpoint
   assert [step for step, _ in logs.read_scalars(tmp_path)['validation/loss']] == [20]
 
   assert train_until(2, signal.SIGINT) == 130  # interrupts the validation at the last step
@@ -288,7 +289,7 @@ class Broken(io.StringIO):
     raise OSError(28, 'No space left on device')
 
 
-def test_eval_json_is_written_even_if_standard_output_cannot_be(copy, one_device, monkeypatch):
+def test_eval_json_is_written_even_if_writing_to_standard_output_fails(copy, one_device, monkeypatch):
   (copy / 'eval.json').unlink()
   monkeypatch.setattr(sys, 'stdout', Broken())
   with pytest.raises(OSError, match='No space left on device'):
@@ -392,7 +393,7 @@ def test_metrics_can_be_added_to_a_saved_checkpoint_without_rewriting_its_state(
 
 
 @pytest.mark.parametrize('text', ['', '{"exact_match": 0.'], ids=['empty', 'cut'])
-def test_a_checkpoint_with_unreadable_metrics_is_kept(text, copy, abstract):
+def test_a_checkpoint_with_unreadable_metrics_can_still_be_restored(text, copy, abstract):
   earlier, latest = steps_in(copy)
   for step in (earlier, latest):
     (copy / 'checkpoints' / str(step) / 'metrics' / 'metrics').write_text(text)
@@ -413,7 +414,7 @@ def test_loading_weights_from_a_damaged_checkpoint_fails_and_changes_no_file(cop
   assert sorted(copy.rglob('*')) == before
 
 
-def test_a_checkpoint_with_other_array_shapes_is_refused_and_not_moved_away(finished, abstract):
+def test_a_checkpoint_whose_array_shapes_differ_from_the_model_is_refused_and_not_moved_away(finished, abstract):
   wide = abstract._replace(params={**abstract.params, 'embed': jax.ShapeDtypeStruct((17, 32), jnp.float32)})
   before = sorted(finished.rglob('*'))
   with pytest.raises(UserError, match=r'another shape: params embed is \(17, 16\) there, \(17, 32\) in this model'):
@@ -496,11 +497,11 @@ def test_training_steps_during_a_save_do_not_change_the_saved_state(axes, tmp_pa
     saved.wait()
     for name, shapes, written in zip(('params', 'opt_state'), abstract, expected, strict=True):
       small.assert_same_bits(saved.restore(attempt, name, shapes), written)
-    np.testing.assert_allclose(trees[0]['w1'], 8 * expected[0]['w1'] + 7, rtol=1e-5, atol=1e-5)  # after three steps
+    np.testing.assert_allclose(trees[0]['w1'], 8 * expected[0]['w1'] + 7, rtol=1e-5, atol=1e-5)  # 3 times x -> 2 x + 1
     if in_time:
       break
   else:
-    raise AssertionError('in eight attempts, the save finished before the step: make the arrays larger')
+    raise AssertionError('in each of eight attempts, the save ended before the training step: make the arrays larger')
   saved.close()
 
 
@@ -542,7 +543,7 @@ def test_a_failed_save_raises_an_error_and_keeps_older_checkpoints(tmp_path):
   try:
     with pytest.raises(UserError, match=r'File too large.*: the last complete checkpoint is step 1; make room'):
       saved.save(2, state)
-      while True:  # the training loop calls `check` after each step
+      while True:  # like the training loop, check repeatedly whether a save in the background has failed
         saved.check()
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)

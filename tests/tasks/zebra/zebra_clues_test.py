@@ -8,18 +8,18 @@ import zebra_samples
 
 from ilm_jax.tasks.zebra.clues import Clue, identity, is_solution, is_true, split_of
 
-MEANING = {  # kind of clue -> all tuples of house numbers of its references, out of four houses, for which it is true
+MEANING = {  # kind of clue -> every combination of houses of its values (with four houses) that makes the clue true
   '=': [(0, 0), (1, 1), (2, 2), (3, 3)],
   '!=': [(a, b) for a in range(4) for b in range(4) if a - b],
   'nbr': [(0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2)],
   'immediate-left': [(0, 1), (1, 2), (2, 3)],
   'left-of': [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)],
-  'inbetween': [(0, 1, 2), (0, 1, 3), (0, 2, 3), (1, 2, 3)],  # left, middle, right
+  'inbetween': [(0, 1, 2), (0, 1, 3), (0, 2, 3), (1, 2, 3)],  # houses of the left, middle and right value
   'ends': [(0,), (3,)],
 }
 
 
-@pytest.mark.parametrize('rows', [(1, 2, 3), (0, 2, 1)])  # row of each reference; row 0 holds the house numbers
+@pytest.mark.parametrize('rows', [(1, 2, 3), (0, 2, 1)])  # table row of each value; row 0 holds the house numbers
 @pytest.mark.parametrize('kind', MEANING)
 def test_a_clue_is_true_for_exactly_the_listed_houses(kind, rows):
   table = [[0, 1, 2, 3], [2, 0, 3, 1], [1, 3, 2, 0], [3, 2, 0, 1]]

@@ -10,7 +10,7 @@ from ilm_jax.tasks.zebra.generator import WEIGHTS, ClueGenerator, make_puzzle, r
 from ilm_jax.tasks.zebra.solver import Solver, solve
 
 
-def test_a_generated_puzzle_has_distinct_true_clues_and_lists_every_cell_of_its_table():
+def test_a_generated_puzzle_has_distinct_true_clues_and_an_answer_with_every_cell_of_its_table():
   for puzzle in puzzles():
     assert is_solution(puzzle.table, puzzle.clues)
     assert len(set(map(canonical, puzzle.clues))) == len(puzzle.clues)
@@ -40,7 +40,7 @@ def test_the_generator_stops_at_the_first_clue_that_makes_the_puzzle_solvable():
 
 
 def test_numbers_of_clues_match_an_independent_implementation():
-  """Compare the mean numbers of clues and tokens (with ANSWER) for two sizes, and the most and least frequent kinds."""
+  """Compare the mean numbers of clues and of tokens for two sizes, and the most and the least frequent kind of clue."""
   kinds = collections.Counter()
   for size, num_clues, num_tokens in (((3, 3), 5.3, 80.5), ((4, 4), 11.1, 158.5)):
     some = [make_puzzle(np.random.default_rng((5, i)), *size) for i in range(150)]
@@ -51,7 +51,7 @@ def test_numbers_of_clues_match_an_independent_implementation():
   assert order[0] == '=' and order[-1] == '!=' and set(order) == set(WEIGHTS)
 
 
-def test_the_references_of_symmetric_clues_are_swapped_with_probability_one_quarter():
+def test_the_two_sides_of_a_symmetric_clue_are_swapped_with_probability_one_quarter():
   generator = ClueGenerator(np.random.default_rng(0), 3, 3)
   for kind in WEIGHTS:
     clue = Clue(kind, ((1, 0), (2, 1))[: 1 if kind == 'ends' else 2])

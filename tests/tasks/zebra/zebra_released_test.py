@@ -48,7 +48,7 @@ def test_a_pickle_that_calls_a_function_is_refused_before_the_call(tmp_path, pro
   assert not bait.exists()
 
 
-def test_a_truncated_pickle_is_refused_in_one_line(tmp_path):
+def test_a_truncated_pickle_is_refused_with_a_one_line_error(tmp_path):
   content = write_records(tmp_path / 'whole.pkl', [to_record(p) for p in puzzles()[:20]]).read_bytes()
   for size in (0, 1, 5, 100, len(content) // 2, len(content) - 1):
     (tmp_path / 'cut.pkl').write_bytes(content[:size])
@@ -82,7 +82,7 @@ def malformed_records(puzzle):
 
 
 @pytest.mark.parametrize('what', malformed_records(Puzzle(CLUES, TABLE, [(0, 0, 0)])))
-def test_a_malformed_record_is_refused_in_one_line(tmp_path, what):
+def test_a_malformed_record_is_refused_with_a_one_line_error(tmp_path, what):
   file = write_records(tmp_path / 'odd.pkl', [to_record(puzzles()[1]), malformed_records(puzzles()[0])[what]])
   with pytest.raises(UserError) as error:
     list(released.read(file))
@@ -92,7 +92,7 @@ def test_a_malformed_record_is_refused_in_one_line(tmp_path, what):
 @pytest.mark.parametrize(
   'content', [pickle.dumps({'a': 1}), pickle.dumps([]), pickle.dumps('x'), b'PK\x03\x04zip', b'hello\n']
 )
-def test_files_that_do_not_hold_a_list_of_records_are_refused_in_one_line(tmp_path, content):
+def test_files_that_do_not_hold_a_list_of_records_are_refused_with_a_one_line_error(tmp_path, content):
   (tmp_path / 'odd.pkl').write_bytes(content)
   with pytest.raises(UserError) as error:
     list(released.read(tmp_path / 'odd.pkl'))

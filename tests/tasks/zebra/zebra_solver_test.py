@@ -13,7 +13,7 @@ from ilm_jax.tasks.zebra.solver import Contradiction, Solver, find_table, solve
 
 def slow_solve(clues, houses, attributes):
   """Reimplement `Solver` with sets, without caching failed attempts; return (cells in filling order, used clues)."""
-  where = {(0, house): house for house in range(houses)}  # reference -> house, if known
+  where = {(0, house): house for house in range(houses)}  # (row of the table, value) -> its house, if known
   filled, used, open_clues = [], set(), list(range(len(clues)))
   rows = range(1, attributes + 1)
 
@@ -35,7 +35,7 @@ def slow_solve(clues, houses, attributes):
     return None
 
   def apply(clue, may):
-    """Apply a clue to `may`, the possible houses of each reference; return the cell that it determines or None."""
+    """Apply a clue to `may`, the possible houses of each (row, value); return the cell that it determines, or None."""
     kind, refs = clue
     if kind == 'ends':
       for end, opposite in ((0, houses - 1), (houses - 1, 0)):
@@ -94,7 +94,7 @@ def test_the_solver_agrees_with_the_slow_reimplementation(size):
       assert (solver.filled_cells, used) == slow_solve(given, *size)
 
 
-def test_the_solver_agrees_with_the_slow_reimplementation_on_clues_of_order_and_distance_alone():
+def test_the_solver_agrees_with_the_slow_reimplementation_without_equality_and_inequality_clues():
   """Without = and != clues, most clues only narrow the candidates; few of these random puzzles can be solved."""
   houses, rng = 6, np.random.default_rng(11)
   kinds = ['nbr', 'ends', 'immediate-left', 'left-of', 'inbetween']
@@ -145,7 +145,7 @@ def test_the_solver_fills_a_puzzle_of_shah_et_al_in_the_order_of_their_solver():
     [Clue('nbr', ((0, 0), (1, 0))), Clue('ends', ((1, 0),))],
   ],
 )
-def test_contradictory_clues_have_no_table(clues):
+def test_no_table_is_found_for_contradictory_clues(clues):
   assert not any(is_solution(table, clues) for table in all_tables(3, 2))
   assert find_table(clues, 3, 2) is None
   with contextlib.suppress(Contradiction):
@@ -160,6 +160,6 @@ def test_find_table_returns_a_solution_if_there_is_one():
       assert is_solution(find_table(some, 3, 3), some)
 
 
-def test_find_table_gives_up_after_max_nodes():
+def test_find_table_gives_up_after_visiting_max_nodes_search_nodes():
   with pytest.raises(TimeoutError):
     find_table([Clue('!=', ((1, 0), (2, 0)))], 3, 3, max_nodes=1)

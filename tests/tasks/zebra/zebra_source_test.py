@@ -43,7 +43,7 @@ def test_training_puzzles_are_endless_if_num_train_is_zero():
   assert not Source(task(), 'train').endless and len(Source(task(), 'test')) == 10
 
 
-def test_the_split_of_a_puzzle_ignores_the_order_of_clues_and_of_symmetric_references():
+def test_the_split_of_a_puzzle_ignores_the_order_of_clues_and_swapped_sides_of_symmetric_clues():
   for split in SPLITS:
     source = Source(task(), split)
     for puzzle in map(source.puzzle, range(10)):
@@ -75,7 +75,7 @@ def test_a_zebra_example_lists_the_clues_and_then_the_cells(order):
    {'num_workers': -1}, {'num_train': 0, 'cache': 'somewhere'},
    {'path': '/nowhere'}, {'path': 'gss://b'}, {'path': 'gs://b'}, {'cache': 'gss://b'}, {'cache': __file__}],
 )  # fmt: skip
-def test_invalid_settings_of_the_zebra_task_are_refused_in_one_line(change):
+def test_invalid_settings_of_the_zebra_task_are_refused_with_a_one_line_error(change):
   with pytest.raises(UserError) as error:
     Source(task(**change), 'train')
   assert_one_line(error, 'task.')
@@ -84,7 +84,7 @@ def test_invalid_settings_of_the_zebra_task_are_refused_in_one_line(change):
 # --- worker processes and the cache -----------------------------------------------------------------------------------
 
 
-def test_worker_processes_do_not_change_the_puzzles():
+def test_the_number_of_worker_processes_does_not_change_the_puzzles():
   recipe = Recipe.from_config(task(), 'validation')
   without, with_two = ([ids.tolist() for ids in generate(recipe, 9, num_workers)] for num_workers in (0, 2))
   assert without == with_two and len(without) == 9
@@ -206,7 +206,7 @@ def test_a_released_split_without_puzzles_of_the_configured_sizes_is_refused(tmp
   assert_one_line(error, 'no puzzle of the test split')
 
 
-def test_a_resumed_run_warns_if_the_released_files_have_changed_and_the_cache_follows_them(tmp_path, caplog):
+def test_a_resumed_run_warns_if_the_released_puzzle_files_have_changed_and_reads_the_new_ones(tmp_path, caplog):
   file = write_records(tmp_path / 'some.pkl', map(to_record, puzzles()[:60]))
   cfg = task(path=str(file), cache=str(tmp_path / 'cache'), num_train=0)
   before = all_tokens(Source(cfg, 'train'))

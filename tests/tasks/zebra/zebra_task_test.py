@@ -24,7 +24,7 @@ def test_zebra_words_have_the_same_ids_as_in_the_reference_implementation():
   assert words[20:] == ('c', 'n', 'CLUE_END', 'RHS', 'LHS')
 
 
-def test_zebra_configs_have_rows_and_sampling_lengths_that_fit_the_longest_puzzle():
+def test_the_row_and_sampling_lengths_of_the_zebra_configs_fit_the_longest_puzzle():
   for name in ('small', 'full'):
     cfg = zebra_config.get_config(name)
     assert cfg.data.row_length >= zebra.TASK.longest(cfg.task) == cfg.sampling.max_length
@@ -38,11 +38,11 @@ def test_zebra_configs_have_rows_and_sampling_lengths_that_fit_the_longest_puzzl
     zebra_config.get_config('medium')
 
 
-def test_chance_is_the_mean_probability_that_random_permutations_are_correct():
+def test_the_chance_accuracy_is_the_mean_probability_that_random_permutations_are_correct():
   assert zebra.TASK.chance(task(max_houses=3, max_attributes=4)) == pytest.approx((6**-3 + 6**-4) / 2)
 
 
-def test_decoding_and_encoding_a_prompt_gives_the_same_tokens():
+def test_decoding_a_prompt_and_encoding_the_text_gives_the_same_tokens():
   source = zebra.Source(task(), 'train')
   for index in range(20):
     example = source[index]
@@ -84,14 +84,14 @@ def test_a_released_puzzle_has_the_expected_token_ids_and_text():
   (CLUE_TEXT.replace('c 2', 'c 5'), ['6 attributes', '3 to 4']),
   (CLUE_TEXT.replace('c 2', 'c 0'), ['2 attributes', '3 to 4']),
 ])  # fmt: skip
-def test_a_malformed_or_unsolvable_prompt_is_refused_in_one_line(prompt, parts):
+def test_a_malformed_or_unsolvable_prompt_is_refused_with_a_one_line_error(prompt, parts):
   with pytest.raises(UserError) as error:
     zebra.encode_prompt(prompt, task())
   assert_one_line(error, *parts)
 
 
 def test_clues_need_not_mention_the_largest_value():
-  """These clues say nothing about value 3 of four houses, but determine the values 0 to 2 of every attribute."""
+  """With four houses, these clues omit the largest value, 3, but determine values 0 to 2 of every attribute."""
   clues = [Clue('=', ((1, value), (2, value))) for value in range(3)]
   clues += [Clue('immediate-left', ((1, value), (3, value))) for value in range(3)]
   clues += [Clue('left-of', ((1, 0), (1, 1))), Clue('left-of', ((1, 1), (1, 2)))]
@@ -103,7 +103,7 @@ def test_clues_need_not_mention_the_largest_value():
   assert_one_line(error, 'contradict')
 
 
-def test_the_score_compares_sets_of_cells():
+def test_the_score_compares_answers_as_sets_of_cells():
   reference = np.array([7, 7, 8, 7, 8, 9, 8, 7, 7], np.int32)
 
   def score(*predicted):
