@@ -277,7 +277,7 @@ def test_a_failed_write_of_a_json_file_stops_the_run_with_a_one_line_error(name,
     write(path, value)
 
   monkeypatch.setattr(run_file, 'write_json', full)
-  with pytest.raises(UserError, match=rf'{tmp_path} could not be written \(No space left on device\): make room'):
+  with pytest.raises(UserError, match=rf'{tmp_path} could not be written \(No space left on device\): free disk'):
     loop.train(small.config({'steps': 5}), tmp_path)
 
 
