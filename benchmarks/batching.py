@@ -56,7 +56,7 @@ def timed(call) -> tuple[list[dict], float]:
 
 
 def compare_batching(args, params, requests: list[dict]) -> dict:
-  """Time static and continuous batching alternately, after one untimed call of each that compiles."""
+  """Time static and continuous batching alternately, after an untimed call of each, which compiles."""
   cfg, key, family = make_sample_config(args), jax.random.key(0), families.get('ilm')
   static = StaticSampler(args.model_cfg, family, cfg, args.slots)
   continuous = ContinuousSampler(args.model_cfg, family, cfg, args.slots)

@@ -15,7 +15,7 @@ from ilm_jax.types import UserError
 
 
 def measure(args, model, gaps: int) -> dict:
-  """Generate texts with `gaps` insertions per step, timed after a call that compiles, and score them."""
+  """Generate texts with `gaps` insertions per step, timed after a call that only compiles, and score the texts."""
   lm = api.load(args.workdir, gaps=gaps, gap_threshold=args.gap_threshold, batch_size=args.slots)
   prompts = [''] * args.count
   list(lm.stream(prompts[: 2 * args.slots], seed=1))

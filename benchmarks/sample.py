@@ -112,7 +112,7 @@ def measure(args, params, samplers: dict, compilations, *, rows: int, length: in
 
 
 def measure_all(args, measured: dict) -> None:
-  """Measure each (rows, length) for family=ilm, and store its table row in `measured`."""
+  """Measure every combination of --batches and --lengths for family=ilm; store the table rows in `measured`."""
   params = _report.random_params(args.model_cfg)
   compilations, samplers = _report.Compilations(), {}
   todo = [(rows, length) for rows in sorted(args.batches) for length in sorted(args.lengths)]
@@ -128,7 +128,7 @@ def measure_all(args, measured: dict) -> None:
 
 
 def cells(row: dict, shortest: dict) -> dict[str, str]:
-  """Format a row of the table; `shortest` is the row of the shortest length, the baseline of the ratio."""
+  """Format a row of the table; `shortest` is the row with the shortest length, for the column `x shortest`."""
   median, shortest_median = statistics.median(row['token_us']), statistics.median(shortest['token_us'])
   return {
     'rows': str(row['rows']),
@@ -204,7 +204,7 @@ def measure_arm(args, params, *, rows: int, length: int) -> dict:
 
 
 def measure_all_arm(args, measured: list) -> None:
-  """Measure each (rows, length) for family=arm, and append its table row to `measured`."""
+  """Measure every combination of --batches and --arm_lengths for family=arm; append the table rows to `measured`."""
   args.arm_cfg = dataclasses.replace(args.model_cfg, causal=True, stop_head=False)
   params = _report.random_params(args.arm_cfg)
   for rows in sorted(args.batches):

@@ -118,7 +118,7 @@ def shape_of(mix: Mix, packed: bool, groups: list[list[dict]]) -> pipeline.Shape
 
 
 def split_rows(rows: int, length: int, positions: int) -> tuple[int, int]:
-  """Return (parts, rows per part) for gradient accumulation.
+  """Return how gradient accumulation splits the rows of a batch: (number of parts, rows per part).
 
   A part has between 3/4 of `positions` and `positions`, rounded up to whole rows. Within this range, the split that
   adds the fewest padding rows is chosen.
@@ -197,7 +197,7 @@ def measure(args, name: str, variant: str) -> dict:
     losses.append(float(pairs['loss'][0] / pairs['loss'][1]))
     if float(pairs['left_out_examples'][0]) or not math.isfinite(losses[-1]):
       left_out = float(pairs['left_out_examples'][0])
-      raise AssertionError(f'{left_out:.0f} examples did not fit into the rows, loss {losses[-1]}')
+      raise AssertionError(f'{left_out:.0f} examples did not fit into the rows; the loss is {losses[-1]}')
     if len(seconds) == 1:
       _report.progress(f'      compiled in {compile_seconds:.0f} s, first step {seconds[0]:.3g} s')
       compilations.count = 0

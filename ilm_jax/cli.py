@@ -61,7 +61,7 @@ def run(arguments: list[str]) -> int:
     raise UserError(f'ilm-jax {name}: expected one of {", ".join(SUBCOMMANDS)}; see ilm-jax --help')
   command = SUBCOMMANDS[name]
   if os.getcwd() not in sys.path:
-    sys.path.append(os.getcwd())  # makes the user's modules importable; at the end, so that they shadow no other
+    sys.path.append(os.getcwd())  # makes the user's modules importable; last, so that they shadow no installed ones
   sys.argv = [f'ilm-jax {name}', *arguments[1:]]  # run.json records sys.argv as the command
   return importlib.import_module(command.module).main([sys.argv[0], *arguments[1:], *command.arguments])
 

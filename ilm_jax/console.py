@@ -45,7 +45,7 @@ class Output:
       try:
         return function(*arguments)
       except OSError as error:
-        with contextlib.suppress(OSError):  # redirect to devnull: Python's flush at exit would print a traceback
+        with contextlib.suppress(OSError):  # redirect to devnull, else Python's flush at exit prints a traceback
           os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         raise OutputLost(error) from error
 
@@ -167,7 +167,7 @@ def compilation_cache() -> str:
   """Return the folder of JAX's persistent compilation cache; '' if it is switched off or there is no home folder."""
   if (folder := os.environ.get('JAX_COMPILATION_CACHE_DIR')) is not None:
     return folder
-  homes = os.environ.get('XDG_CACHE_HOME', ''), os.path.expanduser('~/.cache')  # keeps ~ if there is no home folder
+  homes = os.environ.get('XDG_CACHE_HOME', ''), os.path.expanduser('~/.cache')  # ~ stays if there is no home folder
   return next((os.path.join(home, 'ilm_jax', 'xla') for home in homes if os.path.isabs(home)), '')
 
 

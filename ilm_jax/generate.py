@@ -171,7 +171,7 @@ def naming(setting: str):
   """Context manager: convert file and bucket errors to a UserError that names the setting, such as --out=FILE."""
   try:
     yield
-  except (OSError, ImportError) as error:  # ImportError: a bucket needs another package
+  except (OSError, ImportError) as error:  # ImportError: a package that reads buckets is missing
     raise UserError(f'{setting}: {getattr(error, "strerror", None) or error}') from None
 
 
@@ -215,7 +215,7 @@ def serve(values, requests: list[Request], errors: list[UserError]) -> int:
   out_name = shard(values.out, index, count)
   if count > 1:
     if values.trace or not values.out:
-      raise UserError(f'each of the {count} processes writes its own file: give --out, and leave --trace out')
+      raise UserError(f'each of the {count} processes writes its own file: give --out, and omit --trace')
     check_files(values, out_name)
     shared = {name: values[name].value for name in SHARED_FLAGS}
     processes.agree({**run_file.code(), 'requests': processes.digest(requests), **shared})

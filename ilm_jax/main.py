@@ -53,7 +53,7 @@ def parse(values: flags.FlagValues, argv) -> list[str]:
   try:
     rest = values(argv)
     if values.config is None:
-      raise UserError('--config is missing: expected a config, such as star:tiny; `ilm-jax configs` lists them')
+      raise UserError('--config is missing: expected a config, such as star:tiny; `ilm-jax configs` lists all')
     for match in filter(None, map(unset.fullmatch, given)):
       section, _, name = match[1].partition('.')
       values.config[section][name] = None

@@ -63,8 +63,8 @@ class Prompt(NamedTuple):
   open_BxL: Array  # whether a token may be inserted to the right of each token
   request_B: Array  # id of each row's request; the row's randomness depends only on this id and the seed
   free_B: Array | None = None  # number of tokens to generate, for families that need it in advance; -1: unknown
-  least_BxL: Array | None = None  # minimum number of tokens to insert to the right of each token, if open_BxL is true
-  most_BxL: Array | None = None  # maximum number of tokens to insert to the right of each token, if open_BxL is true
+  least_BxL: Array | None = None  # minimum number of tokens to insert to the right of a token, where open_BxL is true
+  most_BxL: Array | None = None  # maximum number of tokens to insert to the right of a token, where open_BxL is true
 
 
 LEAST_TEMPERATURE = 1e-6  # at lower temperatures, sampling is greedy

@@ -224,7 +224,7 @@ def test_checkpoints_without_a_valid_run_json_are_refused_and_left_unchanged(com
     (copy / 'run.json').unlink() if text is None else (copy / 'run.json').write_text(text)
     before = snapshot(copy)
     code, _, err = command('ilm_jax.main', small.flags(copy, CHANGES))
-    assert code == 1 and re.match(rf'error: {copy} .*checkpoints .*no run.json', err.splitlines()[-1])
+    assert code == 1 and re.match(rf'error: {copy} .*checkpoints .*no valid run.json', err.splitlines()[-1])
     assert snapshot(copy) == before
 
 

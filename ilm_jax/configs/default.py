@@ -28,10 +28,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.scan_layers = False  # apply the layers by lax.scan: compiles faster, but copies their parameters
   config.model.remat = False  # rematerialization: recompute each block in the backward pass to save memory
   config.model.init = 'normal'  # initial embeddings: normal, from N(0, 0.02), or reference, from N(0, 1)
-  config.model.open_gap_embedding = False  # ILM, IT: embed whether a gap accepts insertions; needs close_prompt
+  config.model.open_gap_embedding = False  # ILM, IT: tell the model which gaps are open; needs corrupt.close_prompt
   config.model.conditioning = placeholder(str)  # MDM: conditioning on the noise level: adaln (the default) or none
   config.model.d_cond = placeholder(int)  # MDM: width of the noise level embedding; 128 by default
-  config.model.residual = placeholder(str)  # MDM: attention's output is added to: input, or modulated (after adaLN)
+  config.model.residual = placeholder(str)  # MDM: attention's skip connection: input, or modulated (starts after adaLN)
 
   config.corrupt.close_prompt = False  # ILM, IT: exclude gaps within the prompt from the training softmax
   config.corrupt.infill_rate = 0.0  # ILM, IT: fraction of examples turned into infilling examples with 1 to 3 gaps
@@ -42,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.loss.stop_weight = 1.0  # ILM: weight of the stop head's loss
   config.loss.length_weight = 'none'  # ILM: none (as in the paper), or elbo: minimize an upper bound on the NLL
-  config.loss.mdm = 'mean_masked'  # MDM: mean_masked (weighted mean over masked tokens, as the authors) or nelbo
+  config.loss.mdm = 'mean_masked'  # MDM: mean_masked (weighted mean over masked tokens, as the authors do) or nelbo
   config.loss.vocab_chunk = 2048  # vocabulary entries per chunk of the chunked softmax
 
   config.data.batch_size = 64  # examples per training step
@@ -55,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.prefetch = 8  # batches prepared in advance
 
   config.optimizer.learning_rate = 1e-4
-  config.optimizer.schedule = 'constant'  # or cosine or linear: decay to final_fraction of the peak at the last step
+  config.optimizer.schedule = 'constant'  # constant, or cosine or linear decay to final_fraction x learning_rate
   config.optimizer.warmup_steps = 0
   config.optimizer.final_fraction = 0.0
   config.optimizer.update(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
@@ -73,18 +73,18 @@ def get_config() -> ml_collections.ConfigDict:
   config.sampling.max_steps = placeholder(int)  # maximum decoding steps; by default limited only by max_length
   config.sampling.stop_threshold = 0.9  # ILM: stop when p(stop) exceeds this; 0: stop with probability p(stop)
   config.sampling.stop_temperature = 1.0  # ILM: temperature of the stop head
-  config.sampling.end_threshold = 0.9  # IT: finish a gap when p([EOS]) exceeds this; 0: when [EOS] is the argmax
+  config.sampling.end_threshold = 0.9  # IT: finish a gap when p([EOS]) exceeds this; 0: when [EOS] is most probable
   config.sampling.parallel = False  # IT: insert into all unfinished gaps in each decoding step
   config.sampling.gaps = 1  # ILM: insertions per decoding step, into the most probable gaps; 0: all gaps
-  config.sampling.gap_threshold = 0.0  # ILM: with gaps != 1, skip gaps with probability below this times the maximum
+  config.sampling.gap_threshold = 0.0  # ILM: if gaps != 1, skip gaps below this fraction of the largest gap probability
   config.sampling.force_first = False  # ILM: insert at least one token before stopping
   config.sampling.bytes = False  # allow byte tokens (parts of a character); texts may then contain U+FFFD
   config.sampling.gap = rule(temperature=0.0)  # ILM: sampling rule for the gap to insert into
   config.sampling.token = rule(temperature=0.0)  # sampling rule for tokens
-  config.sampling.two_stage = True  # ILM: sample the gap, then the token; False: sample (gap, token) pairs by `joint`
+  config.sampling.two_stage = True  # ILM: sample the gap, then the token; False: sample both at once, by `joint`
   config.sampling.joint = rule()  # ILM: sampling rule for (gap, token) pairs if two_stage is False
-  config.sampling.order = 'ancestral'  # MDM: ancestral, or most confident first: top_probability, margin, entropy
-  config.sampling.length = 'predicted'  # MDM: predicted (sample [PAD]s up to max_length), or given with each prompt
+  config.sampling.order = 'ancestral'  # MDM: ancestral, or most confident first, by top_probability, margin or entropy
+  config.sampling.length = 'predicted'  # MDM: predicted (by sampling [PAD]s at the end), or given (with each prompt)
   config.sampling.score_draws = 32  # forward passes per example to estimate a bound on its likelihood
 
   config.eval.every = 1_000  # training steps between evaluations on the validation split

@@ -25,7 +25,7 @@ def get_config(name: str = 'full') -> ml_collections.ConfigDict:
   """Return the config of a variant, one of the keys of VARIANTS."""
   config = text.text_config('lm1b', name, length=128)
   config.task.update(source='lm1b', documents='line', detokenize=True, length=128)
-  # With these data.rows, packing left out no example of 10,000 batches (family=arm needs 136 for full, 26 for small).
+  # These numbers of packed rows held all examples of 10,000 batches; family=arm needs 136 (variant full) or 26 (small).
   if name == 'full':
     config.steps = 1_000_000
     config.task.tokenizer.size = 30_000

@@ -31,7 +31,7 @@ def get_config(name: str = 'small') -> ml_collections.ConfigDict:
 
 
 def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigDict:
-  """Return variant `name` of configs/LABEL.py, whose full variant has examples of up to `length` tokens."""
+  """Return the variant `name` of the config `label`; the variant full has examples of up to `length` tokens."""
   if name not in VARIANTS:
     raise ValueError(f'configs/{label}.py:{name}: expected one of {", ".join(VARIANTS)} after the colon')
   full = name == 'full'
@@ -63,8 +63,8 @@ def text_config(label: str, name: str, *, length: int) -> ml_collections.ConfigD
   config.eval.samples = config.eval.batch_size = 16
   config.eval.perplexity_model = ''  # model that scores samples: workdir of an ARM run, or hf:NAME (Hugging Face)
   config.optimizer.warmup_steps = 1_000
-  # With these data.rows, packing left out no example of 10,000 batches, even of documents of maximum length. family=arm
-  # drops no tokens and needs almost twice as many rows.
+  # These numbers of packed rows held all examples of 10,000 batches, even of documents of maximum length; family=arm,
+  # which drops no tokens, needs almost twice as many.
   if full:
     config.steps = 100_000
     config.model.update({'final_norm': False, 'init': 'reference'})  # as in the reference implementation

@@ -28,7 +28,7 @@ def get_config(name: str = 'small') -> ml_collections.ConfigDict:
   task.min_houses = task.min_attributes = 3
   task.max_houses = task.max_attributes = 6 if full else 4
   task.order = 'solver'  # order of the answer's cells: solver (as a solver deduces them) or sorted
-  task.num_train = 1_500_000 if full else 20_000  # training puzzles; 0: all at `path`, or endless ones without `path`
+  task.num_train = 1_500_000 if full else 20_000  # training puzzles; 0: all in `path`, or endlessly many if it is empty
   task.num_validation = 640 if full else 200
   task.num_test = 5_000 if full else 1_000
   task.seed = 0  # random seed for generating the puzzles
@@ -39,7 +39,7 @@ def get_config(name: str = 'small') -> ml_collections.ConfigDict:
   config.loss.stop_weight = 0.001
   config.model.update({'final_norm': False, 'init': 'reference'})  # as in the reference implementation
   config.optimizer.update(learning_rate=1e-3, warmup_steps=1_000)
-  # With the numbers of rows set below (data.rows), packing left out no example of 10,000 batches.
+  # The numbers of packed rows set below (data.rows) held all examples of 10,000 batches.
   config.corrupt.length = 460 if full else 240  # MDM: length to which examples are padded
   if full:
     config.steps = 200_000

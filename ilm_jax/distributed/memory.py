@@ -13,7 +13,7 @@ def device_memory() -> float:
 
 
 def host_memory() -> float:
-  """Return the bytes of memory that this process may use: the machine's memory, or a lower limit of its cgroup."""
+  """Return the memory that this process may use, in bytes: the machine's, or its cgroup's limit if that is lower."""
   sizes = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
   for name in ('memory.max', 'memory/memory.limit_in_bytes'):
     with contextlib.suppress(OSError, ValueError):

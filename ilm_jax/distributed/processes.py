@@ -41,7 +41,7 @@ class PeerLost(UserError):
 
 
 def environment_names_peers(env=os.environ, devices=('/dev/accel0', '/dev/vfio/0')) -> bool:
-  """Return whether the environment may describe the processes of this run (Slurm, Open MPI, TPU VMs, GKE with TPUs).
+  """Return whether the environment suggests a run of several processes (Slurm, Open MPI, TPU VMs, GKE with TPUs).
 
   `devices` are device files of which a TPU VM has at least one.
   """
@@ -78,8 +78,13 @@ def start(
     present = next(name for name in given if name not in missing)
     raise UserError(f'--{present} needs {" and ".join(f"--{name}" for name in missing)} too')
   elif num_processes < 1 or not 0 <= process_id < num_processes:
+<<<<<<< HEAD
     raise UserError(f'--process_id={process_id} --num_processes={num_processes}: expected 0 ... {num_processes - 1}')
   elif not coordinator.rpartition(':')[2].isdecimal() or coordinator.startswith(':'):
+=======
+    raise UserError(f'--process_id={process_id} --num_processes={num_processes}: expected 0 to {num_processes - 1}')
+  elif not coordinator.rpartition(':')[2].isdigit() or coordinator.startswith(':'):
+>>>>>>> h-s3
     raise UserError(f'--coordinator={coordinator}: expected HOST:PORT of process 0')
   elif process_id:
     wait_for_port(coordinator, initialization_timeout)
@@ -90,7 +95,7 @@ def start(
   address = coordinator or 'the coordinator that the environment names'
   timed_out = PeerLost(f'the processes did not all connect to {address} within {initialization_timeout} s: is every '
                        'process started, and can each reach that address?')  # fmt: skip
-  # The JAX runtime would abort this process without a clear message, so this timer ends it first.
+  # If not all processes connect in time, this timer reports it; JAX would later abort this one without a clear message.
   timer = threading.Timer(initialization_timeout, lambda: _exit(fail(timed_out)))
   timer.daemon = True
   timer.start()
@@ -275,7 +280,7 @@ def end_together(call) -> int:
     if not isinstance(error, UserError):
       traceback.print_exc()
     if code == PEER_LOST:
-      fail(f'another process ended or cannot be reached ({str(error)[:160]}): start all again with the same command; '
+      fail(f'another process ended or cannot be reached ({str(error)[:160]}): start all processes again; '
            'training resumes from the last complete checkpoint')  # fmt: skip
     elif isinstance(error, UserError):
       fail(error)

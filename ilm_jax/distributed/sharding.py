@@ -116,7 +116,7 @@ def make_mesh(cfg, devices=None) -> Mesh:
   sizes = [cfg[axis] for axis in AXES]
   requested = ', '.join(f'mesh.{axis}={size}' for axis, size in zip(AXES, sizes, strict=True))
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-    raise UserError(f'{requested}: expected sizes of at least 1, at most one of them -1 (all remaining devices)')
+    raise UserError(f'{requested}: expected sizes of at least 1, or, for one axis, -1 (all remaining devices)')
   known = math.prod(size for size in sizes if size != -1)
   if -1 in sizes and len(devices) % known == 0:
     sizes[sizes.index(-1)] = len(devices) // known
@@ -157,7 +157,7 @@ def slices_of(devices) -> list[list]:
 
 
 def check_model(cfg, mesh: Mesh) -> str | None:
-  """Raise UserError if a model's num_heads, d_ff or d_model is not divisible by the size of its mesh axis.
+  """Raise UserError if num_heads, d_ff or d_model is not divisible by the size of the mesh axis that shards it.
 
   Return a warning if its vocab_size is not divisible by the mesh, else None.
   """
@@ -194,7 +194,7 @@ def describe_placement(tree) -> list[str]:
 
 
 def bytes_per_device(array) -> int:
-  """Return the bytes of an array on each of its devices."""
+  """Return the number of bytes that an array takes on each of its devices."""
   return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 

@@ -124,7 +124,7 @@ class LanguageModel:
     replicated = {} if mesh is None else {'out_shardings': sharding.replicated(mesh)}
     score_rows = sharding.with_mesh(mesh)(self._score_rows)
     self._scorer = jax.jit(score_rows, static_argnames=('kind', 'longest'), **replicated)
-    self._score_kinds = {}  # (kind, longest) -> kind of the computed likelihood; filled when `_score_rows` is traced
+    self._score_kinds = {}  # (requested kind, longest) -> computed kind; filled when `_score_rows` is traced
 
   # --- sampling -------------------------------------------------------------------------------------------------------
 
@@ -311,7 +311,7 @@ class LanguageModel:
       raise UserError('score: expected a list of texts, got one string')
     check_seed(seed)
     if self.task.score is not None:
-      raise UserError(f'score: the task {self.cfg.task.name} has prompts and answers: use --mode=eval with eval.score')
+      raise UserError(f'score: the task {self.cfg.task.name} has prompts and answers: use ilm-jax eval with eval.score')
     limit = self.sample_cfg.max_length
     rows = [np.array(self.task.encode_prompt(text, self.cfg.task), np.int32) for text in texts]
     for number, row in enumerate(rows):
@@ -321,7 +321,7 @@ class LanguageModel:
         raise UserError(f'text {number + 1} has {len(row)} tokens, more than sampling.max_length={limit}; shorten it')
     longest = max((len(row) for row in rows), default=2) - 2
     self.family.check_score(kind, longest)
-    # Only exact likelihoods need `longest`, a static argument of the jitted scorer; 0 avoids recompiling it otherwise.
+    # `longest` is a static argument of the jitted scorer, and only exact likelihoods need it; 0 avoids recompilation.
     options = {'kind': kind, 'longest': longest if kind == 'exact' else 0}
     out, batch_size = [], min(self.batch_size, 16)
     for first in range(0, len(rows), batch_size):

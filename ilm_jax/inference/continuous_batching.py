@@ -34,7 +34,7 @@ class Pool:
     self.waiting: collections.deque = collections.deque()  # (index of the prompt, request number, prompt)
 
   def free(self) -> list[int]:
-    """Return the numbers of the slots that hold no row."""
+    """Return the indices of the slots that hold no row."""
     return [slot for slot, owner in enumerate(self.owner) if owner is None]
 
   def running(self) -> int:
@@ -166,7 +166,7 @@ class ContinuousSampler:
     return next((pool for pool in pools if length < pool.size), pools[-1])
 
   def _move(self, source: growing.Rows, pool: Pool, moves: dict[int, int], owners: list) -> None:
-    """Copy rows of `source` into a pool; `moves` maps slots to rows, `owners` has the prompt index of each row."""
+    """Copy rows into a pool: `moves` maps its slots to rows of `source`, `owners` has the prompt index of each row."""
     if pool.rows is None:
       pool.rows = self._empty(source, pool.size, pool.slots)
     source_row_B = np.full(pool.slots, -1, np.int32)

@@ -113,12 +113,12 @@ def cut(sampled: Sampled, row: int) -> dict:
     'tokens': sampled.tokens_BxL[row, :length],
     'order': sampled.order_BxL[row, :length],
     'log_prob': sampled.log_prob_BxM[row, :steps],
-    'stop_prob': sampled.stop_prob_BxM[row, : steps + 1],  # the last forward pass inserts no token
+    'stop_prob': sampled.stop_prob_BxM[row, : steps + 1],  # steps + 1 forward passes: the last one inserts no token
     'stopped': bool(sampled.stopped_B[row]),
   }
 
 
 def prompt_of(example) -> dict:
-  """Return the prompt of an example: its fixed tokens; new tokens may be inserted only after the last one."""
+  """Return the prompt of an example: its fixed tokens; only after the last of them may tokens be inserted."""
   given = example['tokens'][example['fixed']]
   return {'tokens': given, 'open': np.arange(len(given)) == len(given) - 1, 'free': int((~example['fixed']).sum())}

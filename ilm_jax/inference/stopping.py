@@ -83,7 +83,7 @@ def sampled(stops: list[np.ndarray], temperature: float, *, longest: int) -> Len
 
 
 def fit(make, values, real) -> Lengths:
-  """Return the stopping rule make(value), among all values, whose text lengths are closest to those of real texts."""
+  """Return the rule make(value), for a value in `values`, whose text lengths are closest to those of real texts."""
   return min(map(make, values), key=lambda rule: (rule.distance(real), abs(rule.mean() - np.mean(real))))
 
 
@@ -114,7 +114,7 @@ def trajectories(lm, prompts: list[dict], *, seed: int = 0, report=lambda messag
 
 
 def rules_of(stops: list[np.ndarray], real, *, temperature: float = 1.0) -> list[Lengths]:
-  """Return the length distributions under the standard stopping rules, the fitted threshold and the fitted temperature.
+  """Return the text length distributions under the standard stopping rules, and under two rules fitted to real texts.
 
   `stops` comes from `trajectories`, `real` holds the lengths of real texts, and `temperature` is the run's
   sampling.stop_temperature, at which p(stop) is compared with thresholds.
@@ -178,7 +178,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values) -> int:
-  """Sample texts, print the table of stopping rules and the fitted flags; return the exit code."""
+  """Sample texts, print the table of stopping rules and the flags of the fitted ones; return the exit code."""
   if not values.workdir:
     raise UserError('--workdir is missing: expected the folder of a run, such as --workdir=runs/stories')
   plot_file = paths.resolve(values.plot, '--plot') if values.plot else None

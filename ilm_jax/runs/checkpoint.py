@@ -35,7 +35,7 @@ class ShapeError(UserError):
 def folder_of(workdir) -> epath.Path:
   """Return the absolute path of the checkpoint folder in a workdir; UserError if Orbax cannot handle the path."""
   folder = paths.resolve(workdir, 'workdir').resolve() / 'checkpoints'  # Orbax accepts absolute paths only
-  text = str(folder).encode(errors='replace').decode()  # bytes that are not UTF-8 become question marks
+  text = str(folder).encode(errors='replace').decode()  # bytes that are not UTF-8 become ?, which is refused below
   if set(text) & set('*?[\\'):  # Orbax treats *, ? and [ as a pattern, TensorStore treats \ as /
     raise UserError(
       f'{text}: checkpoints cannot be stored in a folder whose path has a character *, ?, [ or \\, or is not UTF-8: '
@@ -120,11 +120,11 @@ class Checkpoints:
     except ValueError:
       raise UserError(f"checkpoint {which!r}: expected 'best', 'latest' or a step") from None
     if step not in steps:
-      raise UserError(f'no checkpoint of step {step} in {self.folder}: there are {", ".join(map(str, steps))}')
+      raise UserError(f'no checkpoint of step {step} in {self.folder}: choose one of {", ".join(map(str, steps))}')
     return step
 
   def save(self, step: int, state, metrics: dict | None = None) -> None:
-    """Start saving a training state and its validation metrics; if the step is already saved, add metrics it lacks."""
+    """Start saving a training state and its validation metrics; for a saved step, only add missing metrics."""
     if step in self.steps():
       if metrics:
         self._guard(lambda: self._add_metrics(step, metrics))
@@ -151,7 +151,7 @@ class Checkpoints:
 
   def check(self) -> None:
     """Raise UserError if an asynchronous save has failed."""
-    # Orbax's `check_for_errors` clears the error; a background thread of Orbax would then delete older checkpoints.
+    # Orbax's `check_for_errors` would clear the error, and a background thread would then delete older checkpoints.
     if not self._manager.is_saving_in_progress():
       self.wait()
 
@@ -170,7 +170,7 @@ class Checkpoints:
     except Exception as error:  # Orbax raises OSError, ValueError and its own error types
       raise UserError(
         f'a checkpoint could not be written to {self.folder} ({reason(error)}): {self.last_complete()}; '
-        'make room (or fix the named cause) and start the same command again'
+        'free disk space (or fix the named cause) and run the same command again'
       ) from error
 
   def last_complete(self) -> str:
@@ -190,8 +190,8 @@ class Checkpoints:
       saved, wanted = _shapes(metadata), _shapes(abstract)
       for name, _ in sorted(saved.items() ^ wanted.items()):
         raise ShapeError(
-          f'the checkpoint of step {step} in {self.folder} has another shape: {item} {name} is '
-          f'{saved.get(name, "absent")} there, {wanted.get(name, "absent")} in this model'
+          f'the checkpoint of step {step} in {self.folder} has other shapes: {item} {name} is '
+          f'{saved.get(name, "absent")} in the checkpoint, {wanted.get(name, "absent")} in this model'
         )
     args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
     return self._manager.restore(step, args=args)[item]
@@ -214,7 +214,7 @@ class Checkpoints:
         if is_transient(error):
           raise UserError(
             f'the checkpoint of step {step} in {self.folder} could not be read ({damage}); it may be intact: '
-            'fix the named cause and start the same command again (nothing was changed)'
+            'fix the named cause and run the same command again (nothing was changed)'
           ) from error
       reasons = [text for text in processes.gather(damage) if text]
       if not reasons:
@@ -241,8 +241,8 @@ class Checkpoints:
       raise
     except Exception as error:
       raise UserError(
-        f'the checkpoint of step {step} in {self.folder} cannot be read ({reason(error)}): choose another, there are '
-        f'{", ".join(map(str, self.steps()))}'
+        f'the checkpoint of step {step} in {self.folder} cannot be read ({reason(error)}): choose another; there are '
+        f'checkpoints of steps {", ".join(map(str, self.steps()))}'
       ) from error
 
 

@@ -99,7 +99,7 @@ def forget_after(workdir, step: int, *, validated: bool = True) -> None:
   Unless the checkpoint of `step` is `validated` (has validation metrics), the events of its validation are removed too.
   """
   for path in event_files(workdir):
-    keep = 0  # bytes of the event file to keep
+    keep = 0  # number of bytes to keep from the start of the event file
     for event, end in read_records(path):
       unsaved = not validated and any(value.tag.startswith('validation/') for value in event.summary.value)
       if event.step > step or step == 0 or (event.step == step and unsaved):

@@ -140,7 +140,7 @@ def describe_start(step: int) -> dict:
 
 
 def parse_run(text: str) -> dict | None:
-  """Parse the text of a run.json and update renamed settings in its config; return None if the text is malformed."""
+  """Parse the text of a run.json, and rename settings that have a new name; return None if the text is malformed."""
   try:
     run = json.loads(text)
     if not isinstance(run['config'], dict) or not isinstance(run['starts'], list):
@@ -157,7 +157,7 @@ def read_run(workdir) -> dict | None:
     return None
   run = parse_run(path.read_text())
   if run is None:
-    logging.warning('ignored %s, which is malformed: not a valid run.json', path)
+    logging.warning('ignored %s, which is not a valid run.json', path)
   return run
 
 

@@ -37,7 +37,7 @@ def claim(workdir, cfg):
           probe.write_text('')
           probe.unlink()
         if run_file.read_run(workdir) is None and paths.matching(path / 'checkpoints', '*'):
-          raise UserError(f'{workdir} has checkpoints but no run.json that names their run: give another --workdir')
+          raise UserError(f'{workdir} has checkpoints but no valid run.json: give another --workdir')
         check_same_run(workdir, cfg)
     yield
 
@@ -63,7 +63,7 @@ def lock(workdir):
 
 
 @contextlib.contextmanager
-def explain_write_errors(problem: str, advice: str = 'make room and start the same command again'):
+def explain_write_errors(problem: str, advice: str = 'free disk space and run the same command again'):
   """Context manager: convert an OSError to a UserError that states the problem, the system's reason and the advice."""
   try:
     yield

@@ -102,7 +102,7 @@ def check_names(cfg, names) -> None:
     hint = f'did you mean config.{close[0]}?' if close else f'expected one of {", ".join(siblings)}'
     raise UserError(f'config.{name} is not a setting: {hint}')
   for name in sorted(name for name in required - names if name.split('.')[0] not in MAY_BE_PARTIAL):
-    raise UserError(f'config.{name} is missing: change single settings of ilm_jax.configs.default.get_config()')
+    raise UserError(f'config.{name} is missing: start from ilm_jax.configs.default.get_config(), which has it')
 
 
 def check_memory(exp, training: bool) -> None:
@@ -111,10 +111,10 @@ def check_memory(exp, training: bool) -> None:
   width, shape, shards = model.d_model, shape_of(data, groups=1), sharding.num_row_shards(exp.mesh)
   weights = model.num_layers * (4 * width + 2 * model.d_ff) * width + 2 * model.vocab_size * width
   copies = 4 + bool(cfg.optimizer.ema_decay) if training else 1  # weights, gradients, two moments, moving average
-  block_bytes = shape.length * width * (4 if model.compute == 'float32' else 2)  # input of a block, for one packed row
+  block_bytes = shape.length * width * (4 if model.compute == 'float32' else 2)  # bytes of a block's input per row
   batch_bytes = shape.rows * (13 * shape.length + 16 * shape.targets + 24 * shape.segments)
   decoded = cfg.eval.batch_size * max(sampling.max_length, sampling.max_steps or 0)
-  device = {  # settings that determine a use of memory -> bytes on each device
+  device = {  # settings on which a part of the memory depends -> bytes of this part on each device
     f'model.num_layers={model.num_layers}, d_model={width}, d_ff={model.d_ff}':
       4 * copies * weights / exp.mesh.shape['fsdp'] / exp.mesh.shape['tensor'],
     f'data.rows={shape.rows}, row_length={shape.length}':
@@ -122,7 +122,7 @@ def check_memory(exp, training: bool) -> None:
     f'eval.batch_size={cfg.eval.batch_size}, sampling.max_length={sampling.max_length}, max_steps={sampling.max_steps}':
       16 * decoded / shards,
   }  # fmt: skip
-  host = {  # settings that determine a use of memory -> bytes on each host
+  host = {  # settings on which a part of the memory depends -> bytes of this part on each host
     f'data.batch_size={data.batch_size}': training * 500 * data.batch_size / jax.process_count(),
     f'data.prefetch={data.prefetch} batches of data.rows={shape.rows}, row_length={shape.length}, '
     f'targets={shape.targets}, segments={shape.segments}':

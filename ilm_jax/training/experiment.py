@@ -62,7 +62,7 @@ def build(cfg, workdir=None, *, devices=None, vocab_size: int | None = None) -> 
 
 
 def check_choices(cfg, family, task) -> None:
-  """Raise UserError if the family or the task does not support an option of the loss or of the evaluation."""
+  """Raise UserError if the family or the task does not support the chosen loss or the chosen evaluation."""
   if cfg.eval.score != 'none':
     family.check_score(cfg.eval.score or None, task.longest_answer(cfg.task))
   if cfg.loss.length_weight not in family.length_weights:
@@ -76,7 +76,7 @@ def check_choices(cfg, family, task) -> None:
 
 
 def check_model_settings(cfg, family, family_settings: dict, task) -> None:
-  """Raise UserError if the config asks for a model input that the family, with its settings, does not provide."""
+  """Raise UserError if the config asks for a model input that its family does not provide."""
   conditioning = cfg.model.get('conditioning')
   if conditioning not in (None, 'none') and 'conditioning' not in family_settings:
     raise UserError(f'model.conditioning={conditioning!r} does not apply to family={cfg.family}: leave it out')
@@ -85,13 +85,13 @@ def check_model_settings(cfg, family, family_settings: dict, task) -> None:
   if not family.open_gap_embedding:
     raise UserError(f'model.open_gap_embedding=True: family={cfg.family} cannot close gaps to insertions: leave it out')
   if not cfg.corrupt.close_prompt:
-    raise UserError('model.open_gap_embedding=True needs corrupt.close_prompt=True: sampling never changes prompts')
+    raise UserError('model.open_gap_embedding=True needs corrupt.close_prompt=True: sampling never inserts in prompts')
   if not cfg.corrupt.infill_rate and task.score is None:
-    logging.warning('model.open_gap_embedding=True has no effect in training on text with corrupt.infill_rate=0')
+    logging.warning('model.open_gap_embedding=True has no effect in training on text unless corrupt.infill_rate > 0')
 
 
 def check_batch(cfg, mesh, family, task) -> None:
-  """Raise UserError if a batch does not divide over groups, devices and microbatches, or an example exceeds a row."""
+  """Raise UserError unless a batch divides into groups, devices and microbatches, and every example fits into a row."""
   rows, parts = cfg.data.rows, cfg.optimizer.accumulation_steps
   shape = pipeline.shape_of(cfg.data)  # raises UserError if the batch does not divide into groups
   pipeline.groups_of_process(cfg.data.groups, *sharding.process_shard(mesh))

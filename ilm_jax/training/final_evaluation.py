@@ -61,7 +61,7 @@ def report(exp: Experiment, workdir, saved, step: int, abstract_params, evaluato
     if processes.is_first():
       run_file.write_json(epath.Path(workdir) / 'eval.json', result)
   if processes.is_first():
-    print(result_text(exp, workdir, result, scores, scored_texts), flush=True)  # can fail, so it comes after eval.json
+    print(result_text(exp, workdir, result, scores, scored_texts), flush=True)  # printing may fail, so it comes last
   return FINISHED
 
 
@@ -98,7 +98,7 @@ def score_samples(cfg, samples, source) -> dict | None:
 
 
 def reached_goal(cfg, metrics: dict | None) -> bool:
-  """Return whether `cfg.eval.metric` in the validation metrics has reached the goal `cfg.stop_at`."""
+  """Return whether the validation metric that `cfg.eval.metric` names has reached the goal `cfg.stop_at`."""
   value = (metrics or {}).get(cfg.eval.metric)
   if not cfg.stop_at or value is None:
     return False

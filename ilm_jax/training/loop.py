@@ -135,7 +135,7 @@ def _train(exp: Experiment, workdir, signals: Signals, evaluator: evaluate.Evalu
     if 'AsyncError' in type(error).__name__:
       raise UserError(
         f'the event files in {workdir} could not be written ({error.__cause__ or error}): {saved.last_complete()}; '
-        'make room and start the same command again'
+        'free disk space and run the same command again'
       ) from error
     raise
   if code == FINISHED:
@@ -242,7 +242,7 @@ class Loop:
       raise processes.raised_by_all(UserError(
         f'step {step}: the loss is {loss}, the gradient norm is {norms[0]}, the norm of the update {norms[1]}: '
         f'{self.saved.last_complete()} (in {self.saved.folder}); lower optimizer.learning_rate or optimizer.clip and '
-        'start from there'
+        'run the command again'
       ))  # fmt: skip
 
   def log(self, step: int) -> None:

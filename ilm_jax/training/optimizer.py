@@ -1,4 +1,4 @@
-"""AdamW with weight decay masked as in the reference code, gradient clipping, schedules, and an EMA of the weights."""
+"""AdamW without decay of biases and norms, gradient clipping, learning rate schedules, and an EMA of the weights."""
 
 import functools
 
@@ -36,6 +36,6 @@ def make_optimizer(cfg, steps: int) -> tuple[optax.GradientTransformation, optax
 
 
 def update_ema(ema, params, update, decay: float):
-  """Return the moving average of the weights after update t = 1, 2, ..., with rate min(decay, (1 + t) / (10 + t))."""
+  """Return the moving average of the weights after update t = 1, 2, ..., with decay min(decay, (1 + t) / (10 + t))."""
   rate = 1.0 - jnp.minimum(decay, (1.0 + update) / (10.0 + update))
   return jax.tree.map(lambda old, new: old + rate * (new - old), ema, params)

@@ -21,7 +21,7 @@ class Signals:
   """
 
   def __init__(self, saving: bool = True):
-    """Choose the signals to handle; with several processes, none unless the command is `saving` checkpoints."""
+    """Choose the signals to handle: none if there are several processes and they save no checkpoints."""
     self._handled = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,) if saving else ()
     if threading.current_thread() is not threading.main_thread():
       self._handled = ()  # Python delivers signals to the main thread only

@@ -110,7 +110,7 @@ def test_a_section_that_a_config_file_replaces_must_be_complete():
   cfg = small.config()
   with cfg.unlocked():
     cfg.mesh = ConfigDict({'data': 1, 'fsdp': 1})
-  advice = 'change single settings of ilm_jax.configs.default.get_config()'
+  advice = 'start from ilm_jax.configs.default.get_config(), which has it'
   refused(cfg, f'config.mesh.tensor is missing: {advice}')
   cfg = small.config()
   with cfg.unlocked():

@@ -58,7 +58,9 @@ def test_an_invalid_config_is_refused_before_any_file_is_written(changes, messag
 
 @pytest.mark.parametrize('name', ['z[1]', 'a*b', 'a?b', 'a\\b', 'caf\udce9'])
 def test_a_workdir_whose_path_orbax_would_misread_is_refused_before_any_file_is_written(name, tmp_path):
-  with pytest.raises(UserError, match=r'checkpoints cannot be stored in a folder whose path has .*: give another'):
+  with pytest.raises(
+    UserError, match=r'Orbax misreads paths with a character .*: rename or move the folder, or give another'
+  ):
     loop.train(small.config(), tmp_path / name / 'run')
   assert not list(tmp_path.iterdir())
 
@@ -277,7 +279,7 @@ def test_a_failed_write_of_a_json_file_stops_the_run_with_a_one_line_error(name,
     write(path, value)
 
   monkeypatch.setattr(run_file, 'write_json', full)
-  with pytest.raises(UserError, match=rf'{tmp_path} could not be written \(No space left on device\): make room'):
+  with pytest.raises(UserError, match=rf'{tmp_path} could not be written \(No space left on device\): free disk'):
     loop.train(small.config({'steps': 5}), tmp_path)
 
 

@@ -165,7 +165,7 @@ def test_kills_signals_damaged_checkpoints_and_a_full_disk_do_not_change_final_w
   assert 'warning: removed the incomplete checkpoint' in incomplete and f'/3{TMP}' in incomplete
   assert f'warning: moved the damaged checkpoint of step {latest} to' in damaged
   expected = rf'error: a checkpoint could not be written to {folder} \(File too large\): the last complete checkpoint '
-  assert re.fullmatch(expected + rf'is step {earlier}; make room .* start the same command again', full)
+  assert re.fullmatch(expected + rf'is step {earlier}; free disk space .* run the same command again', full)
   assert f'resuming at step {earlier} of' in err and steps_in(workdir) == [earlier]
 
   assert f'resuming at step {earlier} of' in finish(commands, workdir)
@@ -409,7 +409,7 @@ def test_loading_weights_from_a_damaged_checkpoint_fails_and_changes_no_file(cop
   data_file(copy / 'checkpoints' / str(latest) / 'ema_params').unlink()
   before = sorted(copy.rglob('*'))
   reader = checkpoint.Checkpoints(copy, read_only=True)
-  with pytest.raises(UserError, match=rf'of step {latest} .* cannot be read .*choose another, there are {earlier}, '):
+  with pytest.raises(UserError, match=rf'of step {latest} .* cannot be read .*choose another; .* of steps {earlier}, '):
     reader.restore_weights(latest, abstract.params)
   assert sorted(copy.rglob('*')) == before
 
@@ -417,7 +417,7 @@ def test_loading_weights_from_a_damaged_checkpoint_fails_and_changes_no_file(cop
 def test_a_checkpoint_whose_array_shapes_differ_from_the_model_is_refused_and_not_moved_away(finished, abstract):
   wide = abstract._replace(params={**abstract.params, 'embed': jax.ShapeDtypeStruct((17, 32), jnp.float32)})
   before = sorted(finished.rglob('*'))
-  with pytest.raises(UserError, match=r'another shape: params embed is \(17, 16\) there, \(17, 32\) in this model'):
+  with pytest.raises(UserError, match=r'embed is \(17, 16\) in the checkpoint, \(17, 32\) in this model'):
     checkpoint.Checkpoints(finished).restore_latest(wide)
   assert sorted(finished.rglob('*')) == before
 
@@ -460,7 +460,7 @@ def test_a_transient_read_error_does_not_move_a_checkpoint_away(error, finished,
     raise error
 
   monkeypatch.setattr(saved, 'restore', restore)
-  with pytest.raises(UserError, match=r'could not be read .*start the same command again \(nothing was changed\)'):
+  with pytest.raises(UserError, match=r'could not be read .*run the same command again \(nothing was changed\)'):
     saved.restore_latest(abstract)
   assert sorted(finished.rglob('*')) == before
 
@@ -541,7 +541,7 @@ def test_a_failed_save_raises_an_error_and_keeps_older_checkpoints(tmp_path):
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
   try:
-    with pytest.raises(UserError, match=r'File too large.*: the last complete checkpoint is step 1; make room'):
+    with pytest.raises(UserError, match=r'File too large.*: the last complete checkpoint is step 1; free disk'):
       saved.save(2, state)
       while True:  # like the training loop, check repeatedly whether a save in the background has failed
         saved.check()
