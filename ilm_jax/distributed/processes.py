@@ -78,13 +78,8 @@ def start(
     present = next(name for name in given if name not in missing)
     raise UserError(f'--{present} needs {" and ".join(f"--{name}" for name in missing)} too')
   elif num_processes < 1 or not 0 <= process_id < num_processes:
-<<<<<<< HEAD
-    raise UserError(f'--process_id={process_id} --num_processes={num_processes}: expected 0 ... {num_processes - 1}')
-  elif not coordinator.rpartition(':')[2].isdecimal() or coordinator.startswith(':'):
-=======
     raise UserError(f'--process_id={process_id} --num_processes={num_processes}: expected 0 to {num_processes - 1}')
-  elif not coordinator.rpartition(':')[2].isdigit() or coordinator.startswith(':'):
->>>>>>> h-s3
+  elif not coordinator.rpartition(':')[2].isdecimal() or coordinator.startswith(':'):
     raise UserError(f'--coordinator={coordinator}: expected HOST:PORT of process 0')
   elif process_id:
     wait_for_port(coordinator, initialization_timeout)
