@@ -1,6 +1,8 @@
 """Code shared by all commands: flags, one-line errors, exit codes, log format and the compilation cache."""
 
 import contextlib
+import errno
+import io
 import os
 import sys
 import warnings
@@ -26,8 +28,18 @@ class OutputLost(UserError):
   """Raised if standard output cannot be written."""
 
   def __init__(self, error: OSError):
-    super().__init__(f'standard output cannot be written, so results are missing: {error.strerror or error}')
+    super().__init__(f'standard output cannot be written, so a part of the output is lost: {error.strerror or error}')
     self.code = BROKEN_PIPE if isinstance(error, BrokenPipeError) else 1
+
+
+class Closed(io.TextIOBase):
+  """Standard output that was closed when Python started: printing raises OSError."""
+
+  def __init__(self):
+    self.unused = open(os.devnull, 'w')  # noqa: SIM115 - no other file may get the file descriptor 1
+
+  def write(self, text):
+    raise OSError(errno.EBADF, 'it is closed')
 
 
 class Output:
@@ -75,7 +87,7 @@ def guard(call) -> int:
   sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
   sys.stderr = sys.stderr or open(os.devnull, 'w')  # noqa: SIM115
   if sys.stdout is None:
-    return fail('standard output is closed: redirect it to a file or to /dev/null')
+    sys.stdout = Closed()
   if hasattr(sys.stdout, 'reconfigure'):
     sys.stdout.reconfigure(errors='backslashreplace')  # escape characters that its encoding lacks
   sys.stdout = Output(stream := sys.stdout)

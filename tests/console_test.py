@@ -12,7 +12,7 @@ import small
 from ilm_jax import cli, console
 from ilm_jax.types import UserError, check_seed
 
-NO_SPACE = 'error: standard output cannot be written, so results are missing: No space left on device\n'
+NO_SPACE = 'error: standard output cannot be written, so a part of the output is lost: No space left on device\n'
 
 
 def broken_pipe():
@@ -34,7 +34,7 @@ def full_disk(buffering: int = -1):
     (broken_pipe, (141, '')),
     (full_disk, (1, NO_SPACE)),
     (lambda: full_disk(buffering=1), (1, NO_SPACE)),
-    (lambda: None, (1, 'error: standard output is closed: redirect it to a file or to /dev/null\n')),
+    (lambda: None, (1, 'error: standard output cannot be written, so a part of the output is lost: it is closed\n')),
   ],
   ids=['broken pipe', 'full disk', 'full disk, line buffered', 'closed'],
 )

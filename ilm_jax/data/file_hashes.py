@@ -1,6 +1,7 @@
 """Hashes of file contents: they identify prepared data, and show whether a run's data changed since its last start."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -48,10 +49,12 @@ def check_unchanged(folder, hashes: dict[str, str], what: str) -> None:
   `hashes` maps the name of each file to its hash; `what` names the data in the warning.
   """
   record = epath.Path(folder) / RECORD
-  try:
-    before = json.loads(record.read_text())
-  except (FileNotFoundError, ValueError):
-    before = hashes
+  before = hashes
+  with contextlib.suppress(FileNotFoundError):
+    try:
+      before = dict(json.loads(record.read_bytes()))
+    except (ValueError, TypeError):
+      logging.warning('%s is damaged, so changes of the data since the last start cannot be noticed', record)
   changes = [
     f'{name} {"is new" if name not in before else "is missing" if name not in hashes else "has other content"}'
     for name in sorted(before.keys() | hashes.keys())
@@ -61,4 +64,6 @@ def check_unchanged(folder, hashes: dict[str, str], what: str) -> None:
     rest = f' and {len(changes) - 5} more' if len(changes) > 5 else ''
     logging.warning('%s has changed since this run was last started, and training goes on with the new data: %s%s',
                     what, ', '.join(changes[:5]), rest)  # fmt: skip
-  record.write_text(json.dumps(hashes) + '\n')
+  part = record.parent / f'.{RECORD}.{os.getpid()}.part'  # the record is replaced only when the new one is complete
+  part.write_text(json.dumps(hashes) + '\n')
+  part.replace(record)

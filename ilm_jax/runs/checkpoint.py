@@ -38,8 +38,8 @@ def folder_of(workdir) -> epath.Path:
   text = str(folder).encode(errors='replace').decode()  # bytes that are not UTF-8 become ?, which is refused below
   if set(text) & set('*?[\\'):  # Orbax treats *, ? and [ as a pattern, TensorStore treats \ as /
     raise UserError(
-      f'{text}: checkpoints cannot be stored in a folder whose path has a character *, ?, [ or \\, or is not UTF-8: '
-      'give another folder'
+      f'{text}: Orbax misreads paths with a character *, ?, [ or \\, or that are not UTF-8: rename or move the folder, '
+      'or give another --workdir'
     )
   return folder
 
