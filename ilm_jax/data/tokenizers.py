@@ -4,7 +4,7 @@ In every tokenizer the ids 0 to 6 are the special tokens of `special_tokens.SPEC
 them except [UNK] (6). Every tokenizer has
 
     vocab_size, special_ids     all ids are below vocab_size; samplers never insert tokens whose id is in special_ids
-    byte_ids                    ids of the tokens that stand for one byte of a character of several bytes, or ()
+    byte_ids                    ids of the tokens that stand for one byte, except tab and line breaks, or ()
     encode(text)                token ids; names of special tokens in the text are treated as ordinary characters
     encode_with_offsets(text)   (ids, spans): spans[i] = (start, end) are the character offsets of token i; spans are in
                                 order and do not overlap. If one character is encoded as several byte tokens, the span
@@ -39,7 +39,8 @@ from ilm_jax.types import UserError
 
 INFO_FILE = 'ilm_tokenizer.json'  # file with the kind and fingerprint of a saved tokenizer; it is written last
 NORMALIZATIONS = ('identity', 'nfkc', 'nmt_nfkc', 'nfkc_cf', 'nmt_nfkc_cf')  # SentencePiece's normalization rules
-LINE = 2**18  # maximum number of characters per training line of SentencePiece; longer lines are cut
+LINE = 2**12  # maximum number of characters per training line of SentencePiece; longer lines are cut
+WHITESPACE = ('<0x09>', '<0x0A>', '<0x0D>')  # the bytes of tab and line breaks, as SentencePiece writes them
 RESERVED = '\u2585'  # a character that SentencePiece uses internally
 THREADS = 8  # number of SentencePiece training threads; constant, because the trained model depends on it
 MODEL_FILES = ('spiece.model', 'tokenizer.model', 'vocab.txt')  # tokenizer files that pretrained models come with
@@ -51,7 +52,7 @@ class Tokenizer:
   kind: str
   words: tuple[str, ...]  # the text of each token id
   special_ids = tuple(range(len(SPECIAL)))
-  byte_ids: tuple[int, ...] = ()  # ids of the tokens that stand for one byte of a character with several UTF-8 bytes
+  byte_ids: tuple[int, ...] = ()  # ids of the tokens that stand for one byte, except tab and line breaks
 
   @property
   def vocab_size(self) -> int:
@@ -142,9 +143,9 @@ class SentencePiece(Tokenizer):
     for our_id, model_id in enumerate(ordinary, len(SPECIAL)):
       self._from_model[model_id] = our_id
     self.words = (*SPECIAL, *map(sp.id_to_piece, ordinary))
-    # The byte pieces <0x00> to <0x7F> are whole characters, such as a line break, so byte_ids excludes them.
+    # SentencePiece has no other pieces for line breaks and often none for tabs, so samplers may insert these bytes.
     bytes_only = [i for i, model_id in enumerate(self._to_model) if sp.is_byte(model_id)]
-    self.byte_ids = tuple(i for i in bytes_only if int(self.words[i][3:5], 16) >= 0x80)
+    self.byte_ids = tuple(i for i in bytes_only if self.words[i] not in WHITESPACE)
 
   def files(self) -> dict[str, bytes]:
     return {'sentencepiece.model': self._model}

@@ -167,7 +167,7 @@ def show_text(task, row, cfg) -> str:
   ended = 'stopped by the model' if row['stopped'] else 'stopped by the length or step limit'
 
   def printable(ids):
-    return ''.join(c if c.isprintable() or c == '\n' else '\ufffd' for c in task.decode(ids, cfg))
+    return ''.join(c if c.isprintable() or c == '\n' else ascii(c)[1:-1] for c in task.decode(ids, cfg))
 
   lines = [f'{int((order >= 0).sum())} tokens, {ended}', *printable(tokens).split('\n')]
   for quarter in (1, 2, 3) if steps >= 4 else ():

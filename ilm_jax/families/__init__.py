@@ -21,7 +21,7 @@ def get(name: str) -> Family:
 def make_sample_config(family: Family, cfg, sampling, *, suppressed_tokens, byte_ids=(), compute: str):
   """Build a family's SampleConfig from a config, with `sampling` in place of the config's `sampling` section.
 
-  A SampleConfig without a field `byte_ids` gets these ids, which are only parts of characters, as suppressed tokens.
+  A SampleConfig without a field `byte_ids` gets these ids, those of single bytes, as suppressed tokens.
   """
   decided = family.sample_settings(cfg)
   if 'byte_ids' in family.SampleConfig._fields:
