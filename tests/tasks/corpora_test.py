@@ -72,20 +72,53 @@ def names_of(folder) -> list[str]:
   return sorted({file.name for files in corpora.find(str(folder)).files.values() for file in files})
 
 
-def test_runs_caches_and_hidden_folders_inside_the_corpus_folder_are_skipped(tmp_path):
-  kept = ['a.txt', 'data/b.txt', 'runs/c.txt', 'text-train/d.txt']
+def test_runs_caches_and_hidden_folders_inside_the_corpus_folder_are_skipped(tmp_path, caplog):
+  caplog.set_level('INFO', 'absl')
+  kept = ['a.txt', 'data/b.txt', 'runs/c.txt', 'text-train/d.txt', 'wiki/h.txt']
   skipped = {  # folder to skip -> file in it that marks it as a run, a cache or similar
-    **{'data/1.0.0': 'dataset_info.json', 'words': 'ilm_tokenizer.json', 'runs/text-small': 'run.json', '.git': 'HEAD'},
+    **{'data/1.0.0': 'x.array_record-00000-of-00001', 'words': 'ilm_tokenizer.json', 'runs/text-small': 'run.json'},
     **{'env': 'pyvenv.cfg', 'data/unpacked-0123456789abcdef/lm1b': 'x', 'data/downloads/tinystories': 'x'},
-    'data/text-train-0123456789abcdef': 'counts.json',
+    **{'data/text-train-0123456789abcdef': 'counts.json', '.git': 'HEAD'},
   }
   for name in [*kept, *(f'{folder}/e.txt' for folder in skipped), *(f'{folder}/f/g.jsonl' for folder in skipped)]:
     write(tmp_path / name, ['one'])
-  for folder, mark in skipped.items():
-    (tmp_path / folder / mark).write_text('{}')
+  for name in [*map('/'.join, skipped.items()), 'data/1.0.0/dataset_info.json', 'data/1.0.0/features.json']:
+    (tmp_path / name).write_text('{}')
+  (tmp_path / 'wiki' / 'dataset_info.json').write_text('{}')  # a file of Hugging Face data sets, too
   assert names_of(tmp_path) == kept
+  assert names_of(tmp_path) == kept
+  (line,) = [line for line in caplog.messages if 'skipped' in line]
+  assert 'data/1.0.0/ (holds a TFDS data set), ' in line and 'env/ (holds pyvenv.cfg)' in line and '.git' not in line
+  assert line.endswith('(7 in all)')
   for folder in skipped:
     assert names_of(tmp_path / folder) == ['e.txt', 'f/g.jsonl'], 'the corpus folder itself may be of any kind'
+
+
+@pytest.mark.parametrize(
+  ('names', 'own_mark'),
+  [
+    (['sub/train.txt', 'sub/run.json'], 'sub/checkpoints/1/x'),
+    (['text-train-0123456789abcdef/a.txt'], '.text-train-0123456789abcdef.lock'),
+    (['downloads/tinystories/train.txt'], 'downloads/tinystories/.train.txt.lock'),
+    (['a/train.tfrecord-0-of-1', 'a/dataset_info.json', 'a/features.json'], 'a/pyvenv.cfg'),
+  ],
+)
+def test_training_text_in_a_skipped_folder_is_an_error_unless_the_folder_is_a_run_or_a_cache(tmp_path, names, own_mark):
+  for name in ['valid.txt', *names]:
+    write(tmp_path / name, ['one'])
+  with refused(f'{names[0]} is named like training text, but is in the skipped folder {names[0].rpartition("/")[0]}/'):
+    corpora.find(str(tmp_path))
+  write(tmp_path / own_mark, ['one'])
+  assert names_of(tmp_path) == ['valid.txt']
+
+
+def test_the_files_of_a_run_whose_workdir_is_the_corpus_folder_cause_no_warning(tmp_path, caplog):
+  run_files = ['run.json', 'data.json', 'eval.json', 'events.out.tfevents.1.host', 'checkpoints/1/x', 'tokenizer/x']
+  for name in ['train.txt', 'valid.txt', 'tokenizer/ilm_tokenizer.json', 'damaged-checkpoint-2/x', *run_files]:
+    write(tmp_path / name, ['one'])
+  assert names_of(tmp_path) == ['train.txt', 'valid.txt'] and not caplog.messages
+  (tmp_path / 'run.json').unlink()
+  assert names_of(tmp_path) == ['train.txt', 'valid.txt'] and 'eval.json has an unknown ending' in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -103,17 +136,32 @@ def test_a_folder_that_is_reachable_by_several_paths_is_read_once(tmp_path, link
   assert names_of(tmp_path / 'corpus') == sorted([*names, 'train/z/d.txt'])
 
 
-@pytest.mark.parametrize('name', ['train.txt', 'books', 'b.jsonl.gz', 'train.bin'])
+@pytest.mark.parametrize('link', ['train', 'x/more/train'])
+def test_a_folder_is_read_by_the_path_that_names_a_split_even_if_that_path_is_a_link(tmp_path, link):
+  for name in ('folder/x/a.txt', 'folder/x/more/b.txt', 'folder/valid/c.txt'):
+    write(tmp_path / name, ['one'])
+  (tmp_path / 'folder' / link).symlink_to(tmp_path / 'folder' / ('x' if link == 'train' else 'valid'))
+  names = ['train/a.txt', 'train/more/b.txt'] if link == 'train' else ['x/a.txt', 'x/more/b.txt']
+  assert names_of(tmp_path / 'folder') == sorted([*names, 'valid/c.txt'])
+
+
+@pytest.mark.parametrize('name', ['train.txt', 'books', 'b.jsonl.gz', 'train.bin', 'train.csv'])
 def test_the_error_for_a_link_without_a_target_names_the_link(tmp_path, name):
   write(tmp_path / 'valid.txt', ['one'])
   (tmp_path / name).symlink_to('/no/such/place')
-  with refused(f'data.path={tmp_path}', name, *['/no/such/place'] * (name != 'train.bin')):
+  with refused(f'data.path={tmp_path}', f'{name} is', 'a link to /no/such/place, which does not exist'):
     corpora.find(str(tmp_path))
+  with refused(f'data.path={tmp_path / name} does not exist: it is a link to /no/such/place'):
+    corpora.find(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
   'name',
-  ['train.json', 'train.txt.part', 'train.tar.gz', 'a-Train_2.md', 'myTrain.csv', 'train/part.json', 'train.txt'],
+  [
+    *('train.json', 'train.txt.part', 'train.tar.gz', 'a-Train_2.md', 'myTrain.csv', 'train/part.json', 'train.txt'),
+    *('train.txt~', 'train.log', 'train.cfg', 'train.ini', 'train.yaml', 'train/a.log'),
+    *('train.json-00000-of-00001', 'train.tfrecord-00000-of-00001', 'train.json-00000-of-00001.gz'),
+  ],
 )
 def test_an_empty_or_unreadable_file_named_like_training_text_is_an_error(tmp_path, name):
   write(tmp_path / 'valid.txt', stories(3))
@@ -122,13 +170,45 @@ def test_an_empty_or_unreadable_file_named_like_training_text_is_an_error(tmp_pa
     corpora.find(str(tmp_path))
 
 
+@pytest.mark.parametrize('name', ['valid.txt', 'all.txt'])
+def test_code_and_companions_named_like_training_text_are_only_listed_in_a_warning(tmp_path, caplog, name):
+  logs = ['train.log', 'train.yaml'] * (name == 'all.txt')
+  for unread in ['train.py', f'{name}.train.md5', *logs]:
+    write(tmp_path / unread, ['one'])
+  write(tmp_path / name, ['one'])
+  assert names_of(tmp_path) == [name]
+  assert all(f'{unread} has an unknown ending' in caplog.text for unread in ['train.py', *logs])
+
+
 def test_a_warning_lists_the_files_in_the_corpus_folder_that_are_not_read(tmp_path, caplog):
   unread = ['README', 'strain.md', 'train.py', 'train.txt.md5', 'training/loss.png', 'valid.json']
   for name in [*unread, 'train.txt', 'valid.txt', 'train.txt.gz']:
     write(tmp_path / name, ['one'])
   assert names_of(tmp_path) == ['train.txt', 'valid.txt']
-  listed = 'README, strain.md, train.py, train.txt.gz, train.txt.md5, ... (7 files)'
-  assert f'unknown endings and are not read: {listed}' in caplog.text
+  listed = (', '.join(f'{name} has an unknown ending' for name in ['README', 'strain.md', 'train.py'])
+            + ', train.txt.gz is not needed: train.txt is read instead, train.txt.md5 has an unknown ending, ... ('
+            '7 in all)')  # fmt: skip
+  assert f'these files are not read: {listed}' in caplog.text
+
+
+def test_a_compressed_file_is_read_if_the_plain_file_of_its_name_is_empty(tmp_path, caplog):
+  for name in ('train.txt', 'valid.txt.gz'):
+    write(tmp_path / name, ['one'])
+  write(tmp_path / 'valid.txt', [])
+  assert names_of(tmp_path) == ['train.txt', 'valid.txt.gz'] and 'not read: valid.txt is empty;' in caplog.text
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    *('a.json', 'a.json.gz', 'a.jsonl.part', 'a.json.part', 'a.jsonl~', 'a.jsonlines', 'a.csv', 'a.html', 'a.arrow'),
+    *('a.bin', 'a.tar.bz2', 'a.zip', 'a.zip.gz', 'a.7z', 'a.json-00000-of-00001', 'a.gz-00000-of-00001'),
+  ],
+)
+def test_a_single_file_with_an_unknown_ending_is_an_error(tmp_path, name):
+  path = write(tmp_path / name, stories(3))
+  with refused(f'data.path={path} has an unknown ending', '*.jsonl', 'rename'):
+    corpora.find(str(path))
 
 
 def test_split_names_in_file_names_are_recognized_only_as_whole_words():
@@ -210,6 +290,7 @@ def test_the_documents_setting_determines_where_documents_end(tmp_path, content,
   'name',
   [
     *('all.txt', 'ALL.TXT', 'all.tokens', 'all.txt.gz', 'news-00001-of-00100.gz', 'all.txt-1-of-2'),
+    *('news.en-00001-of-00100', 'news.en.heldout-00001-of-00050', 'v1.2-all-00001-of-00002'),
     *('all.jsonl', 'all.ndjson', 'all.jsonl.gz', 'all.ndjson-00001-of-00002.gz'),
     *('all.parquet', 'train-00000-of-00001.parquet'),
   ],
@@ -231,6 +312,11 @@ def test_all_file_formats_give_the_same_documents(tmp_path, name):
   (tmp_path / 'folder').mkdir()
   (tmp_path / name).rename(tmp_path / 'folder' / name)
   assert names_of(tmp_path / 'folder') == [name]
+
+
+@pytest.mark.parametrize('name', ['all', 'news.en', 'v1.2', 'all.gz'])
+def test_a_single_file_without_an_ending_is_read_as_text(tmp_path, name):
+  assert read(tmp_path, gzip.compress(b'one') if name == 'all.gz' else b'one', name=name) == ['one']
 
 
 @pytest.mark.parametrize(

@@ -362,9 +362,14 @@ def test_a_cache_in_a_bucket_is_built_by_one_machine_and_rebuilt_if_incomplete(c
   ('files', 'path', 'split', 'parts'),
   [
     ({}, 'none', 'train', ['none', 'does not exist']),
-    ({'image.png': '?', 'empty.txt': ''}, '.', 'train', ['holds no text', 'found empty.txt, image.png']),
+    (
+      {'image.png': '?', 'empty.txt': ''},
+      '.',
+      'train',
+      ['holds no text', 'found: empty.txt is empty, image.png has an unknown ending'],
+    ),
     ({'empty.txt': ''}, 'empty.txt', 'train', ['empty.txt', 'holds no text']),
-    ({'all.json': '[{"text": "one"}]'}, 'all.json', 'train', ['is not a text file', '*.jsonl']),
+    ({'all.json': '[{"text": "one"}]'}, 'all.json', 'train', ['has an unknown ending', '*.jsonl']),
     ({'empty.txt': ' \n<|endoftext|>\n'}, '.', 'train', ['the train split is empty']),
     ({'two.txt': '\n<|endoftext|>\n'.join(stories(2))}, 'two.txt', 'validation', ['the validation split is empty']),
   ],

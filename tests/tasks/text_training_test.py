@@ -140,6 +140,19 @@ def test_resuming_with_a_moved_corpus_and_an_empty_cache_is_bitwise_identical(co
   small.jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
 
+@pytest.mark.parametrize('workdir', ['.', 'runs/train'])
+def test_a_run_inside_the_corpus_folder_resumes_with_the_same_data(trained, cache, tmp_path, caplog, workdir):
+  folder = write_corpus(tmp_path / 'folder')
+  work = shutil.copytree(trained, folder / workdir, dirs_exist_ok=True)
+  shutil.copytree(cache, folder / 'data')
+  for step in (3, 4):  # simulates a run that was killed after step 2
+    shutil.rmtree(work / 'checkpoints' / str(step))
+  assert loop.train(run_config(folder, folder / 'data'), work) == loop.FINISHED
+  assert 'has changed' not in caplog.text and 'not read' not in caplog.text
+  whole, resumed = (ilm_jax.load(path, 4, batch_size=1).params for path in (trained, work))
+  small.jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+
 def test_a_run_and_its_cache_inside_the_corpus_folder_do_not_change_the_corpus(trained, cache, tmp_path, monkeypatch):
   write(tmp_path / 'stories.txt', stories(9))
   monkeypatch.chdir(tmp_path)

@@ -16,6 +16,7 @@ end (`line`), and at the end of the file.
 import functools
 import gzip
 import hashlib
+import heapq
 import json
 import os
 import pathlib
@@ -43,13 +44,13 @@ NAMES = {  # split -> pattern of the names of its files or folders; the first ma
   'validation': re.compile(WORD % 'valid(ation)?|held[-_ ]?out|val|dev|eval(uation)?'),
   'train': re.compile(WORD % 'train(ing)?'),
 }
-CORPUS_FILE = re.compile(r'(\.(txt|tokens|jsonl|ndjson|parquet)(-\d+-of-\d+)?|-\d+-of-\d+)(\.gz)?$', re.I)
+# Names without an ending (digits after a dot, as in v1.2, are none), and LM1B's names news.en and news.en.heldout.
+PLAIN = r'(^|/)([^./]|\.\d+(?!\w))+(\.en)?(\.heldout)?'
+CORPUS_FILE = re.compile(rf'(\.(txt|tokens|jsonl|ndjson|parquet)(-\d+-of-\d+)?|{PLAIN}-\d+-of-\d+)(\.gz)?$', re.I)
 READABLE = '*.txt, *.tokens, *.jsonl, *.ndjson, *.parquet or shards NAME-00001-of-00100, also compressed (*.gz)'
-NOT_TEXT = ('.json', '.tar', '.tar.gz', '.tgz', '.zip')  # endings of files that would be misread as text
-CODE = ('.py', '.ipynb', '.sh', '.yaml', '.yml', '.toml', '.cfg', '.ini', '.log')  # endings of code, settings and logs
-# A folder inside the corpus folder is skipped if it holds one of these files, which mark a run, prepared data, a
-# tokenizer or a virtual environment, or if it is an entry of a cache folder.
-SKIPPED_WITH = {'run.json', 'dataset_info.json', 'ilm_tokenizer.json', 'pyvenv.cfg'}
+CODE = ('.py', '.ipynb', '.sh')
+SETTINGS = ('.yaml', '.yml', '.toml', '.cfg', '.ini', '.log')  # endings of settings and logs
+RUN_FILE = re.compile(r'(run|data|eval)\.json|events\.out\..*|checkpoints|damaged-checkpoint-.*')  # in a run's folder
 CACHE_ENTRY = re.compile(
   r'(^|/)((text-(train|validation|test)|sentencepiece|unpacked)-[0-9a-f]{16,}|downloads/(tinystories|lm1b))/$'
 )
@@ -81,31 +82,33 @@ class Corpus(NamedTuple):
 def find(path: str) -> Corpus:
   """Find the files of a corpus and assign them to splits."""
   root = paths.resolve(path, 'data.path')
+  skipped, unread = {}, {}  # folder -> the reason why it is skipped; file -> the reason why it is not read
   try:
     if not root.exists():
-      raise UserError(f'data.path={path} does not exist: expected a file, or a folder of {READABLE}')
-    is_folder = root.is_dir()
-    found = dict(sorted((name, file) for file, name in (_walk(root) if is_folder else [(root, root.name)])))
-    files = [File(file, name, storage.size_of(file)) for name, file in found.items()
-             if not is_folder or CORPUS_FILE.search(name)]  # fmt: skip
+      link = f': it is a link to {os.readlink(root)}' if os.path.islink(root) else ''
+      raise UserError(f'data.path={path} does not exist{link}: expected a file, or a folder of {READABLE}')
+    if root.is_dir():
+      files, unread = _choose(path, dict(sorted(_walk(root, skipped))), skipped)
+    elif CORPUS_FILE.search(root.name) or re.search(rf'{PLAIN}(\.gz)?$', root.name, re.I):
+      files = [File(root, root.name, size)] if (size := storage.size_of(root)) else []
+    else:
+      raise UserError(f'data.path={path} has an unknown ending: expected a folder or {READABLE}; convert or rename it')
   except Exception as error:  # each storage service raises its own types of errors
     if isinstance(error, UserError) or not (isinstance(error, OSError | ImportError) or storage.is_remote(path)):
       raise
     raise UserError(f'data.path={path} cannot be read: {_reason(error)}') from None
-  if not is_folder and root.name.lower().endswith(NOT_TEXT):
-    raise UserError(f'data.path={path} is not a text file: expected a folder, or a file such as {READABLE}')
-  # If a file exists both plain and compressed, only the plain file is read.
-  files = [file for file in files if file.size and not (file.name.endswith('.gz') and file.name[:-3] in found)]
-  _check_unread(path, sorted(found.keys() - {file.name for file in files}), files)
+  if skipped:
+    log_once(f'data.path={path}: skipped folders: {_listed([f"{name} ({why})" for name, why in skipped.items()])}')
+  _check_unread(path, unread, files, tuple(skipped))
   named = {split: [file for file in files if split_named(file.name) == split] for split in SPLITS}
   if not named['train'] or not (named['validation'] or named['test']):
     if len(files) > 1 and any(named.values()):
-      examples = ', '.join(file.name for file in files[:5]) + ', ...' * (len(files) > 5)
-      log_once(f'data.path={path}: the file names ({examples}) do not mark both training and held-out files, so the '
+      names = _listed([file.name for file in files])
+      log_once(f'data.path={path}: the file names ({names}) do not mark both training and held-out files, so the '
                'documents of all files are divided among the splits by a hash', logging.WARNING)  # fmt: skip
     return Corpus(dict.fromkeys(SPLITS, files), dict.fromkeys(SPLITS, SPLITS))
   if unnamed := [file.name for file in files if split_named(file.name) is None]:
-    log_once(f'data.path={path}: ignored {", ".join(unnamed[:5])}: their names indicate no split', logging.WARNING)
+    log_once(f'data.path={path}: ignored {_listed(unnamed)}: their names indicate no split', logging.WARNING)
   if named['validation'] and named['test']:
     return Corpus(named, {})
   held_out, both = ('validation', 'test'), named['validation'] or named['test']
@@ -128,54 +131,96 @@ def split_named(name: str) -> str | None:
   return None
 
 
-def _check_unread(path: str, unread: list[str], files: list[File]) -> None:
+def _listed(names: list[str]) -> str:
+  """Return the names separated by commas; if there are more than five, only the first five and the number."""
+  return ', '.join(names[:5]) + f', ... ({len(names)} in all)' * (len(names) > 5)
+
+
+def _choose(path: str, found: dict, skipped: dict[str, str]) -> tuple[list[File], dict[str, str]]:
+  """Return the files to read of `found` (name -> path), and a dict of the others: name -> why it is not read."""
+  files, unread = [], {}
+  for name, file in found.items():
+    if folder := next((folder for folder in skipped if name.startswith(folder)), ''):
+      unread[name] = f'is in the skipped folder {folder}, which {skipped[folder]}'
+    elif os.path.islink(file) and not os.path.exists(file):
+      unread[name] = f'is a link to {os.readlink(file)}, which does not exist'
+      if '.' not in file.name or CORPUS_FILE.search(name):
+        raise UserError(f'data.path={path}: {name} {unread[name]}: correct or remove the link')
+    elif not CORPUS_FILE.search(name):
+      unread[name] = 'has an unknown ending'
+    elif not (size := storage.size_of(file)):
+      unread[name] = 'is empty'
+    elif name.lower().endswith('.gz') and (plain := name[:-3]) in found and plain not in unread:
+      unread[name] = f'is not needed: {plain} is read instead'
+    else:
+      files.append(File(file, name, size))
+  return files, unread
+
+
+def _check_unread(path: str, unread: dict[str, str], files: list[File], skipped: tuple[str, ...]) -> None:
   """Warn of unread files; raise UserError if no file is read or an unread file's name marks it as training text.
 
   The error is not raised for code, nor for a file whose name extends that of a file that is read (train.txt.md5).
   """
-  names = ', '.join(unread[:5]) + f', ... ({len(unread)} files)' * (len(unread) > 5)
   if not files:
-    raise UserError(f'data.path={path} holds no text: expected a file that is not empty, or a folder of {READABLE}'
-                    + (f'; found {names}' if unread else ''))  # fmt: skip
-  # A folder named like training text matters only if the files that are read are held-out files without training files.
+    found = '; found: ' * bool(unread) + _listed([' '.join(item) for item in unread.items()])
+    raise UserError(
+      f'data.path={path} holds no text: expected a file that is not empty, or a folder of {READABLE}{found}'
+    )
+  # If only held-out files are read, the names of folders, settings and logs count, too.
   splits = {split_named(file.name) for file in files}
-  by_folder = 'train' not in splits and not splits <= {None}
-  for name in unread:
-    is_other = name.lower().endswith(CODE) or name.startswith(tuple(file.name for file in files))
-    if split_named(name if by_folder else name.rpartition('/')[2]) == 'train' and not is_other:
-      raise UserError(f'data.path={path}: {name} is named like training text, but is empty or has an unknown ending: '
-                      f'expected {READABLE}; convert, rename or remove it')  # fmt: skip
-  if unread:
-    log_once(f'data.path={path}: these files are empty or have unknown endings and are not read: {names}; expected '
-             f'{READABLE}', logging.WARNING)  # fmt: skip
+  only_held_out = 'train' not in splits and not splits <= {None}
+  harmless = CODE if only_held_out else CODE + SETTINGS
+  for name, reason in unread.items():
+    is_other = name.lower().endswith(harmless) or name.startswith(tuple(file.name for file in files))
+    if split_named(name if only_held_out else name.rpartition('/')[2]) == 'train' and not is_other:
+      raise UserError(f'data.path={path}: {name} is named like training text, but {reason}: expected {READABLE}; '
+                      'convert, move, rename or remove it')  # fmt: skip
+  if listed := [f'{name} {reason}' for name, reason in unread.items() if not name.startswith(skipped)]:
+    log_once(f'data.path={path}: these files are not read: {_listed(listed)}; expected {READABLE}', logging.WARNING)
 
 
-def _walk(root):
-  """Yield (path, name relative to `root`) of the files in a folder and its subfolders, except runs and caches.
+def _walk(root, skipped: dict[str, str]):
+  """Yield (name relative to `root`, path) of the files in a folder and its subfolders, except runs and caches.
 
-  Each folder is visited once, although links may lead to it several times; links to folders are followed at the end.
+  Each folder is visited once, although links may lead to it: preferably by a path that names a split, then by a path
+  without links. Folders that are not read are added to `skipped` with the reason; the files of those that may hold text
+  of the user are yielded nevertheless.
   """
-  folders, links, seen = [(root, '')], [], set()
-  while folders or links:
-    folder, prefix = folders.pop() if folders else links.pop(0)
+  pending, seen = [(True, False, '', root)], set()  # sorted: (names no split, is a link, path relative to root, path)
+  while pending:
+    *_, prefix, folder = heapq.heappop(pending)
     real = str(folder) if storage.is_remote(folder) else os.path.realpath(folder)
-    if real in seen or CACHE_ENTRY.search(prefix):
+    if real in seen:
       continue
     seen.add(real)
-    entries = {path.name: path for path in folder.iterdir()}
-    if prefix and not SKIPPED_WITH.isdisjoint(entries):
-      continue
-    for name, path in sorted(entries.items()):
-      is_link = os.path.islink(path)
-      if name.startswith('.') or (name == 'checkpoints' and 'run.json' in entries):
+    # For local folders, epath's iterdir() omits names that end with ~.
+    names = {path.name for path in folder.iterdir()} if storage.is_remote(folder) else set(os.listdir(folder))
+    if prefix and (reason := _reason_to_skip(folder, prefix, names)):
+      skipped[prefix], has_no_text = reason
+      if has_no_text:
         continue
+    for name in names:
+      if name.startswith('.') or ('run.json' in names and RUN_FILE.fullmatch(name)):
+        continue
+      path, inner = folder / name, f'{prefix}{name}/'
       if path.is_dir():
-        (links if is_link else folders).append((path, f'{prefix}{name}/'))
-      elif is_link and not path.exists() and ('.' not in name or CORPUS_FILE.search(name)):
-        raise UserError(f'data.path={root}: the link {prefix}{name} points to {os.readlink(path)}, which does not '
-                        'exist: correct or remove the link')  # fmt: skip
+        heapq.heappush(pending, (split_named(inner) is None, os.path.islink(path), inner, path))
       else:
-        yield path, prefix + name
+        yield prefix + name, path
+
+
+def _reason_to_skip(folder, prefix: str, names: set[str]) -> tuple[str, bool] | None:
+  """Return (why a folder is skipped, whether it certainly holds no text of the user), or None for a folder to read."""
+  if marks := names & {'run.json', 'ilm_tokenizer.json', 'pyvenv.cfg'}:  # of a run, a tokenizer, a virtual environment
+    return f'holds {min(marks)}', marks != {'run.json'} or 'checkpoints' in names
+  if {'dataset_info.json', 'features.json'} <= names and re.search(r'\.(array_record|tfrecord)\b', ' '.join(names)):
+    return 'holds a TFDS data set', False
+  if CACHE_ENTRY.search(prefix):
+    # Locks of storage.once lie next to a cache entry, locks of storage.download inside it.
+    locks = paths.matching(folder.parent, f'.{folder.name}.lock') or paths.matching(folder, '.*.lock')
+    return 'is named like prepared data', bool(locks) or storage.WHOLE in names
+  return None
 
 
 def _reason(error: Exception) -> str:
