@@ -3,7 +3,9 @@
 import difflib
 import html
 import importlib.resources
+import itertools
 import json
+import math
 
 
 def edits(old: str, new: str, start: int) -> list[tuple[int, int, str]]:
@@ -71,7 +73,42 @@ def star_graph(result, backwards: bool) -> dict:
   start = result.tokens.index('[BOS]')
   nodes, answer = result.tokens[1:start], list(zip(result.tokens, result.order, strict=True))[start + 1 :]
   *edges, (source, goal) = zip(nodes[::2], nodes[1::2], strict=True)
-  return {'edges': edges, 'source': source, 'goal': goal, 'path': answer[::-1] if backwards else answer}
+  path, places = answer[::-1] if backwards else answer, layout(edges, source, goal)
+  return {'edges': edges, 'source': source, 'goal': goal, 'path': path, 'places': places}
+
+
+def layout(edges: list[tuple[str, str]], source: str, goal: str) -> dict[str, tuple[float, float]]:
+  """Return {node: (column, row)} for drawing a star graph; each arm has a row of its own, so that no edges cross.
+
+  Columns count edges from the junction: forward to the right, backward to the left. Nodes without a connection to the
+  junction get columns at the right end of the last row. Graphs whose nodes would overlap are drawn as a circle.
+  """
+  starts, ends = [start for start, _ in edges], [node for edge in edges for node in edge]
+  nodes = list(dict.fromkeys([*ends, source, goal]))
+  junction = max(nodes, key=lambda node: (starts.count(node), ends.count(node)))
+  found = {junction: (0, 0, 0)}  # {node: (column, row, side)}; the side is -1 left of the junction, 1 right of it
+  num_rows = {-1: 0, 0: 1, 1: 0}  # {side: number of its rows so far}
+  for node in (queue := [junction]):
+    (column, row, _), has_heir = found[node], {-1: node == junction, 1: node == junction}
+    for start, end in edges:
+      following, step = (end, 1) if start == node else (start, -1)
+      if node not in (start, end) or following in found:
+        continue
+      side = int(math.copysign(1, column + step or step))
+      found[following] = (column + step, num_rows[side] if has_heir[side] else row, side)
+      num_rows[side] += has_heir[side]
+      has_heir[side] = True
+      queue.append(following)
+  most = max(num_rows.values())
+  places = {node: (column, row + (most - num_rows[side]) / 2) for node, (column, row, side) in found.items()}
+  last_column, apart = max(column for column, _ in places.values()), [node for node in nodes if node not in found]
+  places.update({node: (last_column + 1 + i, most - 1) for i, node in enumerate(apart)})
+  points = sorted(places.values())
+  if any(one[0] == other[0] and other[1] - one[1] < 0.9 for one, other in itertools.pairwise(points)):
+    radius, angles = max(1, len(nodes) / 6), [2 * math.pi * i / len(nodes) for i in range(len(nodes))]
+    turned = zip(nodes, angles, strict=True)
+    places = {node: (radius * (1 - math.cos(angle)), radius * (1 - math.sin(angle))) for node, angle in turned}
+  return places
 
 
 def page(records: list[dict], title: str = 'Insertion by insertion') -> str:

@@ -151,6 +151,27 @@ def test_the_record_of_a_star_graph_has_its_edges_and_the_path_from_source_to_go
   assert shown(record, 0)[0] == '1,2|2,5|5,7|1,3|3,4/1,7='
 
 
+@pytest.mark.parametrize(
+  ('prompt', 'rows'),
+  [
+    ('6,8|8,2|3,1|9,4|9,6|4,3/9,2', ['9', '4 3 1', '6 8 2']),  # two arms: all nodes but the leaves have two edges
+    ('3,4|1,2|5,3|2,3|3,6|6,7|3,8/1,7', ['5', '1 2', '3', '4', '6 7', '8']),  # the junction 3 is not the source
+    ('1,2|2,3|3,1|3,4|4,1/1,2', None),  # not a star graph
+  ],
+)
+def test_each_arm_of_a_star_graph_is_drawn_in_a_row_of_its_own(prompt, rows):
+  edges, ends = prompt.split('/')
+  edges = [tuple(edge.split(',')) for edge in edges.split('|')]
+  places = traces.layout(edges, *ends.split(','))
+  assert set(places) == {node for edge in edges for node in edge} and len(set(places.values())) == len(places)
+  if rows:
+    assert all(places[b][0] - places[a][0] == 1 for a, b in edges)  # all edges point one column to the right
+    arms = {}  # the junction is alone in column 0; on each side of it, nodes of the same row form an arm
+    for node, (column, row) in sorted(places.items(), key=lambda item: item[1]):
+      arms.setdefault((np.sign(column), row), []).append(node)
+    assert sorted(' '.join(arm) for arm in arms.values()) == sorted(rows)
+
+
 class Page(html.parser.HTMLParser):
   """Parser of a trace page: the content of elements by their id, all attributes, and the labels of the buttons."""
 
