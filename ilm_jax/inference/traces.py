@@ -6,6 +6,7 @@ import importlib.resources
 import itertools
 import json
 import math
+import re
 
 
 def edits(old: str, new: str, start: int) -> list[tuple[int, int, str]]:
@@ -21,6 +22,32 @@ def edits(old: str, new: str, start: int) -> list[tuple[int, int, str]]:
     return [(at, 0, new)]
   codes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
   return [(at + i, j - i, new[k:end]) for tag, i, j, k, end in reversed(codes) if tag != 'equal']
+
+
+def star_characters(text: str, steps: list[int]) -> list[tuple[str, int | None]]:
+  """Return the characters of a star graph's text, each with the step that inserted it; prompt and separators have None.
+
+  `steps` are the steps of the answer's tokens, in the order of the text. If the answer is a path, one node of the text
+  stands for two tokens, the end of an edge and the start of the next one; it gets the later of their steps.
+  """
+  prompt, equals, answer = text.partition('=')
+  parts = re.split('([,|])', answer)
+  if len(parts[::2]) < len(steps):
+    steps = [max(steps[max(i - 1, 0) : i + 1]) for i in range(0, len(steps) + 1, 2)]
+  owners = [None if i % 2 else steps[i // 2] for i in range(len(parts) if steps else 0)]
+  owned = zip(parts, owners, strict=False)
+  return [(one, None) for one in prompt + equals] + [(one, owner) for part, owner in owned for one in part]
+
+
+def star_edits(old: list[tuple], new: list[tuple]) -> list[tuple[int, int, str, int | None]]:
+  """Return the edits (offset, number of characters removed, text inserted, its step) between two `star_characters`."""
+  made = []
+  for tag, i, j, k, end in reversed(difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()):
+    if tag != 'equal':
+      made += [(i, j - i, '', None)] * (j > i)
+      runs = [(step, ''.join(one for one, _ in run)) for step, run in itertools.groupby(new[k:end], lambda one: one[1])]
+      made += [(i, 0, text, step) for step, text in reversed(runs)]
+  return made
 
 
 def common_prefix(one: str, other: str) -> int:
@@ -39,16 +66,21 @@ def record(result, parts: list[str], decode, graph: dict | None = None) -> dict:
   texts, tokens, gap_of_place = decode(present), [], {}
   owners = [[-1] * len(text) for text in texts]  # for each character of each gap, the index of the token it belongs to
   start = texts
+  characters = graph and star_characters(texts[0], [])
   for step, index in sorted((step, index) for index, step in enumerate(result.order) if step >= 0):
     left = max(i for i in range(index) if present[i])
     present[index], before, changes = True, texts, []
     texts = decode(present)
     for gap, (old, new) in enumerate(zip(before, texts, strict=True)):
-      if old != new:
+      if graph:
+        steps = [order for order, there in zip(result.order, present, strict=True) if there and order >= 0]
+        old, characters = characters, star_characters(new, steps[::-1] if graph['backwards'] else steps)
+        changes += [[gap, *edit] for edit in star_edits(old, characters)]
+      elif old != new:
         first = 1 + max((at for at, owner in enumerate(owners[gap]) if owner < index), default=-1)
         for at, removed, text in edits(old, new, first):
           owners[gap][at : at + removed] = [index] * len(text)
-          changes.append([gap, at, removed, text])
+          changes.append([gap, at, removed, text, step])
     place = sum(other < 0 for other in result.order[:index])
     if changes:
       gap_of_place[place] = changes[0][0]
@@ -74,7 +106,7 @@ def star_graph(result, backwards: bool) -> dict:
   nodes, answer = result.tokens[1:start], list(zip(result.tokens, result.order, strict=True))[start + 1 :]
   *edges, (source, goal) = zip(nodes[::2], nodes[1::2], strict=True)
   path, places = answer[::-1] if backwards else answer, layout(edges, source, goal)
-  return {'edges': edges, 'source': source, 'goal': goal, 'path': path, 'places': places}
+  return {'edges': edges, 'source': source, 'goal': goal, 'path': path, 'places': places, 'backwards': backwards}
 
 
 def layout(edges: list[tuple[str, str]], source: str, goal: str) -> dict[str, tuple[float, float]]:

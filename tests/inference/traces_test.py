@@ -1,6 +1,7 @@
 """Trace pages: they show exactly the characters of the text, also in a browser, and load nothing from the network."""
 
 import html.parser
+import itertools
 import json
 import os
 import re
@@ -92,8 +93,8 @@ def shown(record, step):
   gaps = [[(character, -1) for character in text] for text in record['start']]
   for token in record['tokens']:
     if token['step'] < step:
-      for gap, at, removed, text in token['edits']:
-        gaps[gap][at : at + removed] = [(character, token['step']) for character in text]
+      for gap, at, removed, text, owner in token['edits']:
+        gaps[gap][at : at + removed] = [(character, owner) for character in text]
   text, newest = record['parts'][0], ''
   for gap, part in zip(gaps, record['parts'][1:], strict=True):
     text += ''.join(character for character, _ in gap) + part
@@ -149,6 +150,22 @@ def test_the_record_of_a_star_graph_has_its_edges_and_the_path_from_source_to_go
   assert [step for _, step in graph['path']] == (steps[::-1] if order == 'oracle' else steps)
   assert shown(record, record['steps'])[0] == result.text == '1,2|2,5|5,7|1,3|3,4/1,7=1,2,5,7'
   assert shown(record, 0)[0] == '1,2|2,5|5,7|1,3|3,4/1,7='
+
+
+@pytest.mark.parametrize('order', ['path', 'oracle'])
+@pytest.mark.parametrize('answer', [(1, 2, 2, 5, 5, 7), (1, 1, 1, 1, 1, 1), (1, 12, 2, 15, 1, 7)])
+def test_each_step_of_a_star_graph_marks_the_inserted_node_and_no_other(order, answer):
+  prompt, lm = '1,2|2,5|5,7|1,3|3,4/1,7=', star_example(order)[0]
+  for steps in list(itertools.permutations(range(6)))[::60]:
+    given = star.encode_prompt(prompt, lm.cfg.task)
+    tokens = given + lm.tokenizer.ids([str(node) for node in answer])
+    steps = [-1] * len(given) + list(steps)
+    result = api.Generation(star.decode(tokens, lm.cfg.task), **decoding(lm.tokenizer, tokens, steps))
+    (record,) = records_of(lm.page([result]))
+    for token in record['tokens']:
+      text, newest = shown(record, token['step'] + 1)
+      present = [one for one, step in zip(tokens, steps, strict=True) if step <= token['step']]
+      assert (text, newest) == (star.decode(present, lm.cfg.task), token['token'])
 
 
 @pytest.mark.parametrize(
