@@ -222,6 +222,9 @@ def test_a_page_contains_its_data_and_loads_nothing_from_the_network(sentencepie
   names = [page.content[name].strip() for name in ('play', 'back', 'forward', 'reset')]
   assert names == ['Play', 'Step back', 'Step', 'Reset']
   assert 'given text' in page.content['<main>'] and 'Space play or pause' in ' '.join(page.content['<main>'].split())
+  assert 'A model wrote this text by inserting one token at a time' in page.content['<main>']
+  legends = ('insertion of this step (outlined bar)', 'answer edge missing from the graph', 'p(stop) before')
+  assert all(legend in page.content['<main>'] for legend in legends)
   assert traces.page([], 'a & b').count('a &amp; b') == 2
 
 
@@ -248,6 +251,11 @@ def test_a_browser_shows_the_text_after_each_step(sentencepiece):
   for step in (0, 1, 7, record['steps']):
     page = in_browser(source, f'#{step}')
     assert (page.content['text'], page.newest) == shown(record, step)
+  assert (
+    in_browser(text_tracer(sentencepiece).page([result, result]))
+    .content['which']
+    .startswith('1: \xa0\xa0Tom\xa0had\xa0\xa0a')
+  )
   assert page.content['text'] == result.text and page.content['said'].endswith('The model ended the text.')
 
 
@@ -261,7 +269,10 @@ $('body').rows[2].click(); state();
 seen.push([...document.querySelectorAll('tr[aria-current=step] td')].map(cell => cell.textContent));
 seen.push([...document.querySelectorAll('.link.path title, g:has(.link.path) title')].map(one => one.textContent));
 click('reset'); press(' '); press(' '); press(' ');
-setTimeout(() => { state(); document.body.append(element('pre', {id: 'log'}, JSON.stringify(seen))); }, 10000);
+const bars = () => [...document.querySelectorAll('#plot rect')].map(bar => +bar.getAttribute('height'));
+const last = () => { click('reset'); $('body').rows[6].click(); state(); seen.push($('body').rows[6].textContent); };
+const log = () => { state(); last(); seen.push($('said').textContent, bars()); };
+setTimeout(() => { log(); document.body.append(element('pre', {id: 'log'}, JSON.stringify(seen))); }, 10000);
 """
 
 
@@ -269,6 +280,7 @@ setTimeout(() => { state(); document.body.append(element('pre', {id: 'log'}, JSO
 @pytest.mark.long
 def test_keys_buttons_and_table_rows_select_which_step_is_shown():
   lm, result = star_example()
+  result.probabilities[0] = 1e-6
   seen = json.loads(in_browser(lm.page([result]), script=KEYS).content['log'])
   steps = [state[0] for state in seen[:8]]
   assert steps == [f'step {step} of 6' for step in (0, 1, 6, 5, 0, 1, 0, 3)]
@@ -276,4 +288,8 @@ def test_keys_buttons_and_table_rows_select_which_step_is_shown():
   assert seen[8][:3] == ['3', 'after “2”', '5']  # cells of the current table row: step, place, token
   assert seen[9] == ['edge 2, 5']  # the only edge of which both nodes have been inserted
   assert [state[1] for state in seen[10:13]] == ['Play', 'Pause', 'Play'] and seen[13][1] == 'Pause'
-  assert seen[14] == ['step 6 of 6', 'Play', result.text]
+  assert (
+    seen[14] == seen[16] == ['step 6 of 6', 'Play', result.text]
+  )  # after the playback; after a click on the last row
+  assert seen[17] == 'end0.857' and 'p(stop) is now 0.857' in seen[18]
+  assert len(seen[19]) == 6 and min(seen[19]) == 3  # the smallest bar stays visible
