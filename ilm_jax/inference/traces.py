@@ -3,7 +3,10 @@
 import difflib
 import html
 import importlib.resources
+import itertools
 import json
+import math
+import re
 
 
 def edits(old: str, new: str, start: int) -> list[tuple[int, int, str]]:
@@ -19,6 +22,32 @@ def edits(old: str, new: str, start: int) -> list[tuple[int, int, str]]:
     return [(at, 0, new)]
   codes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
   return [(at + i, j - i, new[k:end]) for tag, i, j, k, end in reversed(codes) if tag != 'equal']
+
+
+def star_characters(text: str, steps: list[int]) -> list[tuple[str, int | None]]:
+  """Return the characters of a star graph's text, each with the step that inserted it; prompt and separators have None.
+
+  `steps` are the steps of the answer's tokens, in the order of the text. If the answer is a path, one node of the text
+  stands for two tokens, the end of an edge and the start of the next one; it gets the later of their steps.
+  """
+  prompt, equals, answer = text.partition('=')
+  parts = re.split('([,|])', answer)
+  if len(parts[::2]) < len(steps):
+    steps = [max(steps[max(i - 1, 0) : i + 1]) for i in range(0, len(steps) + 1, 2)]
+  owners = [None if i % 2 else steps[i // 2] for i in range(len(parts) if steps else 0)]
+  owned = zip(parts, owners, strict=False)
+  return [(one, None) for one in prompt + equals] + [(one, owner) for part, owner in owned for one in part]
+
+
+def star_edits(old: list[tuple], new: list[tuple]) -> list[tuple[int, int, str, int | None]]:
+  """Return the edits (offset, number of characters removed, text inserted, its step) between two `star_characters`."""
+  made = []
+  for tag, i, j, k, end in reversed(difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()):
+    if tag != 'equal':
+      made += [(i, j - i, '', None)] * (j > i)
+      runs = [(step, ''.join(one for one, _ in run)) for step, run in itertools.groupby(new[k:end], lambda one: one[1])]
+      made += [(i, 0, text, step) for step, text in reversed(runs)]
+  return made
 
 
 def common_prefix(one: str, other: str) -> int:
@@ -37,16 +66,21 @@ def record(result, parts: list[str], decode, graph: dict | None = None) -> dict:
   texts, tokens, gap_of_place = decode(present), [], {}
   owners = [[-1] * len(text) for text in texts]  # for each character of each gap, the index of the token it belongs to
   start = texts
+  characters = graph and star_characters(texts[0], [])
   for step, index in sorted((step, index) for index, step in enumerate(result.order) if step >= 0):
     left = max(i for i in range(index) if present[i])
     present[index], before, changes = True, texts, []
     texts = decode(present)
     for gap, (old, new) in enumerate(zip(before, texts, strict=True)):
-      if old != new:
+      if graph:
+        steps = [order for order, there in zip(result.order, present, strict=True) if there and order >= 0]
+        old, characters = characters, star_characters(new, steps[::-1] if graph['backwards'] else steps)
+        changes += [[gap, *edit] for edit in star_edits(old, characters)]
+      elif old != new:
         first = 1 + max((at for at, owner in enumerate(owners[gap]) if owner < index), default=-1)
         for at, removed, text in edits(old, new, first):
           owners[gap][at : at + removed] = [index] * len(text)
-          changes.append([gap, at, removed, text])
+          changes.append([gap, at, removed, text, step])
     place = sum(other < 0 for other in result.order[:index])
     if changes:
       gap_of_place[place] = changes[0][0]
@@ -71,7 +105,42 @@ def star_graph(result, backwards: bool) -> dict:
   start = result.tokens.index('[BOS]')
   nodes, answer = result.tokens[1:start], list(zip(result.tokens, result.order, strict=True))[start + 1 :]
   *edges, (source, goal) = zip(nodes[::2], nodes[1::2], strict=True)
-  return {'edges': edges, 'source': source, 'goal': goal, 'path': answer[::-1] if backwards else answer}
+  path, places = answer[::-1] if backwards else answer, layout(edges, source, goal)
+  return {'edges': edges, 'source': source, 'goal': goal, 'path': path, 'places': places, 'backwards': backwards}
+
+
+def layout(edges: list[tuple[str, str]], source: str, goal: str) -> dict[str, tuple[float, float]]:
+  """Return {node: (column, row)} for drawing a star graph; each arm has a row of its own, so that no edges cross.
+
+  Columns count edges from the junction: forward to the right, backward to the left. Nodes without a connection to the
+  junction get columns at the right end of the last row. Graphs whose nodes would overlap are drawn as a circle.
+  """
+  starts, ends = [start for start, _ in edges], [node for edge in edges for node in edge]
+  nodes = list(dict.fromkeys([*ends, source, goal]))
+  junction = max(nodes, key=lambda node: (starts.count(node), ends.count(node)))
+  found = {junction: (0, 0, 0)}  # {node: (column, row, side)}; the side is -1 left of the junction, 1 right of it
+  num_rows = {-1: 0, 0: 1, 1: 0}  # {side: number of its rows so far}
+  for node in (queue := [junction]):
+    (column, row, _), has_heir = found[node], {-1: node == junction, 1: node == junction}
+    for start, end in edges:
+      following, step = (end, 1) if start == node else (start, -1)
+      if node not in (start, end) or following in found:
+        continue
+      side = int(math.copysign(1, column + step or step))
+      found[following] = (column + step, num_rows[side] if has_heir[side] else row, side)
+      num_rows[side] += has_heir[side]
+      has_heir[side] = True
+      queue.append(following)
+  most = max(num_rows.values())
+  places = {node: (column, row + (most - num_rows[side]) / 2) for node, (column, row, side) in found.items()}
+  last_column, apart = max(column for column, _ in places.values()), [node for node in nodes if node not in found]
+  places.update({node: (last_column + 1 + i, most - 1) for i, node in enumerate(apart)})
+  points = sorted(places.values())
+  if any(one[0] == other[0] and other[1] - one[1] < 0.9 for one, other in itertools.pairwise(points)):
+    radius, angles = max(1, len(nodes) / 6), [2 * math.pi * i / len(nodes) for i in range(len(nodes))]
+    turned = zip(nodes, angles, strict=True)
+    places = {node: (radius * (1 - math.cos(angle)), radius * (1 - math.sin(angle))) for node, angle in turned}
+  return places
 
 
 def page(records: list[dict], title: str = 'Insertion by insertion') -> str:

@@ -1,6 +1,7 @@
 """Trace pages: they show exactly the characters of the text, also in a browser, and load nothing from the network."""
 
 import html.parser
+import itertools
 import json
 import os
 import re
@@ -92,8 +93,8 @@ def shown(record, step):
   gaps = [[(character, -1) for character in text] for text in record['start']]
   for token in record['tokens']:
     if token['step'] < step:
-      for gap, at, removed, text in token['edits']:
-        gaps[gap][at : at + removed] = [(character, token['step']) for character in text]
+      for gap, at, removed, text, owner in token['edits']:
+        gaps[gap][at : at + removed] = [(character, owner) for character in text]
   text, newest = record['parts'][0], ''
   for gap, part in zip(gaps, record['parts'][1:], strict=True):
     text += ''.join(character for character, _ in gap) + part
@@ -151,6 +152,43 @@ def test_the_record_of_a_star_graph_has_its_edges_and_the_path_from_source_to_go
   assert shown(record, 0)[0] == '1,2|2,5|5,7|1,3|3,4/1,7='
 
 
+@pytest.mark.parametrize('order', ['path', 'oracle'])
+@pytest.mark.parametrize('answer', [(1, 2, 2, 5, 5, 7), (1, 1, 1, 1, 1, 1), (1, 12, 2, 15, 1, 7)])
+def test_each_step_of_a_star_graph_marks_the_inserted_node_and_no_other(order, answer):
+  prompt, lm = '1,2|2,5|5,7|1,3|3,4/1,7=', star_example(order)[0]
+  for steps in list(itertools.permutations(range(6)))[::60]:
+    given = star.encode_prompt(prompt, lm.cfg.task)
+    tokens = given + lm.tokenizer.ids([str(node) for node in answer])
+    steps = [-1] * len(given) + list(steps)
+    result = api.Generation(star.decode(tokens, lm.cfg.task), **decoding(lm.tokenizer, tokens, steps))
+    (record,) = records_of(lm.page([result]))
+    for token in record['tokens']:
+      text, newest = shown(record, token['step'] + 1)
+      present = [one for one, step in zip(tokens, steps, strict=True) if step <= token['step']]
+      assert (text, newest) == (star.decode(present, lm.cfg.task), token['token'])
+
+
+@pytest.mark.parametrize(
+  ('prompt', 'rows'),
+  [
+    ('6,8|8,2|3,1|9,4|9,6|4,3/9,2', ['9', '4 3 1', '6 8 2']),  # two arms: all nodes but the leaves have two edges
+    ('3,4|1,2|5,3|2,3|3,6|6,7|3,8/1,7', ['5', '1 2', '3', '4', '6 7', '8']),  # the junction 3 is not the source
+    ('1,2|2,3|3,1|3,4|4,1/1,2', None),  # not a star graph
+  ],
+)
+def test_each_arm_of_a_star_graph_is_drawn_in_a_row_of_its_own(prompt, rows):
+  edges, ends = prompt.split('/')
+  edges = [tuple(edge.split(',')) for edge in edges.split('|')]
+  places = traces.layout(edges, *ends.split(','))
+  assert set(places) == {node for edge in edges for node in edge} and len(set(places.values())) == len(places)
+  if rows:
+    assert all(places[b][0] - places[a][0] == 1 for a, b in edges)  # all edges point one column to the right
+    arms = {}  # the junction is alone in column 0; on each side of it, nodes of the same row form an arm
+    for node, (column, row) in sorted(places.items(), key=lambda item: item[1]):
+      arms.setdefault((np.sign(column), row), []).append(node)
+    assert sorted(' '.join(arm) for arm in arms.values()) == sorted(rows)
+
+
 class Page(html.parser.HTMLParser):
   """Parser of a trace page: the content of elements by their id, all attributes, and the labels of the buttons."""
 
@@ -184,6 +222,9 @@ def test_a_page_contains_its_data_and_loads_nothing_from_the_network(sentencepie
   names = [page.content[name].strip() for name in ('play', 'back', 'forward', 'reset')]
   assert names == ['Play', 'Step back', 'Step', 'Reset']
   assert 'given text' in page.content['<main>'] and 'Space play or pause' in ' '.join(page.content['<main>'].split())
+  assert 'A model wrote this text by inserting one token at a time' in page.content['<main>']
+  legends = ('insertion of this step (outlined bar)', 'answer edge missing from the graph', 'p(stop) before')
+  assert all(legend in page.content['<main>'] for legend in legends)
   assert traces.page([], 'a & b').count('a &amp; b') == 2
 
 
@@ -210,6 +251,11 @@ def test_a_browser_shows_the_text_after_each_step(sentencepiece):
   for step in (0, 1, 7, record['steps']):
     page = in_browser(source, f'#{step}')
     assert (page.content['text'], page.newest) == shown(record, step)
+  assert (
+    in_browser(text_tracer(sentencepiece).page([result, result]))
+    .content['which']
+    .startswith('1: \xa0\xa0Tom\xa0had\xa0\xa0a')
+  )
   assert page.content['text'] == result.text and page.content['said'].endswith('The model ended the text.')
 
 
@@ -223,7 +269,10 @@ $('body').rows[2].click(); state();
 seen.push([...document.querySelectorAll('tr[aria-current=step] td')].map(cell => cell.textContent));
 seen.push([...document.querySelectorAll('.link.path title, g:has(.link.path) title')].map(one => one.textContent));
 click('reset'); press(' '); press(' '); press(' ');
-setTimeout(() => { state(); document.body.append(element('pre', {id: 'log'}, JSON.stringify(seen))); }, 10000);
+const bars = () => [...document.querySelectorAll('#plot rect')].map(bar => +bar.getAttribute('height'));
+const last = () => { click('reset'); $('body').rows[6].click(); state(); seen.push($('body').rows[6].textContent); };
+const log = () => { state(); last(); seen.push($('said').textContent, bars()); };
+setTimeout(() => { log(); document.body.append(element('pre', {id: 'log'}, JSON.stringify(seen))); }, 10000);
 """
 
 
@@ -231,6 +280,7 @@ setTimeout(() => { state(); document.body.append(element('pre', {id: 'log'}, JSO
 @pytest.mark.long
 def test_keys_buttons_and_table_rows_select_which_step_is_shown():
   lm, result = star_example()
+  result.probabilities[0] = 1e-6
   seen = json.loads(in_browser(lm.page([result]), script=KEYS).content['log'])
   steps = [state[0] for state in seen[:8]]
   assert steps == [f'step {step} of 6' for step in (0, 1, 6, 5, 0, 1, 0, 3)]
@@ -238,4 +288,8 @@ def test_keys_buttons_and_table_rows_select_which_step_is_shown():
   assert seen[8][:3] == ['3', 'after “2”', '5']  # cells of the current table row: step, place, token
   assert seen[9] == ['edge 2, 5']  # the only edge of which both nodes have been inserted
   assert [state[1] for state in seen[10:13]] == ['Play', 'Pause', 'Play'] and seen[13][1] == 'Pause'
-  assert seen[14] == ['step 6 of 6', 'Play', result.text]
+  assert (
+    seen[14] == seen[16] == ['step 6 of 6', 'Play', result.text]
+  )  # after the playback; after a click on the last row
+  assert seen[17] == 'end0.857' and 'p(stop) is now 0.857' in seen[18]
+  assert len(seen[19]) == 6 and min(seen[19]) == 3  # the smallest bar stays visible
