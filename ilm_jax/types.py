@@ -40,8 +40,8 @@ SEED_LIMIT = 2**32  # JAX uses only the lowest 32 bits of a seed
 
 def check_seed(seed, setting: str = 'seed') -> None:
   """Raise UserError unless the seed is an integer with 0 <= seed < SEED_LIMIT."""
-  if not isinstance(seed, Integral) or not 0 <= seed < SEED_LIMIT:
-    raise UserError(f'{setting}={seed}: expected an integer from 0 to {SEED_LIMIT - 1}')
+  if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < SEED_LIMIT:
+    raise UserError(f'{setting}={seed!r}: expected an integer from 0 to {SEED_LIMIT - 1}')
 
 
 class Outputs(NamedTuple):

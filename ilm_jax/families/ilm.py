@@ -169,8 +169,9 @@ def step(forward, cfg: SampleConfig, rows: Rows) -> Rows:
 
 
 GROWTH = growing.Growth(
-  growing.begin_without_cache, step, lambda length_B, cfg: length_B + cfg.gaps if cfg.gaps else 2 * length_B
-)
+  growing.begin_without_cache, step,
+  lambda length_B, cfg: length_B + (jnp.minimum(cfg.gaps, length_B) if cfg.gaps else length_B),
+)  # fmt: skip
 sample = functools.partial(growing.sample, GROWTH)
 
 

@@ -1,7 +1,9 @@
 """Build a family's SampleConfig from the `sampling` section of a config, and describe a SampleConfig in words."""
 
+import math
 import numbers
-import sys
+
+import numpy as np
 
 from ilm_jax.types import LEAST_TEMPERATURE, Rule, UserError
 
@@ -13,34 +15,49 @@ KNOWN = frozenset([
   *['order', 'length', 'score_draws'],
 ])  # fmt: skip
 WHOLE = ('max_length', 'max_steps', 'min_buffer', 'gaps', 'score_draws', 'top_k')  # settings that are whole numbers
+SWITCHES = ('force_first', 'bytes', 'two_stage', 'parallel')  # settings that are True or False
 OPTIONAL = ('max_steps', 'stop_threshold', 'end_threshold')  # settings that may be None
+FLOAT32_MAX = float(np.finfo(np.float32).max)  # logits are divided by temperatures in float32
 ALLOWED = {  # name of a sampling setting -> (test whether a number is allowed, the allowed numbers in words)
   'max_length': (lambda x: x >= 3, 'at least 3'),
   'max_steps': (lambda x: x >= 0, 'at least 0'),
   'min_buffer': (lambda x: x >= 1, 'at least 1'),
-  'stop_temperature': (lambda x: x > 0, 'a number above 0'),
+  'stop_temperature': (lambda x: 0 < x <= FLOAT32_MAX, 'a number above 0, at most 3.4e38'),
   'stop_threshold': (lambda x: 0 <= x <= 1, 'a probability, or 0 to stop at random with probability p(stop)'),
   'end_threshold': (lambda x: 0 <= x < 1, 'a probability below 1, or 0 to end a gap when [EOS] is most probable'),
   'gaps': (lambda x: x >= 0, 'a number of gaps, or 0 for all gaps'),
   'gap_threshold': (lambda x: 0 <= x <= 1, 'a fraction from 0 to 1'),
   'score_draws': (lambda x: x >= 2 and x % 2 == 0, 'an even number of at least 2'),
-  'temperature': (lambda x: x >= 0, 'a number of at least 0 (0: greedy)'),
+  'temperature': (lambda x: 0 <= x <= FLOAT32_MAX, 'a number of at least 0 (0: greedy), at most 3.4e38'),
   'top_k': (lambda x: x >= 0, 'at least 0 (0: no limit)'),
   'top_p': (lambda x: 0 < x <= 1, 'a probability above 0 (1: no limit)'),
 }
 
 
 def check(settings: dict, prefix: str) -> None:
-  """Raise UserError unless each setting in ALLOWED is a finite number in its range; in WHOLE, a whole number."""
+  """Raise UserError unless each setting in ALLOWED is a number in its range, and each one in SWITCHES a boolean."""
+  for name in SWITCHES:
+    if name in settings and not isinstance(settings[name], (bool, np.bool_)):
+      raise UserError(f'{prefix}{name}={settings[name]!r}: expected True or False')
   for name, (allowed, expected) in ALLOWED.items():
     value = settings.get(name)
     if value is None and (name in OPTIONAL or name not in settings):
       continue
-    kind, word = (numbers.Integral, 'a whole number') if name in WHOLE else (numbers.Real, 'a finite number')
-    if not isinstance(value, kind) or not abs(value) <= sys.float_info.max:  # the comparison is false for NaN
+    if not is_number(value, whole=name in WHOLE):
+      word = 'a whole number below 2**31' if name in WHOLE else 'a finite number'
       raise UserError(f'{prefix}{name}={value!r}: expected {word}')
-    if not allowed(value):
+    if not allowed(float(value)):
       raise UserError(f'{prefix}{name}={value}: expected {expected}')
+
+
+def is_number(value, *, whole: bool) -> bool:
+  """Return whether a value is a finite number or, with `whole`, an integer below 2**31; booleans are not numbers."""
+  if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
+    return False
+  try:
+    return int(value) < 2**31 if whole else math.isfinite(float(value))
+  except OverflowError:  # an integer or a fraction above the largest float
+    return False
 
 
 def sample_config(cls, sampling, **others):
@@ -55,17 +72,19 @@ def sample_config(cls, sampling, **others):
     raise UserError(f'unknown sampling setting {name!r}: expected one of {expected}')
   if reserved := sorted(set(settings) & set(others)):
     raise UserError(f'sampling.{reserved[0]} cannot be set, because the model or the task determines it: remove it')
+  check(settings, 'sampling.')
   if settings.pop('two_stage', settings.get('joint') is None):
     settings['joint'] = None
   for name in RULES:
-    if settings.get(name) is not None:
+    if name in settings and not (name == 'joint' and settings[name] is None):
       settings[name] = make_rule(settings[name], f'sampling.{name}')
-  check(settings, 'sampling.')
   return cls(**{name: value for name, value in settings.items() if name in cls._fields}, **others)
 
 
 def make_rule(value, name: str) -> Rule:
-  """Return a sampling Rule from a Rule or a dict of its fields; raise UserError if one is unknown or out of range."""
+  """Return a sampling Rule from a Rule or a dict of its fields; raise UserError if it is none, or a field is wrong."""
+  if not isinstance(value, Rule) and not hasattr(value, 'keys'):  # a ConfigDict has keys, but is not a dict
+    raise UserError(f"{name}={value!r}: expected a dict of {', '.join(Rule._fields)}, such as {{'temperature': 0.7}}")
   fields = value._asdict() if isinstance(value, Rule) else dict(value)
   if unknown := sorted(set(fields) - set(Rule._fields)):
     raise UserError(f'unknown setting {name}.{unknown[0]}: expected one of {", ".join(Rule._fields)}')

@@ -20,7 +20,7 @@ from ilm_jax.distributed import sharding
 from ilm_jax.families import settings as settings_lib
 from ilm_jax.families.contract import check_completion
 from ilm_jax.inference import continuous_batching, infilling, static_batching, traces
-from ilm_jax.inference.checks import check_memory, check_samples, check_whole, is_whole
+from ilm_jax.inference.checks import check_ids, check_memory, check_samples, check_whole
 from ilm_jax.models import transformer
 from ilm_jax.runs import checkpoint as checkpoint_lib
 from ilm_jax.runs import run_file
@@ -74,7 +74,7 @@ def load(workdir, checkpoint='best', *, mesh=None, **sampling_settings) -> 'Lang
 
   Raises:
     UserError: the run or the checkpoint does not exist, or a sampling setting is unknown, out of range or needs more
-      memory than there is.
+      memory than is available.
   """
   workdir = paths.resolve(workdir, 'workdir')
   if isinstance(mesh, str):
@@ -192,10 +192,8 @@ class LanguageModel:
     """
     check_seed(seed)
     requests = list(requests)
-    if ids is not None and not (len(ids) == len(requests) and all(is_whole(number, 0, 2**31) for number in ids)):
-      raise UserError(
-        f'ids: expected a number from 0 to 2**31 - 1 for each of {len(requests)} requests, got {list(ids)[:8]}'
-      )
+    if ids is not None:
+      check_ids(ids, len(requests))
     prompts = [self.encode(request, number) for number, request in enumerate(requests)]
     for index, row in self.sampler(self.params, jax.random.key(seed), prompts, ids):
       check_completion(self.family, prompts[index], row)

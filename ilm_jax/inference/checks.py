@@ -1,4 +1,4 @@
-"""Checks of the arguments of the Python API: whole numbers, and the memory that sampling needs."""
+"""Checks of the arguments of the Python API: whole numbers, ids of requests, and the memory that sampling needs."""
 
 import math
 
@@ -20,6 +20,14 @@ def check_whole(name: str, value, *, least: int) -> None:
   """Raise UserError unless the value of an argument is an integer of at least `least`."""
   if not is_whole(value, least):
     raise UserError(f'{name}={value!r}: expected a whole number, at least {least}')
+
+
+def check_ids(ids, count: int) -> None:
+  """Raise UserError unless `ids` is a sequence of `count` integers from 0 to 2**31 - 1."""
+  sequence = isinstance(ids, (list, tuple, range)) or (isinstance(ids, np.ndarray) and ids.ndim == 1)
+  if not sequence or len(ids) != count or not all(is_whole(number, 0, 2**31) for number in ids):
+    got = repr(list(ids[:8]) if sequence else ids)[:80]
+    raise UserError(f'ids: expected a number from 0 to 2**31 - 1 for each of {count} requests, got {got}')
 
 
 def check_memory(cfg, model_cfg, batch_size: int, num_devices: int) -> None:

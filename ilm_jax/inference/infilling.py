@@ -55,11 +55,13 @@ def parse_request(text, *, marker: str = MARKER, least=None, most=None, default_
     if not part.strip():
       raise UserError(f'gaps {i} and {i + 1} have only whitespace between them: merge them into one gap')
   least, most = _numbers(least, len(parts) - 1, 'least'), _numbers(most, len(parts) - 1, 'most')
-  most = [UNLIMITED if n is None else min(n, UNLIMITED) for n in most]
-  least = [min(default_least, max(high, 0)) if n is None else n for n, high in zip(least, most, strict=True)]
-  for i, (low, high) in enumerate(zip(least, most, strict=True), 1):
-    if not 0 <= low <= high:
-      raise UserError(f'gap {i} has least={low}, most={high}: expected 0 <= least <= most')
+  for i, limits in enumerate(zip(least, most, strict=True), 1):
+    given = {name: n for name, n in zip(('least', 'most'), limits, strict=True) if n is not None}
+    if [0, *given.values()] != sorted([0, *given.values()]):
+      words = ', '.join(f'{name}={n}' for name, n in given.items())
+      raise UserError(f'gap {i} has {words}: expected 0 <= least <= most')
+  most = [UNLIMITED if n is None else n for n in most]
+  least = [min(default_least, high) if n is None else n for n, high in zip(least, most, strict=True)]
   return Gaps(parts, least, most)
 
 
@@ -102,11 +104,11 @@ def encode(gaps: Gaps, tokenizer, *, limit: int, masks: bool = False) -> dict:
   if masks:
     return {'tokens': tokens, 'open': np.zeros(len(tokens), bool), 'free': 0}
   least, most = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.int32)
-  least[open_at], most[open_at] = gaps.least, gaps.most
+  least[open_at], most[open_at] = gaps.least, [min(n, UNLIMITED) for n in gaps.most]
   given = {'tokens': tokens, 'open': np.isin(np.arange(len(tokens)), open_at)}
   if any(gaps.least):
     given['least'] = least
-  if any(n != UNLIMITED for n in gaps.most):
+  if any(n < UNLIMITED for n in gaps.most):
     given['most'] = most
   return given
 

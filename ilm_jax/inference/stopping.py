@@ -183,8 +183,9 @@ def run(values) -> int:
     raise UserError('--workdir is missing: expected the folder of a run, such as --workdir=runs/stories')
   plot_file = paths.resolve(values.plot, '--plot') if values.plot else None
   quiet()
-  from ilm_jax.inference import api, static_batching
+  from ilm_jax.inference import api, checks, static_batching
 
+  checks.check_samples(values.count, f'--count={values.count}')
   lm = api.load(values.workdir, values.checkpoint, batch_size=values.batch_size)
   if not lm.model_cfg.stop_head:
     raise UserError(f'family={lm.cfg.family} has no stop head: expected a run with family=ilm')

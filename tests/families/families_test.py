@@ -266,6 +266,20 @@ def test_unknown_sampling_settings_and_values_out_of_range_are_rejected(made):
     ({'token': {'top_p': 0.0}}, r'sampling\.token\.top_p=0\.0: expected a probability above 0'),
     ({'max_length': 1}, r'sampling\.max_length=1: expected at least 3'),
     ({'compute': 'float32'}, r'sampling\.compute cannot be set'),
+    ({'token': {'temperature': 1e39}}, r'token\.temperature=1e\+39: expected a number .*, at most 3\.4e38$'),
+    ({'stop_temperature': 1e300}, r'stop_temperature=1e\+300: expected a number above 0, at most 3\.4e38$'),
+    ({'token': {'top_p': np.float32('nan')}}, r'token\.top_p=.*nan.*: expected a finite number'),
+    ({'token': {'temperature': True}}, r'token\.temperature=True: expected a finite number'),
+    ({'gaps': True}, r'sampling\.gaps=True: expected a whole number'),
+    ({'gaps': 2**31}, r'sampling\.gaps=2147483648: expected a whole number below 2\*\*31'),
+    ({'token': 0.5}, r"token=0\.5: expected a dict of temperature, top_k, top_p, such as {'temperature': 0\.7}"),
+    ({'token': 'greedy'}, r"sampling\.token='greedy': expected a dict"),
+    ({'token': None}, r'sampling\.token=None: expected a dict'),
+    ({'gap': None}, r'sampling\.gap=None: expected a dict'),
+    ({'bytes': 'no'}, r"sampling\.bytes='no': expected True or False"),
+    ({'force_first': float('nan')}, r'sampling\.force_first=nan: expected True or False'),
+    ({'two_stage': float('nan')}, r'sampling\.two_stage=nan: expected True or False'),
+    ({'parallel': 1}, r'sampling\.parallel=1: expected True or False'),
   ):
     with pytest.raises(UserError, match=message):
       made[0].SampleConfig.create({'max_length': 9, **changed}, suppressed_tokens=(), compute='float32')

@@ -93,7 +93,8 @@ def grow(row, cfg):
     ({'gaps': 3, 'gap_threshold': 0.3}, True),
     ({'gaps': 0, 'gap_threshold': 0.7}, False),
     ({'gaps': 0}, False),
-    ({'gaps': 40}, True),
+    ({'gaps': 2**31 - 1, 'min_buffer': 10}, True),
+    ({'stop_temperature': 1e-45, 'stop_threshold': 0.5}, True),  # stop exactly if p(stop) >= 0.5
   ],
   ids=str,
 )

@@ -16,14 +16,14 @@ def again(lm, **settings):
   return api.LanguageModel(lm.cfg, lm.model_cfg, lm.params, **settings)
 
 
-@pytest.mark.parametrize('seed', [-1, 2**32, 2**63, 1.5])
+@pytest.mark.parametrize('seed', [-1, 2**32, 2**63, 1.5, '1', True])
 def test_a_seed_that_is_not_an_unsigned_32_bit_integer_is_refused(small_lm, seed):
   lm = small_lm('ilm')
   for call in (lm.generate, lm.score):
-    with pytest.raises(UserError, match=rf'seed={seed}: expected an integer from 0 to 4294967295'):
+    with pytest.raises(UserError, match=rf'seed={seed!r}: expected an integer from 0 to 4294967295'):
       call(['the dog'], seed=seed)
   for call in (lm.infill, lm.trace):
-    with pytest.raises(UserError, match=rf'seed={seed}: expected an integer'):
+    with pytest.raises(UserError, match=rf'seed={seed!r}: expected an integer'):
       call('the ___', seed=seed)
 
 
@@ -40,7 +40,7 @@ def test_batch_size_and_n_must_be_whole_numbers_of_at_least_1(small_lm, value):
     small_lm('ilm').infill('the ___', n=value)
 
 
-@pytest.mark.parametrize('ids', [[0.5], [True], ['1'], [-1], [2**31]])
+@pytest.mark.parametrize('ids', [[0.5], [True], ['1'], [-1], [2**31], 5, np.array(5), '5', {5}])
 def test_request_ids_must_be_whole_numbers_from_0_to_2_to_the_31_minus_1(small_lm, ids):
   with pytest.raises(UserError, match=r'ids: expected a number from 0 to 2\*\*31 - 1 for each of 1 requests'):
     small_lm('ilm').generate(['the dog'], ids=ids)

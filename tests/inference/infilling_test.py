@@ -59,7 +59,8 @@ def test_parse_request_splits_a_text_at_its_gap_markers():
     ('a ___ ___ b', {}, 'gaps 1 and 2 have only whitespace between them: merge them'),
     ('a ___ b', {'marker': ''}, 'the marker of a gap is empty'),
     ('a ___ b', {'least': 3, 'most': 2}, 'gap 1 has least=3, most=2: expected 0 <= least <= most'),
-    ('a ___ b', {'least': -1}, 'gap 1 has least=-1'),
+    ('a ___ b', {'least': -1}, 'gap 1 has least=-1: expected'),
+    ('a ___ b', {'most': -1}, 'gap 1 has most=-1: expected'),
     ('a ___ b', {'most': [1, 2]}, r'most=\[1, 2\]: expected one number, or a list with one for each of the 1 gaps'),
     ('a ___ b', {'most': 'many'}, "most='many': expected a whole number of tokens"),
   ],
@@ -228,6 +229,8 @@ def test_prompts_and_infill_requests_in_one_batch_give_the_same_results_as_alone
 def test_the_error_for_an_invalid_request_names_the_number_of_the_request(lm):
   with pytest.raises(UserError, match=r'text 1: \d+ given tokens and at least 1 in the gaps do not fit within'):
     lm.infill('the dog ran home . ' * 30 + '___')
+  with pytest.raises(UserError, match=r'text 1: 3 given tokens and at least 1000000000000 in the gaps do not fit'):
+    lm.infill('the ___', least=10**12)
   with pytest.raises(UserError, match=r'text 2: gap 1 has least=5, most=2'):
     lm.gaps('a ___', least=5, most=2, number=1)
   with pytest.raises(UserError, match='n=0: expected a whole number, at least 1'):

@@ -113,6 +113,8 @@ def test_force_first_sets_the_first_stop_probability_to_0_and_several_gaps_are_r
 def test_the_command_prints_all_rules_and_refuses_models_without_a_stop_head(lm, monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(api, 'load', lambda *_, **__: lm)
   monkeypatch.setattr(stopping, 'quiet', lambda: None)  # do not change process-wide settings
+  assert stopping.main(['stopping', '--workdir=run', '--count=100000000000000']) == 1
+  assert '--count=100000000000000: 100000000000000 samples need at least' in capsys.readouterr().err
   code = stopping.main(['stopping', '--workdir=run', '--count=10', f'--plot={tmp_path / "plot.png"}'])
   out = capsys.readouterr().out
   assert code == 0 and (tmp_path / 'plot.png').stat().st_size > 1_000
