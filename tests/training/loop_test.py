@@ -1,6 +1,8 @@
 """Tests of the training loop: invalid configs, contents of event files and JSON files, and what stops a run."""
 
+import errno
 import json
+import os
 import re
 import sys
 
@@ -269,17 +271,25 @@ def test_a_failed_write_of_event_files_stops_the_run_with_a_one_line_error(tmp_p
     loop.train(small.config(LOGGED), tmp_path)
 
 
-@pytest.mark.parametrize('name', ['run.json', 'eval.json'])
-def test_a_failed_write_of_a_json_file_stops_the_run_with_a_one_line_error(name, tmp_path, monkeypatch, one_device):
+@pytest.mark.parametrize(
+  ('name', 'number', 'message'),
+  [
+    ('run.json', errno.ENOSPC, r'\(No space left on device\): free disk space and run'),
+    ('eval.json', errno.EACCES, r'\(Permission denied\): correct the cause and run'),
+  ],
+)
+def test_a_failed_write_of_a_json_file_stops_the_run_with_a_one_line_error(
+  name, number, message, tmp_path, monkeypatch, one_device
+):
   write = run_file.write_json
 
   def full(path, value):
     if path.name == name:
-      raise OSError(28, 'No space left on device')
+      raise OSError(number, os.strerror(number))
     write(path, value)
 
   monkeypatch.setattr(run_file, 'write_json', full)
-  with pytest.raises(UserError, match=rf'{tmp_path} could not be written \(No space left on device\): free disk'):
+  with pytest.raises(UserError, match=f'{tmp_path} could not be written {message}'):
     loop.train(small.config({'steps': 5}), tmp_path)
 
 
