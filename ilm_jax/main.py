@@ -48,7 +48,8 @@ def parse(values: flags.FlagValues, argv) -> list[str]:
   from ilm_jax.runs.run_file import as_json, flatten
 
   unset = re.compile(rf'--?config\.({"|".join(map(re.escape, default.optional_settings()))})=None')
-  given, argv = argv, locate_config(word for word in argv if not unset.fullmatch(word))
+  given = join_none(argv)
+  argv = locate_config(word for word in given if not unset.fullmatch(word))
   sys.modules.pop('config_config', None)  # else the functions of a config file loaded earlier would stay defined
   try:
     rest = values(argv)
@@ -63,11 +64,24 @@ def parse(values: flags.FlagValues, argv) -> list[str]:
   except (AttributeError, KeyError) as error:
     raise UserError(unknown_setting(plain(error), argv)) from error
   except Exception as error:  # a config file is code, and may raise anything
+    if match := re.match(r'flag (--config\.[\w.]+=None): ', plain(error)):
+      raise UserError(f'flags: {match[1]}: this setting cannot be None') from error
     raise UserError(f'flags: {plain(error)}') from error
   for name in settings:
     if name == 'seed' or name.endswith('.seed'):
       check_seed(settings[name], f'config.{name}')
   return rest[1:]
+
+
+def join_none(argv) -> list[str]:
+  """Return the arguments, with `--config.SETTING None` written as one word, `--config.SETTING=None`."""
+  words = []
+  for word in argv:
+    if word == 'None' and words and re.fullmatch(r'--?config\.[\w.]+', words[-1]):
+      words[-1] += '=None'
+    else:
+      words.append(word)
+  return words
 
 
 def locate_config(argv) -> list[str]:

@@ -12,6 +12,7 @@ from ilm_jax import cli, main
 from ilm_jax.configs import default, star
 from ilm_jax.configs import list as packaged
 from ilm_jax.evaluation import convert
+from ilm_jax.families import settings
 from ilm_jax.runs import run_file
 from ilm_jax.training import experiment
 from ilm_jax.types import UserError
@@ -99,14 +100,18 @@ def parse(*arguments):
 
 def test_every_optional_setting_can_be_unset_on_the_command_line():
   names = default.optional_settings()
-  assert {'model.preset', 'model.d_ff', 'model.residual', 'sampling.max_steps'} < set(names) and len(names) == 9
+  assert {f'sampling.{name}' for name in settings.OPTIONAL} < set(names)
+  assert {'model.preset', 'model.d_ff', 'model.residual'} < set(names) and len(names) == 11
   sizes = {
-    name: 3 for name in names if parse('--config=star:tiny')[name.split('.')[0]].get_type(name.split('.')[1]) is int
+    name: 3
+    for name in names
+    if parse('--config=star:tiny')[name.split('.')[0]].get_type(name.split('.')[1]) in (int, float)
   }
   cfg = parse('--config=star:tiny', *(f'--config.{name}={sizes.get(name, "none")}' for name in names))
   assert [cfg[name.split('.')[0]][name.split('.')[1]] for name in names] == [sizes.get(name, 'none') for name in names]
-  cfg = parse('--config=star:tiny', *(f'--config.{name}=None' for name in names))
-  assert all(cfg[name.split('.')[0]][name.split('.')[1]] is None for name in names)
+  for form in ('--config.{}=None', '--config.{} None'):
+    cfg = parse('--config=star:tiny', *(word for name in names for word in form.format(name).split()))
+    assert all(cfg[name.split('.')[0]][name.split('.')[1]] is None for name in names)
 
 
 def test_a_second_command_in_the_same_process_does_not_see_the_flags_of_the_first(tmp_path, capsys):
