@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from ilm_jax import console, paths
 from ilm_jax.configs import default
 from ilm_jax.configs.list import FOLDER, NAMES
-from ilm_jax.types import UserError, check_seed
+from ilm_jax.types import UserError
 
 
 def define(values: flags.FlagValues) -> None:
@@ -45,8 +45,6 @@ def command(doc: str, define, run, argv=None) -> int:
 
 def parse(values: flags.FlagValues, argv) -> list[str]:
   """Parse the arguments of a command with --config; return those that are not flags."""
-  from ilm_jax.runs.run_file import as_json, flatten
-
   unset = re.compile(rf'--?config\.({"|".join(map(re.escape, default.optional_settings()))})=None')
   given = join_none(argv)
   argv = locate_config(word for word in given if not unset.fullmatch(word))
@@ -58,7 +56,6 @@ def parse(values: flags.FlagValues, argv) -> list[str]:
     for match in filter(None, map(unset.fullmatch, given)):
       section, _, name = match[1].partition('.')
       values.config[section][name] = None
-    settings = flatten(as_json(values.config))
   except UserError:
     raise
   except (AttributeError, KeyError) as error:
@@ -67,9 +64,6 @@ def parse(values: flags.FlagValues, argv) -> list[str]:
     if match := re.match(r'flag (--config\.[\w.]+=None): ', plain(error)):
       raise UserError(f'flags: {match[1]}: this setting cannot be None') from error
     raise UserError(f'flags: {plain(error)}') from error
-  for name in settings:
-    if name == 'seed' or name.endswith('.seed'):
-      check_seed(settings[name], f'config.{name}')
   return rest[1:]
 
 
