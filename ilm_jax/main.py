@@ -88,6 +88,8 @@ def locate_config(argv) -> list[str]:
     if not equals:
       index += 1
       value = argv[index] if index < len(argv) else ''
+    if '://' in value:
+      raise UserError(f'--config={value}: a config cannot be read from a URL: expected a local path')
     path, colon, variant = value.partition(':')
     file = os.path.expanduser(path)  # a shell does not expand the ~ in --config=~/file.py
     if not os.path.isfile(file) and path in NAMES:

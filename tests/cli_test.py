@@ -79,6 +79,14 @@ def test_an_unknown_config_gives_a_one_line_error_that_lists_the_packaged_config
   assert 'no packaged config of this name: expected a path, or one of lm1b, star, text, tinystories, zebra' in err
 
 
+def test_a_config_at_a_url_is_refused(capsys):
+  code, _, err = call(capsys, 'train', '--config=gs://b/c.py:tiny')
+  assert (code, err) == (
+    1,
+    'error: --config=gs://b/c.py:tiny: a config cannot be read from a URL: expected a local path\n',
+  )
+
+
 def test_the_error_for_an_old_setting_name_states_the_new_name(capsys):
   code, _, err = call(capsys, 'train', '--config=star:tiny', '--config.data.workers=2')
   assert code == 1 and 'config.data.workers was renamed: use --config.data.num_workers' in err
