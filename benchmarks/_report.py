@@ -11,12 +11,26 @@ import sys
 
 import jax
 
+from ilm_jax import console
 from ilm_jax.models import transformer
 from ilm_jax.runs import run_file
+from ilm_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIZES = {**transformer.PRESETS, 'toy': dict(num_layers=1, num_heads=2, d_model=16, d_ff=32)}
 LM1B_VOCABULARY = 30_522
+
+
+def run(main) -> int:
+  """Run the `main` of a benchmark; return its exit code, 1 after an error in one line (see `ilm_jax.console.guard`)."""
+
+  def call() -> int:
+    try:
+      return main()
+    except SystemExit as stop:  # from argparse, after --help or a wrong flag
+      return stop.code
+
+  return console.guard(call)
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -164,13 +178,13 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def write_json(path: str, **measurements) -> None:
-  """Write measurements to a JSON file; exit with an error in one line if it cannot be written."""
+  """Write measurements to a JSON file; raise UserError if it cannot be written."""
   try:
     with open(os.path.expanduser(path), 'w') as file:
       json.dump(measurements, file, indent=2)
       file.write('\n')
   except OSError as error:
-    sys.exit(f'error: --json={path} cannot be written: {error.strerror or error}')
+    raise UserError(f'--json={path} cannot be written: {error.strerror or error}') from None
 
 
 # --- compilations -----------------------------------------------------------------------------------------------------

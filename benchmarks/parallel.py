@@ -11,7 +11,6 @@ import time
 from benchmarks import _report
 from ilm_jax.evaluation import scoring_models, text_statistics
 from ilm_jax.inference import api
-from ilm_jax.types import UserError
 
 
 def measure(args, model, gaps: int) -> dict:
@@ -75,16 +74,12 @@ def parse(argv):
 
 
 def main(argv=None) -> int:
-  """Run the benchmark; return 1 if the run or the scoring model cannot be used."""
+  """Run the benchmark; UserError if the run or the scoring model cannot be used."""
   args = parse(argv)
-  try:
-    model, rows = scoring_models.get(args.model), []
-    for gaps in args.gaps:
-      _report.progress(f'{gaps or "all"} insertions per step')
-      rows.append({**measure(args, model, gaps), 'count': args.count})
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
+  model, rows = scoring_models.get(args.model, '--model'), []
+  for gaps in args.gaps:
+    _report.progress(f'{gaps or "all"} insertions per step')
+    rows.append({**measure(args, model, gaps), 'count': args.count})
   print(_report.machine())
   print(f'{args.workdir}: {args.count} texts, scored by {args.model}\n')
   print(_report.table([cells(row, rows[0]) for row in rows]))
@@ -94,4 +89,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(_report.run(main))

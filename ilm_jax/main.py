@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from ilm_jax import console, paths
 from ilm_jax.configs import default
 from ilm_jax.configs.list import FOLDER, NAMES
-from ilm_jax.types import UserError, check_seed
+from ilm_jax.types import UserError
 
 
 def define(values: flags.FlagValues) -> None:
@@ -45,10 +45,9 @@ def command(doc: str, define, run, argv=None) -> int:
 
 def parse(values: flags.FlagValues, argv) -> list[str]:
   """Parse the arguments of a command with --config; return those that are not flags."""
-  from ilm_jax.runs.run_file import as_json, flatten
-
   unset = re.compile(rf'--?config\.({"|".join(map(re.escape, default.optional_settings()))})=None')
-  given, argv = argv, locate_config(word for word in argv if not unset.fullmatch(word))
+  given = join_none(argv)
+  argv = locate_config(word for word in given if not unset.fullmatch(word))
   sys.modules.pop('config_config', None)  # else the functions of a config file loaded earlier would stay defined
   try:
     rest = values(argv)
@@ -57,17 +56,26 @@ def parse(values: flags.FlagValues, argv) -> list[str]:
     for match in filter(None, map(unset.fullmatch, given)):
       section, _, name = match[1].partition('.')
       values.config[section][name] = None
-    settings = flatten(as_json(values.config))
   except UserError:
     raise
   except (AttributeError, KeyError) as error:
     raise UserError(unknown_setting(plain(error), argv)) from error
   except Exception as error:  # a config file is code, and may raise anything
+    if match := re.match(r'flag (--config\.[\w.]+=None): ', plain(error)):
+      raise UserError(f'flags: {match[1]}: this setting cannot be None') from error
     raise UserError(f'flags: {plain(error)}') from error
-  for name in settings:
-    if name == 'seed' or name.endswith('.seed'):
-      check_seed(settings[name], f'config.{name}')
   return rest[1:]
+
+
+def join_none(argv) -> list[str]:
+  """Return the arguments, with `--config.SETTING None` written as one word, `--config.SETTING=None`."""
+  words = []
+  for word in argv:
+    if word == 'None' and words and re.fullmatch(r'--?config\.[\w.]+', words[-1]):
+      words[-1] += '=None'
+    else:
+      words.append(word)
+  return words
 
 
 def locate_config(argv) -> list[str]:
@@ -80,6 +88,8 @@ def locate_config(argv) -> list[str]:
     if not equals:
       index += 1
       value = argv[index] if index < len(argv) else ''
+    if '://' in value:
+      raise UserError(f'--config={value}: a config cannot be read from a URL: expected a local path')
     path, colon, variant = value.partition(':')
     file = os.path.expanduser(path)  # a shell does not expand the ~ in --config=~/file.py
     if not os.path.isfile(file) and path in NAMES:

@@ -14,30 +14,34 @@ BUCKETS = {
   's3': ('s3fs', 'pip install s3fs'),
   'az': ('adlfs', 'pip install adlfs'),
 }
-_SCHEME = re.compile(r'([A-Za-z][A-Za-z0-9+.-]*):/+')
+_SCHEME = re.compile(r'([A-Za-z][A-Za-z0-9+.-]*):/+|(file|' + '|'.join(BUCKETS) + '):', re.IGNORECASE)
+_FILE_URL = re.compile(r'file:(//localhost/|///|/(?!/))/*', re.IGNORECASE)  # a file URL up to the / of its path
 
 
-def resolve(path, setting: str) -> epath.Path:
-  """Return the path with ~ expanded and file:// removed; UserError names `setting` if the path cannot be used.
+def resolve(path, setting: str = '') -> epath.Path:
+  """Return the path with ~ expanded and file:// removed; UserError names `setting`, if given, and an unusable path.
 
-  A mistyped scheme such as gss:// is an error, as is a bucket whose package is not installed.
+  Errors are a mistyped scheme such as gss://, a file URL of another host, and a bucket whose package is not installed.
   """
   text = os.fspath(path)
-  if (match := _SCHEME.match(text)) and (scheme := match[1].lower()) == 'file':
-    text = '/' + text[match.end() :]
+  name = f'{setting}=' if setting else ''
+  if (match := _SCHEME.match(text)) and (scheme := (match[1] or match[2]).lower()) == 'file':
+    if not (prefix := _FILE_URL.match(text)):
+      raise UserError(f'{name}{text}: expected a local path, or file:///PATH with an absolute path')
+    text = '/' + text[prefix.end() :]
   elif match:
-    if not text.startswith(tuple(f'{name}://' for name in BUCKETS)):
-      known = ', '.join(f'{name}://' for name in BUCKETS)
-      raise UserError(f'{setting}={text}: unknown scheme {match[0]}: expected a local path, or one of {known}')
+    if not text.startswith(tuple(f'{scheme}://' for scheme in BUCKETS)):
+      known = ', '.join(f'{scheme}://' for scheme in BUCKETS)
+      raise UserError(f'{name}{text}: unknown scheme {match[0]}: expected a local path, or one of {known}')
     package, install = BUCKETS[scheme]
     if not _installed(package):
-      raise UserError(f'{setting}={text}: reading {scheme}:// needs the package {package}: {install}')
+      raise UserError(f'{name}{text}: reading {scheme}:// needs the package {package}: {install}')
     return epath.Path(text)
   if '\0' in text:
-    raise UserError(f'{setting}={text!r}: a path cannot contain the character NUL')
+    raise UserError(f'{name}{text!r}: a path cannot contain the character NUL')
   expanded = os.path.expanduser(text)
   if text.startswith('~') and expanded == text:
-    raise UserError(f'{setting}={text}: the home folder of {text.split("/")[0]} is unknown: write the whole path')
+    raise UserError(f'{name}{text}: the home folder of {text.split("/")[0]} is unknown: write the whole path')
   return epath.Path(expanded)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 import types
@@ -19,7 +20,7 @@ from benchmarks import _report, batching, parallel, sample, train_step
 from ilm_jax.configs import default
 from ilm_jax.data import pipeline
 from ilm_jax.families import ilm
-from ilm_jax.types import Outputs
+from ilm_jax.types import Outputs, UserError
 
 
 def groups_of(name, examples, number=3, vocab=40):
@@ -181,7 +182,7 @@ def test_the_benchmark_measures_fewer_insertions_if_each_takes_longer():
 
 
 def test_measurements_that_cannot_be_written_give_a_one_line_error():
-  with pytest.raises(SystemExit, match=r'^error: --json=/dev/full cannot be written: No space left on device$'):
+  with pytest.raises(UserError, match=r'^--json=/dev/full cannot be written: No space left on device$'):
     _report.write_json('/dev/full', rows=[])
 
 
@@ -208,6 +209,16 @@ def test_a_wrong_flag_gives_a_one_line_error(module, flag, capsys):
   assert error.startswith('error: ')
   assert error.count('\n') == 1
   assert flag.split('=')[0] in error
+
+
+@pytest.mark.parametrize('module', [batching, parallel, sample, train_step])
+def test_a_benchmark_fails_with_one_line_if_standard_output_cannot_be_written(module, monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', [module.__file__, '--help'])
+  with open('/dev/full', 'w') as full, monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+    patch.setattr(sys, 'stdout', full)
+    runpy.run_path(module.__file__, run_name='__main__')
+  error = capsys.readouterr().err
+  assert stopped.value.code == 1 and error.count('\n') == 1 and 'standard output cannot be written' in error
 
 
 # --- batching ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from ilm_jax import cli, main
 from ilm_jax.configs import default, star
 from ilm_jax.configs import list as packaged
 from ilm_jax.evaluation import convert
+from ilm_jax.families import settings
 from ilm_jax.runs import run_file
 from ilm_jax.training import experiment
 from ilm_jax.types import UserError
@@ -78,6 +79,14 @@ def test_an_unknown_config_gives_a_one_line_error_that_lists_the_packaged_config
   assert 'no packaged config of this name: expected a path, or one of lm1b, star, text, tinystories, zebra' in err
 
 
+def test_a_config_at_a_url_is_refused(capsys):
+  code, _, err = call(capsys, 'train', '--config=gs://b/c.py:tiny')
+  assert (code, err) == (
+    1,
+    'error: --config=gs://b/c.py:tiny: a config cannot be read from a URL: expected a local path\n',
+  )
+
+
 def test_the_error_for_an_old_setting_name_states_the_new_name(capsys):
   code, _, err = call(capsys, 'train', '--config=star:tiny', '--config.data.workers=2')
   assert code == 1 and 'config.data.workers was renamed: use --config.data.num_workers' in err
@@ -99,14 +108,18 @@ def parse(*arguments):
 
 def test_every_optional_setting_can_be_unset_on_the_command_line():
   names = default.optional_settings()
-  assert {'model.preset', 'model.d_ff', 'model.residual', 'sampling.max_steps'} < set(names) and len(names) == 9
+  assert {f'sampling.{name}' for name in settings.OPTIONAL} < set(names)
+  assert {'model.preset', 'model.d_ff', 'model.residual'} < set(names) and len(names) == 11
   sizes = {
-    name: 3 for name in names if parse('--config=star:tiny')[name.split('.')[0]].get_type(name.split('.')[1]) is int
+    name: 3
+    for name in names
+    if parse('--config=star:tiny')[name.split('.')[0]].get_type(name.split('.')[1]) in (int, float)
   }
   cfg = parse('--config=star:tiny', *(f'--config.{name}={sizes.get(name, "none")}' for name in names))
   assert [cfg[name.split('.')[0]][name.split('.')[1]] for name in names] == [sizes.get(name, 'none') for name in names]
-  cfg = parse('--config=star:tiny', *(f'--config.{name}=None' for name in names))
-  assert all(cfg[name.split('.')[0]][name.split('.')[1]] is None for name in names)
+  for form in ('--config.{}=None', '--config.{} None'):
+    cfg = parse('--config=star:tiny', *(word for name in names for word in form.format(name).split()))
+    assert all(cfg[name.split('.')[0]][name.split('.')[1]] is None for name in names)
 
 
 def test_a_second_command_in_the_same_process_does_not_see_the_flags_of_the_first(tmp_path, capsys):

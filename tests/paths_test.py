@@ -15,12 +15,20 @@ def test_a_tilde_means_the_home_folder(monkeypatch, tmp_path):
     paths.resolve('~nobody9/runs', '--workdir')
 
 
-@pytest.mark.parametrize('text', ['file:///data/runs', 'FILE:/data/runs', '/data/runs'])
+@pytest.mark.parametrize(
+  'text', ['file:///data/runs', 'file:////data/runs', 'FILE:/data/runs', 'file://localhost/data/runs', '/data/runs']
+)
 def test_a_file_url_is_a_local_path(text):
   assert os.fspath(paths.resolve(text, '--workdir')) == '/data/runs'
 
 
-@pytest.mark.parametrize('text', ['gss://b/x', 'http://b/x', 'gs:/b/x', 'hdfs://b'])
+@pytest.mark.parametrize('text', ['file://data/runs', 'file://host/data', 'file:data', 'file://'])
+def test_a_file_url_with_another_host_or_a_relative_path_is_refused(text):
+  with pytest.raises(UserError, match=f'^--workdir={text}: expected a local path, or file:///PATH with an absolute'):
+    paths.resolve(text, '--workdir')
+
+
+@pytest.mark.parametrize('text', ['gss://b/x', 'http://b/x', 'gs:/b/x', 'gs:b', 'hdfs://b'])
 def test_unknown_schemes_are_refused_with_a_one_line_error(text):
   with pytest.raises(UserError, match=r'--out=.*: unknown scheme .*: expected a local path, or one of gs://, s3://'):
     paths.resolve(text, '--out')

@@ -71,6 +71,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.sampling.max_length = 128  # maximum number of tokens of prompt and completion together
   config.sampling.max_steps = placeholder(int)  # maximum decoding steps; by default limited only by max_length
+  config.sampling.update({threshold: placeholder(float) for threshold in ('stop_threshold', 'end_threshold')})
   config.sampling.stop_threshold = 0.9  # ILM: stop when p(stop) exceeds this; 0: stop with probability p(stop)
   config.sampling.stop_temperature = 1.0  # ILM: temperature of the stop head
   config.sampling.end_threshold = 0.9  # IT: finish a gap when p([EOS]) exceeds this; 0: when [EOS] is most probable

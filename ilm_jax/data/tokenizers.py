@@ -299,7 +299,7 @@ def train_sentencepiece(lines, *, size: int, normalization: str = 'identity', ch
       ) from None
     raise UserError(
       f'task.tokenizer.size={size}: no SentencePiece model of this size could be trained on the corpus '
-      f'({_one_line(error)}): raise the size'
+      f'({_one_line(error)}): choose another size'
     ) from None
   return SentencePiece(model.getvalue())
 

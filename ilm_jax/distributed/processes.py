@@ -77,7 +77,9 @@ def start(
   elif missing:
     present = next(name for name in given if name not in missing)
     raise UserError(f'--{present} needs {" and ".join(f"--{name}" for name in missing)} too')
-  elif num_processes < 1 or not 0 <= process_id < num_processes:
+  elif num_processes < 1:
+    raise UserError(f'--num_processes={num_processes}: expected at least 1')
+  elif not 0 <= process_id < num_processes:
     raise UserError(f'--process_id={process_id} --num_processes={num_processes}: expected 0 to {num_processes - 1}')
   elif not coordinator.rpartition(':')[2].isdecimal() or coordinator.startswith(':'):
     raise UserError(f'--coordinator={coordinator}: expected HOST:PORT of process 0')

@@ -17,7 +17,7 @@ import json
 
 from absl import flags
 
-from ilm_jax.console import command, quiet
+from ilm_jax.console import command, define_seed, quiet
 from ilm_jax.evaluation import output, scoring_models, text_statistics
 from ilm_jax.evaluation.infill_sets import define_corpus_flags
 from ilm_jax.evaluation.samples import Sample, add_requests, read_references, read_samples
@@ -35,8 +35,7 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string('reference', None, texts, flag_values=values)
   define_corpus_flags(values, 'test')
   flags.DEFINE_string('out', None, 'JSON file to write the results to.', flag_values=values)
-  seeded = 'Seed of the bootstrap and of the choice of reference documents.'
-  flags.DEFINE_integer('seed', 0, seeded, lower_bound=0, flag_values=values)
+  define_seed(values, 'Seed of the bootstrap and of the choice of reference documents.')
 
 
 def infill_statistics(model, samples: list[Sample], *, seed: int = 0) -> dict | None:

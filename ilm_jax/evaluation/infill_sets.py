@@ -26,7 +26,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from ilm_jax import paths
-from ilm_jax.console import command, quiet
+from ilm_jax.console import command, define_seed, quiet
 from ilm_jax.evaluation import output
 from ilm_jax.runs import run_file
 from ilm_jax.tasks.text import corpora
@@ -60,13 +60,13 @@ def define_corpus_flags(values: flags.FlagValues, split: str) -> None:
 
 def define(values: flags.FlagValues) -> None:
   """Define the flags of `ilm-jax infill-sets`."""
-  flags.DEFINE_string('path', None, 'Corpus: a file, or a folder of *.txt or *.jsonl files.', flag_values=values)
+  flags.DEFINE_string('path', None, f'Corpus: a file, or a folder of {corpora.READABLE}.', flag_values=values)
   define_corpus_flags(values, 'validation')
   flags.DEFINE_enum('kind', 'single', ['single', 'multi'], 'Make one gap in each text, or several.', flag_values=values)
   flags.DEFINE_enum('unit', None, ['sentence', 'words'], 'What --kind=single removes from a text.', flag_values=values)
   flags.DEFINE_float('share', 0.2, 'Fraction of the words of a text that is removed.', flag_values=values)
   flags.DEFINE_integer('count', 500, 'Maximum number of requests.', lower_bound=1, flag_values=values)
-  flags.DEFINE_integer('seed', 0, 'Random seed for choosing texts and gaps.', lower_bound=0, flag_values=values)
+  define_seed(values, 'Random seed for choosing texts and gaps.')
   flags.DEFINE_string('tokenizer', None, 'Folder of a run; skips texts too long for its model.', flag_values=values)
   flags.DEFINE_bool('lengths', False, 'Add the number of tokens of each gap; needs --tokenizer.', flag_values=values)
   flags.DEFINE_string('out', None, 'JSONL file to write; standard output by default.', flag_values=values)
@@ -131,8 +131,9 @@ class RunTokenizer:
   """The tokenizer of a run with task.name=text, and the maximum number of tokens (sampling.max_length) of that run."""
 
   def __init__(self, workdir: str):
+    folder = paths.resolve(workdir, '--tokenizer')
     try:
-      cfg = ConfigDict(run_file.read_config(folder := paths.resolve(workdir, '--tokenizer')))
+      cfg = ConfigDict(run_file.read_config(folder))
     except UserError as error:
       raise UserError(f'--tokenizer={error}') from None
     if cfg.task.name != 'text':
@@ -180,7 +181,7 @@ def make_requests(
 def run(values) -> int:
   """Make infill requests as the flags specify, and write them to --out or standard output; return the exit code."""
   if not values.path:
-    raise UserError('--path is missing: expected a corpus, which is a file or a folder of *.txt or *.jsonl files')
+    raise UserError('--path is missing: expected a corpus: a file, or a folder of text, JSONL or Parquet files')
   if not 0 < values.share < 1:
     raise UserError(f'--share={values.share}: expected a number between 0 and 1')
   if values.lengths and not values.tokenizer:

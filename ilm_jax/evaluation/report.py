@@ -30,7 +30,7 @@ def run(arguments: list[str], values, workdirs: list[str]) -> int:
   """Read the runs, write plots and print the report, which quotes the command's `arguments`."""
   if not workdirs:
     raise UserError('no runs given: expected the folders of runs, as in `ilm-jax report runs/a runs/b > RESULTS.md`')
-  workdirs = [os.fspath(paths.resolve(workdir, 'run')) for workdir in workdirs]
+  workdirs = [os.fspath(paths.resolve(workdir)) for workdir in workdirs]
   try:
     rows = report_rows.group([report_rows.read(workdir) for workdir in workdirs], values.mixed_commits)
     if values.plots:

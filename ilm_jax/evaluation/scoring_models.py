@@ -158,8 +158,9 @@ def check(name, setting: str = 'eval.perplexity_model') -> None:
     if name == HF_PREFIX:
       raise UserError(f'the scoring model {name}: expected a model name or path after {HF_PREFIX}, such as hf:gpt2')
     return
+  folder = paths.resolve(name, setting)
   try:
-    cfg = run_file.read_config(paths.resolve(name, setting))
+    cfg = run_file.read_config(folder)
   except UserError as error:
     raise UserError(f'the scoring model {error}; for a Hugging Face model, write {HF_PREFIX}NAME') from None
   for setting, value, expected in (('family', cfg['family'], 'arm'), ('task.name', cfg['task']['name'], 'text')):

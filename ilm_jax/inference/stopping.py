@@ -186,7 +186,7 @@ def run(values) -> int:
   from ilm_jax.inference import api, checks, static_batching
 
   checks.check_samples(values.count, f'--count={values.count}')
-  lm = api.load(values.workdir, values.checkpoint, batch_size=values.batch_size)
+  lm = api.load(paths.resolve(values.workdir, '--workdir'), values.checkpoint, batch_size=values.batch_size)
   if not lm.model_cfg.stop_head:
     raise UserError(f'family={lm.cfg.family} has no stop head: expected a run with family=ilm')
   source = lm.task.source(lm.cfg.task, 'validation')

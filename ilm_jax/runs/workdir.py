@@ -1,6 +1,7 @@
 """Lock the workdir of a run, and check that settings such as the model or the seed do not change when it resumes."""
 
 import contextlib
+import errno
 import fcntl
 import os
 
@@ -63,11 +64,17 @@ def lock(workdir):
 
 
 @contextlib.contextmanager
-def explain_write_errors(problem: str, advice: str = 'free disk space and run the same command again'):
-  """Context manager: convert an OSError to a UserError that states the problem, the system's reason and the advice."""
+def explain_write_errors(problem: str, advice: str = ''):
+  """Context manager: convert an OSError to a UserError that states the problem, the system's reason and the advice.
+
+  The default advice is to free disk space if the disk or the quota is full, else to correct the cause.
+  """
   try:
     yield
   except OSError as error:
+    if not advice:
+      first = 'free disk space' if error.errno in (errno.ENOSPC, errno.EDQUOT) else 'correct the cause'
+      advice = f'{first} and run the same command again'
     raise UserError(f'{problem} ({error.strerror or error}): {advice}') from error
 
 

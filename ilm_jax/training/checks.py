@@ -13,23 +13,24 @@ from ilm_jax.families import FAMILIES
 from ilm_jax.families.settings import KNOWN
 from ilm_jax.runs.run_file import RENAMED, as_json, flatten
 from ilm_jax.tasks import TASKS
-from ilm_jax.types import UserError
+from ilm_jax.types import UserError, check_seed
 
 # (description, predicate, names of settings); the ranges of the sampler's settings are in families.settings.
 RANGES = (
   ('a finite number', math.isfinite, ('stop_at',)),
-  ('at least 0 and below 2**32', lambda x: 0 <= x < 2**32, ('seed',)),
   ('at least 0', lambda x: x >= 0, (
-    'log_every', 'checkpoint_every', 'report_seconds', 'task.seed', 'task.num_train', 'loss.stop_weight',
+    'log_every', 'checkpoint_every', 'report_seconds', 'loss.stop_weight',
     'corrupt.length', 'corrupt.eos_weight', 'data.targets', 'optimizer.learning_rate', 'optimizer.warmup_steps',
     'optimizer.eps', 'optimizer.weight_decay', 'optimizer.clip', 'eval.every', 'eval.samples', 'eval.print_samples',
   )),
   ('at least 1', lambda x: x >= 1, (
-    'steps', 'keep', 'task.num_validation', 'task.num_test', 'loss.vocab_chunk', 'data.batch_size', 'data.groups',
+    'steps', 'keep', 'loss.vocab_chunk', 'data.batch_size', 'data.groups',
     'data.rows', 'data.segments', 'data.prefetch', 'optimizer.accumulation_steps', 'eval.batch_size',
     'distributed.initialization_timeout', 'model.num_layers', 'model.num_heads', 'model.d_model', 'model.d_ff',
     'model.d_cond',
   )),
+  ('a whole number from 1 to 1,000,000', lambda x: 1 <= x <= 1_000_000, ('task.num_validation', 'task.num_test')),
+  ('at least 0 and below 2**62', lambda x: 0 <= x < 2**62, ('task.num_train',)),
   ('at least 2', lambda x: x >= 2, ('data.row_length',)),
   ('at least 5', lambda x: x >= 5, ('distributed.heartbeat_timeout',)),
   ('-1 or at least 1', lambda x: x == -1 or x >= 1, ('mesh.data', 'mesh.fsdp', 'mesh.tensor')),
@@ -42,6 +43,7 @@ RANGES = (
   )),
 )  # fmt: skip
 MAY_BE_INFINITE = ('optimizer.clip', 'report_seconds')
+LIMITED_BY_MEMORY = ('data.batch_size',)  # whole numbers that may be 2**31 or more if the memory suffices
 CHOICES = {
   'optimizer.schedule': ('constant', 'cosine', 'linear'),
   'loss.length_weight': ('none', 'elbo'),
@@ -58,10 +60,13 @@ def check_settings(cfg) -> None:
   values = flatten(as_json(cfg))
   check_names(cfg, values.keys())
   for name, value in values.items():
+    if is_seed := name.split('.')[-1] == 'seed':
+      check_seed(value, name)
     infinite = value == math.inf and name in MAY_BE_INFINITE
     if isinstance(value, float) and not math.isfinite(value) and not infinite:
       raise UserError(f'{name}={value}: expected a finite number')
-    if isinstance(value, int) and abs(value) >= 2**31 and name != 'seed' and not name.startswith('task.'):
+    unlimited = is_seed or name.startswith('task.') or name in LIMITED_BY_MEMORY
+    if isinstance(value, int) and abs(value) >= 2**31 and not unlimited:
       raise UserError(f'{name}={value}: expected a number below 2**31')
   for allowed, test, names in RANGES:
     for name in names:
@@ -122,10 +127,11 @@ def check_memory(exp, training: bool) -> None:
     f'eval.batch_size={cfg.eval.batch_size}, sampling.max_length={sampling.max_length}, max_steps={sampling.max_steps}':
       16 * decoded / shards,
   }  # fmt: skip
+  sizes = {name: data[name] for name in ('prefetch', 'rows', 'row_length', 'targets', 'segments')}
+  one, other = sorted(sizes, key=sizes.get, reverse=True)[:2]  # those that are most likely too large
   host = {  # settings on which a part of the memory depends -> bytes of this part on each host
     f'data.batch_size={data.batch_size}': training * 500 * data.batch_size / jax.process_count(),
-    f'data.prefetch={data.prefetch} batches of data.rows={shape.rows}, row_length={shape.length}, '
-    f'targets={shape.targets}, segments={shape.segments}':
+    f'data.{one}={sizes[one]}, data.{other}={sizes[other]}':
       training * min(data.prefetch, cfg.steps) * batch_bytes / jax.process_count(),
   }  # fmt: skip
   first = jax.local_devices()[0]

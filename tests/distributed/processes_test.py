@@ -416,6 +416,7 @@ def test_a_workdir_that_not_all_processes_share_is_refused(monkeypatch, tmp_path
   (('a:1', None, None), '--coordinator needs --num_processes and --process_id too'),
   ((None, 2, None), '--num_processes needs --coordinator and --process_id too'),
   (('a:1', 2, 2), r'--process_id=2 --num_processes=2: expected 0 to 1'),
+  (('a:1', 0, 0), r'^--num_processes=0: expected at least 1$'),
   (('a', 2, 1), '--coordinator=a: expected HOST:PORT'),
   ((':80', 2, 1), '--coordinator=:80: expected HOST:PORT'),
 ])  # fmt: skip

@@ -204,6 +204,7 @@ def test_wrong_flags_give_a_one_line_error(tmp_path, capsys):
     ([made], '--model is missing: expected the workdir of an ARM run, or hf:NAME'),
     (['--model=runs/arm'], '--samples is missing'),
     ([made, f'--model={tmp_path / "none"}'], 'expected the workdir of a run'),
+    ([made, '--model=gss://x/y'], '(?<=error: )--model=gss://x/y: unknown scheme gss://'),
     ([made, '--modle=x'], 'flags: Unknown command line flag'),
     ([made, '--model=x', 'y'], "flags: .* 'y': every argument"),
   ):

@@ -101,7 +101,9 @@ def test_wrong_flags_give_a_one_line_error(tmp_path, capsys):
     ([f'--path={folder}', '--kind=many'], 'flags: flag --kind=many'),
     ([f'--path={folder}', '--split=train'], 'no text in its train split that is long enough for these gaps'),
     ([f'--path={folder}', f'--tokenizer={tmp_path}'], f'--tokenizer={tmp_path}: expected the workdir of a run'),
+    ([f'--path={folder}', '--tokenizer=gss://b/c'], '--tokenizer=gss://b/c: unknown scheme gss://'),
     ([f'--path={folder}', f'--out={tmp_path}', '--documents=paragraph', '--count=5'], 'is a folder: expected a file'),
   ):
     code, out, err = run_command(capsys, infill_sets, *arguments)
     assert code == 1 and not out and re.fullmatch(f'error: .*{re.escape(message)}.*\n', err), (arguments, err)
+    assert '=--' not in err  # a flag is named once

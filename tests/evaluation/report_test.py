@@ -225,6 +225,7 @@ def test_report_refuses_incomplete_runs(damage, message, tmp_path, run_report):
 def test_wrong_report_flags_give_a_one_line_error(run_report):
   assert run_report()[2].startswith('error: no runs given')
   assert run_report('--plot')[0] == 1
+  assert run_report('gss://b/run')[2].startswith('error: gss://b/run: unknown scheme gss://')
   assert 'ilm-jax report' in run_report('--help')[1]
 
 

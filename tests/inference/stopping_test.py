@@ -122,4 +122,6 @@ def test_the_command_prints_all_rules_and_refuses_models_without_a_stop_head(lm,
   monkeypatch.setattr(lm, 'model_cfg', dataclasses.replace(lm.model_cfg, stop_head=False))
   assert stopping.main(['stopping', '--workdir=run']) == 1
   assert 'has no stop head' in capsys.readouterr().err
+  assert stopping.main(['stopping', '--workdir=gss://b/run']) == 1
+  assert capsys.readouterr().err.startswith('error: --workdir=gss://b/run: unknown scheme gss://')
   assert stopping.main(['stopping']) == 1 and '--workdir is missing' in capsys.readouterr().err

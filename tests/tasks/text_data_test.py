@@ -83,6 +83,13 @@ def test_settings_of_the_tokenizer_below_their_minimum_are_refused(tmp_path, nam
     task.tokenizer(cfg)
 
 
+def test_a_tokenizer_of_more_than_a_million_tokens_is_refused(tmp_path):
+  cfg = task_config(write_corpus(tmp_path), tmp_path / 'cache')
+  cfg.tokenizer.size = 10**12
+  with refused('task.tokenizer.size=1000000000000: expected at most 1,000,000'):
+    task.tokenizer(cfg)
+
+
 def test_tokenizer_seeds_that_are_equal_modulo_2_to_the_32_choose_different_documents():
   chosen = [corpora.sample_uniformly(range(1_000), 20, seed) for seed in (1, 1 + 2**32, 1 + 2**64)]
   assert chosen[0] != chosen[1] != chosen[2] != chosen[0]

@@ -1,6 +1,8 @@
 """Tests of the training loop: invalid configs, contents of event files and JSON files, and what stops a run."""
 
+import errno
 import json
+import os
 import re
 import sys
 
@@ -39,11 +41,11 @@ from ilm_jax.types import UserError
     ({'eval.mode': 'most'}, r"eval.mode='most': expected one of max, min"),
     ({'optimizer.learning_rate': float('nan')}, r'^optimizer.learning_rate=nan: expected a finite number$'),
     ({'model.d_model': 2**20}, r'd_model=1048576, d_ff=32: the run needs at least \d.* GB .* this host, which has'),
-    ({'data.rows': 8 * 10**7}, r'^data.prefetch=2 batches of data.rows=80000000, row_length=44, .* at least '),
-    ({'data.batch_size': 2 * 10**9}, r'^data.batch_size=2000000000: the run needs at least 1,000.0 GB of memory on'),
+    ({'data.rows': 8 * 10**7}, r'^data.rows=80000000, data.row_length=44: the run needs at least '),
+    ({'data.batch_size': 10**12}, r'^data.batch_size=1000000000000: the run needs at least 500,000.0 GB of memory on'),
     ({'sampling.max_steps': 2 * 10**9}, r'^eval.batch_size=8, .*max_steps=2000000000: the run needs at least 256'),
     ({'init_from': 'gss://bucket/run'}, r'^init_from=gss://bucket/run: unknown scheme gss://'),
-    ({'seed': -1}, r'seed=-1: expected'),
+    ({'seed': -1}, r'^seed=-1: expected an integer from 0 to 4294967295$'),
     ({'family': 'gpt'}, r"family='gpt': expected one of"),
     ({'model.d_model': 15}, r'model.d_model=15'),
     ({'task.num_nodes': 5}, r'task.num_nodes=5'),
@@ -269,17 +271,25 @@ def test_a_failed_write_of_event_files_stops_the_run_with_a_one_line_error(tmp_p
     loop.train(small.config(LOGGED), tmp_path)
 
 
-@pytest.mark.parametrize('name', ['run.json', 'eval.json'])
-def test_a_failed_write_of_a_json_file_stops_the_run_with_a_one_line_error(name, tmp_path, monkeypatch, one_device):
+@pytest.mark.parametrize(
+  ('name', 'number', 'message'),
+  [
+    ('run.json', errno.ENOSPC, r'\(No space left on device\): free disk space and run'),
+    ('eval.json', errno.EACCES, r'\(Permission denied\): correct the cause and run'),
+  ],
+)
+def test_a_failed_write_of_a_json_file_stops_the_run_with_a_one_line_error(
+  name, number, message, tmp_path, monkeypatch, one_device
+):
   write = run_file.write_json
 
   def full(path, value):
     if path.name == name:
-      raise OSError(28, 'No space left on device')
+      raise OSError(number, os.strerror(number))
     write(path, value)
 
   monkeypatch.setattr(run_file, 'write_json', full)
-  with pytest.raises(UserError, match=rf'{tmp_path} could not be written \(No space left on device\): free disk'):
+  with pytest.raises(UserError, match=f'{tmp_path} could not be written {message}'):
     loop.train(small.config({'steps': 5}), tmp_path)
 
 

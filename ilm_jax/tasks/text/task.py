@@ -30,6 +30,7 @@ from ilm_jax.types import UserError
 PREFIX = 2  # fixed tokens before the text: [CLS] and [BOS]
 FOLDER = 'tokenizer'  # subfolder of a run's folder that holds its tokenizer
 WINDOW = 8  # characters tokenized per wanted token when cutting a document; doubled if they give too few tokens
+MAX_VOCABULARY = 1_000_000  # maximum vocabulary size of a tokenizer that is trained
 SENTENCE = re.compile(r'[.!?…]["\'”’)\]]*(?=\s)|[。！？][」』”’]*|(?<=\S)(?=\n)')  # matches the end of a sentence
 WORD = re.compile(r'(?<=\S)(?=\s)')  # matches the end of a word
 
@@ -41,6 +42,8 @@ def check(cfg) -> None:
   for name, least in (('size', 1), ('documents', 1), ('seed', 0)):
     if cfg.tokenizer[name] < least:
       raise UserError(f'task.tokenizer.{name}={cfg.tokenizer[name]}: expected at least {least}')
+  if cfg.tokenizer.size > MAX_VOCABULARY:
+    raise UserError(f'task.tokenizer.size={cfg.tokenizer.size}: expected at most {MAX_VOCABULARY:,}')
   if cfg.documents not in corpora.DOCUMENTS:
     raise UserError(f'task.documents={cfg.documents!r}: expected one of {", ".join(corpora.DOCUMENTS)}')
   if cfg.source and cfg.source not in corpora.SOURCES:
@@ -218,6 +221,7 @@ def given(cfg) -> tokenizer_lib.Tokenizer | None:
 
 def trained(cfg) -> tokenizer_lib.Tokenizer:
   """Train SentencePiece on a sample of training documents, or load it from the cache if it was trained before."""
+  check(cfg)
   settings = cfg.tokenizer
   identity = corpus_of(cfg).identity('train')
   what = identity, settings.size, settings.seed, settings.normalization, settings.documents
