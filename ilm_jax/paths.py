@@ -19,7 +19,7 @@ _FILE_URL = re.compile(r'file:(//localhost/|///|/(?!/))/*', re.IGNORECASE)  # a 
 
 
 def resolve(path, setting: str = '') -> epath.Path:
-  """Return the path with ~ expanded and file:// removed; UserError names `setting`, if given, and an unusable path.
+  """Return the path with ~ expanded and file:// removed; raise UserError (which names `setting`) if it is unusable.
 
   Errors are a mistyped scheme such as gss://, a file URL of another host, and a bucket whose package is not installed.
   """

@@ -27,7 +27,7 @@ def rows_of(rows, size):
 
 
 class CausalTable:
-  """A causal stand-in model: its output at a position is that of the table for the row up to this position."""
+  """A causal stand-in model: its output at each position is looked up in a table by the tokens up to this position."""
 
   def __init__(self, vocab):
     self.table, self.vocab = tables.Forward(vocab=vocab, scale=512), vocab

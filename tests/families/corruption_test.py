@@ -106,7 +106,7 @@ def test_with_close_prompt_exactly_the_gaps_beside_free_tokens_are_open(fixed, e
 INFILL = {'tokens': np.arange(100, 130, dtype=np.int32), 'fixed': np.arange(30) < 2}
 
 
-def test_choose_spans_gives_one_to_three_separate_spans_of_free_tokens():
+def test_choose_spans_gives_one_to_three_disjoint_spans_of_tokens_outside_the_prompt():
   free, numbers, shares = np.arange(30) >= 4, [], []
   for seed in range(600):
     chosen = corruption.choose_spans(np.random.default_rng(seed), free)

@@ -205,8 +205,8 @@ def tokenizer(cfg) -> tokenizer_lib.Tokenizer:
   if fingerprint not in _TOKENIZERS:
     found = given(cfg) or trained(cfg)
     if fingerprint and found.fingerprint != fingerprint:
-      raise UserError(f'the tokenizer of the config has fingerprint {found.fingerprint}, but the model was trained '
-                      f'with {fingerprint}: set task.tokenizer.path to that tokenizer')  # fmt: skip
+      raise UserError(f'the tokenizer of the config has fingerprint {found.fingerprint}, the one used in training has '
+                      f'{fingerprint}: set task.tokenizer.path to that one')  # fmt: skip
     fingerprint = found.fingerprint
     _TOKENIZERS[fingerprint] = found
   return _TOKENIZERS[fingerprint]
