@@ -61,7 +61,7 @@ def test_an_output_file_that_cannot_be_written_or_is_an_input_is_refused(tmp_pat
     (generative_perplexity, '--model=m --samples=SAMPLES --out={}', '--out'),
     (infill_sets, '--path=CORPUS --tokenizer={}', '--tokenizer'),
     (infill_sets, '--path=CORPUS --out={}', '--out'),
-    (report, '{}', 'run'),
+    (report, '{}', ''),
     (convert, '--check={}', '--check'),
     (convert, '--workdir={} --out=x.npz', '--workdir'),
     (convert, '--workdir=r --out={}', '--out'),
@@ -71,8 +71,8 @@ def test_every_path_flag_refuses_unknown_home_folders_and_unknown_url_schemes(mo
   (tmp_path / 'samples.jsonl').write_text('{"text": "a", "infill": ["a"], "id": 0, "spans": [], "fillings": []}')
   words = flags.replace('SAMPLES', str(tmp_path / 'samples.jsonl')).replace('CORPUS', str(write_corpus(tmp_path)))
   for value, message in (
-    ('gss://bucket/x.npz', f'{name}=gss://bucket/x.npz: unknown scheme gss://'),
-    ('~no such user/x.npz', f'{name}=~no such user/x.npz: the home folder of ~no such user is unknown'),
+    ('gss://bucket/x.npz', f'{name and f"{name}="}gss://bucket/x.npz: unknown scheme gss://'),
+    ('~no such user/x.npz', f'{name and f"{name}="}~no such user/x.npz: the home folder of ~no such user is unknown'),
   ):
     code, out, err = run_command(capsys, module, *(word.format(value) for word in words.split()))
     assert (code, out, err.count('\n')) == (1, '', 1) and message in err, err

@@ -62,6 +62,7 @@ def test_settings_that_need_more_memory_than_is_available_are_refused_before_dec
     lm.infill('the ___', n=10**12)
 
 
+@pytest.mark.long
 def test_64_bit_mode_changes_neither_samples_nor_scores(small_lm):
   for family, limits in (('ilm', {}), ('arm', {}), ('it', {}), ('mdm', {'least': 2, 'most': 2})):
     lm = small_lm(family)

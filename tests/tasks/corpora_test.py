@@ -116,6 +116,7 @@ def test_the_files_of_a_run_whose_workdir_is_the_corpus_folder_cause_no_warning(
   run_files = ['run.json', 'data.json', 'eval.json', 'events.out.tfevents.1.host', 'checkpoints/1/x', 'tokenizer/x']
   for name in ['train.txt', 'valid.txt', 'tokenizer/ilm_tokenizer.json', 'damaged-checkpoint-2/x', *run_files]:
     write(tmp_path / name, ['one'])
+  caplog.set_level('WARNING', 'absl')
   assert names_of(tmp_path) == ['train.txt', 'valid.txt'] and not caplog.messages
   (tmp_path / 'run.json').unlink()
   assert names_of(tmp_path) == ['train.txt', 'valid.txt'] and 'eval.json has an unknown ending' in caplog.text

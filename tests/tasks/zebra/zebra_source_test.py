@@ -209,6 +209,7 @@ def test_a_released_split_without_puzzles_of_the_configured_sizes_is_refused(tmp
 def test_a_resumed_run_warns_if_the_released_puzzle_files_have_changed_and_reads_the_new_ones(tmp_path, caplog):
   file = write_records(tmp_path / 'some.pkl', map(to_record, puzzles()[:60]))
   cfg = task(path=str(file), cache=str(tmp_path / 'cache'), num_train=0)
+  caplog.set_level('WARNING', 'absl')
   before = all_tokens(Source(cfg, 'train'))
   TASK.save_assets(cfg, tmp_path)
   TASK.save_assets(cfg, tmp_path)
