@@ -80,6 +80,7 @@ def test_splitting_a_batch_into_parts_keeps_all_rows_and_adds_few_padding_rows(r
   assert (rows, length) != (256, 136) or parts * part_rows == 256
 
 
+@pytest.mark.long
 def test_each_configuration_is_measured_in_its_own_child_process(monkeypatch, tmp_path, capsys):
   path = tmp_path / 'steps.json'
   flags = '--size=toy --vocab=97 --examples=24 --positions=1024 --seconds=0.01 --mixes=lm1b'
@@ -224,6 +225,7 @@ def test_a_benchmark_fails_with_one_line_if_standard_output_cannot_be_written(mo
 # --- batching ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_static_and_continuous_batching_give_the_same_tokens(capsys, tmp_path):
   flags = '--size=toy --vocab=40 --requests=20 --slots=8 --repeats=1 --gaps=1,0 --compute=float32 --min_buffer=128'
   assert batching.main([*flags.split(), f'--json={tmp_path / "out.json"}']) == 0

@@ -140,7 +140,7 @@ def test_resuming_with_a_moved_corpus_and_an_empty_cache_is_bitwise_identical(co
   small.jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
 
-@pytest.mark.parametrize('workdir', ['.', 'runs/train'])
+@pytest.mark.parametrize('workdir', ['.', pytest.param('runs/train', marks=pytest.mark.long)])
 def test_a_run_inside_the_corpus_folder_resumes_with_the_same_data(trained, cache, tmp_path, caplog, workdir):
   folder = write_corpus(tmp_path / 'folder')
   work = shutil.copytree(trained, folder / workdir, dirs_exist_ok=True)
@@ -228,7 +228,7 @@ def test_1000_texts_sampled_or_infilled_by_a_trained_model_contain_no_incomplete
   texts = [story.replace('Mara', 'Zoë’s cat').replace('goat', '山羊').replace('!', '…') for story in stories(84)]
   write(tmp_path / 'corpus' / 'train.txt', texts[:60])
   write(tmp_path / 'corpus' / 'valid.txt', texts[60:])
-  cfg = run_config(tmp_path / 'corpus', cache, **{'steps': 100, 'eval.every': 100, 'checkpoint_every': 100})
+  cfg = run_config(tmp_path / 'corpus', cache, **{'steps': 60, 'eval.every': 60, 'checkpoint_every': 60})
   assert loop.train(cfg, tmp_path / 'work') == loop.FINISHED
   lm = ilm_jax.load(tmp_path / 'work', max_length=32, max_steps=16, batch_size=100)
   assert not set(lm.tokenizer.byte_ids) & {token for text in texts for token in lm.tokenizer.encode(text)}
