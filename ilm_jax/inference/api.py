@@ -20,7 +20,7 @@ from ilm_jax.distributed import sharding
 from ilm_jax.families import settings as settings_lib
 from ilm_jax.families.contract import check_completion
 from ilm_jax.inference import continuous_batching, infilling, static_batching, traces
-from ilm_jax.inference.checks import check_ids, check_memory, check_samples, check_whole
+from ilm_jax.inference.checks import check_ids, check_list, check_memory, check_samples, check_whole
 from ilm_jax.models import transformer
 from ilm_jax.runs import checkpoint as checkpoint_lib
 from ilm_jax.runs import run_file
@@ -140,8 +140,7 @@ class LanguageModel:
     Raises:
       UserError: a prompt has the wrong format, contains an unknown token, or is too long.
     """
-    if isinstance(prompts, str):
-      raise UserError('generate: expected a list of prompts, got one string')
+    check_list('generate', prompts, 'prompts')
     results = dict(self.stream(prompts, seed=seed, ids=ids))
     return [results[i] for i in range(len(results))]
 
@@ -167,6 +166,7 @@ class LanguageModel:
     """
     single, count = isinstance(texts, str), 1 if n is None else n
     check_whole('n', count, least=1)
+    check_list('infill', [] if single else texts, 'texts')
     requests = [
       self.gaps(text, marker=marker, least=least, most=most, number=number)
       for number, text in enumerate([texts] if single else texts)
@@ -305,8 +305,7 @@ class LanguageModel:
       UserError: the family does not support this kind, the task has prompts and answers, or a text is longer than
         sampling.max_length or contains characters unknown to the tokenizer.
     """
-    if isinstance(texts, str):
-      raise UserError('score: expected a list of texts, got one string')
+    check_list('score', texts, 'texts')
     check_seed(seed)
     if self.task.score is not None:
       raise UserError(f'score: the task {self.cfg.task.name} has prompts and answers: use ilm-jax eval with eval.score')

@@ -1,6 +1,7 @@
 """Checks of the arguments of the Python API: whole numbers, ids of requests, and the memory that sampling needs."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -20,6 +21,12 @@ def check_whole(name: str, value, *, least: int) -> None:
   """Raise UserError unless the value of an argument is an integer of at least `least`."""
   if not is_whole(value, least):
     raise UserError(f'{name}={value!r}: expected a whole number, at least {least}')
+
+
+def check_list(name: str, values, of: str) -> None:
+  """Raise UserError if an argument that must be a list, such as one of prompts, is a single text or no list."""
+  if isinstance(values, str) or not isinstance(values, Iterable):
+    raise UserError(f'{name}: expected a list of {of}, got {values!r:.80}')
 
 
 def check_ids(ids, count: int) -> None:

@@ -235,8 +235,13 @@ def test_the_error_for_an_invalid_request_names_the_number_of_the_request(lm):
     lm.gaps('a ___', least=5, most=2, number=1)
   with pytest.raises(UserError, match='n=0: expected a whole number, at least 1'):
     lm.infill('a ___', n=0)
-  with pytest.raises(UserError, match='expected a list of prompts, got one string'):
-    lm.generate('the dog')
+  for wrong in ('the dog', 5, None):
+    with pytest.raises(UserError, match=f'generate: expected a list of prompts, got {wrong!r}'):
+      lm.generate(wrong)
+    with pytest.raises(UserError, match=f'score: expected a list of texts, got {wrong!r}'):
+      lm.score(wrong)
+  with pytest.raises(UserError, match='infill: expected a list of texts, got 5'):
+    lm.infill(5)
   for texts in ([5], [None]):
     with pytest.raises(UserError, match='text 1: expected a text, or a list of the parts'):
       lm.infill(texts)
