@@ -18,7 +18,10 @@ jax.config.update('jax_disable_most_optimizations', True)
 os.environ['XLA_FLAGS'] = '--xla_cpu_use_fusion_emitters=false' if jax.__version_info__ < (0, 11) else ''
 
 # The slowest files start first, so that the test processes finish at about the same time.
-SLOW_FILES = ('resume_test', 'readme_test', 'processes_test', 'commands_test', 'text_training_test', 'extending_test')
+SLOW_FILES = (
+  *('resume_test', 'readme_test', 'processes_test', 'commands_test', 'text_training_test', 'extending_test'),
+  *('train_step_test', 'families_test', 'loop_test', 'mdm_test', 'api_test', 'compile_test'),
+)
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
 

@@ -176,6 +176,7 @@ def test_a_completion_depends_only_on_its_request(made):
     np.testing.assert_array_equal(row['tokens'], together[5]['tokens'])
 
 
+@pytest.mark.long
 def test_64_bit_mode_gives_the_same_samples_losses_and_gradients(made):
   batch = pipeline.pack(
     corrupted(*made[:2], examples_of()), list(range(6)), pipeline.Shape(3, 2 * LENGTH, 4 * LENGTH, 3)
