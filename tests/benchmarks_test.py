@@ -144,6 +144,7 @@ def test_the_benchmark_continues_after_a_failed_configuration(monkeypatch, capsy
 # --- sample -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_sampling_compiles_nothing_after_the_warm_up(tmp_path, capsys):
   path = tmp_path / 'sample.json'
   flags = '--size=toy --vocab=97 --batches=2 --lengths=16,64,96 --insert=4 --max_length=128 --seconds=0.2'

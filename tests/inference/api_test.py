@@ -125,6 +125,7 @@ def test_a_sampling_setting_that_is_not_finite_or_out_of_range_is_refused(small_
     again(small_lm('ilm'), **settings)
 
 
+@pytest.mark.long
 def test_sampling_at_a_tiny_temperature_is_greedy(sentencepiece, tmp_path):
   texts = [
     [make_lm(sentencepiece, tmp_path, token={'temperature': t}, gap={'temperature': t}, max_steps=8, batch_size=4,
